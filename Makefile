@@ -1,0 +1,40 @@
+# quickstart  data, training, evaluation, a sample and curves on this machine's CPU, in minutes
+# test        the tests                 check     lint and types
+# test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
+# soak        hours of kills and restarts
+PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+# DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
+INSTALL = DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-all check bench soak
+
+quickstart: .venv/core
+	launch/quickstart.sh
+
+test: .venv/dev
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/dev
+	$(PYTEST)
+
+check: .venv/dev
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+bench: .venv/dev
+	$(INSTALL) -e ".[bench]"
+	.venv/bin/python -m benchmarks
+
+soak: .venv/dev
+	$(PYTEST) -m slow -k soak
+
+.venv/core: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv; this takes a few minutes"
+	$(INSTALL) -e ".[hf]"
+	@touch $@
+
+.venv/dev: .venv/core
+	$(INSTALL) -e ".[dev,hf,s3,clean]"
+	@touch $@
