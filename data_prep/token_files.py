@@ -1,0 +1,218 @@
+"""Token ids that others wrote, as documents: Megatron .bin/.idx, nanoGPT and llm.c .bin, parquet and arrow columns.
+
+    path -> ranges (depend on the file alone) -> for each range: arrays of ids, one a document, without end-of-document
+
+A file without marks of its own (nanoGPT, llm.c) is cut at the end-of-document id; a range owns the documents that begin
+in it, so that ranges can be read by different workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+RANGE_TOKENS = 1 << 25
+"""Tokens in a range, about; one range is one work unit."""
+RANGE_BYTES = 1 << 27
+"""The same for columns: stored bytes of row groups, or bytes of record batches."""
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+# Megatron-LM, megatron/core/datasets/indexed_dataset.py, DType
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c dev/data/data_common.py: 256 int32
+LLMC_DTYPES = {1: "<u2", 7: "<u4"}  # by version: gpt-2 and llama-3
+
+
+class TokenFile(Protocol):
+    """What the formats have in common."""
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Pieces of work, in order: the file alone decides."""
+
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Ids of each document of a range; end-of-document at the end of one may be there or not."""
+
+
+class MegatronTokens:
+    """A .bin with its .idx; a document is what the index calls one, whatever number of sequences it has."""
+
+    def __init__(self, path: Path):
+        index = path.with_suffix(".idx")
+        if not index.is_file():
+            raise DataError(f"{path} needs its index {index.name} beside it.")
+        head = np.fromfile(index, np.uint8, 34).tobytes()
+        if not head.startswith(MEGATRON_MAGIC) or len(head) < 34:
+            raise DataError(f"{index} is not a Megatron index: it does not begin with MMIDIDX.")
+        version, code = int.from_bytes(head[9:17], "little"), head[17]
+        if version != 1 or code not in MEGATRON_DTYPES:
+            raise DataError(f"{index} has version {version} and type code {code}; version 1 with integer ids is known.")
+        num_sequences, num_documents = np.frombuffer(head, "<u8", 2, 18).tolist()
+        need = 34 + 12 * num_sequences + 8 * num_documents
+        if index.stat().st_size < need:
+            raise DataError(f"{index} has {index.stat().st_size} bytes and announces {need}; it is truncated.")
+        self._dtype = np.dtype(MEGATRON_DTYPES[code])
+        body = np.memmap(index, np.uint8, "r", 34)
+        lengths = body[: 4 * num_sequences].view("<i4").astype(np.int64)
+        starts = body[4 * num_sequences : 12 * num_sequences].view("<i8") // self._dtype.itemsize
+        self._bounds = body[12 * num_sequences :][: 8 * num_documents].view(
+            "<i8"
+        )  # sequence numbers, the last one closes
+        ends = np.concatenate(([0], np.cumsum(lengths)))
+        if not np.array_equal(starts, ends[:-1]):
+            raise DataError(f"{index}: sequences do not lie one after the other in {path.name}.")
+        if path.stat().st_size != ends[-1] * self._dtype.itemsize:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes; its index announces {ends[-1] * self._dtype.itemsize}."
+            )
+        self._ends = ends[self._bounds]  # document d is tokens [ends[d], ends[d + 1])
+        self._path = path
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(first document, one after the last)."""
+        cuts = np.searchsorted(self._ends, np.arange(0, self._ends[-1], RANGE_TOKENS))
+        bounds = np.unique([*cuts, len(self._ends) - 1]).tolist()
+        return list(zip(bounds, bounds[1:]))
+
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Ids of each document of a range."""
+        tokens = np.memmap(self._path, self._dtype, "r")
+        for document in range(begin, end):
+            yield tokens[self._ends[document] : self._ends[document + 1]]
+
+
+class FlatTokens:
+    """nanoGPT's .bin (uint16, nothing else) or llm.c's (1,024 bytes of header; documents begin with the end mark)."""
+
+    def __init__(self, path: Path, *, eod: int):
+        head = np.fromfile(path, "<i4", 3)
+        is_llmc = len(head) == 3 and head[0] == LLMC_MAGIC
+        if is_llmc and int(head[1]) not in LLMC_DTYPES:
+            raise DataError(f"{path} has llm.c version {head[1]}; versions {sorted(LLMC_DTYPES)} are known.")
+        dtype = np.dtype(LLMC_DTYPES[int(head[1])] if is_llmc else "<u2")
+        offset = LLMC_HEADER_BYTES if is_llmc else 0
+        size = path.stat().st_size - offset
+        if size % dtype.itemsize or size == 0 or is_llmc and size // dtype.itemsize != head[2]:
+            raise DataError(
+                f"{path} holds {size} bytes of {dtype.itemsize}-byte ids"
+                + (f"; its header announces {head[2]} ids." if is_llmc else "; that is no whole number of them.")
+            )
+        self._open: Callable[[], np.ndarray] = lambda: np.memmap(path, dtype, "r", offset)
+        self._eod, self._eod_is_in_front = eod, is_llmc
+        self._num_tokens = size // dtype.itemsize
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(first token, one after the last); documents may run on into the next range."""
+        return [(b, min(b + RANGE_TOKENS, self._num_tokens)) for b in range(0, self._num_tokens, RANGE_TOKENS)]
+
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Ids of each document that begins in a range."""
+        tokens = self._open()
+        ends = (begin + np.flatnonzero(tokens[begin:end] == self._eod)).tolist()
+        starts = [stop + 1 for stop in ends]
+        if begin == 0 or tokens[begin - 1] == self._eod:
+            starts.insert(0, begin)
+        else:
+            ends = ends[1:]  # the first one ends a document of the range before
+        if self._eod_is_in_front and starts[:1] == ends[:1] == [0]:
+            starts, ends = starts[1:], ends[1:]
+        if starts and starts[-1] < end:
+            ends.append(self._next_eod(tokens, end))
+        for start, stop in zip(starts, ends):  # a document that would start at `end` has no place in ends
+            yield tokens[start:stop]
+
+    def _next_eod(self, tokens: np.ndarray, begin: int) -> int:
+        """Place of the first end-of-document id from `begin` on, or the end of the file."""
+        step = 1 << 16
+        while begin < len(tokens):
+            found = np.flatnonzero(tokens[begin : begin + step] == self._eod)
+            if len(found):
+                return begin + int(found[0])
+            begin += step
+        return len(tokens)
+
+
+class ColumnTokens:
+    """A column of lists of ids in a parquet or arrow (IPC) file, one row a document."""
+
+    def __init__(self, path: Path, *, column: str):
+        self._path, self._column = path, column
+        names = self._names()
+        if column not in names:
+            raise DataError(f"{path} has no column '{column}'; it has {', '.join(names)}. Set column=...")
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(first row group or record batch, one after the last)."""
+        sizes = self._group_bytes()
+        ends = np.cumsum(sizes)
+        cuts = np.searchsorted(ends, np.arange(RANGE_BYTES, sum(sizes) + RANGE_BYTES, RANGE_BYTES)) + 1
+        bounds = np.unique(np.minimum([0, *cuts], len(sizes))).tolist()
+        return list(zip(bounds, bounds[1:]))
+
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Ids of each row of a range."""
+        import pyarrow as pa
+
+        for group in range(begin, end):
+            for chunk in self._chunks(group):
+                kind = chunk.type
+                if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
+                    kind.value_type
+                ):
+                    raise DataError(f"{self._path}: column '{self._column}' is {kind}, not a list of integers.")
+                if chunk.null_count or chunk.values.null_count:  # a null is no empty list: something went wrong before
+                    raise DataError(f"{self._path}: column '{self._column}' has nulls in row group {group}.")
+                values = chunk.values.to_numpy()
+                offsets = chunk.offsets.to_numpy()
+                for start, stop in zip(offsets[:-1], offsets[1:]):
+                    yield values[start:stop]
+
+    def _names(self) -> list[str]:
+        if self._path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_schema(self._path).names
+        return self._arrow().schema.names
+
+    def _group_bytes(self) -> list[int]:
+        if self._path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            metadata = pq.read_metadata(self._path)
+            return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        file = self._arrow()
+        return [file.get_batch(i).nbytes for i in range(file.num_record_batches)]
+
+    def _chunks(self, group: int) -> Sequence[Any]:
+        if self._path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            with pq.ParquetFile(self._path) as file:
+                return file.read_row_group(group, columns=[self._column]).column(0).chunks
+        return [self._arrow().get_batch(group).column(self._column)]
+
+    def _arrow(self) -> Any:
+        """The IPC file; Hugging Face's .arrow files are streams, without an index: their batches are counted first."""
+        import pyarrow as pa
+
+        source = pa.memory_map(str(self._path))
+        try:
+            return pa.ipc.open_file(source)
+        except pa.ArrowInvalid:
+            return _StreamAsFile(pa.ipc.open_stream(source))
+
+
+class _StreamAsFile:
+    """The batches of an arrow stream by number."""
+
+    def __init__(self, stream: Any):
+        self.schema = stream.schema
+        self._batches = list(stream)
+        self.num_record_batches = len(self._batches)
+
+    def get_batch(self, number: int) -> Any:
+        """Record batch `number`."""
+        return self._batches[number]
