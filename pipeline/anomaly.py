@@ -1,0 +1,223 @@
+"""Bad numbers and loss spikes: what every rank decides alike after each step.
+
+    StepResult --Vitals.exchange: one tiny all-reduce--> Vital --Guard.judge--> Action (+ an entry in the ledger)
+
+`Guard` is pure: the same vitals give the same actions on every rank and on every replay. Its state (history, ledger)
+lives in the checkpoint, so a resumed run judges as the undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import OnSpike, ResilienceConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# continue: nothing to do; rollback: load the newest checkpoint of a step <= the entry's and jump over the samples
+# read since; stop: give up with a report.
+Action = Enum("Action", ["continue_", "rollback", "stop"])
+# A spike that comes back after this many rollbacks to one checkpoint is not the data's fault.
+MAX_ROLLBACKS = 3
+# Median absolute deviation times this estimates the standard deviation of a normal distribution.
+MAD_TO_SIGMA = 1.4826
+# Losses that hardly move have a deviation near 0; below this share of the median nothing is a spike.
+MIN_SIGMA = 0.002
+
+
+@dataclass(frozen=True)
+class Vital:
+    """What all ranks know alike about one step."""
+
+    step: int
+    """Optimizer step the numbers belong to; 0 is the first."""
+    loss: float
+    """NaN when it was not finite on some rank."""
+    grad_norm: float
+    """NaN when it was not finite on some rank."""
+    skipped: bool
+    """The optimizer did not apply the step."""
+    notice: bool
+    """Some rank has been asked to save and leave."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the ledger."""
+
+    step: int
+    kind: str
+    """bad_numbers or spike."""
+    action: str
+    """skip, rollback or stop."""
+    loss: float | None
+    """None when it was not finite: JSON has no NaN."""
+    limit: float | None
+    """Loss above which the step was a spike."""
+
+
+class Guard:
+    """Judge of every step; history of good losses; ledger of what was done.
+
+    A spike is a loss above median + spike_sigmas robust standard deviations of the last spike_window good losses;
+    nothing is one until half the window is filled.
+    """
+
+    def __init__(self, cfg: ResilienceConfig, *, loss_scaling: bool) -> None:
+        """Start without history.
+
+        Args:
+            cfg: the resilience section.
+            loss_scaling: fp16, where a gradient overflow is how the loss scale is found, not a bad number.
+        """
+        self.cfg, self.loss_scaling = cfg, loss_scaling
+        self.history: deque[float] = deque(maxlen=cfg.spike_window)
+        self.ledger: list[Event] = []
+        self.bad_in_a_row = 0
+        self.rollbacks = 0
+        """Since the last `checkpoint_saved`."""
+
+    @property
+    def limit(self) -> float:
+        """Loss above which the next step is a spike; inf while the policy is none or the history is short."""
+        if self.cfg.on_spike is OnSpike.none or len(self.history) < max(2, self.cfg.spike_window // 2):
+            return math.inf
+        median = statistics.median(self.history)
+        deviation = MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in self.history)
+        return median + self.cfg.spike_sigmas * max(deviation, MIN_SIGMA * abs(median))
+
+    @property
+    def max_loss(self) -> float:
+        """Loss above which the engine must not apply the step: `limit` under the policy skip, else inf."""
+        return self.limit if self.cfg.on_spike is OnSpike.skip else math.inf
+
+    def judge(self, vital: Vital) -> Action:
+        """What to do after a step; writes the ledger."""
+        limit = self.limit
+        if not math.isfinite(vital.loss) or not (math.isfinite(vital.grad_norm) or self.loss_scaling):
+            return self._bad(vital, "bad_numbers", None)
+        if vital.loss > limit and self.cfg.on_spike is OnSpike.rollback:
+            self.rollbacks += 1
+            action = Action.rollback if self.rollbacks <= MAX_ROLLBACKS else Action.stop
+            self._note(vital, "spike", action.name, limit)
+            return action
+        if vital.loss > limit:
+            return self._bad(vital, "spike", limit)
+        self.bad_in_a_row = 0
+        self.history.append(vital.loss)
+        return Action.continue_
+
+    def checkpoint_saved(self) -> None:
+        """Rollbacks are counted per checkpoint: call after each save."""
+        self.rollbacks = 0
+
+    def _bad(self, vital: Vital, kind: str, limit: float | None) -> Action:
+        self.bad_in_a_row += 1
+        stop = self.bad_in_a_row >= self.cfg.max_bad_steps
+        self._note(vital, kind, "stop" if stop else "skip", limit)
+        return Action.stop if stop else Action.continue_
+
+    def _note(self, vital: Vital, kind: str, action: str, limit: float | None) -> None:
+        loss = vital.loss if math.isfinite(vital.loss) else None
+        self.ledger.append(Event(vital.step, kind, action, loss, limit))
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state for the checkpoint."""
+        return {
+            "history": list(self.history),
+            "ledger": [asdict(event) for event in self.ledger],
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+
+    def restore(self, state: dict[str, Any], *, keep_ledger: bool = False) -> None:
+        """Take up a checkpoint's state; keep_ledger: after a rollback, what has happened stays on record."""
+        self.history = deque(state["history"], maxlen=self.cfg.spike_window)
+        self.bad_in_a_row = state["bad_in_a_row"]
+        if not keep_ledger:
+            self.ledger = [Event(**event) for event in state["ledger"]]
+            self.rollbacks = 0
+
+    def report(self) -> str:
+        """Why training ends, with the last entries of the ledger and the ways out."""
+        lines = [
+            f"  step {e.step}: {e.kind}, {e.action}, loss {e.loss}" + (f" above {e.limit:.4f}" if e.limit else "")
+            for e in self.ledger[-max(self.cfg.max_bad_steps, MAX_ROLLBACKS + 1) :]
+        ]
+        last = self.ledger[-1]
+        why = (
+            f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to one checkpoint (step {last.step})"
+            if self.rollbacks > MAX_ROLLBACKS
+            else f"{self.bad_in_a_row} steps in a row could not be applied (resilience.max_bad_steps)"
+        )
+        return "\n".join([
+            f"{why}.", *lines,
+            "The newest checkpoint is from before the last of them. Lower optimizer.lr, raise schedule.warmup_steps,",
+            "or set model.qk_norm=true or model.z_loss_coeff=1e-4. tracking.sample_hash=true: which data it was.",
+        ])  # fmt: skip
+
+
+class Vitals:
+    """One all-reduce a step that makes notice, loss and skip known to every rank alike.
+
+    On CUDA the answer for step k is read after step k + 1: its copy to the host is then long done, so the host does
+    not wait for the device. On the CPU it is read at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._waiting: tuple[int, Any, Any] | None = None
+
+    def exchange(
+        self,
+        step: int,
+        *,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        skipped: torch.Tensor | bool,
+        notice: bool,
+    ) -> Vital | None:
+        """The newest vital that all ranks know; None after the first step on CUDA.
+
+        Collective: call on every rank of the world, after each step.
+
+        Args:
+            step: optimizer step the numbers belong to.
+            loss: scalar on any device.
+            grad_norm: scalar on any device.
+            skipped: whether the optimizer left the step out.
+            notice: whether this process has been asked to leave.
+        """
+        import torch
+        import torch.distributed as dist
+
+        row = [
+            torch.as_tensor(x, device=self.device, dtype=torch.float32).reshape(()) for x in (loss, grad_norm, skipped)
+        ]
+        # NaN does not survive MAX on every backend: it travels as a flag.
+        flags = [(~torch.isfinite(x)).float() for x in row[:2]]
+        row = [torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in row]
+        numbers = torch.stack([*row, *flags, torch.full_like(row[0], notice)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return _vital(step, numbers.tolist())
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        waiting, self._waiting = self._waiting, (step, host, copied)
+        if waiting is None:
+            return None
+        waiting[2].synchronize()
+        return _vital(waiting[0], waiting[1].tolist())
+
+
+def _vital(step: int, numbers: list[float]) -> Vital:
+    loss, grad_norm, skipped, bad_loss, bad_norm, notice = numbers
+    return Vital(step, math.nan if bad_loss else loss, math.nan if bad_norm else grad_norm, bool(skipped), bool(notice))

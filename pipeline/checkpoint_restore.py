@@ -1,0 +1,61 @@
+"""From a checkpoint or a Hugging Face folder into this rank's fragments, whatever layout wrote it and which runs now.
+
+Each function touches this rank's memory only; the caller lets all ranks agree, then publishes the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint_folder as folders
+from pipeline import engine_state
+from pipeline.checkpoint_io import CheckpointTensors, chunks_of
+from pipeline.engine import Engine
+from pipeline.errors import CheckpointError
+from pipeline.hf_import import HuggingFaceWeights
+
+
+def read_state(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Fill this rank's views of weights and optimizer state, and the loss scale; the record."""
+    record, tensors = folders.read_record(folder), CheckpointTensors(folder)
+    _check_parameters(engine, tensors.parameters, folder)
+    if record["optimizer"] != engine.cfg.optimizer.name.name:
+        raise CheckpointError(
+            f"{folder} was saved with optimizer.name={record['optimizer']}, this run has "
+            f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with the weights only, give "
+            "another name=... and checkpoint.init_from=..."
+        )
+    engine_state.create_state(engine, tensors.optimizer_keys, optimizer_step=record["optimizer_step"])
+    keys = ["weight", *tensors.optimizer_keys]
+    tensors.read_into(chunk for fragment in engine_state.fragments(engine) for chunk in chunks_of(fragment, keys))
+    if record["loss_scaler"] and engine_state.loss_scaler_state(engine):
+        engine_state.restore_loss_scaler(engine, record["loss_scaler"])
+    return record
+
+
+def read_weights(engine: Engine, folder: Path) -> None:
+    """Fill this rank's views of the weights from a checkpoint folder."""
+    tensors = CheckpointTensors(folder)
+    _check_parameters(engine, tensors.parameters, folder)
+    tensors.read_into(chunk for fragment in engine_state.fragments(engine) for chunk in chunks_of(fragment, ["weight"]))
+
+
+def import_weights(engine: Engine, folder: Path) -> None:
+    """Fill this rank's views of the weights from a Hugging Face folder, one whole parameter at a time."""
+    source = HuggingFaceWeights(folder, engine.cfg.model)
+    for fragment in engine_state.fragments(engine):
+        whole = source.tensor(fragment.name, fragment.partition.global_shape)
+        for chunk in chunks_of(fragment, ["weight"]):
+            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape, strict=True))
+            chunk.data.copy_(whole[place])
+
+
+def _check_parameters(engine: Engine, saved: list[str], folder: Path) -> None:
+    """Raise CheckpointError unless this rank's parameters are in the checkpoint."""
+    missing = sorted(set(engine.all_parameters()) - set(saved))
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: it was written by "
+            "another model. Give the model settings in its checkpoint.json, or another name to start anew."
+        )

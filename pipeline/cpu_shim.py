@@ -1,0 +1,65 @@
+"""Let megatron-core run where no CUDA device is; does nothing where one is.
+
+megatron-core 0.16 takes three things from CUDA without asking: the current device for new tensors, the generator
+state behind its dropout streams, and a Transformer Engine symbol in its router. Each gets its CPU meaning here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+def install() -> None:
+    """Patch megatron-core for CPU once; call before any megatron-core layer is built."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cpu = torch.device("cpu")
+    # Only ever used as a `device=` argument by megatron-core.
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random.CudaRNGStatesTracker = _cpu_tracker(random)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # named, but not defined without Transformer Engine
+
+
+def _cpu_tracker(random: Any) -> type:
+    """megatron-core's tracker of named random streams, over the CPU generator."""
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            """Start stream `name` at `seed`."""
+            self._is_initialized = True
+            if name in self.states_ or seed in self.seeds_:
+                raise ValueError(f"random stream {name} or seed {seed} exists already")
+            self.seeds_.add(seed)
+            generator = torch.Generator()
+            generator.manual_seed(seed)
+            self.states_[name] = generator.get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            """Draw from stream `name` inside the block."""
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+    return CpuRNGStatesTracker

@@ -1,0 +1,181 @@
+"""Token windows out of mapped shards; the first touch of a block checks it.
+
+    (dataset, shard, sequence) --open, map--> shard --check once--> block --slice--> (n, seq_len + 1) ids
+
+A shard is mapped, never read whole: the page cache is the only copy, shared by all ranks of a node. Size is checked
+when a shard is opened, crc32 when a block is first touched; errors name shard, place and the command that verifies.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less than reading
+
+from pipeline.data.facts import Dataset
+from pipeline.data.mixture import Ints
+from pipeline.data.shard_format import DOCS_DTYPE
+from pipeline.errors import ShardError
+from pipeline.log import logger
+
+_NONE = np.empty(0, np.int64)
+MAX_OPEN_SHARDS = 512  # mapped at a time in one process; far below the usual limit of 1,024 files or 65,530 maps
+
+
+@dataclass
+class Windows:
+    """Some sequences of full length."""
+
+    ids: np.ndarray
+    """(n, seq_len + 1) token ids in the type they have on disk; 0 where there is no token."""
+    num_labels: Ints
+    """(n,) labels that exist: fewer than seq_len past the end of a shard, none in corrupt blocks."""
+    starts: list[np.ndarray] | None
+    """For each sequence the places in [0, seq_len) where a document begins, ascending; None: not asked for."""
+    num_corrupt: int
+    """Sequences that were left out because their block is damaged."""
+
+
+@dataclass
+class _Shard:
+    """One mapped shard."""
+
+    data: mmap.mmap
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # checked (tokens, document starts)
+
+
+class Reader:
+    """Windows of seq_len + 1 tokens from a list of datasets that share a tokenizer."""
+
+    def __init__(self, datasets: Sequence[Dataset], *, seq_len: int, skip_corrupt: bool = False) -> None:
+        self.datasets, self.seq_len, self.skip_corrupt = list(datasets), seq_len, skip_corrupt
+        self._block_tokens = np.array([dataset.manifest.block_tokens for dataset in self.datasets])
+        self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
+        self._failed: dict[tuple[int, int], ShardError] = {}  # shards that cannot be opened
+        self._reported: set[str] = set()
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document."""
+        return self.datasets[0].manifest.tokenizer.eod
+
+    def gather(self, source: Ints, shard: Ints, sequence: Ints, *, documents: bool = False) -> Windows:
+        """The windows at these places, (n,) each; a window past the end of its shard is padded.
+
+        Raises:
+            ShardError: a shard is missing, truncated or corrupt, unless skip_corrupt.
+        """
+        windows = self.blank(len(source), documents=documents)
+        block, offset = np.divmod(sequence * self.seq_len, self._block_tokens[source])
+        for row, place in enumerate(zip(source.tolist(), shard.tolist(), block.tolist(), offset.tolist())):
+            try:
+                self._read(windows, row, *place)
+            except ShardError as error:
+                if not self.skip_corrupt:
+                    raise
+                if str(error) not in self._reported:
+                    self._reported.add(str(error))
+                    logger.warning("left out (data.on_corrupt=skip): %s", error)
+                windows.ids[row], windows.num_labels[row] = 0, 0
+                windows.num_corrupt += 1
+        return windows
+
+    def blank(self, count: int, *, documents: bool = False) -> Windows:
+        """Windows of zeros that read nothing."""
+        return Windows(
+            ids=np.zeros((count, self.seq_len + 1), dtype=self.datasets[0].manifest.dtype),
+            num_labels=np.full(count, self.seq_len),
+            starts=[_NONE] * count if documents else None,
+            num_corrupt=0,
+        )
+
+    def _read(self, windows: Windows, row: int, source: int, shard: int, block: int, offset: int) -> None:
+        """Fill one row; a window may run over block borders, never past its shard."""
+        tokens, documents = self._block(source, shard, block)
+        stop = offset + self.seq_len
+        if stop < len(tokens):  # nearly always: the window lies in one block
+            windows.ids[row] = tokens[offset : stop + 1]
+            if windows.starts is not None:
+                first, last = documents.searchsorted(np.array((offset, stop), DOCS_DTYPE))
+                windows.starts[row] = documents[first:last].astype(np.int64) - offset
+            return
+        at, starts = 0, []
+        while at <= self.seq_len and offset < len(tokens):
+            part = tokens[offset : offset + self.seq_len + 1 - at]
+            windows.ids[row, at : at + len(part)] = part
+            places = documents.astype(np.int64) - offset
+            starts.append(places[(places >= 0) & (places < self.seq_len - at)] + at)
+            at, block, offset = at + len(part), block + 1, 0
+            tokens, documents = self._block(source, shard, block)
+        windows.num_labels[row] = max(at - 1, 0)
+        if windows.starts is not None:
+            windows.starts[row] = np.concatenate([_NONE, *starts])
+
+    def _block(self, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, document starts) of a block, empty past the shard's end; the longest open map makes room."""
+        opened = self._open.get((source, shard))
+        if opened is None:
+            opened = self._open[source, shard] = self._map(source, shard)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        found = opened.blocks.get(block)
+        if found is None:
+            found = opened.blocks[block] = self._check(opened, source, shard, block)
+        return found
+
+    def _map(self, source: int, shard: int) -> _Shard:
+        if (source, shard) in self._failed:
+            raise self._failed[source, shard]
+        dataset = self.datasets[source]
+        expected = int(dataset.manifest.shard_bytes[shard])
+        try:
+            path = dataset.shard_path(shard)
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected:
+                    raise ShardError(
+                        f"{path} has {size} bytes, the manifest says {expected}: it is truncated or another file. "
+                        + _way_out(dataset)
+                    )
+                return _Shard(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            failure = ShardError(f"{path} cannot be read ({error.strerror}). {_way_out(dataset)}")
+        except ShardError as error:
+            failure = error
+        self._failed[source, shard] = failure
+        raise failure
+
+    def _check(self, opened: _Shard, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The arrays of a block that is touched for the first time.
+
+        Raises:
+            ShardError: the crc32 is not that of the index.
+        """
+        dataset = self.datasets[source]
+        manifest = dataset.manifest
+        at = manifest.block_starts[shard] + block
+        if at >= manifest.block_starts[shard + 1]:
+            return np.empty(0, manifest.dtype), np.empty(0, DOCS_DTYPE)
+        row, views = manifest.index[at], []
+        for kind, dtype, count in (("tokens", manifest.dtype, "num_tokens"), ("docs", DOCS_DTYPE, "num_docs")):
+            offset = int(row[f"{kind}_offset"])
+            view = np.frombuffer(opened.data, dtype, int(row[count]), offset)
+            if (found := crc32(view)) != row[f"{kind}_crc32"]:
+                raise ShardError(
+                    f"{dataset.shard_path(shard)}, block {block}: the {kind} at byte {offset} are corrupt "
+                    f"(crc32 {found:08x}, the index has {int(row[f'{kind}_crc32']):08x}). {_way_out(dataset)}"
+                )
+            views.append(view)
+        return views[0], views[1]
+
+
+def _way_out(dataset: Dataset) -> str:
+    return (
+        f"Check the whole dataset with `python -m data_prep.verify {dataset.path}` and copy what is damaged again, or "
+        "set data.on_corrupt=skip to train without it."
+    )

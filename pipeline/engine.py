@@ -1,0 +1,351 @@
+"""DeepSpeed owns the optimizer step; this file owns DeepSpeed.
+
+    batches of one step -> forward, backward, reduce, clip, update -> StepResult
+
+pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with ZeRO-1, under the
+1F1B or
+the DualPipeV schedule. Both give the same losses and gradient norms; `build` hides which one runs. Every DeepSpeed key
+that matters is written in `deepspeed_config`: its defaults have changed between releases.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline import optimizer as optimizer_module
+from pipeline.config import OptimizerConfig, PipelineSchedule, Precision, PretrainConfig
+from pipeline.distributed import Mpu, ParallelLayout, seed_step
+from pipeline.engine_config import deepspeed_config, zero_stage
+from pipeline.errors import ConfigError
+from pipeline.lr_schedule import lr_at
+from pipeline.model.gpt import (
+    GPT,
+    Architecture,
+    Loss,
+    StageBlock,
+    StageEmbedding,
+    StageHead,
+    canonical_name,
+)
+from pipeline.model.init import initialize
+from pipeline.model.layers import set_moe_loss_scale
+from pipeline.model.parallel import reduce_partial_gradients
+from pipeline.model.partition import Partition
+from pipeline.model.stages import layer_costs, partition
+from pipeline.run_shape import RunShape
+
+if TYPE_CHECKING:
+    from pipeline.data.loader import Batch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
+import deepspeed.ops  # noqa: E402
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
+from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# A shared-memory all-reduce that is compiled at start-up (about a minute) and that our groups do not use.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Tensors stay on the device until a logging step reads them."""
+
+    loss: Tensor
+    """0-dim fp32: mean over the tokens of the global batch."""
+    grad_norm: Tensor | float
+    """Global gradient norm before clipping; inf when the step was skipped."""
+    lr: float
+    skipped: bool
+    """Whether the update was left out: a gradient was not finite, or the loss was above train_step's max_loss."""
+
+
+class Engine:
+    """One interface over DeepSpeed's engines. Every method is collective: call on every rank."""
+
+    def __init__(self, cfg: PretrainConfig, run: RunShape, layout: ParallelLayout) -> None:
+        self.cfg, self.run, self.layout = cfg, run, layout
+        self.is_pipeline = run.pipeline_parallel_size > 1
+        if cfg.training.precision is Precision.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                "training.precision=fp16 is not supported on this device. Set training.precision=bf16 or fp32."
+            )
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes over torch's process group
+        self.architecture = Architecture(cfg.model, cfg.parallel, cfg.training, run.vocab_size, run.padded_vocab_size)
+        module = self._pipeline_module() if self.is_pipeline else GPT(self.architecture, layout.tensor_group)
+        module.to(layout.device)
+        self.partitions = self._initial_weights(module)
+        reduce_partial_gradients(module, layout.tensor_group)
+        groups = optimizer_module.parameter_groups(self._named(module), cfg.optimizer, cfg.model)
+        self._num_micro_batches = run.at(0).num_micro_batches
+        self._activation_shape: tuple[int, ...] = ()
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=groups,
+            optimizer=self._optimizer(cfg.optimizer),
+            config=deepspeed_config(cfg, run),
+            mpu=None if self.is_pipeline else Mpu(),
+        )
+        if zero_stage(cfg, run) == 0:
+            self.deepspeed.clip_fp32_gradients = self._clip_and_keep_norm
+        self._deepspeed_model_step = self.deepspeed._take_model_step
+        self.deepspeed._take_model_step = self._take_model_step
+
+    # ---- one optimizer step -------------------------------------------------------------------------------------
+
+    def train_step(self, batches: list[Batch], *, step: int, max_loss: float = math.inf) -> StepResult:
+        """Forward, backward and update on this rank's micro-batches of optimizer step `step`.
+
+        Args:
+            batches: num_micro_batches of them.
+            step: 0 is the first.
+            max_loss: the update is left out when the step's loss is above; finite: one wait for the device more.
+        """
+        self._max_loss, self._left_out = max_loss, False
+        self._set_micro_batches(len(batches))
+        seed_step(self.cfg.seed, step, self.layout)
+        lr = lr_at(
+            step, lr=self.cfg.optimizer.lr, schedule=self.cfg.schedule,
+            warmup_steps=self.run.warmup_steps, total_steps=self.run.total_steps,
+        )  # fmt: skip
+        optimizer_module.set_lr(self.deepspeed.optimizer, lr)
+        weights = self._token_weights(batches)
+        skipped_before = self.deepspeed.skipped_steps
+        loss = self._pipeline_step(batches, weights) if self.is_pipeline else self._plain_step(batches, weights)
+        norm = self.deepspeed.get_global_grad_norm()
+        skipped = self._left_out or self.deepspeed.skipped_steps > skipped_before
+        return StepResult(loss, float("inf") if skipped or norm is None else norm, lr, skipped)
+
+    def _plain_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
+        self.deepspeed.train()
+        self._loss_sum = torch.zeros((), device=self.layout.device)
+        for batch, token_weights in zip(batches, weights, strict=True):
+            loss = self.deepspeed(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
+            self.deepspeed.backward(loss)
+            self._loss_sum += loss.detach()
+            self.deepspeed.step()
+        return self._step_loss()
+
+    def _step_loss(self) -> Tensor:
+        """Mean loss of the step, after its last forward pass."""
+        if self.is_pipeline:
+            return self.deepspeed._aggregate_total_loss()
+        total = self._loss_sum / self._num_micro_batches
+        dist.all_reduce(total, group=self.layout.data_group)
+        return total / self.layout.data_parallel_size
+
+    def _take_model_step(self, lr_kwargs: Any = None) -> None:
+        """DeepSpeed's optimizer step, told that the gradient norm is invalid when the loss is too high: it
+        then clears up.
+        """
+        self._left_out = self._max_loss < math.inf and not float(self._step_loss()) <= self._max_loss
+        optimizer, invalid = self.deepspeed.optimizer, torch.tensor(math.inf, device=self.layout.device)
+        stage = zero_stage(self.cfg, self.run)
+        name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+        if self._left_out and stage > 0:
+            setattr(optimizer, name, lambda *_, **__: [invalid] if stage == 3 else invalid)
+        try:
+            self._deepspeed_model_step(lr_kwargs)
+        finally:
+            vars(optimizer).pop(name, None)
+
+    def _pipeline_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
+        self._expect_shape(batches[0])
+        return self.deepspeed.train_batch(_packed(batches, weights))
+
+    def _token_weights(self, batches: list[Batch]) -> list[Tensor | None]:
+        """Weights that make the engine's mean over micro-batches and ranks the mean over the global batch's tokens.
+
+        A micro-batch's loss is sum(w * ce), the engine averages num_micro_batches * data_parallel_size of them:
+        w = mask * num_micro_batches * data_parallel_size / (unmasked tokens of the global batch).
+        """
+        if all(batch.loss_mask is None for batch in batches):
+            return [None] * len(batches)
+        masks = [
+            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask for b in batches
+        ]
+        count = torch.stack([mask.sum() for mask in masks]).sum()
+        dist.all_reduce(count, group=self.layout.data_group)
+        scale = len(batches) * self.layout.data_parallel_size / count.clamp(min=1.0)
+        return [mask * scale for mask in masks]
+
+    def _set_micro_batches(self, count: int) -> None:
+        set_moe_loss_scale(1.0 / count)
+        if count != self._num_micro_batches:
+            self._num_micro_batches = count
+            self.deepspeed.set_train_batch_size(self.run.micro_batch_size * count * self.layout.data_parallel_size)
+
+    def _clip_and_keep_norm(self) -> None:
+        # DeepSpeed's ZeRO-0 fp32 path clips but drops the norm.
+        limit = self.cfg.optimizer.clip_grad or float("inf")
+        parameters = list(self.deepspeed.module.parameters())
+        norm = clip_grad_norm_(parameters, limit, mpu=self.deepspeed.mpu)
+        self.deepspeed._global_grad_norm = norm
+        if self._left_out or not math.isfinite(norm):  # nor does it leave bad steps out
+            self._left_out = True
+            for parameter in parameters:
+                parameter.grad = None
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """(sum of the cross entropy, number of tokens) over the unmasked tokens of these batches on all ranks."""
+        masks = [
+            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask for b in batches
+        ]
+        count = torch.stack([mask.sum() for mask in masks]).sum()
+        dist.all_reduce(count, group=self.layout.data_group)
+        if self.is_pipeline:
+            return self._pipeline_evaluate(batches, masks), count
+        self.deepspeed.eval()
+        total = torch.zeros((), device=self.layout.device)
+        for batch, mask in zip(batches, masks, strict=True):
+            total += self.deepspeed(batch.tokens, batch.labels, mask, batch.document_ids, batch.positions)
+        dist.all_reduce(total, group=self.layout.data_group)
+        return total, count
+
+    def _pipeline_evaluate(self, batches: list[Batch], masks: list[Tensor]) -> Tensor:
+        self._expect_shape(batches[0])
+        missing = max(0, 2 * self.run.pipeline_parallel_size - len(batches))  # DualPipeV needs that many in flight
+        weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
+        batches = [*batches, *[batches[0]] * missing]
+        mean = self.deepspeed.eval_batch(_packed(batches, weights), num_micro_batches=len(batches))
+        return mean.reshape(()) * (len(batches) * self.layout.data_parallel_size)
+
+    # ---- parameters ---------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
+        """Canonical name -> (parameter, its partition) of this rank's stage; a tied copy on a later stage is
+        left out.
+        """
+        return {
+            name: (parameter, self.partitions[name])
+            for name, parameter in self._named(self.deepspeed.module)
+            if not getattr(parameter, "ds_pipe_replicated", False)
+        }
+
+    def all_parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
+        """As `parameters`, with tied copies."""
+        return {name: (parameter, self.partitions[name]) for name, parameter in self._named(self.deepspeed.module)}
+
+    def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        num_layers = self.cfg.model.num_layers
+        return [(canonical_name(name, num_layers=num_layers), p) for name, p in module.named_parameters()]
+
+    def _initial_weights(self, module: nn.Module) -> dict[str, Partition]:
+        partitions = {}
+        for name, parameter in self._named(module):
+            is_vocabulary = name in ("embedding.word.weight", "head.weight")
+            partitions[name] = Partition.of(
+                tuple(parameter.shape),
+                dim=getattr(parameter, "partition_dim", None) if _is_split(parameter) else None,
+                stride=getattr(parameter, "partition_stride", 1),
+                tensor_rank=self.layout.tensor_rank,
+                tensor_size=self.layout.tensor_parallel_size,
+                real_size=self.run.vocab_size if is_vocabulary else None,
+            )
+            initialize(parameter, name, partitions[name], model=self.cfg.model, seed=self.cfg.seed)
+        return partitions
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    def _optimizer(self, cfg: OptimizerConfig) -> Any:
+        if self.cfg.parallel.offload_optimizer:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return lambda groups: DeepSpeedCPUAdam(
+                groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
+            )
+        return lambda groups: optimizer_module.build(groups, cfg)
+
+    def _pipeline_module(self) -> PipelineModule:
+        architecture, model = self.architecture, self.cfg.model
+        tied = model.tied_embeddings
+        tie = {"tied_weight_attr": "word.weight"}
+        specs: list[Any] = [
+            TiedLayerSpec("embedding", StageEmbedding, architecture, **tie)
+            if tied
+            else LayerSpec(StageEmbedding, architecture),
+            *[LayerSpec(StageBlock, architecture, layer) for layer in range(model.num_layers)],
+            LayerSpec(StageHead, architecture),
+        ]
+        if (
+            tied
+        ):  # the copy next to the loss owns no position table, and hands hidden through: the loss takes its weight
+            specs.append(
+                TiedLayerSpec(
+                    "embedding", StageEmbedding, architecture, False, forward_fn=lambda _, hidden: hidden, **tie
+                )
+            )
+        costs = layer_costs(model, padded_vocab_size=self.run.padded_vocab_size, seq_len=self.run.seq_len)
+        if tied:
+            costs = [*costs[:-1], 0.0, costs[-1]]
+        is_dual = self.cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+        loss = Loss(architecture, self.layout.tensor_group)
+
+        def loss_fn(hidden: Tensor, labels: Any) -> Tensor:
+            weight = next(
+                p for name, p in self._named(module) if name == ("embedding.word.weight" if tied else "head.weight")
+            )
+            return loss(hidden, weight, *(labels if isinstance(labels, tuple) else (labels, None)))
+
+        module = (_DualPipeV if is_dual else _Staged)(
+            specs,
+            costs=costs,
+            loss_fn=loss_fn,
+            topology=PipeModelDataParallelTopology(
+                num_pp=self.run.pipeline_parallel_size,
+                num_mp=self.run.tensor_parallel_size,
+                num_dp=self.run.data_parallel_size,
+            ),
+            activation_checkpoint_interval=0,  # blocks recompute themselves, with megatron-core's random streams
+        )
+        return module
+
+    def _expect_shape(self, batch: Batch) -> None:
+        shape = (*batch.tokens.shape, batch.document_ids is not None)
+        if self._activation_shape not in ((), shape):
+            self.deepspeed.reset_activation_shape()
+        self._activation_shape = shape
+
+
+def _is_split(parameter: nn.Parameter) -> bool:
+    # DeepSpeed and megatron-core also set the attribute, to False, on parameters that are whole.
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+class _Staged(PipelineModule):
+    """PipelineModule cut by the cost of its layers."""
+
+    def __init__(self, specs: list, *, costs: list[float], **kwargs: Any) -> None:
+        self._costs = costs
+        super().__init__(specs, **kwargs)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = partition(self._costs, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class _DualPipeV(DualPipeVModule, _Staged):
+    """The same, in 2 * pipeline_parallel_size stages."""
+
+
+def _packed(batches: list[Batch], weights: list[Tensor | None]) -> Iterator[tuple[Any, Any]]:
+    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without gaps."""
+    for batch, token_weights in zip(batches, weights, strict=True):
+        extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
+        inputs = (batch.tokens, *extra) if extra else batch.tokens
+        yield inputs, batch.labels if token_weights is None else (batch.labels, token_weights)

@@ -1,0 +1,72 @@
+"""DeepSpeed's configuration, from ours.
+
+Every key we rely on is written out: DeepSpeed's defaults have changed between releases, and some are wrong for us.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.config import Precision, PretrainConfig
+from pipeline.flops import num_parameters
+from pipeline.run_shape import RunShape
+
+BUCKET_ELEMENTS = 200_000_000  # gradients reduced at a time; larger buckets no longer raise the bandwidth
+
+
+def zero_stage(cfg: PretrainConfig, run: RunShape) -> int:
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 where one fp32 data-parallel rank has nothing to partition.
+
+    Stage 0 computes the same without copying gradients and weights through flat buffers.
+    """
+    parallel = cfg.parallel
+    has_nothing_to_partition = run.data_parallel_size == 1 and cfg.training.precision is Precision.fp32
+    if has_nothing_to_partition and run.pipeline_parallel_size == 1 and not parallel.offload_optimizer:
+        return 0
+    return parallel.zero_stage
+
+
+def deepspeed_config(cfg: PretrainConfig, run: RunShape) -> dict[str, Any]:
+    """DeepSpeed's configuration, every key we rely on written out."""
+    parallel, precision, stage = cfg.parallel, cfg.training.precision, zero_stage(cfg, run)
+    size = num_parameters(cfg.model, run.vocab_size) // (run.tensor_parallel_size * run.pipeline_parallel_size)
+    size += 2 - size % 2  # DeepSpeed wants bucket sizes even
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": stage > 1,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "allgather_partitions": True,
+        # Elements. DeepSpeed allocates the bucket whole, so a small model must not ask for a large one.
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, size),
+        "allgather_bucket_size": min(BUCKET_ELEMENTS, size),
+        "round_robin_gradients": False,
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "gradient_accumulation_steps": run.at(0).num_micro_batches,
+        # Stage 0 reports its norm from the clipping function, so that one always runs.
+        "gradient_clipping": cfg.optimizer.clip_grad or (float(2**100) if stage == 0 else 0.0),
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "prescale_gradients": False,
+        "steps_per_print": 2**60,
+        "wall_clock_breakdown": False,
+        # Partitioned activations are silently wrong under sequence parallelism, which already splits them.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
+    }
+    if precision is not Precision.fp32:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if precision is Precision.bf16:
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+    if precision is Precision.fp16:
+        config["fp16"] = {
+            "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2,
+            "consecutive_hysteresis": False, "min_loss_scale": 1,
+        }  # fmt: skip
+    return config

@@ -1,0 +1,53 @@
+"""Every error a user can cause, in one tree.
+
+    PipelineError              printed as one message without a traceback; exit code 2
+    |-- ConfigError            a setting is unknown, impossible, or contradicts another one
+    |-- DataError              a dataset is missing, damaged, or does not fit the model
+    |   `-- ShardError         one shard or member is missing, truncated or corrupt
+    |-- CheckpointError        no usable checkpoint, or it belongs to another run
+    |-- EnvironmentError_      this machine or cluster cannot run the job (disk, devices, links)
+    `-- DivergedError          the numbers went bad and stayed bad; exit code 3
+
+Exit codes of a training process: 0 finished, or saved and left on notice; 1 a bug (traceback in logs/); 2 a problem
+the user can solve; 3 diverged; 4 ended by the watchdog; 128 + n killed by signal n.
+
+A message says what is wrong, the values, the rule, and the way out. Anything else that is raised is a bug of ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_BUG = 1
+EXIT_HANG = 4
+
+
+class PipelineError(Exception):
+    """A problem the user can solve; the command line prints it without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(PipelineError):
+    """A setting is unknown, impossible, or contradicts another setting."""
+
+
+class DataError(PipelineError):
+    """A dataset is missing, damaged, or does not fit the model."""
+
+
+class ShardError(DataError):
+    """One shard or one of its members is missing, truncated or corrupt."""
+
+
+class CheckpointError(PipelineError):
+    """No usable checkpoint, or the checkpoint belongs to another run."""
+
+
+class EnvironmentError_(PipelineError):
+    """This machine or cluster cannot run the job: disk space, permissions, devices, links."""
+
+
+class DivergedError(PipelineError):
+    """Loss or gradients were not finite, or spiked, for longer than the settings allow."""
+
+    exit_code = 3

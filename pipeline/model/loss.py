@@ -1,0 +1,154 @@
+"""Output projection and cross entropy in one function, so that the logits of a micro-batch never exist at once.
+
+    hidden (B, S, H), weight (V / tensor_parallel_size, H), labels (B, S)  ->  sum of weights * cross entropy
+
+Tokens go through in chunks: logits of a chunk, their loss, and in training at once the gradients of hidden and weight,
+as in Liger's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989). The backward pass only scales them, so
+the projection costs its three matrix products and nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# fp32 logits of one chunk; large enough to keep the matrix products efficient.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What the output projection does besides multiplying."""
+
+    vocab_size: int
+    """Real vocabulary; columns from here on are padding and can never be predicted."""
+    softcap: float = 0.0
+    """cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); 0: off."""
+    z_loss_coeff: float = 0.0
+    """Weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5); 0: off."""
+    scale: float = 1.0
+    """Factor on the logits (muP)."""
+    group: dist.ProcessGroup | None = None
+    """Tensor-parallel group that splits the vocabulary; None: it is whole here."""
+
+    @property
+    def rank(self) -> int:
+        """Which slice of the vocabulary this rank holds."""
+        return dist.get_rank(self.group) if self.group is not None else 0
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, projection: Projection
+) -> Tensor:
+    """Weighted sum over tokens of the cross entropy of hidden @ weight^T.
+
+    Args:
+        hidden: (B, S, H), the same on every tensor-parallel rank.
+        weight: (V / tensor_parallel_size, H), this rank's rows, padding included.
+        labels: (B, S) int64 below projection.vocab_size.
+        token_weights: (B, S) fp32; None: 1 / (B S) each, the mean.
+
+    Returns:
+        0-dim fp32, equal on every tensor-parallel rank. The gradient of `hidden` is this rank's part of the sum.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if token_weights is None:
+        token_weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
+    return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), token_weights.reshape(-1).float(), projection)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, token_weights, projection):  # type: ignore[no-untyped-def]
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        chunk = max(16, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        grad_weight = None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = hidden[part] @ weight.t()
+            losses, grad_logits = _cross_entropy(logits, labels[part], token_weights[part], projection, needs_gradient)
+            loss += losses
+            if grad_logits is not None and grad_hidden is not None:
+                torch.matmul(grad_logits, weight, out=grad_hidden[part])
+                product = grad_logits.t() @ hidden[part]
+                # Chunks are summed in fp32: in bf16 the sum would lose what the later chunks add.
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+        if needs_gradient:
+            assert grad_weight is not None, "no tokens"
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            grad_weight * grad_loss.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, token_weights: Tensor, projection: Projection, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(weighted loss sum, gradient of the raw logits in their dtype) of one chunk; logits: (N, V / ranks)."""
+    raw_dtype, first = logits.dtype, projection.rank * logits.shape[1]
+    slope: Tensor | float = projection.scale
+    if projection.scale != 1.0:
+        logits = logits * projection.scale
+    if projection.softcap:
+        bent = torch.tanh(logits.float() / projection.softcap)
+        logits, slope = projection.softcap * bent, slope * (1 - bent.square())
+    padding = first + logits.shape[1] - projection.vocab_size
+    if padding > 0:
+        logits[:, max(0, logits.shape[1] - padding) :] = float("-inf")
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    if projection.group is None:
+        log_probability = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        columns, is_here = labels, None
+        target = log_probability[rows, columns]
+        log_z = logits[rows, columns].float() - target if projection.z_loss_coeff else None
+    else:
+        log_probability, log_z = _parallel_log_softmax(logits, projection.group)
+        columns = labels - first
+        is_here = (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.clamp(0, logits.shape[1] - 1)
+        target = torch.where(is_here, log_probability[rows, columns], 0.0)
+        dist.all_reduce(target, group=projection.group)
+    per_token = -target
+    if projection.z_loss_coeff and log_z is not None:
+        per_token = per_token + projection.z_loss_coeff * log_z.square()
+    loss = (per_token * token_weights).sum()
+    if not needs_gradient:
+        return loss, None
+    gradient = log_probability.exp_()  # d(-log p_label + c log_z^2) / d logits = p (1 + 2 c log_z) - one_hot
+    if projection.z_loss_coeff and log_z is not None:
+        gradient *= (1 + 2 * projection.z_loss_coeff * log_z)[:, None]
+    gradient[rows, columns] -= 1.0 if is_here is None else is_here.float()
+    gradient *= token_weights[:, None]
+    if projection.softcap or projection.scale != 1.0:
+        gradient *= slope
+    return loss, gradient.to(raw_dtype)
+
+
+def _parallel_log_softmax(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(log-softmax (N, V / ranks) fp32, log of the normaliser (N,)) over a vocabulary split over `group`.
+
+    Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3: only (N,) numbers travel.
+    """
+    logits = logits.float()
+    maximum = logits.max(dim=-1).values
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits - maximum[:, None]
+    total = shifted.exp().sum(dim=-1)
+    dist.all_reduce(total, group=group)
+    log_total = total.log()
+    return shifted.sub_(log_total[:, None]), log_total + maximum

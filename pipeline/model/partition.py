@@ -1,0 +1,151 @@
+"""Which rectangles of a whole parameter one tensor-parallel rank holds; pure arithmetic, no torch.
+
+    local shape, partition_dim, partition_stride, rank, size --Partition.of--> [(local slices, global slices), ...]
+
+The global shape is the layout-free one: what checkpoints, initial weights and exports are written in. It has no
+vocabulary padding; local rows without a place in it (padding) are in no piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Slices = tuple[slice, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One rank's share of a parameter.
+
+    A split dimension is cut into `stride` equal runs and each run into `tensor_size` equal pieces; rank r holds the
+    r-th piece of every run, one after another. Gated fc1 has stride 2 (global rows [gate; up], local rows
+    [gate_r; up_r]), everything else 1. This is megatron-core's partition_dim and partition_stride.
+    """
+
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dim: int | None
+    """Split dimension; None: every tensor-parallel rank holds the whole parameter."""
+    stride: int
+    tensor_rank: int
+    tensor_size: int
+
+    @classmethod
+    def of(
+        cls,
+        local_shape: Sequence[int],
+        *,
+        dim: int | None = None,
+        stride: int = 1,
+        tensor_rank: int = 0,
+        tensor_size: int = 1,
+        real_size: int | None = None,
+    ) -> Partition:
+        """The share of `tensor_rank`.
+
+        Args:
+            local_shape: shape of the rank's tensor, padding included.
+            dim: the split dimension; None when the parameter is not split.
+            real_size: rows of the whole parameter along `dim` without padding (vocabulary); None: nothing is padding.
+
+        Raises:
+            ValueError: the sizes contradict each other.
+        """
+        shape = list(local_shape)
+        if dim is None:
+            if real_size is not None:
+                raise ValueError(f"real_size={real_size} needs the dimension that is padded")
+            return cls(tuple(shape), tuple(shape), None, 1, tensor_rank, tensor_size)
+        if shape[dim] % stride:
+            raise ValueError(f"dimension {dim} of {tuple(shape)} is not a multiple of stride {stride}")
+        padded = shape[dim] * tensor_size
+        if real_size is not None and not (stride == 1 and 0 < real_size <= padded):
+            raise ValueError(f"{real_size} real rows need stride 1 (not {stride}) and at most {padded} rows")
+        shape[dim] = padded if real_size is None else real_size
+        return cls(tuple(shape), tuple(local_shape), dim, stride, tensor_rank, tensor_size)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other tensor-parallel ranks hold other parts of the parameter."""
+        return self.dim is not None and self.tensor_size > 1
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether this rank has rows that belong to no piece."""
+        return sum(_volume(held) for held, _ in self.pieces()) < _product(self.local_shape)
+
+    def pieces(self) -> list[tuple[Slices, Slices]]:
+        """[(slices of the local tensor, slices of the whole parameter)]: rectangles of equal shape, in local order."""
+        if self.dim is None:
+            whole = tuple(slice(0, n) for n in self.global_shape)
+            return [(whole, whole)]
+        real = self.global_shape[self.dim]
+        if self.tensor_size == 1:
+            return [(self._rows(0, real), self._rows(0, real))]
+        width = self.local_shape[self.dim] // self.stride
+        found = []
+        for run in range(self.stride):
+            start = (run * self.tensor_size + self.tensor_rank) * width
+            stop = min(start + width, real)
+            if start < stop:
+                found.append((self._rows(run * width, run * width + stop - start), self._rows(start, stop)))
+        return found
+
+    def rectangles(self, start: int, stop: int, *, largest: int) -> Iterator[tuple[int, Shape, Shape]]:
+        """(first element, shape, offsets in the whole parameter) of rectangles that tile a run of the local tensor.
+
+        ZeRO cuts the flattened local tensor anywhere. A run of a matrix is at most a part of a row, whole rows, and a
+        part of a row, and each of these is contiguous in memory.
+
+        Args:
+            start, stop: the run, elements of the row-major local tensor; first elements are counted from 0, not start.
+            largest: elements of a rectangle, rounded up to one row.
+        """
+        for first, shape, offsets in _tiles(self.local_shape, start, stop, largest):
+            if self.dim is None:
+                yield first, shape, offsets
+                continue
+            for held, whole in self.pieces():
+                low = max(offsets[self.dim], held[self.dim].start)
+                high = min(offsets[self.dim] + shape[self.dim], held[self.dim].stop)
+                if low >= high:
+                    continue
+                cut, place = list(shape), list(offsets)
+                cut[self.dim] = high - low
+                place[self.dim] = low - held[self.dim].start + whole[self.dim].start
+                assert self.dim == 0 or cut[self.dim] == shape[self.dim], "columns are split without stride or padding"
+                step = _product(self.local_shape[self.dim + 1 :])
+                yield first + (low - offsets[self.dim]) * step, tuple(cut), tuple(place)
+
+    def _rows(self, start: int, stop: int) -> Slices:
+        return tuple(slice(start, stop) if i == self.dim else slice(0, n) for i, n in enumerate(self.global_shape))
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _tiles(shape: Shape, start: int, stop: int, largest: int) -> Iterator[tuple[int, Shape, Shape]]:
+    """(first element, shape, offsets) of rectangles that tile elements start..stop of a row-major vector or matrix."""
+    if len(shape) == 1:
+        for first in range(start, stop, largest):
+            yield first, (min(largest, stop - first),), (first,)
+        return
+    (_, width), first = shape, start
+    while first < stop:
+        row, column = divmod(first, width)
+        if column or stop - first < width:
+            tile = (1, min(width - column, stop - first))
+        else:
+            tile = (min((stop - first) // width, max(1, largest // width)), width)
+        yield first, tile, (row, column)
+        first += tile[0] * tile[1]
+
+
+def _volume(slices: Slices) -> int:
+    return _product([s.stop - s.start for s in slices])

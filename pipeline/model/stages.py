@@ -1,0 +1,54 @@
+"""Which layers each pipeline stage holds: pure arithmetic.
+
+The list of layers is [embedding, block 0, ..., block n-1, head]. Stages are contiguous; their costs, in units of one
+block's multiply-adds per token, are as equal as contiguity allows, the most loaded stage as light as possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from pipeline.config import ModelConfig
+from pipeline.model_shape import ffn_width, head_width, is_gated
+
+
+def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
+    """Relative cost of [embedding, blocks..., head]; an embedding lookup costs next to nothing, the head a
+    matrix product.
+    """
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    width = head_width(model)
+    projections = hidden * width * (2 * heads + 2 * (model.num_query_groups or heads))
+    scores = width * heads * seq_len  # causal: half of 2 S per token
+    experts = max(1, model.moe.top_k if model.moe.num_experts else 1)
+    mlp = hidden * ffn_width(model) * (3 if is_gated(model) else 2) * experts
+    block = projections + scores + mlp
+    return [0.01, *[1.0] * model.num_layers, padded_vocab_size * hidden / block]
+
+
+def partition(costs: Sequence[float], num_stages: int) -> list[int]:
+    """Boundaries b with stage s = layers [b[s], b[s + 1]), every stage non-empty, largest stage cost minimal.
+
+    Among equal partitions the one with the smallest sum of squares is taken, so the result is unique.
+    """
+    count = len(costs)
+    if not 1 <= num_stages <= count:
+        raise ValueError(f"cannot cut {count} layers into {num_stages} non-empty stages")
+    prefix = [0.0, *accumulate(costs)]
+    infinity = (float("inf"), float("inf"))
+    # best[k][j]: (largest stage, sum of squares) of the first j layers in k stages
+    best = [[infinity] * (count + 1) for _ in range(num_stages + 1)]
+    cut = [[0] * (count + 1) for _ in range(num_stages + 1)]
+    best[0][0] = (0.0, 0.0)
+    for k in range(1, num_stages + 1):
+        for j in range(k, count + 1):
+            for i in range(k - 1, j):
+                stage = prefix[j] - prefix[i]
+                value = (max(best[k - 1][i][0], stage), best[k - 1][i][1] + stage * stage)
+                if value < best[k][j]:
+                    best[k][j], cut[k][j] = value, i
+    bounds = [count]
+    for k in range(num_stages, 0, -1):
+        bounds.append(cut[k][bounds[-1]])
+    return bounds[::-1]

@@ -1,0 +1,126 @@
+"""Would this run start? Everything that can be known without a device, in seconds, on the login node.
+
+    python -m pipeline.preflight world_size=128 model=gpt3-6.7b parallel.tensor_parallel_size=8 ...
+
+Takes the settings of pipeline.train, and the number of ranks. All problems are listed, not just the first; the last
+line on standard output is the run folder, which launch/pretrain.slurm uses. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline import cli, memory
+from pipeline.config import PretrainConfig, TrackingConfig, WandbMode
+from pipeline.distributed import Ranks
+from pipeline.errors import EnvironmentError_, PipelineError
+from pipeline.run_shape import RunShape
+
+WANDB_TIMEOUT_S = 5.0
+
+
+@dataclass
+class PreflightConfig(PretrainConfig):
+    """The settings of a run, and how many ranks it will have."""
+
+    world_size: int = 1
+    """Ranks of the planned job: nodes times devices of a node."""
+
+
+def main(cfg: PreflightConfig) -> None:
+    """Run every check; print what was found.
+
+    Raises:
+        EnvironmentError_: one or more checks failed; all are named.
+    """
+    from pipeline.train import prepare
+
+    problems: list[str] = []
+    run: RunShape | None = None
+    try:
+        run, _ = prepare(cfg, Ranks(1, cfg.world_size, 0, 1, socket.gethostname()))  # not the main rank: writes nothing
+    except PipelineError as error:
+        problems.append(str(error))
+    checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (missing_shards, missing_devices)
+    problems += [problem for check in checks for problem in check(cfg)]
+    for warning in wandb_warnings(cfg.tracking):
+        print(f"warning: {warning}", file=sys.stderr)
+    if problems:
+        raise EnvironmentError_("\n       ".join(problems))
+    assert run is not None
+    print(
+        f"preflight: {run.world_size} ranks = {run.data_parallel_size} data x {run.pipeline_parallel_size} pipeline x "
+        f"{run.tensor_parallel_size} tensor parallel; {run.total_steps} steps, {run.total_tokens:,} tokens\n"
+        f"preflight: estimated need of a device {memory.estimate(cfg, run)}",
+        file=sys.stderr,
+    )
+    print(Path(cfg.runs_dir) / cfg.name)
+
+
+def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
+    """Shards of local datasets that are absent or have the wrong size."""
+    from pipeline.data.shard_format import Manifest
+
+    for dataset in [*cfg.data.train, *cfg.data.validation]:
+        folder = Path(dataset.path)
+        if "://" in dataset.path or not (folder / "manifest.json").is_file():
+            continue  # prepare() has read, or missed, the manifest
+        manifest = Manifest.load(str(folder))
+        wrong = [
+            f"{path} ({found} bytes, {size} expected)"
+            for path, size in zip(manifest.paths, manifest.shard_bytes, strict=True)
+            if (found := _size(folder / str(path))) != int(size)
+        ]
+        if wrong:
+            yield (
+                f"{folder}: {len(wrong)} of {len(manifest.paths)} shards are missing or truncated, first {wrong[0]}. "
+                "Copy the dataset again, or prepare it again with data_prep/tokenize.py."
+            )
+
+
+def missing_devices(_: PretrainConfig) -> Iterator[str]:
+    """Fewer GPUs on this node than Slurm puts ranks there; only where GPUs were asked for, in a job."""
+    asked, ranks = os.environ.get("SLURM_GPUS_ON_NODE"), os.environ.get("SLURM_NTASKS_PER_NODE")
+    if not asked or not ranks:
+        return
+    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    if len(found) < int(ranks):
+        node = socket.gethostname()
+        yield (
+            f"{node} shows {len(found)} GPUs for {ranks} ranks. Leave it out (sbatch --exclude={node}), or start as "
+            "many ranks as it has devices (--ntasks-per-node, --gres)."
+        )
+
+
+def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:
+    """Why Weights & Biases will not be reached, when the run is going to be online; never a reason not to train."""
+    is_online = cfg.wandb is WandbMode.online or (cfg.wandb is WandbMode.auto and bool(os.environ.get("WANDB_API_KEY")))
+    if not is_online:
+        return
+    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=WANDB_TIMEOUT_S).close()
+    except OSError as error:
+        yield (
+            f"Weights & Biases at {address.hostname}:{port} is not reached from {socket.gethostname()} ({error}). "
+            "Training goes on without; set tracking.wandb=offline and send the run later with `wandb sync`."
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+if __name__ == "__main__":
+    cli.run(main, PreflightConfig, config="pretrain")
