@@ -1,0 +1,33 @@
+# Environment of every rank, sourced by the launch scripts; each line says why. A value that is already set wins.
+
+# The program that runs Python on a node, in the batch script and in every rank. A container is a prefix:
+#   PYTHON="apptainer exec --nv --bind /data pretrain.sif python"
+if [[ -z ${PYTHON:-} ]]; then
+  if [[ -x $REPO/.venv/bin/python ]]; then PYTHON=$REPO/.venv/bin/python; else PYTHON=python3; fi
+fi
+export PYTHON
+
+# The package is found from any working directory: relative paths mean what they mean in your shell.
+export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
+# Lines of a rank that is killed are in the log.
+export PYTHONUNBUFFERED=1
+# A crash inside a library prints the Python stack that led there.
+export PYTHONFAULTHANDLER=1
+
+# One thread pool a rank, as large as its share of the node: CPU training, optimizer offload.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# The tokenizer's threads do not survive forks, and ranks do not tokenize.
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+# One hardware queue keeps kernels in the order of their launch; tensor and sequence parallelism overlap
+# communication with computation only then (megatron-core).
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Segments that grow instead of new ones: variable sizes (ramps, documents) do not fragment the device's memory.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# NCCL says which link or device failed; its default is silence.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Compiled kernels on the node's own disk: thousands of ranks must not lock files in one home directory.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-${USER:-$UID}}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/inductor-${USER:-$UID}}
+
+# Nodes with several networks: name the one between nodes, e.g. NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0.
