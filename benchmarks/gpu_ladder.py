@@ -1,0 +1,163 @@
+"""Model FLOPs utilisation of one device over a ladder of sizes, in bf16.
+
+    python benchmarks/gpu_ladder.py                     125M (seq 1024), 350M, 1.3B, 7B (seq 2048) on one CUDA device
+    python benchmarks/gpu_ladder.py --rungs tiny        the same code on a CPU, to see that it runs
+
+Each rung trains in a process of its own, so that none inherits memory. MFU counts the model's own arithmetic (PaLM,
+arXiv:2204.02311, appendix B) over the datasheet's peak, and over what 8192 x 8192 bf16 products reach on this device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size of the ladder."""
+
+    preset: str
+    seq_len: int
+    micro_batch_size: int
+    num_micro_batches: int
+    settings: tuple[str, ...] = ()
+
+
+RUNGS = {
+    "125m": Rung("gpt3-125m", 1024, 32, 4),
+    "350m": Rung("gpt3-350m", 2048, 16, 4),
+    "1.3b": Rung("gpt3-1.3b", 2048, 8, 8),
+    # Weights, gradients and Adam's moments take 126 of an H200's 139 GiB: blocks are recomputed.
+    "7b": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full",)),
+    "tiny": Rung("tiny", 64, 4, 2),
+}
+
+
+def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
+    """Tokens/s, memory and FLOPs of one rung on this process's device."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from pipeline import cli
+    from pipeline.config import PretrainConfig
+    from pipeline.distributed import connect, ranks_from_environment
+    from pipeline.engine import Engine
+    from pipeline.flops import flops_per_token, num_parameters, peak_tflops
+    from pipeline.run_shape import derive
+
+    rung = RUNGS[name]
+    batch = rung.micro_batch_size * rung.num_micro_batches
+    vocab_size = 50257 if name != "tiny" else 512
+    cfg = cli.compose(
+        PretrainConfig,
+        [
+            f"model={rung.preset}", "data.path=none", "training.precision=bf16", f"training.seq_len={rung.seq_len}",
+            f"training.micro_batch_size={rung.micro_batch_size}", f"training.global_batch_size={batch}",
+            "schedule.warmup_steps=0", f"model.compile={str(compile_blocks).lower()}", *rung.settings,
+        ],
+        config="pretrain",
+    )  # fmt: skip
+    layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
+    run = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
+    engine, device = Engine(cfg, run, layout), layout.device
+
+    def step(number: int) -> Any:
+        shape = (rung.micro_batch_size, rung.seq_len + 1)
+        batches: list[Any] = []
+        for _ in range(rung.num_micro_batches):
+            ids = torch.randint(0, vocab_size, shape, device=device)
+            batches.append(
+                SimpleNamespace(
+                    tokens=ids[:, :-1].contiguous(),
+                    labels=ids[:, 1:].contiguous(),
+                    loss_mask=None,
+                    document_ids=None,
+                    positions=None,
+                )
+            )
+        return engine.train_step(batches, step=number).loss
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for number in range(3):
+        step(number)
+    wait()
+    start = time.perf_counter()
+    for number in range(3, 3 + steps):
+        loss = step(number)
+    wait()
+    tokens_per_s = steps * run.at(0).tokens / (time.perf_counter() - start)
+    achieved = tokens_per_s * flops_per_token(cfg.model, vocab_size=run.vocab_size, seq_len=rung.seq_len)
+    on_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "parameters": num_parameters(cfg.model, run.vocab_size),
+        "tokens_per_s": tokens_per_s,
+        "tflops": achieved / 1e12,
+        "datasheet_tflops": peak_tflops(torch.cuda.get_device_name()) if on_cuda else None,
+        "gemm_tflops": gemm_tflops(device, 8192 if on_cuda else 1024),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+        "loss": float(loss),
+    }
+
+
+def gemm_tflops(device: Any, size: int) -> float:
+    """TFLOP/s of square bf16 products, best of five rounds."""
+    import torch
+
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 10 * 2 * size**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def main() -> None:
+    """Print a Markdown table, a row a rung."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["125m", "350m", "1.3b", "7b"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--one", choices=RUNGS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.steps, options.compile)))
+        return
+    print("| rung | parameters | tokens/s | TFLOP/s | MFU of datasheet | of measured GEMM | peak GiB | device |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.rungs:
+        command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--steps", str(options.steps)]
+        done = subprocess.run(command + ["--compile"] * options.compile, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * 6)
+            continue
+        r = json.loads(done.stdout.strip().splitlines()[-1])
+        datasheet = f"{r['tflops'] / r['datasheet_tflops']:.1%}" if r["datasheet_tflops"] else "-"
+        memory = f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-"
+        print(
+            f"| {name} | {r['parameters']:,} | {r['tokens_per_s']:,.0f} | {r['tflops']:.3g} | {datasheet} | "
+            f"{r['tflops'] / r['gemm_tflops']:.1%} | {memory} | {r['device']} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

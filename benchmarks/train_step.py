@@ -1,0 +1,335 @@
+"""A training step of ours against what a user would pick instead, on one device.
+
+    python benchmarks/train_step.py                          every shape and precision, one thread
+    python benchmarks/train_step.py --shapes small --precisions fp32 --rounds 5
+
+Contenders: ours; a plain eager torch GPT with nanoGPT's arithmetic (written here); the same under torch.compile;
+Hugging Face's GPT2LMHeadModel; Hugging Face under DeepSpeed ZeRO-1. Each lives in a process of its own with the same
+threads and the same allocator (tcmalloc for all where it is found, else none). Rounds alternate between them, so that a
+noisy machine disturbs all alike; the ratio is the median over rounds of tokens/s over the eager GPT's in the same
+round.
+The matmul ceiling is 2048 x 2048 products in the same precision, timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
+
+# layers, width, heads, sequence, batch, vocabulary
+SHAPES = {
+    "small": (4, 128, 4, 64, 12, 256),
+    "medium": (6, 384, 6, 256, 8, 8192),
+    "large": (12, 768, 12, 512, 2, 32000),
+}
+CONTENDERS = ("ours", "eager", "compiled", "huggingface", "huggingface+deepspeed")
+LR, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
+
+
+def eager_gpt(layers: int, width: int, heads: int, seq: int, vocab: int) -> Any:
+    """GPT-2 in plain torch: the layers, residuals and initialisation of Radford et al. 2019."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, size, _ = x.shape
+            q, k, v = (
+                t.view(batch, size, heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, dim=2)
+            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, size, width)
+            x = x + self.out(y)
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class GPT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.word, self.position = nn.Embedding(vocab, width), nn.Embedding(seq, width)
+            self.layers, self.norm = nn.ModuleList(Layer() for _ in range(layers)), nn.LayerNorm(width)
+
+        def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            x = self.word(tokens) + self.position.weight[: tokens.shape[1]]
+            for layer in self.layers:
+                x = layer(x)
+            logits = F.linear(self.norm(x), self.word.weight)
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    torch.manual_seed(0)
+    model = GPT()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def torch_step(model: Any, precision: str, loss_of: Callable[..., Any]) -> Callable[[], float]:
+    """One step of AdamW on a model in plain torch, as nanoGPT does it: autocast in bf16, clip, fused AdamW."""
+    import torch
+
+    device = next(model.parameters()).device
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def build(contender: str, shape: str, precision: str) -> Callable[[], float]:
+    """A function that makes one training step and returns its loss."""
+    import torch
+
+    layers, width, heads, seq, batch, vocab = SHAPES[shape]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = torch.randint(0, vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if contender == "ours":
+        return our_step(shape, precision, inputs, labels)
+    if contender in ("eager", "compiled"):
+        model = eager_gpt(layers, width, heads, seq, vocab).to(device)
+        model = torch.compile(model) if contender == "compiled" else model
+        return torch_step(model, precision, lambda m: m(inputs, labels))
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=seq, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device)
+    if contender == "huggingface":
+        return torch_step(model, precision, lambda m: m(tokens[:, :-1], labels=tokens[:, :-1]).loss)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=list(model.parameters()),
+        config={
+            "train_micro_batch_size_per_gpu": batch, "gradient_clipping": CLIP, "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "torch_adam": True}},
+            "bf16": {"enabled": precision == "bf16"}, "steps_per_print": 2**60,
+        },
+    )  # fmt: skip
+
+    def step() -> float:
+        loss = engine(tokens[:, :-1], labels=tokens[:, :-1]).loss
+        engine.backward(loss)
+        engine.step()
+        return float(loss.detach())
+
+    return step
+
+
+def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[], float]:
+    """A step of pipeline.engine as the trainer calls it."""
+    from types import SimpleNamespace
+
+    from pipeline.config import ModelConfig, OptimizerConfig, Precision, PretrainConfig, TrainingConfig
+    from pipeline.distributed import connect, ranks_from_environment
+    from pipeline.engine import Engine
+    from pipeline.run_shape import derive
+
+    layers, width, heads, seq, batch, vocab = SHAPES[shape]
+    cfg = PretrainConfig(
+        name="benchmark",
+        model=ModelConfig(name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq),
+        optimizer=OptimizerConfig(lr=LR, weight_decay=DECAY, clip_grad=CLIP),
+        training=TrainingConfig(
+            total_steps=10**6, global_batch_size=batch, micro_batch_size=batch, precision=Precision[precision]
+        ),
+    )
+    layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
+    engine = Engine(cfg, derive(cfg, world_size=1, tokenizer_vocab_size=vocab), layout)
+    micro_batch: Any = SimpleNamespace(tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None)
+    number = iter(range(10**9))
+    return lambda: float(engine.train_step([micro_batch], step=next(number)).loss)
+
+
+def gemm_flops(precision: str) -> float:
+    """FLOP/s of 2048 x 2048 products for about half a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device)
+    a @ a
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return count * 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def worker(contender: str, shape: str, precision: str, threads: int) -> None:
+    """Answer each line on stdin, a number of seconds, with {"tokens_per_s", "peak_mib", "loss"} of a round
+    that long.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    _, _, _, seq, batch, _ = SHAPES.get(shape, (0,) * 6)
+    step = build(contender, shape, precision) if contender != "gemm" else None
+    if step is not None:
+        for _ in range(3):
+            step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if step is None:
+            answer: dict[str, float] = {"flops": gemm_flops(precision)}
+        else:
+            count, loss, start = 0, 0.0, time.perf_counter()
+            while count < 2 or time.perf_counter() - start < float(line):
+                loss, count = step(), count + 1
+            rate = count * seq * batch / (time.perf_counter() - start)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated() / 2**20
+            answer = {"tokens_per_s": rate, "peak_mib": peak, "loss": loss}
+        print(json.dumps(answer), flush=True)
+
+
+def start(contender: str, shape: str, precision: str, threads: int, preload: str) -> subprocess.Popen | None:
+    """A worker that has made its first steps, or None when it could not."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "LD_PRELOAD": preload,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment |= {
+        "DS_ACCELERATOR": environment.get("DS_ACCELERATOR", ""),
+        "MASTER_PORT": str(20000 + os.getpid() % 20000),
+    }
+    if not environment["DS_ACCELERATOR"]:
+        del environment["DS_ACCELERATOR"]
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, "--worker", contender, shape, precision, str(threads)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "ready":
+            return process
+    print(f"{contender} at {shape} {precision} did not start:\n{process.stderr.read()[-1500:]}", file=sys.stderr)  # type: ignore[union-attr]
+    return None
+
+
+def ask(process: subprocess.Popen, seconds: float) -> dict[str, float]:
+    """One round."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{seconds}\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise RuntimeError("a worker died in mid-round")
+
+
+def flops_of(shape: str) -> float:
+    """FLOPs a token of this shape."""
+    from pipeline.config import ModelConfig
+    from pipeline.flops import flops_per_token
+
+    layers, width, heads, seq, _, vocab = SHAPES[shape]
+    model = ModelConfig(name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq)
+    return flops_per_token(model, vocab_size=vocab, seq_len=seq)
+
+
+def compare(
+    shape: str, precision: str, names: list[str], *, rounds: int, seconds: float, threads: int, preload: str
+) -> list[str]:
+    """Rows of the table for one shape and precision."""
+    processes = {name: start(name, shape, precision, threads, preload) for name in [*names, "gemm"]}
+    alive = {name: process for name, process in processes.items() if process is not None}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in alive}
+    for _ in range(rounds):
+        for name, process in alive.items():
+            results[name].append(ask(process, seconds))
+    for process in alive.values():
+        process.kill()
+    ceiling = statistics.median(r["flops"] for r in results.pop("gemm"))
+    rows = []
+    for name, answers in results.items():
+        rate = statistics.median(a["tokens_per_s"] for a in answers)
+        ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(answers, results["eager"]))
+        share = rate * flops_of(shape) / ceiling
+        rows.append(
+            f"| {shape} | {precision} | {name} | {rate:,.0f} | {ratio:.2f} | {share:.0%} | "
+            f"{answers[-1]['peak_mib']:,.0f} |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one contender's round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--allocator", choices=("auto", "default"), default="auto", help="auto: tcmalloc where it is found"
+    )
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        contender, shape, precision, threads = options.worker
+        worker(contender, shape, precision, int(threads))
+        return
+    found = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    preload = (found or "") if options.allocator == "auto" else ""
+    names = ["eager", *(name for name in options.contenders if name != "eager")]
+    print(
+        f"threads {options.threads}, allocator {preload or 'default'}, {options.rounds} rounds of {options.seconds} s\n"
+    )
+    print("| shape | precision | contender | tokens/s | ratio to eager | share of matmul ceiling | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in options.shapes:
+        for precision in options.precisions:
+            rows = compare(
+                shape,
+                precision,
+                names,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                threads=options.threads,
+                preload=preload,
+            )
+            print("\n".join(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
