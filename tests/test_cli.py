@@ -1,0 +1,142 @@
+"""The command line: every mistake is named with a way out, help is instant, nothing is silently ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import PretrainConfig
+from pipeline.errors import ConfigError
+
+
+def compose(*arguments: str) -> PretrainConfig:
+    return cli.compose(PretrainConfig, arguments, config="pretrain")
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("model.num_layer=3", ["'model.num_layer'", "Did you mean model.num_layers?"]),
+        ("training.total_stepz=10", ["'training.total_stepz'", "training.total_steps"]),
+        ("model.moe.num_expert=3", ["'model.moe.num_expert'", "model.moe.num_experts"]),
+        ("micro_batch_size=4", ["'micro_batch_size'", "training.micro_batch_size"]),
+        ("nosuch=3", ["'nosuch'", "--help"]),
+        ("+model.num_layer=3", ["'model.num_layer'", "model.num_layers"]),
+        ("++seeed=3", ["'seeed'", "seed"]),
+        ("training.ramp=[{until_step:5,seqlen:4}]", ["training.ramp", "'seqlen'", "seq_len"]),
+        ("optimizer.lr=abc", ["optimizer.lr=abc", "Float"]),
+        ("training.total_steps=1.5", ["training.total_steps=1.5", "Integer"]),
+        ("training.precision=bf15", ["training.precision=bf15", "fp32, bf16, fp16"]),
+        ("model=gpt2-124", ["model=gpt2-124", "Did you mean gpt2-124m?", "gpt3-175b"]),
+        ("experiment=nope", ["experiment=nope", "gpt2-124m"]),
+        ("model=tiny,gpt2-124m", ["model=tiny,gpt2-124m", "one value"]),
+        ("model.num_layers=[", ["model.num_layers=[", "not understood"]),
+        ("--num-layers", ["'--num-layers'", "key=value"]),
+        ("model.num_layers", ["'model.num_layers'", "key=value"]),
+        ("model.num_layers=???", ["model.num_layers is not set"]),
+        ("optimizer.lr_scale={embedding.*:fast}", ["optimizer.lr_scale", "Float"]),
+    ],
+)
+def test_mistake_is_named_with_the_way_out(argument, parts):
+    """Hydra's own messages advise `+key`, which would make a misspelt setting disappear."""
+    with pytest.raises(ConfigError) as caught:
+        compose(argument)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "Traceback" not in message
+    assert "+model" not in message
+
+
+def test_table_takes_new_keys():
+    """lr_scale is keyed by patterns that no schema can list."""
+    assert compose("optimizer.lr_scale={embedding.*:0.5}").optimizer.lr_scale == {"embedding.*": 0.5}
+
+
+def test_text_is_taken_literally():
+    """A path or prompt may hold what hydra's grammar would take apart."""
+    assert compose("runs_dir=a b,{c}=[d]").runs_dir == "a b,{c}=[d]"
+
+
+@dataclass
+class Job:
+    """A job without a yaml file."""
+
+    path: str = "???"
+    """Where."""
+    count: int = 1
+    """How many,
+    in pieces."""
+    tags: list[str] = field(default_factory=list)
+
+
+def test_positional_word_fills_its_field():
+    """`python -m pipeline.report runs/x` reads as a command."""
+    job = cli.compose(Job, ["runs/x, y", "count=3"], config="job_without_yaml", positional=["path"])
+    assert dataclasses.astuple(job) == ("runs/x, y", 3, [])
+
+
+def test_required_value_that_is_missing_is_named():
+    """The job must not start with a hole."""
+    with pytest.raises(ConfigError, match="path is not set"):
+        cli.compose(Job, ["count=3"], config="job_without_yaml", positional=["path"])
+
+
+def test_help_shows_each_field_with_its_documentation():
+    """The schema is the manual: nothing to fall out of date."""
+    text = cli.help_text(test_help_shows_each_field_with_its_documentation, Job, config="job", positional=["path"])
+    assert "path = (required) (may be given without its name)" in text
+    assert "count = 1\n      How many, in pieces." in text
+    assert text.startswith(sys.modules[__name__].__doc__.strip())
+
+
+def test_every_number_is_documented_unless_its_name_says_all():
+    """A knob without a meaning, a unit or the effect of 0 is a guess."""
+    plain_numbers = {
+        "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.norm_eps", "model.init_std",
+        "model.attention_dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
+        "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size", "parallel.expert_parallel_size",
+    }  # fmt: skip
+    numbers = {"int", "float", "int | None", "float | None"}
+    undocumented = {
+        key
+        for key, field_, owner in cli.keys(PretrainConfig)
+        if field_.type in numbers and field_.name not in cli.field_docs(owner)
+    }
+    assert undocumented == plain_numbers
+
+
+def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
+    """A command in a process of its own, and the processor time it took: other processes do not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cli.CONF_DIR.parent)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("command", "limit_s"),
+    [(["-m", "pipeline.train"], 2.0), (["data_prep/tokenize.py"], 1.0)],
+    ids=["train", "tokenize"],
+)
+def test_help_is_lean(command, limit_s):
+    """Help answers at once: no torch, no hydra; the best of three, as this machine may be busy."""
+    done, _ = run("-X", "importtime", *command, "--help")
+    assert done.returncode == 0, done.stderr[-500:]
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "hydra", "wandb", "deepspeed", "megatron"} & imported
+    assert min(run(*command, "--help")[1] for _ in range(3)) < limit_s
+
+
+@pytest.mark.parametrize("command", [["-m", "pipeline.train"], ["data_prep/tokenize.py"]], ids=["train", "tokenize"])
+def test_misspelt_key_ends_without_traceback_and_with_an_exit_code(command):
+    """One line is what a user needs; a traceback hides it."""
+    done, _ = run(*command, "nosuch_setting=1")
+    assert done.returncode == 2
+    assert "nosuch_setting" in done.stderr
+    assert "Traceback" not in done.stderr

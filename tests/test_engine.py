@@ -1,0 +1,114 @@
+"""What the engine promises beyond equal results: DeepSpeed gets our settings, fp16 scales, offload steps, NaN is skipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_on_ranks
+from tests.layouts import VOCAB, batches, config, rank_batches, reference, train_all
+
+
+def engine_of(cfg: Any) -> Any:
+    from pipeline.distributed import connect, ranks_from_environment
+    from pipeline.engine import Engine
+    from pipeline.run_shape import derive
+
+    ranks = ranks_from_environment()
+    layout = connect(
+        ranks,
+        tensor_parallel_size=cfg.parallel.tensor_parallel_size,
+        pipeline_parallel_size=cfg.parallel.pipeline_parallel_size,
+    )
+    return Engine(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB), layout)
+
+
+def deepspeed_facts(cfg: Any) -> dict[str, Any]:
+    engine = engine_of(cfg).deepspeed
+    return {
+        "stage": engine.zero_optimization_stage(),
+        "clipping": engine.gradient_clipping(),
+        "micro_batches": engine.gradient_accumulation_steps(),
+        "accumulation": str(engine.get_data_types()[1]),
+        "pipe_partitioned": engine._config.pipeline["pipe_partitioned"],
+        "grad_partitioned": engine._config.pipeline["grad_partitioned"],
+        "bf16": engine.bfloat16_enabled(),
+        "fused": all(group["fused"] for group in engine.optimizer.param_groups),
+    }
+
+
+def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
+    """Its defaults have changed between releases, and two of them corrupt results."""
+    facts = run_on_ranks(deepspeed_facts, 2, config("gpt2", pp=2, precision="bf16", clip_grad=0.7))[0]
+    assert facts == {
+        "stage": 1, "clipping": 0.7, "micro_batches": 8, "accumulation": "torch.float32",
+        "pipe_partitioned": False, "grad_partitioned": False, "bf16": True, "fused": True,
+    }  # fmt: skip
+
+
+def fp16_history(cfg: Any) -> list[tuple[float, float]] | str:
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline.errors import ConfigError
+
+    if get_accelerator().is_fp16_supported():
+        return train_all([cfg], [{}])[0]["history"]
+    with pytest.raises(ConfigError, match="fp16 is not supported on this device. Set training.precision=bf16 or fp32"):
+        engine_of(cfg)
+    return "refused"
+
+
+def test_fp16_follows_fp32_under_a_dynamic_loss_scale_or_is_refused() -> None:
+    """The first steps may overflow while the scale is found; those that apply follow the reference."""
+    history = run_on_ranks(fp16_history, 1, config("gpt2", precision="fp16"))[0]
+    if history == "refused":
+        pytest.skip("this processor has no fp16 arithmetic; the refusal was checked")
+    losses = [loss for loss, _ in history]
+    assert losses[0] == pytest.approx(reference(config("gpt2"))[0][0], rel=1e-3)
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0] - 0.2
+
+
+def nan_step(cfg: Any) -> list[tuple[bool, float]]:
+    import torch
+
+    engine = engine_of(cfg)
+    results = []
+    for number, step in enumerate(batches()[:3]):
+        parts = rank_batches(step, engine.run, engine.layout)
+        if number == 1:
+            parts[0].loss_mask = torch.full(parts[0].labels.shape, math.nan)
+        result = engine.train_step(parts, step=number)
+        results.append((bool(result.skipped), float(result.loss)))
+    return results
+
+
+@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+def test_a_nan_batch_is_left_out_and_training_goes_on(zero: int, precision: str) -> None:
+    cfg = config("gpt2", zero=zero, precision=precision)
+    for results in run_on_ranks(nan_step, 2, cfg):
+        assert [skipped for skipped, _ in results] == [False, True, False]
+        assert math.isfinite(results[2][1])
+
+
+@pytest.mark.slow  # DeepSpeed compiles its CPU Adam first
+def test_an_offloaded_optimizer_gives_the_same_results() -> None:
+    [got] = run_on_ranks(train_all, 1, [config("gpt2", offload=True)], [{}])[0]
+    for have, want in zip(got["history"], reference(config("gpt2"))):
+        assert have == pytest.approx(want, rel=1e-4)
+
+
+def test_learning_rates_follow_groups() -> None:
+    """optimizer.lr_scale multiplies the schedule for the names it matches."""
+    cfg = config("gpt2")
+    cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr_scale={"embedding.*": 0.5}))
+    rates = run_on_ranks(group_rates, 1, cfg)[0]
+    assert rates == pytest.approx([0.5 * 1.5e-3, 1.5e-3, 1.5e-3])  # first of two warm-up steps of 3e-3
+
+
+def group_rates(cfg: Any) -> list[float]:
+    engine = engine_of(cfg)
+    engine.train_step(rank_batches(batches()[0], engine.run, engine.layout), step=0)
+    return sorted(group["lr"] for group in engine.deepspeed.optimizer.param_groups)

@@ -1,0 +1,122 @@
+"""Held-out loss, perplexity and bits per byte: equal to a plain computation, at any layout."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DataConfig, DatasetConfig, ParallelConfig, Precision, PretrainConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate import EvalResult, EvaluateConfig, Evaluator, main
+from tests.checkpoint_runs import Run
+from tests.distributed import run_on_ranks
+from tests.layouts import SEQ_LEN, VOCAB, config
+from tests.reference import ReferenceGPT
+from tests.test_export import tokenizer_file
+from tests.token_dataset import write_dataset
+
+SIZES = [70, 45]  # tokens of the shards: their last windows are not full
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of two shards, whose words are two to four bytes long."""
+    folder = tmp_path_factory.mktemp("data")
+    tokens = np.random.default_rng(0).integers(0, VOCAB, sum(SIZES))
+    shards = np.split(tokens, [SIZES[0]])
+    write_dataset(folder, shards, vocab_size=VOCAB, tokenizer=tokenizer_file(folder).read_bytes())
+    return folder
+
+
+def expected(cfg: PretrainConfig, data: Path) -> EvalResult:
+    """In plain torch: every token of a shard but its first is a label once, seen from its own window."""
+    model = ReferenceGPT(cfg, VOCAB)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, sum(SIZES))
+    nats, labels = 0.0, []
+    for shard in np.split(tokens, [SIZES[0]]):
+        for start in range(0, len(shard) - 1, SEQ_LEN):
+            window = torch.from_numpy(shard[start : start + SEQ_LEN + 1])[None]
+            nats += float(model.loss(window[:, :-1], window[:, 1:]).detach()) * (window.shape[1] - 1)
+            labels += window[0, 1:].tolist()
+    size = sum(0 if label == VOCAB - 1 else len(f"t{label}") for label in labels)
+    assert len(labels) == sum(SIZES) - len(SIZES)
+    loss = nats / len(labels)
+    return EvalResult(loss, math.exp(loss), nats / math.log(2) / size, len(labels))
+
+
+def with_data(cfg: PretrainConfig, data: Path) -> PretrainConfig:
+    cfg.training = replace(cfg.training, eval_sequences=0)
+    cfg.data = DataConfig(validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(data / "cache"))
+    return cfg
+
+
+def evaluate(layouts: list[dict], data: Path, folder: Path, *, save: bool = False) -> list[EvalResult]:
+    """The Evaluator's answer at each layout, on fresh weights. Collective."""
+    results = []
+    for layout in layouts:
+        run = Run(
+            with_data(config("gpt2", **layout), data), folder, attachments={"tokenizer.json": data / "tokenizer.json"}
+        )
+        beats: list[int] = []
+        results.append(
+            Evaluator(run.cfg, run=run.shape, engine=run.engine).run(alive=partial(beats.append, 1))["held-out"]
+        )
+        assert beats
+        if save:
+            run.save(0)
+        run.close()
+    return results
+
+
+def check(result: EvalResult, data: Path) -> None:
+    want = expected(config("gpt2"), data)
+    assert result.tokens == want.tokens
+    got = (result.loss, result.ppl, result.bits_per_byte)
+    assert got == pytest.approx((want.loss, want.ppl, want.bits_per_byte), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [(1, [{}]), (4, [{"tp": 2, "pp": 2}, {"zero": 3}, {"pp": 4, "micro_batch_size": 1}])],
+)
+def test_evaluation_equals_plain_torch_at_any_layout(
+    world_size: int, layouts: list[dict], data: Path, tmp_path: Path
+) -> None:
+    """Sequences that only fill the last batch, padding and data-parallel sums must not count."""
+    for rank_results in run_on_ranks(evaluate, world_size, layouts, data, tmp_path):
+        for result in rank_results:
+            check(result, data)
+
+
+def save_fresh(data: Path, folder: Path) -> list[EvalResult]:
+    return evaluate([{}], data, folder, save=True)
+
+
+def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: Path) -> None:
+    """Saved by one process, evaluated by two."""
+    run_on_ranks(save_fresh, 1, data, tmp_path / "run" / "checkpoints")
+    cfg = EvaluateConfig(
+        checkpoint=str(tmp_path / "run"),
+        output=str(tmp_path / "out.json"),
+        micro_batch_size=2,
+        precision=Precision.fp32,
+        data=DataConfig(validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(tmp_path)),
+        parallel=ParallelConfig(tensor_parallel_size=2),
+    )
+    assert run_on_ranks(main, 2, cfg) == [0, 0]
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["checkpoint"].endswith("step-00000000")
+    check(EvalResult(**document["results"]["held-out"]), data)
+
+
+def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
+    """A dataset must be named."""
+    with pytest.raises(ConfigError, match="data.validation"):
+        main(EvaluateConfig(checkpoint=str(tmp_path)))

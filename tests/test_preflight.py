@@ -1,0 +1,95 @@
+"""The preflight finds, in seconds and without a device, what would end a job."""
+
+import http.server
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from pipeline import cli, failure, train
+from pipeline.config import PretrainConfig, TrackingConfig, WandbMode
+from pipeline.distributed import Ranks
+from pipeline.errors import EnvironmentError_
+from pipeline.preflight import PreflightConfig, main, missing_devices, wandb_warnings
+from tests.slurm_cluster import REPO
+from tests.token_dataset import write_dataset
+
+
+@pytest.fixture
+def settings(tmp_path):
+    for split in ("train", "validation"):
+        write_dataset(tmp_path / "data" / split, [np.arange(4096) % 64, np.arange(512) % 61], vocab_size=64)
+    return [f"data.path={tmp_path / 'data'}", f"runs_dir={tmp_path / 'runs'}", "name=a", "world_size=4"]
+
+
+def problems(settings: list[str]) -> str:
+    with pytest.raises(EnvironmentError_) as caught:
+        main(cli.compose(PreflightConfig, settings, config="pretrain"))
+    return str(caught.value)
+
+
+def test_a_run_that_would_start_prints_its_folder_and_imports_no_torch(settings, tmp_path):
+    program = (
+        "import sys; from pipeline import cli, preflight\n"
+        "preflight.main(cli.compose(preflight.PreflightConfig, sys.argv[1:], config='pretrain'))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program, *settings, "parallel.tensor_parallel_size=2"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'runs' / 'a'}\n"), done.stderr
+    assert "4 ranks = 2 data x 1 pipeline x 2 tensor parallel" in done.stderr
+    assert "estimated need of a device" in done.stderr
+
+
+def test_all_problems_are_named_at_once(settings, tmp_path):
+    shard = next((tmp_path / "data" / "train").glob("shards/*/*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    found = problems([*settings, "parallel.pipeline_parallel_size=3"])
+    assert "the number of ranks (4) must be a multiple" in found
+    assert "1 of 2 shards are missing or truncated, first shards/00000/tok-00000000.tar" in found
+
+
+def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot be written" in problems(settings)
+
+
+def test_a_node_with_fewer_gpus_than_ranks_is_named(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "100")
+    assert list(missing_devices(PretrainConfig())) == []
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "100")
+    (found,) = missing_devices(PretrainConfig())
+    assert "GPUs for 100 ranks" in found and "--exclude=" in found
+
+
+def test_wandb_is_asked_for_only_when_online(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    online = TrackingConfig(wandb=WandbMode.online)
+    assert list(wandb_warnings(online)) == []
+    server.shutdown()
+    server.server_close()
+    (warning,) = wandb_warnings(online)
+    assert "is not reached" in warning and "wandb sync" in warning
+    assert list(wandb_warnings(TrackingConfig(wandb=WandbMode.auto))) == []  # no key: offline
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert len(list(wandb_warnings(TrackingConfig(wandb=WandbMode.auto)))) == 1
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands in for torch's, by name."""
+
+
+def test_out_of_memory_prints_the_breakdown_and_the_settings_that_help(settings, capfd, tmp_path):
+    words = [word for word in settings if "world_size" not in word]
+    cfg = cli.compose(PretrainConfig, [*words, "training.micro_batch_size=8"], config="pretrain")
+    ranks = Ranks(3, 4, 3, 4, "n1")
+    advice = train.memory_advice(cfg, ranks)
+    code = failure.report(OutOfMemoryError("CUDA out of memory."), ranks=ranks, run_dir=tmp_path, step=0, advice=advice)
+    printed = capfd.readouterr().err
+    assert code == 1 and printed.startswith("error: rank 3 on n1 after step 0: OutOfMemoryError: CUDA out of memory.")
+    assert "weights" in printed and "activations" in printed and "  training.micro_batch_size=1: " in printed

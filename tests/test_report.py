@@ -1,0 +1,93 @@
+"""The report of finished, killed and restarted runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.report import History, ReportConfig, main
+
+
+def step_row(step: int, loss: float | None) -> dict:
+    return {
+        "step": step,
+        "tokens": step * 64,
+        "train/loss": loss,
+        "train/lr": 1e-3,
+        "train/grad_norm": 1.0,
+        "throughput/tokens_per_sec": 100.0 + step,
+        "resilience/restarts": 1,
+        "resilience/skipped_steps": 0,
+        "goodput/goodput": 0.87,
+        "goodput/lost_steps": 3.0,
+    }
+
+
+def write(run_dir: Path, rows: list[dict], tail: str = "") -> Path:
+    facts = {"num_parameters": 1234, "device": "<cpu>"}
+    lines = [{"event": "start", "world_size": 2, "facts": facts}, *rows]
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + tail)
+    (run_dir / "config.yaml").write_text("name: <x>\n")
+    return run_dir
+
+
+def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path):
+    """The page is mailed and archived: it must carry its picture and load nothing."""
+    rows = [step_row(s, 5 - s / 50) for s in range(10, 210, 10)]
+    held_out = {"val/wiki/loss": 1.5, "val/wiki/ppl": 4.48, "val/wiki/bits_per_byte": 0.9}
+    rows.append({"step": 200, "tokens": 12800, **held_out})
+    main(ReportConfig(run=str(write(tmp_path, rows))))
+    png = (tmp_path / "report" / "curves.png").read_bytes()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert png.startswith(b"\x89PNG")
+    assert base64.b64encode(png).decode() in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "1.5000" in page
+    assert "0.9000" in page
+    assert "1,234 parameters" in page
+    assert "Goodput 87 %, 3 steps done twice." in page
+    assert "&lt;cpu&gt;" in page
+    assert "name: &lt;x&gt;" in page
+
+
+def test_steps_repeated_after_a_restart_count_once(tmp_path):
+    """A requeued job repeats the steps since its checkpoint; the later values are the run's."""
+    rows = [step_row(10, 3.0), step_row(20, 2.0), step_row(10, 2.9), step_row(20, 1.9)]
+    history = History.load(write(tmp_path, rows))
+    assert [(row["step"], row["train/loss"]) for row in history.steps] == [(10, 2.9), (20, 1.9)]
+
+
+def test_report_of_a_killed_run_skips_the_torn_line(tmp_path):
+    """A run that dies is the one whose curves are wanted."""
+    main(ReportConfig(run=str(write(tmp_path, [step_row(1, 3.0), step_row(2, None)], tail='{"step": 3, "tr'))))
+    assert (tmp_path / "report" / "index.html").exists()
+    assert [row["step"] for row in History.load(tmp_path).steps] == [1, 2]
+
+
+def test_evaluation_of_the_whole_held_out_set_is_shown(tmp_path, capsys):
+    """The training scores a sample; the number to quote is pipeline.evaluate's."""
+    run = write(tmp_path, [step_row(1, 3.0)])
+    scores = {"wiki": {"loss": 1.25, "ppl": 3.49, "bits_per_byte": 0.75, "tokens": 1000}}
+    (run / "evaluation.json").write_text(json.dumps({"checkpoint": "x", "results": scores}))
+    main(ReportConfig(run=str(run)))
+    assert "loss 1.2500, 0.7500 bits per byte  (wiki, 1,000 tokens)" in capsys.readouterr().out
+    assert "1.2500" in (run / "report" / "index.html").read_text()
+
+
+def test_throughput_is_the_median_without_the_warm_up(tmp_path):
+    """The first logged step compiles and allocates."""
+    assert History.load(write(tmp_path, [step_row(s, 1.0) for s in (1, 2, 3, 4)])).tokens_per_sec == 103.0
+
+
+@pytest.mark.parametrize("rows", [None, []])
+def test_folder_without_steps_is_named(tmp_path, rows):
+    """A typed wrong name is the likely cause."""
+    if rows is not None:
+        write(tmp_path, rows)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
+        main(ReportConfig(run=str(tmp_path)))

@@ -1,0 +1,77 @@
+"""Datasets for tests: token arrays in, a folder of our format out, its shards and blocks as small as you like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data import shard_format as fmt
+
+
+def write_dataset(
+    folder: Path,
+    shards: Sequence[np.ndarray],
+    *,
+    starts: Sequence[np.ndarray] | None = None,
+    block_tokens: int = 64,
+    vocab_size: int = 60000,
+    tokenizer: bytes = b"{}",
+) -> Path:
+    """Write one tar a token array; starts: places of each array at which documents begin (default: 0)."""
+    dtype = fmt.token_dtype(vocab_size)
+    starts = starts if starts is not None else [np.zeros(min(1, len(s)), np.int64) for s in shards]
+    rows, table = [], []
+    for number, (tokens, begins) in enumerate(zip(shards, starts)):
+        path = folder / fmt.shard_path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tar = bytearray()
+        for block, at in enumerate(range(0, len(tokens), block_tokens)):
+            part = np.asarray(tokens[at : at + block_tokens]).astype(dtype)
+            docs = np.asarray([b - at for b in begins if at <= b < at + len(part)]).astype(fmt.DOCS_DTYPE)
+            row = []
+            for name, array in zip(fmt.member_names(number, block), (part, docs)):
+                data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
+                tar += fmt.tar_header(name, len(data))
+                row += [len(tar) + fmt.NPY_HEADER_BYTES, len(array), zlib.crc32(array.tobytes())]
+                tar += data + bytes(-len(data) % fmt.TAR_BLOCK)
+            table.append(tuple(row))
+        tar += bytes(2 * fmt.TAR_BLOCK)
+        path.write_bytes(tar)
+        rows.append(
+            [
+                fmt.shard_path(number),
+                len(tokens),
+                len(tar),
+                len(begins),
+                hashlib.sha256(tar).hexdigest(),
+                "test",
+                number,
+            ]
+        )
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    np.save(folder / "index.npy", np.array(table, fmt.INDEX_DTYPE))
+    content = {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "dtype": dtype.str,
+        "block_tokens": block_tokens,
+        "tokenizer": {"sha256": hashlib.sha256(tokenizer).hexdigest(), "vocab_size": vocab_size, "eod": 0},
+        "tokens": sum(row[1] for row in rows),
+        "documents": sum(row[3] for row in rows),
+        "text_bytes": 4 * sum(row[1] for row in rows),
+        "index_sha256": hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest(),
+        "shards": rows,
+    }
+    (folder / "manifest.json").write_text(json.dumps(content))
+    return folder
+
+
+def counting_shards(sizes: Sequence[int], *, base: int = 0) -> list[np.ndarray]:
+    """Token arrays that count on through all shards: any window says where it comes from."""
+    first = base + np.concatenate([[0], np.cumsum(sizes)])
+    return [np.arange(a, b) for a, b in zip(first[:-1], first[1:])]
