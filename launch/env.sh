@@ -14,8 +14,9 @@ export PYTHONUNBUFFERED=1
 # A crash inside a library prints the Python stack that led there.
 export PYTHONFAULTHANDLER=1
 
-# One thread pool a rank, as large as its share of the node: CPU training, optimizer offload.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# One thread pool a rank, as large as its share of the node (the launch scripts know it): CPU training, optimizer
+# offload.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The tokenizer's threads do not survive forks, and ranks do not tokenize.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 

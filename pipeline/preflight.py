@@ -87,9 +87,10 @@ def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
 
 def missing_devices(_: PretrainConfig) -> Iterator[str]:
     """Fewer GPUs on this node than Slurm puts ranks there; only where GPUs were asked for, in a job."""
-    asked, ranks = os.environ.get("SLURM_GPUS_ON_NODE"), os.environ.get("SLURM_NTASKS_PER_NODE")
-    if not asked or not ranks:
+    asked = os.environ.get("SLURM_GPUS_ON_NODE")
+    if not asked:
         return
+    ranks = os.environ.get("SLURM_NTASKS_PER_NODE", asked)
     found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     if len(found) < int(ranks):
         node = socket.gethostname()

@@ -62,6 +62,8 @@ def test_a_node_with_fewer_gpus_than_ranks_is_named(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "100")
     (found,) = missing_devices(PretrainConfig())
     assert "GPUs for 100 ranks" in found and "--exclude=" in found
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")  # then launch/pretrain.slurm starts one rank per GPU
+    assert list(missing_devices(PretrainConfig())) == [found]
 
 
 def test_wandb_is_asked_for_only_when_online(monkeypatch):

@@ -62,7 +62,8 @@ class Lab:
         self, name: str, *settings: str, options: tuple[str, ...] = ("--nodes=2",), plant: str = "step_s=0.2"
     ) -> Job:
         environment = {"PYTHON": f"{sys.executable} {REPO}/tests/plant.py", "PLANT": plant, "OMP_NUM_THREADS": "1"}
-        options = ("--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G", "--gres=none", *options)
+        # Jobs of several tests share the nodes.
+        options = ("--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none", *options)
         arguments = [f"name={name}", *self.settings, *settings]
         return self.cluster.submit(
             "launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=self.folder
@@ -160,11 +161,11 @@ def test_time_limit_resumes_without_losing_a_step(lab):
 
 def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(lab):
     """A killed rank: again on the same nodes. A dead node: on the spare. A cut link: on the one node that is left."""
-    job = lab.submit("breaks", "resilience.collective_timeout_s=60", options=("--nodes=1-2", "--ntasks-per-node=2"),
+    job = lab.submit("breaks", "resilience.collective_timeout_s=60", options=("--nodes=1-2",),
                      plant="step_s=0.5")  # fmt: skip
     lab.wait_for_step(job, "breaks", 12)
     node = job.nodes()[1]
-    rank, _ = lab.cluster.tasks(job, node)
+    (rank,) = lab.cluster.tasks(job, node)
     lab.cluster.run("kill", "-9", rank, node=node)
     lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", 60, job=job)
     assert len(job.log().split("requeued (start 2 comes)")[0].split("step 12/")[1].splitlines()) < 40  # one screen
@@ -183,7 +184,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
 
 
 def test_stopped_rank_is_named_with_its_node(lab):
-    job = lab.submit("hang", "resilience.hang_timeout_s=20", options=("--nodes=2", "--ntasks-per-node=1"))
+    job = lab.submit("hang", "resilience.hang_timeout_s=20", options=("--nodes=2",))
     lab.wait_for_step(job, "hang", 12)
     node = job.nodes()[1]
     (pid,) = lab.cluster.tasks(job, node)
@@ -296,7 +297,7 @@ def test_from_text_to_model_in_one_command(lab):
         write_jsonl(folder / "text" / f"{number}.jsonl", make_texts(60 + number))
     one_node_each = ["--array=0-2", "--cpus-per-task=8", "--mem=1G"]
     data = [f"input={folder}/text/*.jsonl", f"output={folder}/out", f"tokenizer={tokenizer}", "workers=1"]
-    two_nodes = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G", "--gres=none"]
+    two_nodes = ["--nodes=2", "--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none"]
     small = [word for word in SETTINGS if not word.startswith(("data.", "training.total_steps"))]
     train = ["name=story", *small, "training.total_steps=6", "training.eval_sequences=8", "tracking.wandb=disabled"]
     command = [str(REPO / "launch" / "pipeline.sh"), *one_node_each, *data, "--", *two_nodes, *train]

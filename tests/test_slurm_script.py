@@ -42,7 +42,7 @@ def submit(cluster: SlurmCluster, folder, mode: str, *arguments: str) -> Job:
     stand_in = folder / "python"
     stand_in.write_text(STAND_IN.replace("SYS_EXECUTABLE", sys.executable))
     stand_in.chmod(0o755)
-    options = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3", "--gres=none"]
+    options = ["--nodes=2", "--ntasks-per-node=2", "--gres=none"]
     environment = {"PYTHON": str(stand_in), "MODE": mode, "OMP_NUM_THREADS": ""}
     return cluster.submit("launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=folder)
 
@@ -51,7 +51,7 @@ def test_one_task_per_rank_gets_every_argument_as_it_was_written(cluster, tmp_pa
     job = submit(cluster, tmp_path, "done", "name=a b", 'data.train=[{path: "x, y"}]', "model=tiny")
     assert job.wait_for_end() == "COMPLETED", job.log()
     port = 20000 + int(job.id) % 10000
-    tail = f'meet at n1:{port}, OMP 3, arguments: [name=a b] [data.train=[{{path: "x, y"}}]] [model=tiny]'
+    tail = f'meet at n1:{port}, OMP 4, arguments: [name=a b] [data.train=[{{path: "x, y"}}]] [model=tiny]'
     lines = sorted((tmp_path / "ranks").read_text().splitlines())
     assert lines == [f"rank {r} of 4 on n{1 + r // 2}, {tail}" for r in range(4)]
     assert "preflight: -m pipeline.preflight world_size=4 name=a b" in job.log()
