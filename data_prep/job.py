@@ -33,6 +33,7 @@ from tqdm import tqdm
 from pipeline.errors import ConfigError, EnvironmentError_
 from pipeline.log import logger
 
+ROOT = str(Path(__file__).resolve().parents[1])
 JOB_FILE = "job.json"
 WORK_FOLDER = ".work"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -151,6 +152,9 @@ def _results(
     # forkserver: children start from a small process with everything imported, and inherit no threads or sockets.
     context = get_context("forkserver")
     context.set_forkserver_preload([getattr(run, "func", run).__module__])
+    # The server would put the current folder first on its path: in data_prep/, whose file names are the library's.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting = list(reversed(todo))
     running: dict[Future[dict[str, Any]], int] = {}

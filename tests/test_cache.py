@@ -23,6 +23,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.sampler import Sampler
 from pipeline.errors import ConfigError, DataError, ShardError
 from tests.fault_server import Served, serve
+from tests.s3_server import s3_server
 from tests.token_dataset import counting_shards, write_dataset
 
 # fsspec keeps its connections open for the life of the process.
@@ -198,38 +199,15 @@ def test_an_unknown_protocol_is_a_setting_error(tmp_path):
 
 
 @pytest.fixture
-def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real S3-speaking server with the dataset in a bucket."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
-                time.sleep(0.1)
+def bucket(folder: Path) -> Iterator[str]:
+    """The dataset in a bucket of a real S3-speaking server."""
+    with s3_server():
         import s3fs
 
         files = s3fs.S3FileSystem()
         files.mkdir("data")
         files.put(str(folder), "data/origin", recursive=True)
         yield "s3://data/origin"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")

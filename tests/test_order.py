@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 from hypothesis import given, settings
@@ -119,34 +118,17 @@ def test_upcoming_shards_hold_this_and_the_next_window(sizes, lanes, window, at)
     assert len(upcoming) == len(set(upcoming)) <= 2 * lanes * window + lanes * window
 
 
-def test_ten_trillion_tokens_are_set_up_and_resumed_at_once():
-    """300,000 shards of 32 Mi tokens in a fresh process: set-up, resume at 50 %, memory."""
+def test_ten_trillion_tokens_are_held_in_200_mb():
+    """300,000 shards of 32 Mi tokens, from the start and from the middle; benchmarks/loader.py has the times."""
     code = """
-        import resource, time
         import numpy as np
         from pipeline.data.order import Order
-        began = time.process_time()
         order = Order(np.full(300_000, 1 << 25), seq_len=2048, seed=7, lanes=128, window=32)
         order(np.arange(8))
-        set_up = time.process_time() - began
         half = order.epoch_size // 2
-        began = time.process_time()
         order(np.arange(half, half + 512))
-        print(set_up, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = open("/proc/self/status").read()  # ru_maxrss would count the parent of before exec
+        print(status.split("VmHWM:")[1].split()[0])
     """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    ).stdout
-    set_up_s, resume_s, memory_mib = map(float, out.split())
-    assert set_up_s < 1.0
-    assert resume_s < 0.1
-    assert memory_mib < 200
-
-
-def test_addresses_are_computed_faster_than_they_are_read():
-    """At least 100,000 sequences a second (200 M tokens/s at 2,048); 2 M a second were measured."""
-    order = Order(np.full(1000, 1 << 25), seq_len=2048, seed=7)
-    order(np.arange(8))
-    began = time.process_time()
-    order(np.arange(65536))
-    assert time.process_time() - began < 0.65
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(out.stdout) / 1024 < 200

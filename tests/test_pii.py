@@ -1,10 +1,10 @@
 import base64
 import random
-import time
 
 import pytest
 
 from data_prep.pii import EMAIL, IP, PHONE, SECRET, remove_pii
+from tests.cpu_limit import cpu_limit
 
 EVERYTHING = {"emails": True, "ips": True, "phones": True, "secrets": True}
 
@@ -76,8 +76,7 @@ def test_emails_and_addresses_agree_with_datatrove_on_prose() -> None:
     ],
     ids=["base64", "plus", "digits", "dots", "token", "eyj", "ats", "pem"],
 )
-def test_time_is_linear_in_hostile_text(line: str) -> None:
+def test_gets_through_hostile_text(line: str) -> None:
     """datatrove's e-mail expression needs minutes for the first of these."""
-    start = time.process_time()
-    remove_pii(line, **EVERYTHING)
-    assert time.process_time() - start < 2
+    with cpu_limit(minutes=1):
+        remove_pii(line, **EVERYTHING)

@@ -16,26 +16,15 @@ from pipeline import cli
 from pipeline.data.shard_format import Manifest
 from pipeline.errors import DataError
 from tests.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.s3_server import s3_server
 
 TEXTS = make_texts(60)
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """Address of the server; the environment tells fsspec's s3 about it."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
