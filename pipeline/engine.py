@@ -51,7 +51,6 @@ import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
 import deepspeed.ops  # noqa: E402
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
-from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # A shared-memory all-reduce that is compiled at start-up (about a minute) and that our groups do not use.
@@ -97,8 +96,12 @@ class Engine:
             config=deepspeed_config(cfg, run),
             mpu=None if self.is_pipeline else Mpu(),
         )
+        self._all_parameters = list(module.parameters())
         if zero_stage(cfg, run) == 0:
             self.deepspeed.clip_fp32_gradients = self._clip_and_keep_norm
+        if run.data_parallel_size == 1 and hasattr(self.deepspeed, "buffered_allreduce_fallback"):
+            # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
+            self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
         self._deepspeed_model_step = self.deepspeed._take_model_step
         self.deepspeed._take_model_step = self._take_model_step
 
@@ -128,7 +131,8 @@ class Engine:
         return StepResult(loss, float("inf") if skipped or norm is None else norm, lr, skipped)
 
     def _plain_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
-        self.deepspeed.train()
+        if not self.deepspeed.training:
+            self.deepspeed.train()
         self._loss_sum = torch.zeros((), device=self.layout.device)
         for batch, token_weights in zip(batches, weights, strict=True):
             loss = self.deepspeed(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
@@ -142,7 +146,8 @@ class Engine:
         if self.is_pipeline:
             return self.deepspeed._aggregate_total_loss()
         total = self._loss_sum / self._num_micro_batches
-        dist.all_reduce(total, group=self.layout.data_group)
+        if self.layout.data_parallel_size > 1:
+            dist.all_reduce(total, group=self.layout.data_group)
         return total / self.layout.data_parallel_size
 
     def _take_model_step(self, lr_kwargs: Any = None) -> None:
@@ -187,15 +192,20 @@ class Engine:
             self.deepspeed.set_train_batch_size(self.run.micro_batch_size * count * self.layout.data_parallel_size)
 
     def _clip_and_keep_norm(self) -> None:
-        # DeepSpeed's ZeRO-0 fp32 path clips but drops the norm.
-        limit = self.cfg.optimizer.clip_grad or float("inf")
-        parameters = list(self.deepspeed.module.parameters())
-        norm = clip_grad_norm_(parameters, limit, mpu=self.deepspeed.mpu)
+        # DeepSpeed's ZeRO-0 fp32 path clips but drops the norm, nor does it leave bad steps out.
+        parameters = self._all_parameters
+        whole = [p.grad for p in parameters if not _is_split(p)]
+        split = torch.nn.utils.get_total_norm([p.grad for p in parameters if _is_split(p)]).square()
+        if self.layout.tensor_parallel_size > 1:
+            dist.all_reduce(split, group=self.layout.tensor_group)
+        norm = (split + torch.nn.utils.get_total_norm(whole).square()).sqrt()
         self.deepspeed._global_grad_norm = norm
-        if self._left_out or not math.isfinite(norm):  # nor does it leave bad steps out
+        if self._left_out or not math.isfinite(norm):
             self._left_out = True
             for parameter in parameters:
                 parameter.grad = None
+        elif self.cfg.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optimizer.clip_grad, norm)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
