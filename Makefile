@@ -16,6 +16,7 @@ test: .venv/dev
 	$(PYTEST) -m "not slow"
 
 test-all: .venv/dev
+	$(INSTALL) -e ".[eval]"
 	$(PYTEST)
 
 check: .venv/dev

@@ -46,7 +46,7 @@ class MoeConfig:
     num_experts: int = 0
     """Experts per layer; 0 makes the MLP dense."""
     top_k: int = 2
-    """Experts each token is sent to."""
+    """Experts each token is sent to, with weights that sum to 1; a single one keeps its weight among all (Switch)."""
     ffn_hidden_size: int | None = None
     """Width of one expert; null: model.ffn_hidden_size."""
     shared_expert_ffn_hidden_size: int = 0

@@ -114,9 +114,10 @@ def connect(
     import torch
     import torch.distributed as dist
 
-    from pipeline import cpu_shim
+    from pipeline import cpu_shim, gloo
 
     cpu_shim.install()
+    gloo.share_transport()
     from megatron.core import parallel_state
 
     on_cuda = torch.cuda.is_available()

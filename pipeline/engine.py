@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline import bf16_gradients
 from pipeline import optimizer as optimizer_module
 from pipeline.config import OptimizerConfig, PipelineSchedule, Precision, PretrainConfig
 from pipeline.distributed import Mpu, ParallelLayout, seed_step
@@ -50,6 +51,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
 import deepspeed.ops  # noqa: E402
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -102,6 +104,8 @@ class Engine:
         if run.data_parallel_size == 1 and hasattr(self.deepspeed, "buffered_allreduce_fallback"):
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
+        if isinstance(self.deepspeed.optimizer, BF16_Optimizer) and not self.is_pipeline:
+            bf16_gradients.spare_passes(self.deepspeed.optimizer)
         self._deepspeed_model_step = self.deepspeed._take_model_step
         self.deepspeed._take_model_step = self._take_model_step
 
@@ -204,7 +208,7 @@ class Engine:
             self._left_out = True
             for parameter in parameters:
                 parameter.grad = None
-        elif self.cfg.optimizer.clip_grad:
+        elif 0 < self.cfg.optimizer.clip_grad < norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optimizer.clip_grad, norm)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------

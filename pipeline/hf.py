@@ -101,6 +101,8 @@ def _obstacles(model: ModelConfig, *, is_gpt2: bool) -> Iterator[str]:
         yield "Llama needs hidden_size to be a multiple of num_attention_heads"
     if (model.qk_norm or model.moe.num_experts) and model.bias:
         yield "Qwen3 and Mixtral have no biases in the MLP (model.bias=true)"
+    if model.moe.num_experts and model.moe.top_k == 1 and not model.qk_norm:
+        yield "Mixtral gives a single chosen expert the weight 1 (model.moe.top_k=1)"
     if model.moe.num_experts and not model.qk_norm and model.qkv_bias:
         yield "Mixtral has no model.qkv_bias"
     if model.moe.shared_expert_ffn_hidden_size:
@@ -179,7 +181,7 @@ def _llama(model: ModelConfig) -> Mapping:
 
 
 def _moe(model: ModelConfig) -> Mapping:
-    """MixtralForCausalLM, or Qwen3MoeForCausalLM with q/k-norm; both renormalise the weights of the chosen experts."""
+    """MixtralForCausalLM, or Qwen3MoeForCausalLM with q/k-norm; several chosen experts' weights are renormalised."""
     ffn = model.moe.ffn_hidden_size or ffn_width(model)
     is_qwen = model.qk_norm
     config = {
@@ -191,7 +193,7 @@ def _moe(model: ModelConfig) -> Mapping:
     }
     if is_qwen:
         config |= {
-            "num_experts": model.moe.num_experts, "moe_intermediate_size": ffn, "norm_topk_prob": True,
+            "num_experts": model.moe.num_experts, "moe_intermediate_size": ffn, "norm_topk_prob": model.moe.top_k > 1,
             "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": bool(model.qkv_bias),
         }  # fmt: skip
     else:

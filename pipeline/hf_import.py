@@ -89,6 +89,15 @@ def _from_llama(config: dict[str, Any], name: str, folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder} has another activation than silu, or a sliding window; this program computes neither."
         )
+    if kind == "mixtral" and config["num_experts_per_tok"] == 1:
+        raise CheckpointError(f"{folder} gives a single chosen expert the weight 1; this program does not.")
+    if kind == "qwen3_moe":
+        renormalises, several = config.get("norm_topk_prob", False), config["num_experts_per_tok"] > 1
+        if renormalises != several or config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+            raise CheckpointError(
+                f"{folder} has layers without experts, or norm_topk_prob={renormalises} with num_experts_per_tok="
+                f"{config['num_experts_per_tok']}; this program computes neither."
+            )
     bias = bool(config.get("mlp_bias", False))
     attention_bias = bool(config.get("attention_bias", kind == "qwen2"))
     if bias and not attention_bias:

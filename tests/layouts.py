@@ -56,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "init": Init.fixed,
     },
     "moe": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0, shared_expert_ffn_hidden_size=32)},
+    "moe-switch": {**MODERN, "moe": MoeConfig(num_experts=4, top_k=1, aux_loss_coeff=0.0)},
     "moe-aux": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01)},
     "mqa": {
         **MODERN,

@@ -151,8 +151,11 @@ class ReferenceGPT:
     def _experts(self, x: Tensor, at: str) -> Tensor:
         """Softmax over the top_k experts' scores (Mixtral), plus the expert every token passes."""
         moe = self.model.moe
-        best, chosen = (x @ self.weights[f"{at}mlp.router.weight"].t()).topk(moe.top_k, dim=-1)
+        scores = x @ self.weights[f"{at}mlp.router.weight"].t()
+        best, chosen = scores.topk(moe.top_k, dim=-1)
         share = torch.zeros(*x.shape[:-1], moe.num_experts).scatter(-1, chosen, best.softmax(-1))
+        if moe.top_k == 1:  # Switch: the chosen expert's probability among all
+            share = share * scores.softmax(-1)
         every = [self._mlp(x, at, f"mlp.experts.local_experts.{e}") for e in range(moe.num_experts)]
         total = (torch.stack(every, dim=-1) * share[..., None, :]).sum(-1)
         return total + self._mlp(x, at, "mlp.shared_experts") if moe.shared_expert_ffn_hidden_size else total

@@ -48,6 +48,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "qwen2-biases": {**MODELS["modern"], "qk_norm": False, "qkv_bias": True},
     "mixtral": {**MODELS["modern"], "qk_norm": False, "moe": MoeConfig(num_experts=4, top_k=2)},
     "qwen3-moe": {**MODELS["modern"], "moe": MoeConfig(num_experts=4, top_k=2)},
+    "qwen3-moe-switch": {**MODELS["modern"], "moe": MoeConfig(num_experts=4, top_k=1)},
 }  # fmt: skip
 
 

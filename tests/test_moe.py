@@ -17,12 +17,12 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_experts_match_plain_torch(world_size: int) -> None:
-    """top-2 of 4 experts and a shared one."""
-    configs = [config("moe", **layout) for layout in LAYOUTS[world_size]]
-    expected = reference(config("moe"))
+@pytest.mark.parametrize("model", ["moe", "moe-switch"], ids=["top-2 of 4 and a shared one", "top-1 of 4"])
+def test_experts_match_plain_torch(world_size: int, model: str) -> None:
+    configs = [config(model, **layout) for layout in LAYOUTS[world_size]]
+    expected = reference(config(model))
     for layout, got in zip(LAYOUTS[world_size], run_on_ranks(train_all, world_size, configs, [{}] * len(configs))[0]):
-        compare(got, expected, "fp32", f"moe {layout}")
+        compare(got, expected, "fp32", f"{model} {layout}")
 
 
 def test_router_losses_reach_the_gradients_alike_in_every_layout() -> None:

@@ -74,6 +74,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         moe = {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
+            # The softmax over one chosen expert is always 1: nothing would teach the router (arXiv:2101.03961).
+            "moe_router_pre_softmax": model.moe.top_k == 1,
             "moe_ffn_hidden_size": ffn_width(model),
             "moe_shared_expert_intermediate_size": model.moe.shared_expert_ffn_hidden_size or None,
             "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss_coeff else "none",
@@ -115,6 +117,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         )
 
 
+# Up to this many tokens torch's CPU kernel spends more on packing bf16 than it saves.
+SHORT_ROWS = 128
+
+
 class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention: flash kernels on CUDA and on CPU."""
 
@@ -130,6 +136,8 @@ class CoreAttention(nn.Module):
             q: (B, G * Q, S, D). k, v: (B, G, S, D).
             mask: (B, 1, S, S) bool, true where a query may look; None is causal.
         """
+        if q.device.type == "cpu" and q.shape[2] <= SHORT_ROWS and q.dtype is torch.bfloat16:
+            return self.forward(q.float(), k.float(), v.float(), mask).to(torch.bfloat16)
         attend = partial(
             F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -156,10 +164,13 @@ class Attention(McoreSelfAttention):
         sequence_first = self.config.sequence_parallel
         qkv = self.linear_qkv(hidden)[0]
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2, width)
-        qk, v = qkv[..., :-1, :], qkv[..., -1, :]
+        # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
         if self.q_layernorm is None and rope is not None:  # queries and keys turn alike: rotate them in one go
-            qk = apply_rope(qk, *rope)
-        q, k = qk[..., :-1, :].reshape(*qk.shape[:2], groups * queries, width), qk[..., -1, :]
+            qk, v = qkv.split((queries + 1, 1), dim=3)
+            q, k = apply_rope(qk, *rope).split((queries, 1), dim=3)
+        else:
+            q, k, v = qkv.split((queries, 1, 1), dim=3)
+        q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         if self.q_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
             if rope is not None:

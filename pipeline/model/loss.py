@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # fp32 logits of one chunk; large enough to keep the matrix products efficient.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ def linear_cross_entropy(
         0-dim fp32, equal on every tensor-parallel rank. The gradient of `hidden` is this rank's part of the sum.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if token_weights is None:
-        token_weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
-    return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), token_weights.reshape(-1).float(), projection)
+    weights = None if token_weights is None else token_weights.reshape(-1).float()
+    return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), weights, projection)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -71,35 +70,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part] @ weight.t()
-            losses, grad_logits = _cross_entropy(logits, labels[part], token_weights[part], projection, needs_gradient)
-            loss += losses
-            if grad_logits is not None and grad_hidden is not None:
-                torch.matmul(grad_logits, weight, out=grad_hidden[part])
-                product = grad_logits.t() @ hidden[part]
-                # Chunks are summed in fp32: in bf16 the sum would lose what the later chunks add.
-                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+            here, importance = hidden[part], None if token_weights is None else token_weights[part]
+            logits = here @ weight.t()
+            losses, grad_logits = _cross_entropy(logits, labels[part], projection, needs_gradient)
+            loss += losses.sum() if importance is None else losses @ importance
+            if grad_logits is None or grad_hidden is None:
+                continue
+            torch.matmul(grad_logits, weight, out=grad_hidden[part])
+            if importance is not None:  # on (N, H), not on the wider (N, V)
+                grad_hidden[part] *= importance[:, None]
+                here = here * importance[:, None].to(here.dtype)
+            if grad_weight is None:
+                grad_weight = grad_logits.t() @ here
+            elif grad_weight.dtype == here.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), here)
+            else:  # summed in fp32: in bf16 the sum would lose what the later chunks add
+                grad_weight = grad_weight.float().add_(grad_logits.t() @ here)
+        scale = 1.0 if token_weights is not None else 1.0 / labels.numel()
         if needs_gradient:
             assert grad_weight is not None, "no tokens"
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss
+            ctx.scale = scale
+        return loss * scale
 
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype),
-            grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        scale = grad_loss * ctx.scale
+        # In place: the copy would be as large as the embedding, and there is no second backward pass.
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, token_weights: Tensor, projection: Projection, needs_gradient: bool
+    logits: Tensor, labels: Tensor, projection: Projection, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(weighted loss sum, gradient of the raw logits in their dtype) of one chunk; logits: (N, V / ranks)."""
+    """(losses (N,) fp32, their gradient by the logits in the logits' dtype) of one chunk; logits: (N, V / ranks)."""
     raw_dtype, first = logits.dtype, projection.rank * logits.shape[1]
     slope: Tensor | float = projection.scale
     if projection.scale != 1.0:
@@ -123,20 +128,18 @@ def _cross_entropy(
         columns = columns.clamp(0, logits.shape[1] - 1)
         target = torch.where(is_here, log_probability[rows, columns], 0.0)
         dist.all_reduce(target, group=projection.group)
-    per_token = -target
+    losses = -target
     if projection.z_loss_coeff and log_z is not None:
-        per_token = per_token + projection.z_loss_coeff * log_z.square()
-    loss = (per_token * token_weights).sum()
+        losses = losses + projection.z_loss_coeff * log_z.square()
     if not needs_gradient:
-        return loss, None
+        return losses, None
     gradient = log_probability.exp_()  # d(-log p_label + c log_z^2) / d logits = p (1 + 2 c log_z) - one_hot
     if projection.z_loss_coeff and log_z is not None:
         gradient *= (1 + 2 * projection.z_loss_coeff * log_z)[:, None]
     gradient[rows, columns] -= 1.0 if is_here is None else is_here.float()
-    gradient *= token_weights[:, None]
     if projection.softcap or projection.scale != 1.0:
         gradient *= slope
-    return loss, gradient.to(raw_dtype)
+    return losses, gradient.to(raw_dtype)
 
 
 def _parallel_log_softmax(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
