@@ -120,7 +120,9 @@ def main(cfg: ReportConfig) -> None:
     folder.mkdir(exist_ok=True)
     draw(history, folder / "curves.png", title=run_dir.resolve().name)
     (folder / "index.html").write_text(page(history, run_dir, folder / "curves.png"))
-    scores = [(name, f"step {rows[-1]['step']}", rows[-1]) for name, rows in history.evaluations.items()]
+    # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all of it.
+    during = {name: rows for name, rows in history.evaluations.items() if name not in history.final}
+    scores = [(name, f"step {rows[-1]['step']}", rows[-1]) for name, rows in during.items()]
     scores += [(name, f"{row['tokens']:,} tokens", row) for name, row in history.final.items()]
     for name, where, row in scores:
         values = f"loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte"
