@@ -2,10 +2,9 @@
 
     batches of one step -> forward, backward, reduce, clip, update -> StepResult
 
-pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with ZeRO-1, under the
-1F1B or
-the DualPipeV schedule. Both give the same losses and gradient norms; `build` hides which one runs. Every DeepSpeed key
-that matters is written in `deepspeed_config`: its defaults have changed between releases.
+pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with ZeRO-1, under the 1F1B
+or the DualPipeV schedule. Both give the same losses and gradient norms; `Engine` hides which one runs. Every DeepSpeed
+key that matters is written in `deepspeed_config`: its defaults have changed between releases.
 """
 
 from __future__ import annotations
@@ -155,9 +154,7 @@ class Engine:
         return total / self.layout.data_parallel_size
 
     def _take_model_step(self, lr_kwargs: Any = None) -> None:
-        """DeepSpeed's optimizer step, told that the gradient norm is invalid when the loss is too high: it
-        then clears up.
-        """
+        """DeepSpeed's optimizer step; when the loss is too high it is told of an invalid norm, and clears up."""
         self._left_out = self._max_loss < math.inf and not float(self._step_loss()) <= self._max_loss
         optimizer, invalid = self.deepspeed.optimizer, torch.tensor(math.inf, device=self.layout.device)
         stage = zero_stage(self.cfg, self.run)
@@ -241,9 +238,7 @@ class Engine:
     # ---- parameters ---------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
-        """Canonical name -> (parameter, its partition) of this rank's stage; a tied copy on a later stage is
-        left out.
-        """
+        """Canonical name -> (parameter, its partition) of this rank's stage, without the later copy of a tied one."""
         return {
             name: (parameter, self.partitions[name])
             for name, parameter in self._named(self.deepspeed.module)
@@ -295,14 +290,10 @@ class Engine:
             *[LayerSpec(StageBlock, architecture, layer) for layer in range(model.num_layers)],
             LayerSpec(StageHead, architecture),
         ]
-        if (
-            tied
-        ):  # the copy next to the loss owns no position table, and hands hidden through: the loss takes its weight
-            specs.append(
-                TiedLayerSpec(
-                    "embedding", StageEmbedding, architecture, False, forward_fn=lambda _, hidden: hidden, **tie
-                )
-            )
+        if tied:
+            # The copy next to the loss owns no position table, and hands hidden through: the loss takes its weight.
+            through: Any = {"forward_fn": lambda _, hidden: hidden, **tie}
+            specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, False, **through))
         costs = layer_costs(model, padded_vocab_size=self.run.padded_vocab_size, seq_len=self.run.seq_len)
         if tied:
             costs = [*costs[:-1], 0.0, costs[-1]]

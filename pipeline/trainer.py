@@ -55,14 +55,8 @@ class Trainer:
         self, cfg: PretrainConfig, run: RunShape, layout: ParallelLayout, *, run_dir: Path, clock: Clock,
         members: list[RankFact],
     ) -> None:  # fmt: skip
-        self.cfg, self.run, self.layout, self.run_dir, self.clock, self.members = (
-            cfg,
-            run,
-            layout,
-            run_dir,
-            clock,
-            members,
-        )
+        self.cfg, self.run, self.layout = cfg, run, layout
+        self.run_dir, self.clock, self.members = run_dir, clock, members
         self.state = TrainState()
         self.engine = Engine(cfg, run, layout)
         clock.alive()

@@ -83,9 +83,7 @@ class GPT(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Loss of (B, S) tokens and labels; token_weights: (B, S), None is the mean; document_ids, positions:
-        (B, S).
-        """
+        """0-dim loss. Each argument is (B, S); token_weights None is the mean."""
         hidden = self.embedding(tokens, positions)
         mask = None if document_ids is None else document_mask(document_ids)
         for layer in self.layers:

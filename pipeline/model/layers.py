@@ -156,9 +156,7 @@ class Attention(McoreSelfAttention):
         self.recompute_core = recompute_core
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attention output in the layout of `hidden`; rope: cos and sin, (S, 1, 1, D) or (1, S, 1, 1,
-        D)-broadcastable.
-        """
+        """Attention output in the layout of `hidden`; rope: cos and sin, (S, 1, 1, 1, D) or (1, S, 1, 1, D)."""
         groups = self.num_query_groups_per_partition
         queries, width = self.num_attention_heads_per_partition // groups, self.hidden_size_per_attention_head
         sequence_first = self.config.sequence_parallel
@@ -307,7 +305,5 @@ class Head(nn.Module):
 
 
 def set_moe_loss_scale(scale: float) -> None:
-    """Weight of the router losses in the backward pass; they ride on the activations and bypass the engine's
-    scaling.
-    """
+    """Weight of the router losses in the backward pass: riding on activations, they bypass the engine's scaling."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))

@@ -100,7 +100,7 @@ class Norm(nn.Module):
             vars(parameter)["has_partial_gradient"] = is_per_head or config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """X normalised."""
+        """`x` normalised."""
         if self.bias is None:
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
@@ -114,9 +114,7 @@ def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor
 
 
 def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
-    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each when they hold other
-    positions.
-    """
+    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each under sequence parallelism."""
     if not (config.hidden_dropout and training):
         return x
     if config.sequence_parallel:

@@ -30,7 +30,7 @@ class RopeTable:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """X (..., D) rotated by the angles of its position."""
+    """`x` (..., D) rotated by the angles of its position."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 

@@ -14,9 +14,7 @@ from pipeline.model_shape import ffn_width, head_width, is_gated
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
-    """Relative cost of [embedding, blocks..., head]; an embedding lookup costs next to nothing, the head a
-    matrix product.
-    """
+    """Relative cost of [embedding, blocks..., head]; a lookup costs next to nothing, the head a matrix product."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     width = head_width(model)
     projections = hidden * width * (2 * heads + 2 * (model.num_query_groups or heads))
