@@ -127,6 +127,22 @@ def test_a_run_continues_at_another_layout(data: Path, tmp_path: Path) -> None:
         assert moved[step][:2] == pytest.approx(whole[step][:2], rel=1e-4)
 
 
+def test_data_parallel_ranks_come_and_go(data: Path, tmp_path: Path) -> None:
+    """30 steps in one process; 13 in one, then up to 21 on two ranks, the rest on four, each with other micro-batches."""
+    steps = {"training.total_steps": 30, "training.eval_every": 0, "model.num_layers": 2}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "whole", **steps))
+    run_on_ranks(train_and_stop, 1, overrides(data, tmp_path, "elastic", **steps), 13)
+    two, four = ({**steps, "training.micro_batch_size": size} for size in (4, 1))
+    run_on_ranks(train_and_stop, 2, overrides(data, tmp_path, "elastic", **two), 21)
+    assert max(history(tmp_path / "elastic")) == 21
+    run_on_ranks(train_on_ranks, 4, overrides(data, tmp_path, "elastic", **four))
+    whole, elastic = history(tmp_path / "whole"), history(tmp_path / "elastic")
+    assert sorted(elastic) == list(range(1, 31))
+    assert [elastic[step][2] for step in whole] == [whole[step][2] for step in whole]
+    for step in whole:
+        assert elastic[step][:2] == pytest.approx(whole[step][:2], rel=1e-4)
+
+
 def train_and_stop(arguments: list[str], step: int) -> int:
     """pipeline.train, given notice after `step`."""
     from pipeline import preemption, trainer
