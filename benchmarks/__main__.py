@@ -19,7 +19,7 @@ RESULTS = HERE / "RESULTS.md"
 BENCHMARKS = {
     "tokenize": [],
     "loader": [],
-    "train_step": [],
+    "train_step": ["--rounds", "4"],
     "checkpoint": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }

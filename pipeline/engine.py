@@ -37,7 +37,7 @@ from pipeline.model.gpt import (
     canonical_name,
 )
 from pipeline.model.init import initialize
-from pipeline.model.layers import set_moe_loss_scale
+from pipeline.model.layers import pin_attention_kernels, set_moe_loss_scale
 from pipeline.model.parallel import reduce_partial_gradients
 from pipeline.model.partition import Partition
 from pipeline.model.stages import layer_costs, partition
@@ -81,6 +81,7 @@ class Engine:
             raise ConfigError(
                 "training.precision=fp16 is not supported on this device. Set training.precision=bf16 or fp32."
             )
+        pin_attention_kernels()
         deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes over torch's process group
         self.architecture = Architecture(cfg.model, cfg.parallel, cfg.training, run.vocab_size, run.padded_vocab_size)
         module = self._pipeline_module() if self.is_pipeline else GPT(self.architecture, layout.tensor_group)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend
 
 from tests.distributed import run_on_ranks
 from tests.layouts import VOCAB, batches, config, rank_batches, reference, train_all
@@ -37,6 +39,7 @@ def deepspeed_facts(cfg: Any) -> dict[str, Any]:
         "grad_partitioned": engine._config.pipeline["grad_partitioned"],
         "bf16": engine.bfloat16_enabled(),
         "fused": all(group["fused"] for group in engine.optimizer.param_groups),
+        "attention": [SDPBackend(kernel).name for kernel in torch._C._get_sdp_priority_order()][:4],
     }
 
 
@@ -46,6 +49,7 @@ def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
     assert facts == {
         "stage": 1, "clipping": 0.7, "micro_batches": 8, "accumulation": "torch.float32",
         "pipe_partitioned": False, "grad_partitioned": False, "bf16": True, "fused": True,
+        "attention": ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"],
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ B micro-batch, S sequence, H hidden, G key/value heads here, Q query heads per g
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import (
     Activation,
@@ -115,6 +117,25 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             apply_rope_fusion=False,
             **moe,
         )
+
+
+# In which order torch tries its CUDA kernels. Its own order has changed between releases; plain attention, which holds
+# all S x S scores, comes last, for what no other kernel takes.
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,  # document masks
+    SDPBackend.EFFICIENT_ATTENTION,  # fp32
+    SDPBackend.MATH,
+]
+
+
+_pinned = contextlib.ExitStack()
+
+
+def pin_attention_kernels() -> None:
+    """Fix the order of attention kernels for the life of this process."""
+    _pinned.close()
+    _pinned.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
 
 
 # Up to this many tokens torch's CPU kernel spends more on packing bf16 than it saves.
