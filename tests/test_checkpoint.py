@@ -325,7 +325,8 @@ def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
     for step in range(first, first + 10_000):
         checkpointer._write(small_chunks(step, size=4000), step, facts(step))
         if rank == 0 and checkpointer._outcome is None:
-            (root / "completed").write_text(str(step))
+            (root / "noted").write_text(str(step))
+            (root / "noted").replace(root / "completed")  # never half a note
 
 
 def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
@@ -357,7 +358,7 @@ def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
 
 def read_completed(root: Path) -> int:
     try:
-        return int((root / "completed").read_text() or 0)
+        return int((root / "completed").read_text())
     except FileNotFoundError:
         return 0
 
