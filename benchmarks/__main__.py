@@ -52,15 +52,16 @@ def main(names: list[str]) -> int:
     kept, failed = sections(), False
     for name in names or BENCHMARKS:
         print(f"== {name}", flush=True)
-        command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        # As a module: run as a file, its folder would be first on the path, where tokenize.py is not the library's.
+        command = ["python", "-m", f"benchmarks.{name}", *BENCHMARKS[name]]
+        done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
         failed |= done.returncode != 0
         print(done.stdout, flush=True)
         verdict = "" if done.returncode == 0 else f"\nThis run failed with exit code {done.returncode}.\n"
-        kept[name] = (
-            f"\n{hardware()}. `python "
-            f"benchmarks/{' '.join(command[1:]).split('benchmarks/')[-1]}`\n\n{done.stdout.strip()}\n{verdict}\n"
-        )
+        text = done.stdout.strip()
+        if "|---" not in text:  # a table in columns
+            text = f"```\n{text}\n```"
+        kept[name] = f"\n{hardware()}. `{' '.join(command)}`\n\n{text}\n{verdict}\n"
         body = "".join(f"## {key}\n{kept[key]}" for key in BENCHMARKS if key in kept)
         RESULTS.write_text(f"{TITLE}\n{body}")
     return int(failed)

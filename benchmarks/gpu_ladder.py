@@ -9,17 +9,19 @@ arXiv:2204.02311, appendix B) over the datasheet's peak, and over what 8192 x 81
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+# benchmarks/tokenize.py has the name of a module of the standard library: this folder must not be searched.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from typing import Any  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,13 @@ def main() -> None:
         return
     print("| rung | parameters | tokens/s | TFLOP/s | MFU of datasheet | of measured GEMM | peak GiB | device |")
     print("|---|---|---|---|---|---|---|---|")
+    failed = False
     for name in options.rungs:
         command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--steps", str(options.steps)]
         done = subprocess.run(command + ["--compile"] * options.compile, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * 6)
+            failed = True
             continue
         r = json.loads(done.stdout.strip().splitlines()[-1])
         datasheet = f"{r['tflops'] / r['datasheet_tflops']:.1%}" if r["datasheet_tflops"] else "-"
@@ -157,6 +161,7 @@ def main() -> None:
             f"{r['tflops'] / r['gemm_tflops']:.1%} | {memory} | {r['device']} |",
             flush=True,
         )
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

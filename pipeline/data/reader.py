@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,7 +70,7 @@ class Reader:
         Raises:
             ShardError: a shard is missing, truncated or corrupt, unless skip_corrupt.
         """
-        windows = self.blank(len(source), documents=documents)
+        windows = self.blank(len(source), documents=documents, make=np.empty)  # every row is filled below
         block, offset = np.divmod(sequence * self.seq_len, self._block_tokens[source])
         for row, place in enumerate(zip(source.tolist(), shard.tolist(), block.tolist(), offset.tolist())):
             try:
@@ -85,10 +85,10 @@ class Reader:
                 windows.num_corrupt += 1
         return windows
 
-    def blank(self, count: int, *, documents: bool = False) -> Windows:
+    def blank(self, count: int, *, documents: bool = False, make: Callable[..., np.ndarray] = np.zeros) -> Windows:
         """Windows of zeros that read nothing."""
         return Windows(
-            ids=np.zeros((count, self.seq_len + 1), dtype=self.datasets[0].manifest.dtype),
+            ids=make((count, self.seq_len + 1), dtype=self.datasets[0].manifest.dtype),
             num_labels=np.full(count, self.seq_len),
             starts=[_NONE] * count if documents else None,
             num_corrupt=0,
@@ -112,6 +112,7 @@ class Reader:
             starts.append(places[(places >= 0) & (places < self.seq_len - at)] + at)
             at, block, offset = at + len(part), block + 1, 0
             tokens, documents = self._block(source, shard, block)
+        windows.ids[row, at:] = 0
         windows.num_labels[row] = max(at - 1, 0)
         if windows.starts is not None:
             windows.starts[row] = np.concatenate([_NONE, *starts])
