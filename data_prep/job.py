@@ -154,7 +154,8 @@ def _results(
     context.set_forkserver_preload([getattr(run, "func", run).__module__])
     # The server would put the current folder first on its path: in data_prep/, whose file names are the library's.
     os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *paths]))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting = list(reversed(todo))
     running: dict[Future[dict[str, Any]], int] = {}
