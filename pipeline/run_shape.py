@@ -85,7 +85,8 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
     check_model(model, tensor_parallel_size=parallel.tensor_parallel_size)
     vocab_size = _vocab_size(model, tokenizer_vocab_size)
     data_parallel_size = _data_parallel_size(cfg, world_size)
-    _check_engine(cfg, data_parallel_size)
+    _check_engine(cfg)
+    _check_libraries(cfg)
     seq_len = training.seq_len or model.max_seq_len
     require(
         seq_len <= model.max_seq_len,
@@ -139,7 +140,8 @@ def _data_parallel_size(cfg: PretrainConfig, world_size: int) -> int:
     return world_size // (tensor * pipeline)
 
 
-def _check_engine(cfg: PretrainConfig, data_parallel_size: int) -> None:
+def _check_engine(cfg: PretrainConfig) -> None:
+    """Which parallel layouts, precisions and schedules go together."""
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     stage, pipeline = parallel.zero_stage, parallel.pipeline_parallel_size
     dualpipev = parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
@@ -199,6 +201,11 @@ def _check_engine(cfg: PretrainConfig, data_parallel_size: int) -> None:
         training.recompute is Recompute.full or training.recompute_every == 1,
         f"training.recompute_every ({training.recompute_every}) counts only with training.recompute=full.",
     )
+
+
+def _check_libraries(cfg: PretrainConfig) -> None:
+    """What no library here computes, or none that is installed."""
+    model = cfg.model
     if cfg.optimizer.name is not OptimizerName.adamw:
         reasons = {
             OptimizerName.lion: "no maintained fused Lion composes with every ZeRO stage here",
