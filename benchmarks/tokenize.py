@@ -56,6 +56,7 @@ class BenchConfig:
     """For this script itself."""
 
 
+ONE_DOCUMENT_MB = 64
 SLOW = ("hf", "datatrove", "megatron", "ours_hf")
 DATATROVE = """
 import sys
@@ -98,6 +99,34 @@ def main(cfg: BenchConfig) -> None:
                 print(f"  {engine} {size}: %.2f s, CPU %.2f s, %.0f MB" % found, file=sys.stderr)
     shutil.rmtree(work / "out", ignore_errors=True)
     report(cfg, work, engines, best, tokenizer)
+    if "ours" in engines:
+        one_document(cfg, work, tokenizer)
+
+
+def one_document(cfg: BenchConfig, work: Path, tokenizer: Path) -> None:
+    """Print the marginal speed of one worker on one huge document, and on the same text as it was found."""
+    make_corpus(work, "many", ONE_DOCUMENT_MB, parts=1)
+    with (work / "many.jsonl").open() as file:
+        text = "".join(json.loads(line)["text"] for line in file)
+    (work / "one.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    size = (len(text.encode()) - json.loads((work / "tiny.facts.json").read_text())["text_mb"] * 1e6) / 1e6
+    seconds: dict[str, float] = {}
+    for _ in range(cfg.rounds):
+        for name in ("tiny", "many", "one"):
+            shutil.rmtree(work / "out", ignore_errors=True)
+            command = [*commands(cfg, work, name, tokenizer)["ours"][:-1], "workers=1"]
+            seconds[name] = min(measure(command)[0], seconds.get(name, float("inf")))
+    shutil.rmtree(work / "out", ignore_errors=True)
+    many, one = (size / (seconds[name] - seconds["tiny"]) for name in ("many", "one"))
+    print(
+        f"one document of {ONE_DOCUMENT_MB} MB: {one:.0f} MB/s; the same text in {lines_of(work, 'many')} documents: "
+        f"{many:.0f} MB/s (one worker, marginal): {one / many:.2f}"
+    )
+
+
+def lines_of(work: Path, name: str) -> int:
+    """Documents of a corpus."""
+    return json.loads((work / f"{name}.facts.json").read_text())["documents"]
 
 
 def report(cfg: BenchConfig, work: Path, engines: list[str], best: dict, tokenizer: Path) -> None:
@@ -253,22 +282,6 @@ def real_texts() -> Iterator[str]:
     seen: set[bytes] = set()
     for folder in folders:
         for path in sorted(Path(folder).rglob("*")):
-            suffixes = (
-                ".py",
-                ".txt",
-                ".md",
-                ".rst",
-                ".gz",
-                ".html",
-                ".h",
-                ".pyi",
-                ".c",
-                ".js",
-                ".json",
-                ".xml",
-                ".pl",
-                ".pm",
-            )
             if path.suffix not in suffixes and "/man/" not in str(path) or not path.is_file():
                 continue
             try:
