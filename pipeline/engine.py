@@ -101,7 +101,7 @@ class Engine:
         self._all_parameters = list(module.parameters())
         if zero_stage(cfg, run) == 0:
             self.deepspeed.clip_fp32_gradients = self._clip_and_keep_norm
-        if run.data_parallel_size == 1 and hasattr(self.deepspeed, "buffered_allreduce_fallback"):
+        if run.data_parallel_size == 1:
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
         if isinstance(self.deepspeed.optimizer, BF16_Optimizer) and not self.is_pipeline:
@@ -195,7 +195,7 @@ class Engine:
 
     def _clip_and_keep_norm(self) -> None:
         # DeepSpeed's ZeRO-0 fp32 path clips but drops the norm, nor does it leave bad steps out.
-        parameters = self._all_parameters
+        parameters = [p for p in self._all_parameters if p.grad is not None]
         whole = [p.grad for p in parameters if not _is_split(p)]
         split = torch.nn.utils.get_total_norm([p.grad for p in parameters if _is_split(p)]).square()
         if self.layout.tensor_parallel_size > 1:

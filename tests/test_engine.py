@@ -53,6 +53,23 @@ def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
     }  # fmt: skip
 
 
+def norm_without_the_first_gradient() -> tuple[float, float]:
+    engine = engine_of(config("gpt2"))
+    first, *rest = engine._all_parameters
+    for parameter in rest:
+        parameter.grad = torch.ones_like(parameter)
+    engine._left_out = False
+    engine._clip_and_keep_norm()
+    assert first.grad is None
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in rest))
+    return float(engine.deepspeed.get_global_grad_norm()) / math.sqrt(sum(p.numel() for p in rest)), clipped
+
+
+def test_a_parameter_without_a_gradient_does_not_count_in_the_norm() -> None:
+    [(ratio, clipped)] = run_on_ranks(norm_without_the_first_gradient, 1)
+    assert ratio == pytest.approx(1.0) and clipped == pytest.approx(1.0, rel=1e-4)
+
+
 def fp16_history(cfg: Any) -> list[tuple[float, float]] | str:
     from deepspeed.accelerator import get_accelerator
 
