@@ -27,6 +27,8 @@ Action = Enum("Action", ["continue_", "rollback", "stop"])
 MAX_ROLLBACKS = 3
 # Median absolute deviation times this estimates the standard deviation of a normal distribution.
 MAD_TO_SIGMA = 1.4826
+# Gradients that overflow after so many halvings of the loss scale in a row do not overflow because of it.
+LOSS_SCALE_HALVINGS = 20
 # Losses that hardly move have a deviation near 0; below this share of the median nothing is a spike.
 MIN_SIGMA = 0.002
 
@@ -76,7 +78,9 @@ class Guard:
             cfg: the resilience section.
             loss_scaling: fp16, where a gradient overflow is how the loss scale is found, not a bad number.
         """
-        self.cfg, self.loss_scaling = cfg, loss_scaling
+        self.cfg = cfg
+        self.overflows_allowed = LOSS_SCALE_HALVINGS if loss_scaling else 0
+        self.overflows_in_a_row = 0
         self.history: deque[float] = deque(maxlen=cfg.spike_window)
         self.ledger: list[Event] = []
         self.bad_in_a_row = 0
@@ -100,7 +104,9 @@ class Guard:
     def judge(self, vital: Vital) -> Action:
         """What to do after a step; writes the ledger."""
         limit = self.limit
-        if not math.isfinite(vital.loss) or not (math.isfinite(vital.grad_norm) or self.loss_scaling):
+        overflowed = not math.isfinite(vital.grad_norm)
+        self.overflows_in_a_row = self.overflows_in_a_row + 1 if overflowed else 0
+        if not math.isfinite(vital.loss) or self.overflows_in_a_row > self.overflows_allowed:
             return self._bad(vital, "bad_numbers", None)
         if vital.loss > limit and self.cfg.on_spike is OnSpike.rollback:
             self.rollbacks += 1
@@ -109,6 +115,8 @@ class Guard:
             return action
         if vital.loss > limit:
             return self._bad(vital, "spike", limit)
+        if overflowed:
+            return Action.continue_
         self.bad_in_a_row = 0
         self.history.append(vital.loss)
         return Action.continue_
@@ -133,12 +141,14 @@ class Guard:
             "history": list(self.history),
             "ledger": [asdict(event) for event in self.ledger],
             "bad_in_a_row": self.bad_in_a_row,
+            "overflows_in_a_row": self.overflows_in_a_row,
         }
 
     def restore(self, state: dict[str, Any], *, keep_ledger: bool = False) -> None:
         """Take up a checkpoint's state; keep_ledger: after a rollback, what has happened stays on record."""
         self.history = deque(state["history"], maxlen=self.cfg.spike_window)
         self.bad_in_a_row = state["bad_in_a_row"]
+        self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
         if not keep_ledger:
             self.ledger = [Event(**event) for event in state["ledger"]]
             self.rollbacks = 0
@@ -165,57 +175,70 @@ class Guard:
 class Vitals:
     """One all-reduce a step that makes notice, loss and skip known to every rank alike.
 
-    On CUDA the answer for step k is read after step k + 1: its copy to the host is then long done, so the host does
-    not wait for the device. On the CPU it is read at once.
+    On CUDA the answer for step k is read when step k + 1 is launched: the host stays at most a step ahead, and the
+    device always has a whole step before it. On the CPU the answer is read at once.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._waiting: tuple[int, Any, Any] | None = None
+        self.is_late = device.type == "cuda"
+        self._waiting: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def exchange(
         self,
         step: int,
         *,
         loss: torch.Tensor,
-        grad_norm: torch.Tensor | float,
-        skipped: torch.Tensor | bool,
+        grad_norm: torch.Tensor,
+        skipped: torch.Tensor,
         notice: bool,
     ) -> Vital | None:
-        """The newest vital that all ranks know; None after the first step on CUDA.
+        """The newest vital that all ranks know; late ones: of the call before, None at the first call.
 
         Collective: call on every rank of the world, after each step.
 
         Args:
             step: optimizer step the numbers belong to.
-            loss: scalar on any device.
-            grad_norm: scalar on any device.
-            skipped: whether the optimizer left the step out.
+            loss, grad_norm, skipped: 0-dim, on the device: the engine's StepResult.
             notice: whether this process has been asked to leave.
         """
         import torch
         import torch.distributed as dist
 
-        row = [
-            torch.as_tensor(x, device=self.device, dtype=torch.float32).reshape(()) for x in (loss, grad_norm, skipped)
-        ]
+        row = [x.float().reshape(()) for x in (loss, grad_norm, skipped)]
         # NaN does not survive MAX on every backend: it travels as a flag.
         flags = [(~torch.isfinite(x)).float() for x in row[:2]]
         row = [torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in row]
         numbers = torch.stack([*row, *flags, torch.full_like(row[0], notice)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        if self.device.type != "cuda":
+        if not self.is_late:
             return _vital(step, numbers.tolist())
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        waiting, self._waiting = self._waiting, (step, host, copied)
+        before = self.drain()
+        self._waiting = (step, *_to_host(numbers))
+        return before
+
+    def drain(self) -> Vital | None:
+        """The vital that `exchange` still keeps, where there is one; waits for its step."""
+        waiting, self._waiting = self._waiting, None
         if waiting is None:
             return None
-        waiting[2].synchronize()
-        return _vital(waiting[0], waiting[1].tolist())
+        step, numbers, copied = waiting
+        if copied is not None:
+            copied.synchronize()
+        return _vital(step, numbers.tolist())
+
+
+def _to_host(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """(copy on the host, the event after which it holds the numbers)."""
+    import torch
+
+    if numbers.device.type != "cuda":
+        return numbers, None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 def _vital(step: int, numbers: list[float]) -> Vital:

@@ -88,7 +88,7 @@ class Checkpointer:
             "step": step,
             "optimizer": engine.cfg.optimizer.name.name,
             "optimizer_step": engine_state.optimizer_step(engine),
-            "loss_scaler": engine_state.loss_scaler_state(engine),
+            "loss_scale": engine.loss_scale.state() if engine.loss_scale else None,
             "vocab_size": engine.run.vocab_size,
             "layout": _layout_facts(self.layout),
             "versions": _versions(),

@@ -29,8 +29,8 @@ def read_state(engine: Engine, folder: Path) -> dict[str, Any]:
     engine_state.create_state(engine, tensors.optimizer_keys, optimizer_step=record["optimizer_step"])
     keys = ["weight", *tensors.optimizer_keys]
     tensors.read_into(chunk for fragment in engine_state.fragments(engine) for chunk in chunks_of(fragment, keys))
-    if record["loss_scaler"] and engine_state.loss_scaler_state(engine):
-        engine_state.restore_loss_scaler(engine, record["loss_scaler"])
+    if engine.loss_scale and record["loss_scale"]:
+        engine.loss_scale.restore(record["loss_scale"])
     return record
 
 

@@ -4,7 +4,8 @@
 
 pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with ZeRO-1, under the 1F1B
 or the DualPipeV schedule. Both give the same losses and gradient norms; `Engine` hides which one runs. Every DeepSpeed
-key that matters is written in `deepspeed_config`: its defaults have changed between releases.
+key that matters is written in `deepspeed_config`: its defaults have changed between releases. The host launches a step
+and reads nothing back: clipping and leaving a bad step out happen in the optimizer's kernel (update.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pipeline import bf16_gradients
 from pipeline import optimizer as optimizer_module
 from pipeline.config import OptimizerConfig, PipelineSchedule, Precision, PretrainConfig
 from pipeline.distributed import Mpu, ParallelLayout, seed_step
-from pipeline.engine_config import deepspeed_config, zero_stage
+from pipeline.engine_config import deepspeed_config
+from pipeline.engine_patches import is_split, leave_the_host_alone, reduce_tied_sums
 from pipeline.errors import ConfigError
 from pipeline.lr_schedule import lr_at
 from pipeline.model.gpt import (
@@ -42,6 +44,7 @@ from pipeline.model.parallel import reduce_partial_gradients
 from pipeline.model.partition import Partition
 from pipeline.model.stages import layer_costs, partition
 from pipeline.run_shape import RunShape
+from pipeline.update import LossScale, Verdict, judge
 
 if TYPE_CHECKING:
     from pipeline.data.loader import Batch
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
 import deepspeed.ops  # noqa: E402
+from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
@@ -64,11 +68,11 @@ class StepResult:
 
     loss: Tensor
     """0-dim fp32: mean over the tokens of the global batch."""
-    grad_norm: Tensor | float
-    """Global gradient norm before clipping; inf when the step was skipped."""
+    grad_norm: Tensor
+    """0-dim fp32: global gradient norm before clipping; inf where a gradient was not finite."""
     lr: float
-    skipped: bool
-    """Whether the update was left out: a gradient was not finite, or the loss was above train_step's max_loss."""
+    skipped: Tensor
+    """0-dim bool: the update was left out, for a gradient that was not finite or a loss above train_step's max_loss."""
 
 
 class Engine:
@@ -99,15 +103,24 @@ class Engine:
             mpu=None if self.is_pipeline else Mpu(),
         )
         self._all_parameters = list(module.parameters())
-        if zero_stage(cfg, run) == 0:
-            self.deepspeed.clip_fp32_gradients = self._clip_and_keep_norm
+        is_fp16 = cfg.training.precision is Precision.fp16
+        self.loss_scale = LossScale(layout.device) if is_fp16 else None
+        if not cfg.parallel.offload_optimizer:
+            leave_the_host_alone(self.deepspeed.optimizer, self.loss_scale)
+        if is_fp16 and self.is_pipeline:
+            reduce_tied_sums(self.deepspeed)
         if run.data_parallel_size == 1:
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
         if isinstance(self.deepspeed.optimizer, BF16_Optimizer) and not self.is_pipeline:
             bf16_gradients.spare_passes(self.deepspeed.optimizer)
-        self._deepspeed_model_step = self.deepspeed._take_model_step
-        self.deepspeed._take_model_step = self._take_model_step
+        self.optimizer.register_step_pre_hook(self._before_update)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that does the arithmetic, under DeepSpeed's wrapper where there is one."""
+        wrapper = self.deepspeed.optimizer
+        return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
 
     # ---- one optimizer step -------------------------------------------------------------------------------------
 
@@ -117,9 +130,11 @@ class Engine:
         Args:
             batches: num_micro_batches of them.
             step: 0 is the first.
-            max_loss: the update is left out when the step's loss is above; finite: one wait for the device more.
+            max_loss: the update is left out when the step's loss is above.
         """
-        self._max_loss, self._left_out = max_loss, False
+        self._max_loss = max_loss
+        self._loss: Tensor | None = None
+        self._verdict: Verdict | None = None
         self._set_micro_batches(len(batches))
         seed_step(self.cfg.seed, step, self.layout)
         lr = lr_at(
@@ -128,11 +143,9 @@ class Engine:
         )  # fmt: skip
         optimizer_module.set_lr(self.deepspeed.optimizer, lr)
         weights = self._token_weights(batches)
-        skipped_before = self.deepspeed.skipped_steps
         loss = self._pipeline_step(batches, weights) if self.is_pipeline else self._plain_step(batches, weights)
-        norm = self.deepspeed.get_global_grad_norm()
-        skipped = self._left_out or self.deepspeed.skipped_steps > skipped_before
-        return StepResult(loss, float("inf") if skipped or norm is None else norm, lr, skipped)
+        assert self._verdict is not None, "the optimizer made no step"
+        return StepResult(loss, self._verdict.grad_norm, lr, self._verdict.left_out)
 
     def _plain_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
         if not self.deepspeed.training:
@@ -147,25 +160,32 @@ class Engine:
 
     def _step_loss(self) -> Tensor:
         """Mean loss of the step, after its last forward pass."""
-        if self.is_pipeline:
-            return self.deepspeed._aggregate_total_loss()
+        if self._loss is None:
+            self._loss = self.deepspeed._aggregate_total_loss() if self.is_pipeline else self._mean_over_ranks()
+        return self._loss
+
+    def _mean_over_ranks(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches
         if self.layout.data_parallel_size > 1:
             dist.all_reduce(total, group=self.layout.data_group)
         return total / self.layout.data_parallel_size
 
-    def _take_model_step(self, lr_kwargs: Any = None) -> None:
-        """DeepSpeed's optimizer step; when the loss is too high it is told of an invalid norm, and clears up."""
-        self._left_out = self._max_loss < math.inf and not float(self._step_loss()) <= self._max_loss
-        optimizer, invalid = self.deepspeed.optimizer, torch.tensor(math.inf, device=self.layout.device)
-        stage = zero_stage(self.cfg, self.run)
-        name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
-        if self._left_out and stage > 0:
-            setattr(optimizer, name, lambda *_, **__: [invalid] if stage == 3 else invalid)
-        try:
-            self._deepspeed_model_step(lr_kwargs)
-        finally:
-            vars(optimizer).pop(name, None)
+    def _before_update(self, optimizer: Any, *_: Any) -> None:
+        """Hand the step's verdict to the optimizer; DeepSpeed calls it once a step, or once a parameter group."""
+        verdict = self._verdict = self._verdict or self._judge()
+        optimizer.grad_scale, optimizer.found_inf = verdict.grad_scale, verdict.left_out.float()
+
+    def _judge(self) -> Verdict:
+        verdict = judge(
+            self._whole_norm() if self.is_plain else self.deepspeed.optimizer._global_grad_norm,
+            clip_grad=self.cfg.optimizer.clip_grad,
+            loss=self._step_loss() if self._max_loss < math.inf else None,
+            max_loss=self._max_loss,
+            loss_scale=self.loss_scale.cur_scale.clone() if self.loss_scale else None,
+        )
+        if self.loss_scale:
+            self.loss_scale.update(verdict.overflowed)
+        return verdict
 
     def _pipeline_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
         self._expect_shape(batches[0])
@@ -193,21 +213,19 @@ class Engine:
             self._num_micro_batches = count
             self.deepspeed.set_train_batch_size(self.run.micro_batch_size * count * self.layout.data_parallel_size)
 
-    def _clip_and_keep_norm(self) -> None:
-        # DeepSpeed's ZeRO-0 fp32 path clips but drops the norm, nor does it leave bad steps out.
+    @property
+    def is_plain(self) -> bool:
+        """Whether DeepSpeed runs the optimizer as it is, at ZeRO-0."""
+        return self.optimizer is self.deepspeed.optimizer
+
+    def _whole_norm(self) -> Tensor:
+        """Gradient norm at ZeRO-0, which DeepSpeed does not tell: every data-parallel rank has all gradients."""
         parameters = [p for p in self._all_parameters if p.grad is not None]
-        whole = [p.grad for p in parameters if not _is_split(p)]
-        split = torch.nn.utils.get_total_norm([p.grad for p in parameters if _is_split(p)]).square()
+        whole = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_split(p)]).square()
+        split = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_split(p)]).square()
         if self.layout.tensor_parallel_size > 1:
             dist.all_reduce(split, group=self.layout.tensor_group)
-        norm = (split + torch.nn.utils.get_total_norm(whole).square()).sqrt()
-        self.deepspeed._global_grad_norm = norm
-        if self._left_out or not math.isfinite(norm):
-            self._left_out = True
-            for parameter in parameters:
-                parameter.grad = None
-        elif 0 < self.cfg.optimizer.clip_grad < norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optimizer.clip_grad, norm)
+        return (split + whole).sqrt()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
@@ -260,7 +278,7 @@ class Engine:
             is_vocabulary = name in ("embedding.word.weight", "head.weight")
             partitions[name] = Partition.of(
                 tuple(parameter.shape),
-                dim=getattr(parameter, "partition_dim", None) if _is_split(parameter) else None,
+                dim=getattr(parameter, "partition_dim", None) if is_split(parameter) else None,
                 stride=getattr(parameter, "partition_stride", 1),
                 tensor_rank=self.layout.tensor_rank,
                 tensor_size=self.layout.tensor_parallel_size,
@@ -273,9 +291,7 @@ class Engine:
 
     def _optimizer(self, cfg: OptimizerConfig) -> Any:
         if self.cfg.parallel.offload_optimizer:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return lambda groups: DeepSpeedCPUAdam(
+            return lambda groups: _HostAdam(
                 groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
             )
         return lambda groups: optimizer_module.build(groups, cfg)
@@ -327,9 +343,25 @@ class Engine:
         self._activation_shape = shape
 
 
-def _is_split(parameter: nn.Parameter) -> bool:
-    # DeepSpeed and megatron-core also set the attribute, to False, on parameters that are whole.
-    return getattr(parameter, "tensor_model_parallel", False)
+class _HostAdam(DeepSpeedCPUAdam):
+    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused AdamW does.
+
+    Its gradients are on the host, so the host has waited for them already.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Update, unless found_inf is 1."""
+        if self.found_inf:
+            return None
+        if self.grad_scale is not None:
+            scale = self.grad_scale.cpu()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.div_(scale)
+        return super().step(*args, **kwargs)
 
 
 class _Staged(PipelineModule):

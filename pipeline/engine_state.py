@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
 from pipeline.checkpoint_io import WEIGHT, Fragment
@@ -36,7 +37,7 @@ class _Slot:
 def fragments(engine: Engine) -> list[Fragment]:
     """What this rank holds of weights and optimizer state, tied copies included; views, not copies."""
     named = {id(parameter): (name, partition) for name, (parameter, partition) in engine.all_parameters().items()}
-    state = base_optimizer(engine).state
+    state = engine.optimizer.state
     found = []
     for index, slot in enumerate(_slots(engine)):
         name, partition = named[id(slot.parameter)]
@@ -54,12 +55,12 @@ def _is_owned(engine: Engine, slot: _Slot, partition: Partition, index: int) -> 
     if not partition.is_split and engine.layout.tensor_rank:
         return False
     # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds runs of its own.
-    return not _is_plain(engine) or index % engine.layout.data_parallel_size == engine.layout.data_rank
+    return not engine.is_plain or index % engine.layout.data_parallel_size == engine.layout.data_rank
 
 
 def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:
     """Give a fresh optimizer zero state under `keys`, which it would create at its first step, and its step count."""
-    optimizer = base_optimizer(engine)
+    optimizer = engine.optimizer
     for flat in {id(slot.flat): slot.flat for slot in _slots(engine)}.values():
         state = optimizer.state[flat]
         for key in keys:
@@ -70,7 +71,7 @@ def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> Non
 
 def optimizer_step(engine: Engine) -> int:
     """Updates the optimizer has applied: steps without the skipped ones."""
-    counts = [int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state]
+    counts = [int(state["step"]) for state in engine.optimizer.state.values() if "step" in state]
     return max(counts, default=0)
 
 
@@ -78,7 +79,7 @@ def optimizer_step(engine: Engine) -> int:
 def publish_weights(engine: Engine) -> None:
     """Copy the views' fp32 weights into those that the model computes with. Collective over data-parallel ranks."""
     optimizer = engine.deepspeed.optimizer
-    if _is_plain(engine):
+    if engine.is_plain:
         return
     if not _is_stage_3(optimizer):
         optimizer.update_lp_params()
@@ -93,39 +94,12 @@ def publish_weights(engine: Engine) -> None:
         persistent[0].all_gather(persistent)
 
 
-def loss_scaler_state(engine: Engine) -> dict[str, float] | None:
-    """The dynamic loss scale of fp16 and its counters; None in other precisions."""
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if not hasattr(scaler, "cur_hysteresis"):
-        return None
-    return {key: getattr(scaler, key) for key in _SCALER_KEYS}
-
-
-def restore_loss_scaler(engine: Engine, state: dict[str, float]) -> None:
-    """Continue with a saved loss scale."""
-    for key in _SCALER_KEYS:
-        setattr(engine.deepspeed.optimizer.loss_scaler, key, state[key])
-
-
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def base_optimizer(engine: Engine) -> Any:
-    """The optimizer that does the arithmetic, under DeepSpeed's wrapper."""
-    optimizer = engine.deepspeed.optimizer
-    return optimizer if _is_plain(engine) else optimizer.optimizer
-
-
-def _is_plain(engine: Engine) -> bool:
-    return isinstance(engine.deepspeed.optimizer, torch.optim.Optimizer)
-
-
 def _is_stage_3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
 def _step_count(optimizer: Any, flat: Tensor, count: int) -> Any:
-    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+    if isinstance(optimizer, DeepSpeedCPUAdam):
         return count
     is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return torch.tensor(float(count), device=flat.device if is_on_device else "cpu")
@@ -133,7 +107,7 @@ def _step_count(optimizer: Any, flat: Tensor, count: int) -> Any:
 
 def _slots(engine: Engine) -> Iterator[_Slot]:
     optimizer = engine.deepspeed.optimizer
-    if _is_plain(engine):
+    if engine.is_plain:
         for parameter, _ in engine.all_parameters().values():
             yield _Slot(parameter, parameter, 0, 0, parameter.numel())
     elif _is_stage_3(optimizer):

@@ -40,12 +40,11 @@ class TrainState:
     skipped_steps: int = 0
     restarts: int = 0
 
-    def advance(self, result: StepResult, shape: StepShape) -> None:
+    def advance(self, shape: StepShape) -> None:
         """One optimizer step is done, applied or skipped."""
         self.step += 1
         self.tokens_seen += shape.tokens
         self.samples_seen += shape.num_samples
-        self.skipped_steps += bool(result.skipped)
 
 
 class Trainer:
@@ -96,21 +95,20 @@ class Trainer:
         self.goodput = (
             Goodput(self.run_dir, self.clock, first_step=self.state.step) if self.layout.ranks.is_main else None
         )
-        vital = None
         while self.state.step < self.run.total_steps:
             self.clock.enter("data", self.state.step)
             batches = self.loader.next_step()  # num_micro_batches x (micro_batch_size, seq_len)
             self.clock.enter("train", self.state.step)
             # forward, backward, clip, update
             result = self.engine.train_step(batches, step=self.state.step, max_loss=self.guard.max_loss)
-            self.state.advance(result, self.run.at(self.state.step))
+            self.state.advance(self.run.at(self.state.step))
             self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=self.extras())
-            vital = self.exchange(result)
-            if vital and self.react(vital) is Action.rollback:
+            vitals = self.exchange(result)
+            if any(self.react(vital) is Action.rollback for vital in vitals):
                 continue
             if self.is_due(self.cfg.training.eval_every):
                 self.evaluate()
-            if vital and vital.notice:  # some rank was asked to leave, and all ranks know
+            if any(vital.notice for vital in vitals):  # some rank was asked to leave, and all ranks know
                 break
             if self.is_due(self.cfg.checkpoint.save_every):
                 self.save()
@@ -146,12 +144,21 @@ class Trainer:
         """Which samples the present step reads, for the watchdog's page."""
         return f"Sample hash of the step: {self.loader.sample_hash}."
 
-    def exchange(self, result: StepResult) -> Vital | None:
-        """What all ranks know alike of the newest step, and whether one of them was given notice."""
-        return self.vitals.exchange(
-            self.state.step - 1, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped,
-            notice=preemption.received() is not None,
-        )  # fmt: skip
+    def exchange(self, result: StepResult) -> list[Vital]:
+        """What all ranks know alike of steps that nobody has judged, and whether one of them was given notice.
+
+        On CUDA that is the step before; at a checkpoint and at the end also the newest, so that what is kept is judged.
+        """
+        step = self.state.step
+        known = [
+            self.vitals.exchange(
+                step - 1, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped,
+                notice=preemption.received() is not None,
+            )
+        ]  # fmt: skip
+        if self.is_due(self.cfg.checkpoint.save_every) or step == self.run.total_steps:
+            known.append(self.vitals.drain())
+        return [vital for vital in known if vital]
 
     def react(self, vital: Vital) -> Action:
         """Judge the step and do what the policy says.
@@ -159,6 +166,7 @@ class Trainer:
         Raises:
             DivergedError: the run cannot go on by itself.
         """
+        self.state.skipped_steps += vital.skipped
         known = len(self.guard.ledger)
         action = self.guard.judge(vital)
         for event in self.guard.ledger[known:]:
@@ -176,6 +184,7 @@ class Trainer:
         record = self.checkpoints.restore(self.engine, not_after=before)
         if record is None:
             raise DivergedError(f"there is no checkpoint to roll back to.\n{self.guard.report()}")
+        self.vitals.drain()  # of a step that started from the bad one
         self.guard.restore(record["guard"], keep_ledger=True)
         self.state = TrainState(**record["state"])
         self.loader.restore(record["loader"])
@@ -245,6 +254,8 @@ class Trainer:
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
+        if vital := self.vitals.drain():
+            self.react(vital)
         is_done = self.state.step >= self.run.total_steps
         if is_done and not self.is_due(self.cfg.training.eval_every):
             self.evaluate()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.anomaly import MAX_ROLLBACKS, Guard, Vital, Vitals
+from pipeline.anomaly import LOSS_SCALE_HALVINGS, MAX_ROLLBACKS, Guard, Vital, Vitals
 from pipeline.config import OnSpike, ResilienceConfig
 from tests.distributed import run_on_ranks
 
@@ -43,6 +43,15 @@ def test_a_gradient_overflow_is_bad_unless_a_loss_scale_is_being_found():
         judge = guard(loss_scaling=loss_scaling)
         judge.judge(overflow)
         assert len(judge.ledger) == entries
+
+
+def test_overflows_that_no_loss_scale_explains_are_bad_numbers():
+    """Broken gradients overflow at every scale; the run must not go on for ever without an update."""
+    judge = guard(loss_scaling=True, max_bad_steps=2)
+    actions = feed(judge, [3.0] * (LOSS_SCALE_HALVINGS + 2), grad_norm=math.inf)
+    assert actions == ["continue_"] * (LOSS_SCALE_HALVINGS + 1) + ["stop"]
+    assert [e.kind for e in judge.ledger] == ["bad_numbers"] * 2
+    assert feed(judge, [3.0], grad_norm=1.0) == ["continue_"] and judge.overflows_in_a_row == judge.bad_in_a_row == 0
 
 
 def test_limit_is_median_plus_robust_deviations():
@@ -98,19 +107,29 @@ def test_a_resumed_guard_judges_as_the_undisturbed_one(losses, cut):
     assert second.state() == whole.state()
 
 
-def _exchange() -> list[tuple]:
+def _exchange(is_late: bool) -> list[tuple]:
     import torch
     import torch.distributed as dist
 
     rank = dist.get_rank()
     vitals = Vitals(torch.device("cpu"))
-    quiet = vitals.exchange(4, loss=torch.tensor(2.5), grad_norm=0.5, skipped=False, notice=False)
-    told = vitals.exchange(
-        5, loss=torch.tensor(math.nan if rank else 2.5), grad_norm=math.inf, skipped=rank == 1, notice=rank == 1
-    )
-    return [(v.step, str(v.loss), str(v.grad_norm), v.skipped, v.notice) for v in (quiet, told)]
+    vitals.is_late = is_late
+    no, half = torch.tensor(False), torch.tensor(0.5)
+    found = [
+        vitals.exchange(4, loss=torch.tensor(2.5), grad_norm=half, skipped=no, notice=False),
+        vitals.exchange(
+            5, loss=torch.tensor(math.nan if rank else 2.5), grad_norm=torch.tensor(math.inf),
+            skipped=torch.tensor(rank == 1), notice=rank == 1,
+        ),
+        vitals.drain(),
+        vitals.drain(),
+    ]  # fmt: skip
+    return [v and (v.step, str(v.loss), str(v.grad_norm), v.skipped, v.notice) for v in found]
 
 
-def test_what_one_rank_knows_all_ranks_know():
-    expected = [(4, "2.5", "0.5", False, False), (5, "nan", "nan", True, True)]
-    assert run_on_ranks(_exchange, 2) == [expected, expected]
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_one_rank_knows_all_ranks_know(is_late):
+    """Late, as on CUDA: each answer comes one exchange later, the last by drain."""
+    known = [(4, "2.5", "0.5", False, False), (5, "nan", "nan", True, True)]
+    expected = [None, *known, None] if is_late else [*known, None, None]
+    assert run_on_ranks(_exchange, 2, is_late) == [expected, expected]

@@ -327,4 +327,4 @@ class Head(nn.Module):
 
 def set_moe_loss_scale(scale: float) -> None:
     """Weight of the router losses in the backward pass: riding on activations, they bypass the engine's scaling."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((), scale))

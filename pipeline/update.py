@@ -1,0 +1,103 @@
+"""What the optimizer's kernel is told about a step, decided on the device: clip it, leave it out, undo the loss scale.
+
+    gradient norm, loss --judge--> Verdict --> fused AdamW (optimizer.grad_scale, optimizer.found_inf)
+                                           --> LossScale.update (fp16)
+
+The host launches a step and goes on with the next; it learns what was decided when it reads the numbers. Both decisions
+travel as tensors, by the protocol of torch.amp.GradScaler: the kernel divides every gradient by grad_scale and, where
+found_inf is 1, changes neither weights nor moments nor its step count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INITIAL_SCALE_POWER = 16  # log2 of the loss scale at the first step
+GROWTH_INTERVAL = 1000  # steps without an overflow after which the loss scale doubles
+CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Decisions about one step; 0-dim tensors on the device."""
+
+    grad_norm: Tensor
+    """fp32, before clipping, without the loss scale; inf where a gradient was not finite."""
+    overflowed: Tensor
+    """bool: a gradient was not finite."""
+    left_out: Tensor
+    """bool: the update must not be applied, for an overflow or a loss above the limit."""
+    grad_scale: Tensor | None
+    """fp32 divisor of every gradient: loss scale and clipping; None: there is neither."""
+
+
+def judge(
+    grad_norm: Tensor, *, clip_grad: float, loss: Tensor | None, max_loss: float, loss_scale: Tensor | None
+) -> Verdict:
+    """Decide about a step.
+
+    Args:
+        grad_norm: 0-dim global norm before clipping, without the loss scale; not finite or negative: invalid.
+        clip_grad: largest norm that is applied; 0: no clipping.
+        loss: 0-dim mean loss of the step, needed where max_loss is finite.
+        max_loss: the step is left out when its loss is above, or not a number.
+        loss_scale: 0-dim factor that the gradients still carry; None: 1.
+    """
+    overflowed = ~(grad_norm.isfinite() & (grad_norm >= 0))
+    grad_norm = torch.where(overflowed, math.inf, grad_norm.float())
+    left_out = overflowed if loss is None or max_loss == math.inf else overflowed | ~(loss <= max_loss)
+    grad_scale = loss_scale
+    if clip_grad:
+        excess = ((grad_norm + CLIP_EPSILON) / clip_grad).clamp(min=1.0)
+        grad_scale = excess if loss_scale is None else excess * loss_scale
+    return Verdict(grad_norm, overflowed, left_out, grad_scale)
+
+
+class LossScale:
+    """Dynamic loss scale of fp16: halved at an overflow, doubled after GROWTH_INTERVAL steps without one, at least 1.
+
+    Takes the place of DeepSpeed's scaler, which asks the host at every step whether the gradients overflowed.
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+    """
+
+    dynamic = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.cur_scale = torch.full((), 2.0**INITIAL_SCALE_POWER, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, overflowed: Tensor) -> None:
+        """Take in whether the step's gradients overflowed."""
+        torch._amp_update_scale_(self.cur_scale, self._good_steps, overflowed.float(), 2.0, 0.5, GROWTH_INTERVAL)
+        self.cur_scale.clamp_(min=1.0)
+
+    def state(self) -> dict[str, float]:
+        """JSON-able state for the checkpoint; waits for the device."""
+        return {"scale": float(self.cur_scale), "good_steps": int(self._good_steps)}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take up a checkpoint's state."""
+        self.cur_scale.fill_(state["scale"])
+        self._good_steps.fill_(int(state["good_steps"]))
+
+    # ---- what DeepSpeed calls -----------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """The factor of the loss."""
+        return self.cur_scale
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """`loss` times the scale."""
+        return loss * self.cur_scale
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Gradients of the scaled loss."""
+        self.scale_loss(loss).backward(retain_graph=retain_graph)
+
+    def update_scale(self, overflow: bool) -> None:
+        """DeepSpeed knows of no overflow: `update` has the last word."""
