@@ -151,7 +151,9 @@ class Engine:
         if not self.deepspeed.training:
             self.deepspeed.train()
         self._loss_sum = torch.zeros((), device=self.layout.device)
-        for batch, token_weights in zip(batches, weights, strict=True):
+        for number, (batch, token_weights) in enumerate(zip(batches, weights, strict=True), start=1):
+            # DeepSpeed's own count runs over the whole run: a ramp of batch sizes would put its step amid a batch.
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(batches))
             loss = self.deepspeed(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
             self.deepspeed.backward(loss)
             self._loss_sum += loss.detach()
@@ -212,6 +214,7 @@ class Engine:
         if count != self._num_micro_batches:
             self._num_micro_batches = count
             self.deepspeed.set_train_batch_size(self.run.micro_batch_size * count * self.layout.data_parallel_size)
+            self.deepspeed.optimizer.gradient_accumulation_steps = count  # read where gradients are offloaded
 
     @property
     def is_plain(self) -> bool:

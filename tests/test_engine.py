@@ -10,8 +10,19 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from pipeline.run_shape import derive
 from tests.distributed import run_on_ranks
-from tests.layouts import VOCAB, allow_fp16_on_the_cpu, batches, config, rank_batches, reference, train_all
+from tests.layouts import (
+    VOCAB,
+    allow_fp16_on_the_cpu,
+    batches,
+    config,
+    rank_batches,
+    reference,
+    reset_parallel_state,
+    train_all,
+)
+from tests.reference import ReferenceGPT
 
 
 def engine_of(cfg: Any) -> Any:
@@ -145,3 +156,32 @@ def group_rates(cfg: Any) -> list[float]:
     engine = engine_of(cfg)
     engine.train_step(rank_batches(batches()[0], engine.run, engine.layout), step=0)
     return sorted(group["lr"] for group in engine.deepspeed.optimizer.param_groups)
+
+
+RAMP = [1, 1, 1, 2, 3, 8]  # micro-batches of a step
+
+
+def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
+    histories = []
+    for cfg in cfgs:
+        engine = engine_of(cfg)
+        parts = [rank_batches(step, engine.run, engine.layout)[:n] for step, n in zip(batches(), RAMP)]
+        results = [engine.train_step(part, step=number) for number, part in enumerate(parts)]
+        histories.append([(float(result.loss), float(result.grad_norm)) for result in results])
+        reset_parallel_state()
+    return histories
+
+
+@pytest.mark.parametrize(
+    "world_size, layouts",
+    [(1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]), (2, [dict(pp=2), dict(tp=2)])],
+)
+def test_a_ramp_may_change_the_number_of_micro_batches(world_size: int, layouts: list[dict[str, Any]]) -> None:
+    """DeepSpeed counts micro-batches over the whole run: after a change it would make its step amid a batch."""
+    cfg = config("gpt2")
+    steps = [{name: rows[: 2 * n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)]
+    run = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
+    expected = ReferenceGPT(cfg, VOCAB).train(steps, run, cfg.training.micro_batch_size)
+    for layout, found in zip(layouts, run_on_ranks(ramped, world_size, [config("gpt2", **x) for x in layouts])[0]):
+        tolerance = 3e-2 if "precision" in layout else 1e-5
+        assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], rel=tolerance)
