@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import bf16_gradients
 from pipeline import optimizer as optimizer_module
+from pipeline.bf16_gradients import Reduction, spare_passes
 from pipeline.config import OptimizerConfig, PipelineSchedule, Precision, PretrainConfig
 from pipeline.distributed import Mpu, ParallelLayout, seed_step
 from pipeline.engine_config import deepspeed_config
@@ -109,11 +109,15 @@ class Engine:
             leave_the_host_alone(self.deepspeed.optimizer, self.loss_scale)
         if is_fp16 and self.is_pipeline:
             reduce_tied_sums(self.deepspeed)
+        reduction = None
         if run.data_parallel_size == 1:
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
         if isinstance(self.deepspeed.optimizer, BF16_Optimizer) and not self.is_pipeline:
-            bf16_gradients.spare_passes(self.deepspeed.optimizer)
+            if run.data_parallel_size > 1:
+                reduction = Reduction(self.deepspeed.optimizer, layout.data_group, self._all_parameters)
+                self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: reduction.finish()
+            spare_passes(self.deepspeed.optimizer, reduction)
         self.optimizer.register_step_pre_hook(self._before_update)
 
     @property

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from pipeline.bf16_gradients import BUCKET_ELEMENTS
 from pipeline.config import Precision, PretrainConfig
 from pipeline.flops import num_parameters
 from pipeline.run_shape import RunShape
 
-BUCKET_ELEMENTS = 200_000_000  # gradients reduced at a time; larger buckets no longer raise the bandwidth
+ALLGATHER_ELEMENTS = 200_000_000  # weights gathered at a time; larger buckets no longer raise the bandwidth
 
 
 def zero_stage(cfg: PretrainConfig, run: RunShape) -> int:
@@ -35,13 +36,15 @@ def deepspeed_config(cfg: PretrainConfig, run: RunShape) -> dict[str, Any]:
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
         "stage": stage,
-        "overlap_comm": stage > 1,
+        # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by bf16_gradients.py). DeepSpeed does
+        # not under a pipeline, and offloaded gradients leave for the host one by one.
+        "overlap_comm": stage > int(parallel.offload_optimizer or run.pipeline_parallel_size > 1),
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "allgather_partitions": True,
         # Elements. DeepSpeed allocates the bucket whole, so a small model must not ask for a large one.
         "reduce_bucket_size": min(BUCKET_ELEMENTS, size),
-        "allgather_bucket_size": min(BUCKET_ELEMENTS, size),
+        "allgather_bucket_size": min(ALLGATHER_ELEMENTS, size),
         "round_robin_gradients": False,
     }
     if parallel.offload_optimizer:

@@ -104,7 +104,7 @@ def _order_by_streams(optimizer: Any) -> None:
     accelerator = get_accelerator()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         stream = optimizer.reduce_and_partition_stream
-        vars(stream)["synchronize"] = lambda: accelerator.current_stream().wait_stream(stream)
+        stream.synchronize = lambda: accelerator.current_stream().wait_stream(stream)
         return
     epilogue = optimizer.independent_gradient_partition_epilogue
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +104,56 @@ def test_the_watch_sees_reads_and_copies() -> None:
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_a_step_reads_nothing_back(world_size: int) -> None:
-    """One wait a step leaves the device idle while the host launches the next: at 125M on one GPU a third of the time."""
+    """After one wait a step the device is idle until the host has launched the next kernels."""
     for found in zip(*run_on_ranks(reads_of, world_size, CASES[world_size])):
         for case, stacks in zip(CASES[world_size], found):
             assert not stacks, f"{case}: {len(stacks)} waits, the first\n{stacks[0]}"
+
+
+def strictly_on_cuda(case: dict[str, Any]) -> None:
+    engine = engine_of(config(**case))
+    steps = [rank_batches(step, engine.run, engine.layout) for step in batches(masked=True)[:4]]
+    for part in (batch for parts in steps for batch in parts):
+        for name in ("tokens", "labels", "loss_mask"):
+            setattr(part, name, getattr(part, name).cuda())
+    for number, parts in enumerate(steps):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        engine.train_step(parts, step=number, max_loss=100.0)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES[1], ids=str)
+def test_cuda_finds_no_wait_in_a_step(case: dict[str, Any]) -> None:
+    run_on_ranks(strictly_on_cuda, 1, case)
+
+
+def streams_of_stage(stage: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    from pipeline import engine_patches
+
+    waited: list[Any] = []
+    reductions = SimpleNamespace(synchronize=lambda: waited.append("the host"))
+    kernels = SimpleNamespace(wait_stream=waited.append)
+    monkeypatch.setattr(get_accelerator(), "current_stream", lambda: kernels)
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waited.append("the host"))
+    if stage == 3:
+        optimizer: Any = object.__new__(DeepSpeedZeroOptimizer_Stage3)
+        optimizer.reduce_and_partition_stream = reductions
+        epilogue = lambda: optimizer.reduce_and_partition_stream.synchronize()  # noqa: E731
+    else:
+        optimizer = SimpleNamespace(reduction_stream=reductions)
+        optimizer.independent_gradient_partition_epilogue = lambda: get_accelerator().synchronize()
+        epilogue = lambda: optimizer.independent_gradient_partition_epilogue()  # noqa: E731
+    engine_patches._order_by_streams(optimizer)
+    epilogue()
+    get_accelerator().synchronize()
+    return ["the reductions" if stream is reductions else stream for stream in waited]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_kernels_wait_for_reductions_instead_of_the_host(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed waits for on the host at the end of a backward pass; elsewhere its waits stay as they are."""
+    assert streams_of_stage(stage, monkeypatch) == ["the reductions", "the host"]

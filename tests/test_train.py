@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
+from pipeline.checkpoint_folder import read_record
 from pipeline.config import PretrainConfig
 from pipeline.errors import PipelineError
 from tests.corpus import make_tokenizer
@@ -156,6 +157,44 @@ def train_and_stop(arguments: list[str], step: int) -> int:
 
     trainer.TrainState.advance = notice  # type: ignore[method-assign]
     return train_on_ranks(arguments)
+
+
+def train_late(arguments: list[str], faults: dict[str, float]) -> int:
+    """pipeline.train with planted faults, each step judged one step late as on CUDA."""
+    from pipeline import anomaly
+    from tests import plant
+
+    start = anomaly.Vitals.__init__
+
+    def late(self: Any, *args: Any) -> None:
+        start(self, *args)
+        self.is_late = True
+
+    anomaly.Vitals.__init__ = late  # type: ignore[method-assign]
+    plant.install(faults)
+    return train_on_ranks(arguments)
+
+
+def ledger(run: Path, step: int) -> tuple[int, list[tuple[int, str, str]]]:
+    """(skipped steps, [(step, kind, action)]) as a checkpoint holds them."""
+    record = read_record(run / "checkpoints" / f"step-{step:08d}")
+    return record["state"]["skipped_steps"], [(e["step"], e["kind"], e["action"]) for e in record["guard"]["ledger"]]
+
+
+def test_a_checkpoint_knows_what_became_of_its_last_step(data: Path, tmp_path: Path) -> None:
+    """Though the host hears of a step after the next one has begun: step 2, the third, has a NaN and is saved."""
+    arguments = overrides(data, tmp_path, "late", **{"training.total_steps": 5, "training.eval_every": 0})
+    run_on_ranks(train_late, 1, arguments, {"nan": 2 * 8 + 3})
+    for step in (3, 5):
+        assert ledger(tmp_path / "late", step) == (1, [(2, "bad_numbers", "skip")])
+
+
+def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) -> None:
+    """Step 19 spikes, and step 20, begun before that was known, is bad too; both are undone, one is judged."""
+    settings = {"training.total_steps": 23, "training.eval_every": 0, "resilience.on_spike": "rollback", "optimizer.lr": 0.01}
+    arguments = overrides(data, tmp_path, "late", **settings, **{"resilience.spike_window": 8, "resilience.spike_sigmas": 5})
+    run_on_ranks(train_late, 1, arguments, {"spike": 19 * 8 + 3, "nan": 20 * 8 + 3})
+    assert ledger(tmp_path / "late", 23) == (0, [(19, "spike", "rollback")])
 
 
 def prepare(arguments: list[str], world_size: int = 1) -> None:
