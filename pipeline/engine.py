@@ -69,7 +69,7 @@ class StepResult:
     loss: Tensor
     """0-dim fp32: mean over the tokens of the global batch."""
     grad_norm: Tensor
-    """0-dim fp32: global gradient norm before clipping; inf where a gradient was not finite."""
+    """0-dim fp32: global gradient norm before clipping; not finite where a gradient was not."""
     lr: float
     skipped: Tensor
     """0-dim bool: the update was left out, for a gradient that was not finite or a loss above train_step's max_loss."""
@@ -103,8 +103,13 @@ class Engine:
             mpu=None if self.is_pipeline else Mpu(),
         )
         self._all_parameters = list(module.parameters())
+        has_peers = run.tensor_parallel_size > 1
+        self._split_parameters = [p for p in self._all_parameters if has_peers and is_split(p)]
+        self._whole_parameters = [p for p in self._all_parameters if not (has_peers and is_split(p))]
         is_fp16 = cfg.training.precision is Precision.fp16
         self.loss_scale = LossScale(layout.device) if is_fp16 else None
+        if self.is_plain:
+            self.deepspeed.zero_grad = self._forget_gradients
         if not cfg.parallel.offload_optimizer:
             leave_the_host_alone(self.deepspeed.optimizer, self.loss_scale)
         if is_fp16 and self.is_pipeline:
@@ -225,14 +230,19 @@ class Engine:
         """Whether DeepSpeed runs the optimizer as it is, at ZeRO-0."""
         return self.optimizer is self.deepspeed.optimizer
 
+    def _forget_gradients(self) -> None:
+        # DeepSpeed walks the module tree for their names: 0.3 ms a step at 4 layers.
+        for parameter in self._all_parameters:
+            parameter.grad = None
+
     def _whole_norm(self) -> Tensor:
         """Gradient norm at ZeRO-0, which DeepSpeed does not tell: every data-parallel rank has all gradients."""
-        parameters = [p for p in self._all_parameters if p.grad is not None]
-        whole = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_split(p)]).square()
-        split = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_split(p)]).square()
-        if self.layout.tensor_parallel_size > 1:
-            dist.all_reduce(split, group=self.layout.tensor_group)
-        return (split + whole).sqrt()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._whole_parameters if p.grad is not None])
+        if not self._split_parameters:
+            return norm
+        split = torch.nn.utils.get_total_norm([p.grad for p in self._split_parameters if p.grad is not None]).square()
+        dist.all_reduce(split, group=self.layout.tensor_group)
+        return (split + norm.square()).sqrt()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Verdict:
     """Decisions about one step; 0-dim tensors on the device."""
 
     grad_norm: Tensor
-    """fp32, before clipping, without the loss scale; inf where a gradient was not finite."""
+    """fp32, before clipping, without the loss scale; not finite where a gradient was not."""
     overflowed: Tensor
     """bool: a gradient was not finite."""
     left_out: Tensor
@@ -41,14 +41,13 @@ def judge(
     """Decide about a step.
 
     Args:
-        grad_norm: 0-dim global norm before clipping, without the loss scale; not finite or negative: invalid.
+        grad_norm: 0-dim fp32, global norm before clipping, without the loss scale.
         clip_grad: largest norm that is applied; 0: no clipping.
         loss: 0-dim mean loss of the step, needed where max_loss is finite.
         max_loss: the step is left out when its loss is above, or not a number.
         loss_scale: 0-dim factor that the gradients still carry; None: 1.
     """
-    overflowed = ~(grad_norm.isfinite() & (grad_norm >= 0))
-    grad_norm = torch.where(overflowed, math.inf, grad_norm.float())
+    overflowed = (grad_norm < math.inf).logical_not()  # true of NaN too
     left_out = overflowed if loss is None or max_loss == math.inf else overflowed | ~(loss <= max_loss)
     grad_scale = loss_scale
     if clip_grad:

@@ -42,6 +42,7 @@ from pipeline.config import (
     Recompute,
     TrainingConfig,
 )
+from pipeline.model import cpu_attention
 from pipeline.model.parallel import (
     ColumnLinear,
     Norm,
@@ -138,12 +139,8 @@ def pin_attention_kernels() -> None:
     _pinned.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
 
 
-# Up to this many tokens torch's CPU kernel spends more on packing bf16 than it saves.
-SHORT_ROWS = 128
-
-
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention: flash kernels on CUDA and on CPU."""
+    """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention or, where it is faster, cpu_attention'."""
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -157,13 +154,14 @@ class CoreAttention(nn.Module):
             q: (B, G * Q, S, D). k, v: (B, G, S, D).
             mask: (B, 1, S, S) bool, true where a query may look; None is causal.
         """
-        if q.device.type == "cpu" and q.shape[2] <= SHORT_ROWS and q.dtype is torch.bfloat16:
-            return self.forward(q.float(), k.float(), v.float(), mask).to(torch.bfloat16)
+        drops = self.dropout and self.training
+        if mask is None and not drops and cpu_attention.is_faster(q):
+            return cpu_attention.causal_attention(q, k, v, self.scale or q.shape[-1] ** -0.5)
         attend = partial(
             F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        if self.dropout and self.training:
+        if drops:
             with get_cuda_rng_tracker().fork():  # heads are split: every tensor-parallel rank its own stream
                 return attend(q, k, v, dropout_p=self.dropout)
         return attend(q, k, v)
@@ -184,12 +182,15 @@ class Attention(McoreSelfAttention):
         qkv = self.linear_qkv(hidden)[0]
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2, width)
         # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
-        if self.q_layernorm is None and rope is not None:  # queries and keys turn alike: rotate them in one go
+        if queries == 1 and (rope is None or self.q_layernorm is not None):
+            q, k, v = qkv.unbind(3)
+        elif self.q_layernorm is None and rope is not None:  # queries and keys turn alike: rotate them in one go
             qk, v = qkv.split((queries + 1, 1), dim=3)
             q, k = apply_rope(qk, *rope).split((queries, 1), dim=3)
+            q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         else:
             q, k, v = qkv.split((queries, 1, 1), dim=3)
-        q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+            q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         if self.q_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
             if rope is not None:

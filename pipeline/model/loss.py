@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 # fp32 logits of one chunk; large enough to keep the matrix products efficient.
@@ -115,43 +114,40 @@ def _cross_entropy(
     padding = first + logits.shape[1] - projection.vocab_size
     if padding > 0:
         logits[:, max(0, logits.shape[1] - padding) :] = float("-inf")
-    rows = torch.arange(labels.shape[0], device=labels.device)
+    columns = (labels - first)[:, None]
+    is_here = (columns >= 0) & (columns < logits.shape[1])
+    columns = columns.clamp(0, logits.shape[1] - 1)
+    target = logits.gather(1, columns).float()
     if projection.group is None:
-        log_probability = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        columns, is_here = labels, None
-        target = log_probability[rows, columns]
-        log_z = logits[rows, columns].float() - target if projection.z_loss_coeff else None
+        # The largest probability is 1 / sum(exp(logits - maximum)): no exponential is taken twice.
+        probability, maximum = logits.softmax(dim=-1, dtype=torch.float32), logits.amax(dim=1, keepdim=True).float()
+        log_z = maximum - probability.amax(dim=1, keepdim=True).log()
     else:
-        log_probability, log_z = _parallel_log_softmax(logits, projection.group)
-        columns = labels - first
-        is_here = (columns >= 0) & (columns < logits.shape[1])
-        columns = columns.clamp(0, logits.shape[1] - 1)
-        target = torch.where(is_here, log_probability[rows, columns], 0.0)
-        dist.all_reduce(target, group=projection.group)
-    losses = -target
-    if projection.z_loss_coeff and log_z is not None:
-        losses = losses + projection.z_loss_coeff * log_z.square()
+        probability, log_z, target = _parallel_softmax(logits, target * is_here, projection.group)
+    losses = (log_z - target).squeeze(1)
+    if projection.z_loss_coeff:
+        losses = losses + projection.z_loss_coeff * log_z.squeeze(1).square()
     if not needs_gradient:
         return losses, None
-    gradient = log_probability.exp_()  # d(-log p_label + c log_z^2) / d logits = p (1 + 2 c log_z) - one_hot
-    if projection.z_loss_coeff and log_z is not None:
-        gradient *= (1 + 2 * projection.z_loss_coeff * log_z)[:, None]
-    gradient[rows, columns] -= 1.0 if is_here is None else is_here.float()
+    gradient = probability  # d(log_z - target + c log_z^2) / d logits = p (1 + 2 c log_z) - one_hot
+    if projection.z_loss_coeff:
+        gradient *= 1 + 2 * projection.z_loss_coeff * log_z
+    gradient.scatter_add_(1, columns, -is_here.float())
     if projection.softcap or projection.scale != 1.0:
         gradient *= slope
     return losses, gradient.to(raw_dtype)
 
 
-def _parallel_log_softmax(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(log-softmax (N, V / ranks) fp32, log of the normaliser (N,)) over a vocabulary split over `group`.
+def _parallel_softmax(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax (N, V / ranks) fp32, log of its normaliser (N, 1), sum of `target` (N, 1)) over a split vocabulary.
 
     Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3: only (N,) numbers travel.
     """
     logits = logits.float()
-    maximum = logits.max(dim=-1).values
+    maximum = logits.amax(dim=1, keepdim=True)
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-    shifted = logits - maximum[:, None]
-    total = shifted.exp().sum(dim=-1)
-    dist.all_reduce(total, group=group)
-    log_total = total.log()
-    return shifted.sub_(log_total[:, None]), log_total + maximum
+    probability = (logits - maximum).exp_()
+    sums = torch.cat([probability.sum(dim=1, keepdim=True), target], dim=1)
+    dist.all_reduce(sums, group=group)
+    total, target = sums.split(1, dim=1)
+    return probability.div_(total), total.log() + maximum, target

@@ -85,6 +85,10 @@ class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):
         super().__init__(*args, init_method=nn.init.normal_, **kwargs)
         _mark_split(self.weight, 0, 1)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rows of `tokens`, the same on every rank."""
+        return F.embedding(tokens, self.weight) if self.tp_group.size() == 1 else super().forward(tokens)
+
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension."""
@@ -110,6 +114,8 @@ def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor
     """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums the ranks' gradients."""
     if config.sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
+    if config.tensor_model_parallel_size == 1:
+        return hidden
     return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
 
 
