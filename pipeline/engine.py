@@ -10,56 +10,40 @@ and reads nothing back: clipping and leaving a bad step out happen in the optimi
 
 from __future__ import annotations
 
-import logging
+import pipeline.engine_accelerator  # noqa: F401
+
+# isort: split
 import math
-import os
-from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from pipeline import optimizer as optimizer_module
 from pipeline.bf16_gradients import Reduction, spare_passes
-from pipeline.config import OptimizerConfig, PipelineSchedule, Precision, PretrainConfig
+from pipeline.config import OptimizerConfig, Precision, PretrainConfig
 from pipeline.distributed import Mpu, ParallelLayout, seed_step
 from pipeline.engine_config import deepspeed_config
-from pipeline.engine_patches import is_split, leave_the_host_alone, reduce_tied_sums
+from pipeline.engine_patches import HostAdam, is_split, leave_the_host_alone, reduce_tied_sums
+from pipeline.engine_pipeline import packed, pipeline_module
 from pipeline.errors import ConfigError
 from pipeline.lr_schedule import lr_at
-from pipeline.model.gpt import (
-    GPT,
-    Architecture,
-    Loss,
-    StageBlock,
-    StageEmbedding,
-    StageHead,
-    canonical_name,
-)
+from pipeline.model.gpt import GPT, Architecture, canonical_name
 from pipeline.model.init import initialize
 from pipeline.model.layers import pin_attention_kernels, set_moe_loss_scale
 from pipeline.model.parallel import reduce_partial_gradients
 from pipeline.model.partition import Partition
-from pipeline.model.stages import layer_costs, partition
 from pipeline.run_shape import RunShape
 from pipeline.update import LossScale, Verdict, judge
 
 if TYPE_CHECKING:
     from pipeline.data.loader import Batch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
-import deepspeed.ops  # noqa: E402
-from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
-from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# A shared-memory all-reduce that is compiled at start-up (about a minute) and that our groups do not use.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True)
@@ -88,42 +72,44 @@ class Engine:
         pin_attention_kernels()
         deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes over torch's process group
         self.architecture = Architecture(cfg.model, cfg.parallel, cfg.training, run.vocab_size, run.padded_vocab_size)
-        module = self._pipeline_module() if self.is_pipeline else GPT(self.architecture, layout.tensor_group)
-        module.to(layout.device)
+        module = self._module().to(layout.device)
         self.partitions = self._initial_weights(module)
         reduce_partial_gradients(module, layout.tensor_group)
         groups = optimizer_module.parameter_groups(self._named(module), cfg.optimizer, cfg.model)
         self._num_micro_batches = run.at(0).num_micro_batches
         self._activation_shape: tuple[int, ...] = ()
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=groups,
-            optimizer=self._optimizer(cfg.optimizer),
-            config=deepspeed_config(cfg, run),
-            mpu=None if self.is_pipeline else Mpu(),
-        )
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its memory, line upon line
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                model_parameters=groups,
+                optimizer=self._optimizer(cfg.optimizer),
+                config=deepspeed_config(cfg, run),
+                mpu=None if self.is_pipeline else Mpu(),
+            )
         self._all_parameters = list(module.parameters())
         has_peers = run.tensor_parallel_size > 1
         self._split_parameters = [p for p in self._all_parameters if has_peers and is_split(p)]
         self._whole_parameters = [p for p in self._all_parameters if not (has_peers and is_split(p))]
-        is_fp16 = cfg.training.precision is Precision.fp16
-        self.loss_scale = LossScale(layout.device) if is_fp16 else None
+        self.loss_scale = LossScale(layout.device) if cfg.training.precision is Precision.fp16 else None
+        self._adapt_deepspeed()
+        self.optimizer.register_step_pre_hook(self._before_update)
+
+    def _adapt_deepspeed(self) -> None:
+        wrapper, is_offloaded = self.deepspeed.optimizer, self.cfg.parallel.offload_optimizer
+        leave_the_host_alone(wrapper, self.loss_scale, is_offloaded=is_offloaded)
         if self.is_plain:
             self.deepspeed.zero_grad = self._forget_gradients
-        if not cfg.parallel.offload_optimizer:
-            leave_the_host_alone(self.deepspeed.optimizer, self.loss_scale)
-        if is_fp16 and self.is_pipeline:
+        if self.loss_scale and self.is_pipeline:
             reduce_tied_sums(self.deepspeed)
         reduction = None
-        if run.data_parallel_size == 1:
+        if self.run.data_parallel_size == 1:
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
-        if isinstance(self.deepspeed.optimizer, BF16_Optimizer) and not self.is_pipeline:
-            if run.data_parallel_size > 1:
-                reduction = Reduction(self.deepspeed.optimizer, layout.data_group, self._all_parameters)
+        if isinstance(wrapper, BF16_Optimizer) and not self.is_pipeline:
+            if self.run.data_parallel_size > 1:
+                reduction = Reduction(wrapper, self.layout.data_group, self._all_parameters)
                 self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: reduction.finish()
-            spare_passes(self.deepspeed.optimizer, reduction)
-        self.optimizer.register_step_pre_hook(self._before_update)
+            spare_passes(wrapper, reduction)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -200,7 +186,7 @@ class Engine:
 
     def _pipeline_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
         self._expect_shape(batches[0])
-        return self.deepspeed.train_batch(_packed(batches, weights))
+        return self.deepspeed.train_batch(packed(batches, weights))
 
     def _token_weights(self, batches: list[Batch]) -> list[Tensor | None]:
         """Weights that make the engine's mean over micro-batches and ranks the mean over the global batch's tokens.
@@ -219,7 +205,8 @@ class Engine:
         return [mask * scale for mask in masks]
 
     def _set_micro_batches(self, count: int) -> None:
-        set_moe_loss_scale(1.0 / count)
+        one = torch.ones((), device=self.layout.device) if self.loss_scale is None else self.loss_scale.cur_scale
+        set_moe_loss_scale(one / count)
         if count != self._num_micro_batches:
             self._num_micro_batches = count
             self.deepspeed.set_train_batch_size(self.run.micro_batch_size * count * self.layout.data_parallel_size)
@@ -268,7 +255,7 @@ class Engine:
         missing = max(0, 2 * self.run.pipeline_parallel_size - len(batches))  # DualPipeV needs that many in flight
         weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
         batches = [*batches, *[batches[0]] * missing]
-        mean = self.deepspeed.eval_batch(_packed(batches, weights), num_micro_batches=len(batches))
+        mean = self.deepspeed.eval_batch(packed(batches, weights), num_micro_batches=len(batches))
         return mean.reshape(()) * (len(batches) * self.layout.data_parallel_size)
 
     # ---- parameters ---------------------------------------------------------------------------------------------
@@ -306,101 +293,21 @@ class Engine:
 
     # ---- construction -------------------------------------------------------------------------------------------
 
+    def _module(self) -> nn.Module:
+        if not self.is_pipeline:
+            return GPT(self.architecture, self.layout.tensor_group)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its topology
+            return pipeline_module(self.architecture, self.run, self.layout)
+
     def _optimizer(self, cfg: OptimizerConfig) -> Any:
         if self.cfg.parallel.offload_optimizer:
-            return lambda groups: _HostAdam(
+            return lambda groups: HostAdam(
                 groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
             )
         return lambda groups: optimizer_module.build(groups, cfg)
-
-    def _pipeline_module(self) -> PipelineModule:
-        architecture, model = self.architecture, self.cfg.model
-        tied = model.tied_embeddings
-        tie = {"tied_weight_attr": "word.weight"}
-        specs: list[Any] = [
-            TiedLayerSpec("embedding", StageEmbedding, architecture, **tie)
-            if tied
-            else LayerSpec(StageEmbedding, architecture),
-            *[LayerSpec(StageBlock, architecture, layer) for layer in range(model.num_layers)],
-            LayerSpec(StageHead, architecture),
-        ]
-        if tied:
-            # The copy next to the loss owns no position table, and hands hidden through: the loss takes its weight.
-            through: Any = {"forward_fn": lambda _, hidden: hidden, **tie}
-            specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, False, **through))
-        costs = layer_costs(model, padded_vocab_size=self.run.padded_vocab_size, seq_len=self.run.seq_len)
-        if tied:
-            costs = [*costs[:-1], 0.0, costs[-1]]
-        is_dual = self.cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-        loss = Loss(architecture, self.layout.tensor_group)
-
-        def loss_fn(hidden: Tensor, labels: Any) -> Tensor:
-            weight = next(
-                p for name, p in self._named(module) if name == ("embedding.word.weight" if tied else "head.weight")
-            )
-            return loss(hidden, weight, *(labels if isinstance(labels, tuple) else (labels, None)))
-
-        module = (_DualPipeV if is_dual else _Staged)(
-            specs,
-            costs=costs,
-            loss_fn=loss_fn,
-            topology=PipeModelDataParallelTopology(
-                num_pp=self.run.pipeline_parallel_size,
-                num_mp=self.run.tensor_parallel_size,
-                num_dp=self.run.data_parallel_size,
-            ),
-            activation_checkpoint_interval=0,  # blocks recompute themselves, with megatron-core's random streams
-        )
-        return module
 
     def _expect_shape(self, batch: Batch) -> None:
         shape = (*batch.tokens.shape, batch.document_ids is not None)
         if self._activation_shape not in ((), shape):
             self.deepspeed.reset_activation_shape()
         self._activation_shape = shape
-
-
-class _HostAdam(DeepSpeedCPUAdam):
-    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused AdamW does.
-
-    Its gradients are on the host, so the host has waited for them already.
-    """
-
-    grad_scale: Tensor | None
-    found_inf: Tensor
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Update, unless found_inf is 1."""
-        if self.found_inf:
-            return None
-        if self.grad_scale is not None:
-            scale = self.grad_scale.cpu()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad.div_(scale)
-        return super().step(*args, **kwargs)
-
-
-class _Staged(PipelineModule):
-    """PipelineModule cut by the cost of its layers."""
-
-    def __init__(self, specs: list, *, costs: list[float], **kwargs: Any) -> None:
-        self._costs = costs
-        super().__init__(specs, **kwargs)
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = partition(self._costs, self.num_stages)
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-
-class _DualPipeV(DualPipeVModule, _Staged):
-    """The same, in 2 * pipeline_parallel_size stages."""
-
-
-def _packed(batches: list[Batch], weights: list[Tensor | None]) -> Iterator[tuple[Any, Any]]:
-    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without gaps."""
-    for batch, token_weights in zip(batches, weights, strict=True):
-        extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
-        inputs = (batch.tokens, *extra) if extra else batch.tokens
-        yield inputs, batch.labels if token_weights is None else (batch.labels, token_weights)

@@ -12,12 +12,16 @@ tests/test_host_waits.py finds what a new release adds.
 
 from __future__ import annotations
 
+import pipeline.engine_accelerator  # noqa: F401
+
+# isort: split
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -27,12 +31,13 @@ from torch import Tensor
 from pipeline.update import LossScale
 
 
-def leave_the_host_alone(optimizer: Any, loss_scale: LossScale | None) -> None:
-    """Change one of DeepSpeed's ZeRO optimizers.
+def leave_the_host_alone(optimizer: Any, loss_scale: LossScale | None, *, is_offloaded: bool) -> None:
+    """Let one of DeepSpeed's optimizers leave every decision to pipeline/update.py.
 
     Args:
-        optimizer: of an initialised engine, any stage above 0; not offloaded, whose arithmetic is the host's.
+        optimizer: of an initialised engine, any stage.
         loss_scale: of fp16; None: there is none.
+        is_offloaded: gradients, norm and update are the host's, which therefore waits for the gradients.
     """
     for module in (bf16_optimizer, stage_1_and_2, stage3):
         module.is_invalid_grad_norm = lambda _: False
@@ -46,7 +51,7 @@ def leave_the_host_alone(optimizer: Any, loss_scale: LossScale | None) -> None:
     optimizer.get_grad_norm_direct = MethodType(_norm_over_all_ranks, optimizer)
     if loss_scale is not None:
         optimizer.loss_scaler = loss_scale
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not is_offloaded:
         _order_by_streams(optimizer)
 
 
@@ -116,3 +121,24 @@ def _order_by_streams(optimizer: Any) -> None:
             del accelerator.synchronize
 
     optimizer.independent_gradient_partition_epilogue = ordered
+
+
+class HostAdam(DeepSpeedCPUAdam):
+    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused AdamW does.
+
+    Its gradients are on the host, so the host has waited for them already.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Update, unless found_inf is 1."""
+        if self.found_inf:
+            return None
+        if self.grad_scale is not None:
+            scale = self.grad_scale.cpu()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.div_(scale)
+        return super().step(*args, **kwargs)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
 from pipeline.checkpoint_io import WEIGHT, Fragment
 from pipeline.engine import Engine
+from pipeline.engine_patches import HostAdam
 from pipeline.model.partition import Partition
 
 
@@ -99,7 +99,7 @@ def _is_stage_3(optimizer: Any) -> bool:
 
 
 def _step_count(optimizer: Any, flat: Tensor, count: int) -> Any:
-    if isinstance(optimizer, DeepSpeedCPUAdam):
+    if isinstance(optimizer, HostAdam):
         return count
     is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return torch.tensor(float(count), device=flat.device if is_on_device else "cpu")

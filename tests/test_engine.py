@@ -144,6 +144,14 @@ def test_an_offloaded_optimizer_gives_the_same_results() -> None:
         assert have == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_nan_batch_is_left_out_by_an_offloaded_optimizer(zero: int) -> None:
+    [results] = run_on_ranks(nan_step, 1, config("gpt2", zero=zero, offload=True))
+    assert [skipped for skipped, _ in results] == [False, True, False]
+    assert math.isfinite(results[2][1])
+
+
 def test_learning_rates_follow_groups() -> None:
     """optimizer.lr_scale multiplies the schedule for the names it matches."""
     cfg = config("gpt2")

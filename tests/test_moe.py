@@ -30,7 +30,7 @@ def test_router_losses_reach_the_gradients_alike_in_every_layout() -> None:
     [one] = run_on_ranks(train_all, 1, [config("moe-aux")], [{}])[0]
     without = reference(config("moe-aux"))
     assert abs(one["history"][0][1] / without[0][1] - 1) > 1e-3, "the router losses changed nothing"
-    layouts: list[dict[str, Any]] = [dict(tp=2, sp=True), dict(pp=2)]
-    results = run_on_ranks(train_all, 2, [config("moe-aux", **layout) for layout in layouts], [{}] * 2)[0]
+    layouts: list[dict[str, Any]] = [dict(tp=2, sp=True), dict(pp=2), dict(zero=1, precision="fp16")]
+    results = run_on_ranks(train_all, 2, [config("moe-aux", **layout) for layout in layouts], [{}] * 3)[0]
     for layout, got in zip(layouts, results):
-        compare(got, one["history"], "fp32", f"moe-aux {layout}")
+        compare(got, one["history"], layout.get("precision", "fp32"), f"moe-aux {layout}")

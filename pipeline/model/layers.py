@@ -326,6 +326,6 @@ class Head(nn.Module):
         return self.norm(hidden)
 
 
-def set_moe_loss_scale(scale: float) -> None:
-    """Weight of the router losses in the backward pass: riding on activations, they bypass the engine's scaling."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.full((), scale))
+def set_moe_loss_scale(scale: Tensor) -> None:
+    """0-dim weight of the router losses in the backward pass: they ride on activations past the engine's scaling."""
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
