@@ -82,7 +82,7 @@ class Reduction:
         place = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.group = group
         # NCCL divides on the way; gloo does not.
-        self.averages = dist.get_backend(group) == "nccl"
+        self.averages = optimizer.fp32_groups_gradients_flat[0].is_cuda
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         for i, members in enumerate(optimizer.bf16_groups):
             self._cut(i, members, optimizer.fp32_groups_gradients_flat[i], place)

@@ -210,7 +210,8 @@ def _check_libraries(cfg: PretrainConfig) -> None:
         reasons = {
             OptimizerName.lion: "no maintained fused Lion composes with every ZeRO stage here",
             OptimizerName.adafactor: "its factored moments need whole matrices, and ZeRO partitions flat buffers",
-            OptimizerName.muon: "it orthogonalises whole matrices, and ZeRO and tensor parallelism split them",
+            OptimizerName.muon: "DeepSpeed 0.19's composes with ZeRO but not with tensor parallelism, which splits the "
+            "matrices it orthogonalises, and its momentum has moved before a bad step can be left out",
         }
         raise ConfigError(
             f"optimizer.name={cfg.optimizer.name.name} is not supported: {reasons[cfg.optimizer.name]}. Set "
