@@ -123,7 +123,8 @@ def _cross_entropy(
         probability, maximum = logits.softmax(dim=-1, dtype=torch.float32), logits.amax(dim=1, keepdim=True).float()
         log_z = maximum - probability.amax(dim=1, keepdim=True).log()
     else:
-        probability, log_z, target = _parallel_softmax(logits, target * is_here, projection.group)
+        target = torch.where(is_here, target, 0.0)  # not times 0: a rank of padding only has -inf there
+        probability, log_z, target = _parallel_softmax(logits, target, projection.group)
     losses = (log_z - target).squeeze(1)
     if projection.z_loss_coeff:
         losses = losses + projection.z_loss_coeff * log_z.squeeze(1).square()
