@@ -74,6 +74,7 @@ def finish_after_a_failed_save(folder: Path) -> str:
         state=SimpleNamespace(step=5), run=SimpleNamespace(total_steps=5), run_dir=folder,
         cfg=SimpleNamespace(training=SimpleNamespace(eval_every=5)), is_due=lambda every: True, save=lambda: None,
         loader=SimpleNamespace(close=lambda: None), checkpoints=SimpleNamespace(wait=lambda: False),
+        vitals=SimpleNamespace(drain=lambda: None),
     )  # fmt: skip
     with pytest.raises(CheckpointError) as caught:
         Trainer.finish(trainer)  # type: ignore[arg-type]
