@@ -68,8 +68,5 @@ def deepspeed_config(cfg: PretrainConfig, run: RunShape) -> dict[str, Any]:
     if precision is Precision.bf16:
         config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
     if precision is Precision.fp16:
-        config["fp16"] = {
-            "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2,
-            "consecutive_hysteresis": False, "min_loss_scale": 1,
-        }  # fmt: skip
+        config["fp16"] = {"enabled": True, "loss_scale": 0}  # 0: dynamic, by pipeline/update.py
     return config
