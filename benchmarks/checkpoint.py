@@ -37,12 +37,13 @@ WIDTH, VOCAB = 1024, 32000
 
 def build(layers: int) -> Any:
     """An engine on one process whose optimizer has moments."""
-    from pipeline import engine_state
     from pipeline.cli import compose
-    from pipeline.config import PretrainConfig
-    from pipeline.distributed import connect, ranks_from_environment
-    from pipeline.engine import Engine
-    from pipeline.run_shape import derive
+    from pipeline.config.pretrain import PretrainConfig
+    from pipeline.config.run_shape import derive
+    from pipeline.distributed.layout import connect
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.engine.deepspeed import state
+    from pipeline.engine.engine import Engine
 
     cfg = compose(
         PretrainConfig,
@@ -55,8 +56,8 @@ def build(layers: int) -> Any:
     )  # fmt: skip
     layout = connect(ranks_from_environment({}), tensor_parallel_size=1, pipeline_parallel_size=1)
     engine = Engine(cfg, derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB), layout)
-    engine_state.create_state(engine, ["exp_avg", "exp_avg_sq"], optimizer_step=1)
-    for fragment in engine_state.fragments(engine):
+    state.create_state(engine, ["exp_avg", "exp_avg_sq"], optimizer_step=1)
+    for fragment in state.fragments(engine):
         fragment.views["exp_avg"].copy_(fragment.views["weight"])
         fragment.views["exp_avg_sq"].copy_(fragment.views["weight"]).square_()
     return engine
@@ -64,9 +65,9 @@ def build(layers: int) -> Any:
 
 def state_of(engine: Any) -> dict[str, Any]:
     """The tensors, as views."""
-    from pipeline import engine_state
+    from pipeline.engine.deepspeed import state
 
-    fragments = engine_state.fragments(engine)
+    fragments = state.fragments(engine)
     return {f"{key}/{f.name}": view for f in fragments for key, view in f.views.items()}
 
 
@@ -83,7 +84,7 @@ def contender(name: str, layers: int, folder: Path) -> None:
         path = folder / name / line.strip()
         path.mkdir(parents=True)
         if name == "ours" and checkpointer is None:
-            from pipeline.checkpoint import Checkpointer
+            from pipeline.checkpoint.checkpointer import Checkpointer
 
             engine.cfg.checkpoint.keep_last = 1
             checkpointer = Checkpointer(engine.cfg.checkpoint, folder=folder / name / "run", layout=engine.layout)

@@ -52,11 +52,12 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     import torch
 
     from pipeline import cli
-    from pipeline.config import PretrainConfig
-    from pipeline.distributed import connect, ranks_from_environment
-    from pipeline.engine import Engine
-    from pipeline.flops import flops_per_token, num_parameters, peak_tflops
-    from pipeline.run_shape import derive
+    from pipeline.config.pretrain import PretrainConfig
+    from pipeline.config.run_shape import derive
+    from pipeline.distributed.layout import connect
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.engine.engine import Engine
+    from pipeline.planning.flops import flops_per_token, num_parameters, peak_tflops
 
     rung = RUNGS[name]
     batch = rung.micro_batch_size * rung.num_micro_batches
@@ -71,8 +72,8 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
         config="pretrain",
     )  # fmt: skip
     layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
-    run = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
-    engine, device = Engine(cfg, run, layout), layout.device
+    shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
+    engine, device = Engine(cfg, shape, layout), layout.device
 
     def step(number: int) -> Any:
         shape = (rung.micro_batch_size, rung.seq_len + 1)
@@ -101,12 +102,12 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     for number in range(3, 3 + steps):
         loss = step(number)
     wait()
-    tokens_per_s = steps * run.at(0).tokens / (time.perf_counter() - start)
-    achieved = tokens_per_s * flops_per_token(cfg.model, vocab_size=run.vocab_size, seq_len=rung.seq_len)
+    tokens_per_s = steps * shape.at(0).tokens / (time.perf_counter() - start)
+    achieved = tokens_per_s * flops_per_token(cfg.model, vocab_size=shape.vocab_size, seq_len=rung.seq_len)
     on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
-        "parameters": num_parameters(cfg.model, run.vocab_size),
+        "parameters": num_parameters(cfg.model, shape.vocab_size),
         "tokens_per_s": tokens_per_s,
         "tflops": achieved / 1e12,
         "datasheet_tflops": peak_tflops(torch.cuda.get_device_name()) if on_cuda else None,

@@ -45,7 +45,7 @@ Batches = Iterator[Any]
 
 def prepare(folder: Path) -> None:
     """The same random tokens in every contender's format."""
-    from tests.token_dataset import write_dataset
+    from tests.support.token_dataset import write_dataset
 
     rng = np.random.default_rng(0)
     shards = [rng.integers(1, VOCAB, SHARD_TOKENS, dtype=np.uint16) for _ in range(NUM_SHARDS)]
@@ -75,7 +75,7 @@ def many_shards(folder: Path, name: str, count: int, repeat: int = 1) -> None:
     for key in ("tokens", "documents", "text_bytes"):
         manifest[key] *= count // NUM_SHARDS
     manifest["tokens"] *= repeat
-    # As data_prep/finalize.py writes it: a row on a line.
+    # As data_prep/tokens/dataset_writer.py writes it: a row on a line.
     (target / "manifest.json").write_text(json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n')
 
 
@@ -113,17 +113,20 @@ def ours(folder: Path, start: float, *, masks: bool = False, name: str = "ours")
     """pipeline.data.loader.Loader with its background thread."""
     import torch
 
-    from pipeline.config import DataConfig, DatasetConfig, ModelConfig, PretrainConfig, TrainingConfig
+    from pipeline.config.data import DataConfig, DatasetConfig
+    from pipeline.config.model import ModelConfig
+    from pipeline.config.pretrain import PretrainConfig
+    from pipeline.config.run_shape import derive
+    from pipeline.config.training import TrainingConfig
     from pipeline.data.loader import Loader
-    from pipeline.run_shape import derive
 
     data = DataConfig(train=[DatasetConfig(path=str(folder / name))], mask_documents=masks, reset_positions=masks)
     model = ModelConfig(name="b", num_layers=1, hidden_size=64, num_attention_heads=1, max_seq_len=SEQ_LEN)
     training = TrainingConfig(total_steps=10**6, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH)
-    run = derive(
+    shape = derive(
         PretrainConfig(name="b", model=model, training=training, data=data), world_size=1, tokenizer_vocab_size=VOCAB
     )
-    loader = Loader(data, run=run, seed=1, data_rank=0, device=torch.device("cpu"), cache_dir=folder)
+    loader = Loader(data, shape=shape, seed=1, data_rank=0, device=torch.device("cpu"), cache_dir=folder)
     if start:
         loader.skip_samples(int(start * loader.sampler.orders[0].epoch_size))
         loader.restore(loader.state())
@@ -223,8 +226,8 @@ def streaming(folder: Path, start: float) -> Batches:
 
 def scale(folder: Path) -> dict[str, float]:
     """Set-up and resume of a dataset of 300,000 shards, in a process that imports no torch."""
-    from pipeline.config import DataConfig, DatasetConfig
-    from pipeline.data.facts import open_datasets
+    from pipeline.config.data import DataConfig, DatasetConfig
+    from pipeline.data.datasets import open_datasets
     from pipeline.data.sampler import Sampler
 
     cfg = DataConfig(train=[DatasetConfig(path=str(folder / "ours-300k"))], lanes=128, window=32)

@@ -197,7 +197,7 @@ def peer_worker(engine: str, path: str, low: int, high: int, tokenizer: str, out
     import numpy as np
     import orjson
 
-    from data_prep import encode
+    from data_prep.tokens import encode
     from pipeline.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.from_file(tokenizer)

@@ -153,10 +153,14 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
     """A step of pipeline.engine as the trainer calls it."""
     from types import SimpleNamespace
 
-    from pipeline.config import ModelConfig, OptimizerConfig, Precision, PretrainConfig, TrainingConfig
-    from pipeline.distributed import connect, ranks_from_environment
-    from pipeline.engine import Engine
-    from pipeline.run_shape import derive
+    from pipeline.config.choices import Precision
+    from pipeline.config.model import ModelConfig
+    from pipeline.config.pretrain import PretrainConfig
+    from pipeline.config.run_shape import derive
+    from pipeline.config.training import OptimizerConfig, TrainingConfig
+    from pipeline.distributed.layout import connect
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.engine.engine import Engine
 
     layers, width, heads, seq, batch, vocab = SHAPES[shape]
     cfg = PretrainConfig(
@@ -258,8 +262,8 @@ def ask(process: subprocess.Popen, seconds: float) -> dict[str, float]:
 
 def flops_of(shape: str) -> float:
     """FLOPs a token of this shape."""
-    from pipeline.config import ModelConfig
-    from pipeline.flops import flops_per_token
+    from pipeline.config.model import ModelConfig
+    from pipeline.planning.flops import flops_per_token
 
     layers, width, heads, seq, _, vocab = SHAPES[shape]
     model = ModelConfig(name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq)

@@ -21,13 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep import clean_report
-from data_prep.clean_pass import Tally
-from data_prep.clean_stages import Plan, link_keys, link_units, name_repeats, run_pass
-from data_prep.filters import check_packages
-from data_prep.inputs import InputConfig, Unit, find_units
-from data_prep.job import JobConfig, close_job, marked, num_workers, open_job, read_markers, run_units, task_of
-from data_prep.recipes import Recipe, passes
+from data_prep.cleaning.filters import check_packages
+from data_prep.cleaning.one_pass import Tally
+from data_prep.cleaning.recipes import Recipe, passes
+from data_prep.cleaning.report import table, write
+from data_prep.cleaning.stages import Plan, link_keys, link_units, name_repeats, run_pass
+from data_prep.jobs import JobConfig, close_job, marked, num_workers, open_job, read_markers, run_units, task_of
+from data_prep.sources.inputs import InputConfig, Unit, find_units
 from pipeline import cli, log
 
 POLL_S = 2.0
@@ -62,13 +62,13 @@ def main(cfg: CleanConfig) -> None:
     try:
         if not report.exists():
             tally = _run(plan, units, cfg)
-            clean_report.write(plan.output, tally, recipe.steps, scratch=plan.work)
+            write(plan.output, tally, recipe.steps, scratch=plan.work)
         close_job(plan.output)
     except FileNotFoundError:  # another task was faster with the last pass, and has removed the work folder
         if not report.exists():
             raise
         close_job(plan.output)
-    print(clean_report.table(json.loads(report.read_bytes())))
+    print(table(json.loads(report.read_bytes())))
     print(
         f"{plan.output / 'documents'}: the documents that stayed; {plan.output / 'dropped'}: the others, with reasons."
     )

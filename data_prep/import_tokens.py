@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from data_prep import finalize
-from data_prep.inputs import InputConfig, find_files
-from data_prep.job import JobConfig, close_job, open_job, run_units
-from data_prep.shard_writer import PARTS_PER_KEY_RANGE, PartWriter
-from data_prep.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
+from data_prep.jobs import JobConfig, close_job, open_job, run_units
+from data_prep.sources.inputs import InputConfig, find_files
+from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
+from data_prep.tokens import dataset_writer
+from data_prep.tokens.shard_writer import PARTS_PER_KEY_RANGE, PartWriter
 from pipeline import cli, log
-from pipeline.data.shard_format import VERSION, TokenizerFacts, token_dtype
+from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
 from pipeline.log import logger
@@ -78,7 +78,7 @@ def main(cfg: ImportConfig) -> None:
         raise ConfigError(f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1.")
     output = Path(cfg.output)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
-    facts = TokenizerFacts(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+    facts = TokenizerIdentity(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
     files = find_files(InputConfig(input=cfg.input, include=".bin,.parquet,.arrow"))
     sizes = [(source, piece.path, piece.size) for source, piece in files if not piece.path.endswith(".idx")]
     units = list(_units(sizes, cfg, facts.eod))
@@ -88,14 +88,14 @@ def main(cfg: ImportConfig) -> None:
         "inputs_sha256": digest, "tokenizer": asdict(facts), "column": cfg.column,
         "validation_fraction": cfg.validation_fraction,
     })  # fmt: skip
-    if finalize.is_complete(output):
+    if dataset_writer.is_complete(output):
         close_job(output)
         logger.info(f"{output} is complete already")
         return
-    finalize.copy_tokenizer(output, tokenizer)
+    dataset_writer.copy_tokenizer(output, tokenizer)
     run = partial(import_unit, cfg=cfg, tokenizer=facts, text_bytes=tokenizer.token_byte_lengths())
-    if run_units(finalize.markers(output), units, run, job=cfg, label="import"):
-        finalize.finalize(output, max_rejected_fraction=0)
+    if run_units(dataset_writer.markers(output), units, run, job=cfg, label="import"):
+        dataset_writer.finalize(output, max_rejected_fraction=0)
     else:
         logger.info(f"this task is done; the last one, or python -m data_prep.finalize {output}, ends the job")
 
@@ -124,7 +124,7 @@ def _open(path: str, column: str, eod: int) -> TokenFile:
 
 
 def import_unit(
-    unit: ImportUnit, *, cfg: ImportConfig, tokenizer: TokenizerFacts, text_bytes: np.ndarray
+    unit: ImportUnit, *, cfg: ImportConfig, tokenizer: TokenizerIdentity, text_bytes: np.ndarray
 ) -> dict[str, Any]:
     """Write a unit's parts; its marker is that of tokenize_job.tokenize_unit.
 
@@ -141,7 +141,7 @@ def import_unit(
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(PartWriter(
-                finalize.parts_folder(Path(cfg.output)), stem=f"{unit.number:08d}-{name}",
+                dataset_writer.parts_folder(Path(cfg.output)), stem=f"{unit.number:08d}-{name}",
                 key=unit.number * PARTS_PER_KEY_RANGE, source=unit.source, dtype=dtype,
             ))
             for name in names
@@ -189,7 +189,7 @@ def _drop_empty(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, int]:
     return tokens[~is_empty], int(is_empty.sum())
 
 
-def _check_ids(tokens: np.ndarray, tokenizer: TokenizerFacts, place: str) -> None:
+def _check_ids(tokens: np.ndarray, tokenizer: TokenizerIdentity, place: str) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= tokenizer.vocab_size:
         raise DataError(

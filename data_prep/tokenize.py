@@ -16,6 +16,6 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, os.path.dirname(_here))
 
 if __name__ == "__main__":
-    from data_prep.tokenize_job import run
+    from data_prep.tokens.tokenize_job import run
 
     run()

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from data_prep.documents import Rejects, read_documents
-from data_prep.inputs import InputConfig, find_units
+from data_prep.sources.documents import Rejects, read_documents
+from data_prep.sources.inputs import InputConfig, find_units
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
 

@@ -5,7 +5,7 @@
     |-- DataError              a dataset is missing, damaged, or does not fit the model
     |   `-- ShardError         one shard or member is missing, truncated or corrupt
     |-- CheckpointError        no usable checkpoint, or it belongs to another run
-    |-- EnvironmentError_      this machine or cluster cannot run the job (disk, devices, links)
+    |-- MachineError      this machine or cluster cannot run the job (disk, devices, links)
     `-- DivergedError          the numbers went bad and stayed bad; exit code 3
 
 Exit codes of a training process: 0 finished, or saved and left on notice; 1 a bug (traceback in logs/); 2 a problem
@@ -43,7 +43,7 @@ class CheckpointError(PipelineError):
     """No usable checkpoint, or the checkpoint belongs to another run."""
 
 
-class EnvironmentError_(PipelineError):
+class MachineError(PipelineError):
     """This machine or cluster cannot run the job: disk space, permissions, devices, links."""
 
 

@@ -10,58 +10,13 @@ transformers class computes is sampled through our own forward pass, which compu
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline import checkpoint_folder as folders
 from pipeline import cli, log
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.export import DType, export, load_transformers
-from pipeline.log import logger
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass
-class GenerateConfig:
-    """Sample text."""
-
-    checkpoint: str = "???"
-    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
-    prompt: str = ""
-    """Text to continue; empty: the start of a document."""
-    file: str | None = None
-    """Text file with one prompt a line; replaces `prompt`."""
-    interactive: bool = False
-    """Ask for prompts on the terminal until end of file."""
-    max_new_tokens: int = 128
-    """Longest continuation, tokens; it ends earlier with the document."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token every time."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability; 1: all."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    batch_size: int = 16
-    """Continuations that are computed together."""
-    stop: list[str] = field(default_factory=list)
-    """A continuation ends with the first of these strings."""
-    seed: int = 1234
-
-
-class Sampler(Protocol):
-    """Continues prompts."""
-
-    def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
-        """The prompts' continuations; on_text gets a single one's text piece by piece."""
+from pipeline.errors import ConfigError
+from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sampler
 
 
 def main(cfg: GenerateConfig) -> int:
@@ -110,7 +65,7 @@ def _typed_prompts() -> Iterator[str]:
             return
 
 
-def _print_one(sampler: Sampler, prompt: str) -> None:
+def _print_one(sampler: TextSampler, prompt: str) -> None:
     sys.stdout.write(prompt)
 
     def show(text: str) -> None:
@@ -121,170 +76,18 @@ def _print_one(sampler: Sampler, prompt: str) -> None:
     sys.stdout.write("\n")
 
 
-@contextlib.contextmanager
-def open_sampler(cfg: GenerateConfig) -> Iterator[Sampler]:
-    """The sampler that can compute the model."""
-    path = Path(cfg.checkpoint)
-    if (path / "config.json").is_file():
-        yield TransformersSampler(path, cfg)
-        return
-    folder = folders.find(path)
-    if problems := folders.damage(folder):
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}.")
-    logger.info("sampling from %s", folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            import transformers  # noqa: F401
-
-            export(folder, Path(scratch), dtype=DType.fp32)
-        except (ConfigError, ImportError) as error:
-            logger.warning(
-                "%s Sampling with our own forward pass, which is slower.", str(error).partition(". It can be")[0] + "."
-            )
-            yield OwnSampler(folder, cfg)
-            return
-        yield TransformersSampler(Path(scratch), cfg)
 
 
-class TransformersSampler:
-    """transformers' generate on a Hugging Face folder."""
-
-    def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
-        import torch
-        from transformers import AutoTokenizer
-
-        self.cfg = cfg
-        on_cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda" if on_cuda else "cpu")
-        self.model = load_transformers(folder, torch.bfloat16 if on_cuda else torch.float32, self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.max_seq_len = int(self.model.config.max_position_embeddings)
-
-    def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
-        """The prompts' continuations; on_text gets a single one's text piece by piece."""
-        import torch
-
-        cfg = self.cfg
-        room = self.max_seq_len - min(cfg.max_new_tokens, self.max_seq_len // 2)
-        start = self.tokenizer.eos_token or ""
-        self.tokenizer.truncation_side = "left"  # a long prompt loses its beginning
-        inputs = self.tokenizer(
-            [prompt or start for prompt in prompts], return_tensors="pt", padding=True, truncation=True,
-            max_length=room, return_token_type_ids=False,
-        ).to(self.device)  # fmt: skip
-        length = inputs["input_ids"].shape[1]
-        options: dict[str, Any] = {"do_sample": cfg.temperature > 0}
-        if cfg.temperature > 0:
-            options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
-        if cfg.stop:
-            options["stopping_criteria"] = [_stop_at(cfg.stop, self.tokenizer, length)]
-        if on_text is not None:
-            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop)
-        with torch.no_grad():
-            output = self.model.generate(
-                **inputs, max_new_tokens=min(cfg.max_new_tokens, self.max_seq_len - length),
-                pad_token_id=self.tokenizer.pad_token_id, **options,
-            )  # fmt: skip
-        texts = self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        return [cut_at_stop(text, cfg.stop) for text in texts]
 
 
-class OwnSampler:
-    """Our own forward pass on a checkpoint."""
-
-    def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
-        from pipeline.checkpoint_io import CheckpointTensors
-        from pipeline.data.tokenizer import Tokenizer
-        from pipeline.inference import LocalModel
-
-        tensors = CheckpointTensors(folder)
-        self.cfg = cfg
-        self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-        self.model = LocalModel(
-            folders.saved_model(folders.read_record(folder)), lambda name: tensors.tensor(f"weights/{name}")
-        )
-
-    def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
-        """The prompts' continuations; on_text gets a single one's text piece by piece."""
-        return [self._continue(prompt, on_text or (lambda _: None)) for prompt in prompts]
-
-    def _continue(self, prompt: str, on_text: Callable[[str], None]) -> str:
-        import torch
-
-        cfg, prefix, text = self.cfg, self.tokenizer.encode(prompt) or [self.tokenizer.eod], ""
-        tokens: list[int] = []
-        while len(tokens) < cfg.max_new_tokens:
-            window = torch.tensor([[*prefix, *tokens][-self.model.model.max_seq_len :]])
-            logits = self.model.logits(window)[0, -1]
-            token = int(choose(logits, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p))
-            if token == self.tokenizer.eod:
-                break
-            tokens.append(token)
-            so_far = self.tokenizer.decode(tokens)
-            if so_far.endswith("\ufffd"):  # in the middle of a character
-                continue
-            before, text = text, cut_at_stop(so_far, cfg.stop)
-            on_text(text[len(before) :])
-            if len(text) < len(so_far):
-                break
-        return text
 
 
-def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """0-dim id drawn from (V,) logits.
-
-    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751: the smallest set of tokens whose probability reaches it.
-    """
-    import torch
-
-    if temperature == 0:
-        return logits.argmax()
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    if top_k:
-        probabilities[top_k:] = 0.0
-    probabilities /= probabilities.sum()
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
-    return order[torch.multinomial(probabilities, 1)[0]]
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings, which is left out."""
-    ends = [text.find(end) for end in stop if end and end in text]
-    return text[: min(ends)] if ends else text
 
 
-def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
-    """Stopping criterion that reads the text; transformers' own one fails on some tokenizers (transformers 5.23)."""
-    import torch
-    from transformers import StoppingCriteria
-
-    class StopAt(StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            texts = tokenizer.batch_decode(input_ids[:, prompt_length:], skip_special_tokens=True)
-            ended = [any(end in text for end in stop) for text in texts]
-            return torch.tensor(ended, device=input_ids.device)
-
-    return StopAt()
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str]) -> Any:
-    """Transformers' streamer that hands on whole words, up to a stop string."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        seen = ""
-        shown = 0
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.seen += text
-            allowed = cut_at_stop(self.seen, stop)
-            on_text(allowed[self.shown :])
-            self.shown = max(self.shown, len(allowed))
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline import cli, memory
-from pipeline.config import PretrainConfig, TrackingConfig, WandbMode
-from pipeline.distributed import Ranks
-from pipeline.errors import EnvironmentError_, PipelineError
-from pipeline.run_shape import RunShape
+from pipeline import cli
+from pipeline.config.choices import WandbMode
+from pipeline.config.operation import TrackingConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import MachineError, PipelineError
+from pipeline.planning import memory
 
 WANDB_TIMEOUT_S = 5.0
 
@@ -38,14 +41,15 @@ def main(cfg: PreflightConfig) -> None:
     """Run every check; print what was found.
 
     Raises:
-        EnvironmentError_: one or more checks failed; all are named.
+        MachineError: one or more checks failed; all are named.
     """
-    from pipeline.train import prepare
+    from pipeline.training.startup import prepare
 
     problems: list[str] = []
-    run: RunShape | None = None
+    shape: RunShape | None = None
     try:
-        run, _ = prepare(cfg, Ranks(1, cfg.world_size, 0, 1, socket.gethostname()))  # not the main rank: writes nothing
+        # Not the main rank: it writes nothing.
+        shape, _ = prepare(cfg, Ranks(1, cfg.world_size, 0, 1, socket.gethostname()))
     except PipelineError as error:
         problems.append(str(error))
     checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (missing_shards, missing_devices)
@@ -53,12 +57,13 @@ def main(cfg: PreflightConfig) -> None:
     for warning in wandb_warnings(cfg.tracking):
         print(f"warning: {warning}", file=sys.stderr)
     if problems:
-        raise EnvironmentError_("\n       ".join(problems))
-    assert run is not None
+        raise MachineError("\n       ".join(problems))
+    assert shape is not None
     print(
-        f"preflight: {run.world_size} ranks = {run.data_parallel_size} data x {run.pipeline_parallel_size} pipeline x "
-        f"{run.tensor_parallel_size} tensor parallel; {run.total_steps} steps, {run.total_tokens:,} tokens\n"
-        f"preflight: estimated need of a device {memory.estimate(cfg, run)}",
+        f"preflight: {shape.world_size} ranks = {shape.data_parallel_size} data x "
+        f"{shape.pipeline_parallel_size} pipeline x {shape.tensor_parallel_size} tensor parallel; "
+        f"{shape.total_steps} steps, {shape.total_tokens:,} tokens\n"
+        f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
         file=sys.stderr,
     )
     print(Path(cfg.runs_dir) / cfg.name)

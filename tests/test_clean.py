@@ -18,7 +18,7 @@ from data_prep import clean
 from data_prep.clean import CleanConfig
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
-from tests import slurm_cluster
+from tests.support import slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"word{i}" for i in range(3000)]
@@ -168,7 +168,7 @@ def test_bytes_do_not_depend_on_the_size_of_sorted_ranges(
     corpus: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many ranges, as a large corpus has, name the same repeats."""
-    monkeypatch.setattr("data_prep.clean_stages.KEYS_PER_RANGE", 10)
+    monkeypatch.setattr("data_prep.cleaning.stages.KEYS_PER_RANGE", 10)
     clean.main(config(corpus, tmp_path))
     assert digests(tmp_path) == digests(undisturbed)
 
@@ -247,7 +247,7 @@ def test_a_misspelt_setting_is_named() -> None:
 
 def test_published_recipe_on_web_text(tmp_path: Path) -> None:
     """The whole FineWeb recipe, datatrove's filters included, on a page of each kind."""
-    from tests.test_filters import PROSE
+    from tests.cleaning.test_filters import PROSE
 
     pages = [
         PROSE + "\nWrite to ada@maths.ox.ac.uk for more about the heron.",
@@ -273,7 +273,7 @@ def test_published_recipe_on_web_text(tmp_path: Path) -> None:
 def test_no_step_imports_torch() -> None:
     """It costs seconds and 200 MB in each worker, and may not be installed where data is prepared."""
     script = (
-        "import sys; from data_prep import clean, filters, recipes; recipe = recipes.Recipe(); "
+        "import sys; from data_prep import clean; from data_prep.cleaning import filters, recipes; recipe = recipes.Recipe(); "
         "recipe.url.integrated_lists = False; "
         "names = set(recipes.SECTIONS) - {*recipes.GLOBAL, 'decontaminate'}; "
         "[filters.build_step(name, recipe) for name in names]; "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipeline import cli
-from pipeline.config import PretrainConfig
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 
 

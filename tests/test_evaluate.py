@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import DataConfig, DatasetConfig, ParallelConfig, Precision, PretrainConfig
+from pipeline.config.choices import Precision
+from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvalResult, EvaluateConfig, Evaluator, main
-from tests.checkpoint_runs import Run
-from tests.distributed import run_on_ranks
-from tests.layouts import SEQ_LEN, VOCAB, config
-from tests.reference import ReferenceGPT
+from pipeline.evaluate import EvaluateConfig, main
+from pipeline.evaluation.perplexity import EvalResult, Evaluator
+from tests.support.checkpoint_runs import Run
+from tests.support.layouts import SEQ_LEN, VOCAB, config
+from tests.support.ranks import run_on_ranks
+from tests.support.reference import ReferenceGPT
+from tests.support.token_dataset import write_dataset
 from tests.test_export import tokenizer_file
-from tests.token_dataset import write_dataset
 
 SIZES = [70, 45]  # tokens of the shards: their last windows are not full
 
@@ -66,7 +70,7 @@ def evaluate(layouts: list[dict], data: Path, folder: Path, *, save: bool = Fals
         )
         beats: list[int] = []
         results.append(
-            Evaluator(run.cfg, run=run.shape, engine=run.engine).run(alive=partial(beats.append, 1))["held-out"]
+            Evaluator(run.cfg, shape=run.shape, engine=run.engine).run(alive=partial(beats.append, 1))["held-out"]
         )
         assert beats
         if save:

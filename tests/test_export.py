@@ -16,17 +16,19 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from pipeline import checkpoint_folder as folders
-from pipeline import export as export_module
-from pipeline.checkpoint_io import CheckpointTensors
-from pipeline.config import ModelConfig, MoeConfig, RopeScaling
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.config.choices import RopeScaling
+from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.export import DType, ExportConfig, export, logits_difference, main
-from pipeline.hf import mapping_for
-from pipeline.hf_import import HuggingFaceWeights, read_model_config
-from tests.checkpoint_runs import Run
-from tests.distributed import run_on_ranks
-from tests.layouts import MODELS, VOCAB, config
+from pipeline.export import ExportConfig, main
+from pipeline.huggingface import writer as export_module
+from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.reader import HuggingFaceWeights, read_model_config
+from pipeline.huggingface.writer import DType, export, logits_difference
+from tests.support.checkpoint_runs import Run
+from tests.support.layouts import MODELS, VOCAB, config
+from tests.support.ranks import run_on_ranks
 
 TOLERANCE = 1e-4
 
@@ -137,7 +139,9 @@ def test_imported_weights_are_bitwise_those_exported(name: str, checkpoints: Pat
 
 def loss_after_import(cfg: Any, folder: Path, root: Path) -> float:
     run = Run(cfg, root)
-    run.checkpointer.load_weights(run.engine, folder)
+    from pipeline.training.initial_weights import load_weights
+
+    load_weights(run.engine, folder)
     loss = run.train(0, 1)[0][0]
     run.close()
     return loss
@@ -150,7 +154,7 @@ def test_training_starts_from_a_hugging_face_folder_at_any_layout(
     """The first loss on four ranks is transformers' loss, tied copies of a pipeline included."""
     from transformers import AutoModelForCausalLM
 
-    from tests.layouts import batches
+    from tests.support.layouts import batches
 
     folder = exported[0] / name
     cfg = config("gpt2" if name == "gpt2" else "modern", tp=2, pp=2)

@@ -14,17 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.generate import (
-    GenerateConfig,
-    OwnSampler,
-    TransformersSampler,
-    choose,
-    cut_at_stop,
-    main,
-    open_sampler,
-)
-from tests.distributed import run_on_ranks
-from tests.layouts import MODELS
+from pipeline.generate import GenerateConfig, main
+from pipeline.inference.samplers import LocalSampler, TransformersSampler, choose, cut_at_stop, open_sampler
+from tests.support.layouts import MODELS
+from tests.support.ranks import run_on_ranks
 from tests.test_export import save_models, tokenizer_file
 
 
@@ -58,7 +51,7 @@ def both_samplers(root: Path) -> dict[str, list[str]]:
         assert isinstance(sampler, TransformersSampler)
         found["transformers"] = [sampler.sample([prompt], on_text=None)[0] for prompt in prompts]
         found["batch"] = sampler.sample(prompts, on_text=None)
-    found["own"] = OwnSampler(next((root / "gpt2").glob("step-*")), cfg).sample(prompts, on_text=None)
+    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(prompts, on_text=None)
     return found
 
 

@@ -8,14 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import token_files, verify
+from data_prep import verify
 from data_prep.import_tokens import ImportConfig, main
-from data_prep.inspect_dataset import read_document
+from data_prep.show import read_document
+from data_prep.sources import token_files
 from pipeline import cli
 from pipeline.data.shard_format import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
-from tests.corpus import make_texts, make_tokenizer
+from tests.support.corpus import make_texts, make_tokenizer
 
 TEXTS = make_texts(80)
 

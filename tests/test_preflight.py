@@ -8,13 +8,17 @@ import threading
 import numpy as np
 import pytest
 
-from pipeline import cli, failure, train
-from pipeline.config import PretrainConfig, TrackingConfig, WandbMode
-from pipeline.distributed import Ranks
-from pipeline.errors import EnvironmentError_
+from pipeline import cli
+from pipeline.config.choices import WandbMode
+from pipeline.config.operation import TrackingConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import MachineError
 from pipeline.preflight import PreflightConfig, main, missing_devices, wandb_warnings
-from tests.slurm_cluster import REPO
-from tests.token_dataset import write_dataset
+from pipeline.resilience import failure
+from pipeline.training import startup
+from tests.support.slurm_cluster import REPO
+from tests.support.token_dataset import write_dataset
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def settings(tmp_path):
 
 
 def problems(settings: list[str]) -> str:
-    with pytest.raises(EnvironmentError_) as caught:
+    with pytest.raises(MachineError) as caught:
         main(cli.compose(PreflightConfig, settings, config="pretrain"))
     return str(caught.value)
 
@@ -90,7 +94,7 @@ def test_out_of_memory_prints_the_breakdown_and_the_settings_that_help(settings,
     words = [word for word in settings if "world_size" not in word]
     cfg = cli.compose(PretrainConfig, [*words, "training.micro_batch_size=8"], config="pretrain")
     ranks = Ranks(3, 4, 3, 4, "n1")
-    advice = train.memory_advice(cfg, ranks)
+    advice = startup.memory_advice(cfg, ranks)
     code = failure.report(OutOfMemoryError("CUDA out of memory."), ranks=ranks, run_dir=tmp_path, step=0, advice=advice)
     printed = capfd.readouterr().err
     assert code == 1 and printed.startswith("error: rank 3 on n1 after step 0: OutOfMemoryError: CUDA out of memory.")

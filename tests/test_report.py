@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.report import History, ReportConfig, main
+from pipeline.report import ReportConfig, main
+from pipeline.tracking.history import History
 
 
 def step_row(step: int, loss: float | None) -> dict:

@@ -17,11 +17,12 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from data_prep import finalize
-from data_prep.tokenize_job import TokenizeConfig, is_held_out, main
+from data_prep.tokens.split import is_held_out
+from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.shard_format import Manifest
 from pipeline.errors import ConfigError, DataError
-from tests.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = make_texts(400)

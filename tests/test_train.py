@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from pipeline import cli
-from pipeline.checkpoint_folder import read_record
-from pipeline.config import PretrainConfig
+from pipeline.checkpoint.record import read_record
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import PipelineError
-from tests.corpus import make_tokenizer
-from tests.distributed import run_on_ranks
-from tests.token_dataset import write_dataset
+from tests.support.corpus import make_tokenizer
+from tests.support.ranks import run_on_ranks
+from tests.support.token_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
@@ -146,31 +146,32 @@ def test_data_parallel_ranks_come_and_go(data: Path, tmp_path: Path) -> None:
 
 def train_and_stop(arguments: list[str], step: int) -> int:
     """pipeline.train, given notice after `step`."""
-    from pipeline import preemption, trainer
+    from pipeline.resilience import notice
+    from pipeline.training import trainer
 
     advance = trainer.TrainState.advance
 
-    def notice(self: Any, *args: Any) -> None:
+    def advance_and_stop(self: Any, *args: Any) -> None:
         advance(self, *args)
         if self.step == step:
-            preemption._received.append(signal.SIGUSR2)
+            notice._received.append(signal.SIGUSR2)
 
-    trainer.TrainState.advance = notice  # type: ignore[method-assign]
+    trainer.TrainState.advance = advance_and_stop  # type: ignore[method-assign]
     return train_on_ranks(arguments)
 
 
 def train_late(arguments: list[str], faults: dict[str, float]) -> int:
     """pipeline.train with planted faults, each step judged one step late as on CUDA."""
-    from pipeline import anomaly
-    from tests import plant
+    from pipeline.resilience import step_agreement
+    from tests.support import plant
 
-    start = anomaly.Vitals.__init__
+    start = step_agreement.StepAgreement.__init__
 
     def late(self: Any, *args: Any) -> None:
         start(self, *args)
         self.is_late = True
 
-    anomaly.Vitals.__init__ = late  # type: ignore[method-assign]
+    step_agreement.StepAgreement.__init__ = late  # type: ignore[method-assign]
     plant.install(faults)
     return train_on_ranks(arguments)
 
@@ -199,10 +200,10 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
 
 def prepare(arguments: list[str], world_size: int = 1) -> None:
     """What pipeline.train does before it needs torch."""
-    from pipeline import train
-    from pipeline.distributed import Ranks
+    from pipeline.distributed.ranks import Ranks
+    from pipeline.training import startup
 
-    train.prepare(
+    startup.prepare(
         cli.compose(PretrainConfig, arguments, config="pretrain"), Ranks(0, world_size, 0, world_size, "here")
     )
 

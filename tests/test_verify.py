@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data_prep import verify
-from data_prep.tokenize_job import TokenizeConfig
-from data_prep.tokenize_job import main as tokenize
+from data_prep.tokens.tokenize_job import TokenizeConfig
+from data_prep.tokens.tokenize_job import main as tokenize
 from data_prep.verify import VerifyConfig
 from pipeline import cli
 from pipeline.data import shard_format as fmt
 from pipeline.data.shard_format import Manifest
-from tests.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -126,12 +126,12 @@ class Samples:
     """Global sample number."""
     source: Ints
     """Index of the dataset."""
-    k: Ints
+    index: Ints
     """The dataset's own sample number (see order.Order)."""
 
-    def __getitem__(self, index: slice | Ints) -> Samples:
+    def __getitem__(self, place: slice | Ints) -> Samples:
         """The samples at these places."""
-        return Samples(self.number[index], self.source[index], self.k[index])
+        return Samples(self.number[place], self.source[place], self.index[place])
 
 
 @dataclass(frozen=True)

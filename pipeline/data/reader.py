@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less than reading
 
-from pipeline.data.facts import Dataset
+from pipeline.data.datasets import Dataset
 from pipeline.data.mixture import Ints
 from pipeline.data.shard_format import DOCS_DTYPE
 from pipeline.errors import ShardError

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import DataConfig
-from pipeline.data.facts import Dataset
+from pipeline.config.data import DataConfig
+from pipeline.config.run_shape import RunShape
+from pipeline.data.datasets import Dataset
 from pipeline.data.mixture import Ints, Mixture, Position, Samples, Segment, cut
 from pipeline.data.order import Order, num_sequences
 from pipeline.errors import ConfigError, DataError
 from pipeline.log import logger
-from pipeline.run_shape import RunShape
 
 
 class Sampler:
@@ -55,12 +55,12 @@ class Sampler:
         """The position num_samples further on, without a step; O(1)."""
         return self.mixture.skip(position, num_samples)
 
-    def seek(self, step: int, run: RunShape) -> Position:
+    def seek(self, step: int, shape: RunShape) -> Position:
         """The position before a step of a run that was never interrupted; O(1) a stage of ramp and blends."""
         position = self.start()
-        edges = {step, *(until for until, _ in run.ramp), *(first for first, _ in self.mixture.stages)}
+        edges = {step, *(until for until, _ in shape.ramp), *(first for first, _ in self.mixture.stages)}
         for edge in sorted(edge for edge in edges if 0 < edge <= step):
-            num_samples = (edge - position.step) * run.at(position.step).num_samples
+            num_samples = (edge - position.step) * shape.at(position.step).num_samples
             position = replace(self.skip(position, num_samples), step=edge)
         return position
 
@@ -68,21 +68,21 @@ class Sampler:
         """What one data-parallel rank reads of a step."""
         lane = np.zeros_like(samples.number)
         for index, at in _by_source(samples):
-            lane[at] = self.orders[index].lane(samples.k[at])
+            lane[at] = self.orders[index].lane(samples.index[at])
         return cut(samples, lane, data_rank=data_rank, data_parallel_size=data_parallel_size)
 
     def addresses(self, samples: Samples) -> tuple[Ints, Ints]:
         """(shard, sequence) of each sample in its dataset."""
-        shard, sequence = np.empty_like(samples.k), np.empty_like(samples.k)
+        shard, sequence = np.empty_like(samples.index), np.empty_like(samples.index)
         for index, at in _by_source(samples):
-            shard[at], sequence[at] = self.orders[index](samples.k[at])
+            shard[at], sequence[at] = self.orders[index](samples.index[at])
         return shard, sequence
 
     def prefetch(self, samples: Samples) -> None:
         """Begin to fetch the remote shards that these samples and their successors lie in."""
         for index, at in _by_source(samples):
             if self.datasets[index].is_remote:
-                self.datasets[index].prefetch(self.orders[index].upcoming_shards(samples.k[at]))
+                self.datasets[index].prefetch(self.orders[index].upcoming_shards(samples.index[at]))
 
     def hash(self, samples: Samples) -> str:
         """16 hex digits that stand for exactly these sequences in this order; equal for every layout."""

@@ -53,7 +53,7 @@ SHARD_COLUMNS = ["path", "tokens", "bytes", "documents", "sha256", "source", "ke
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
+class TokenizerIdentity:
     """What the manifest says of the tokenizer; the file itself lies beside it."""
 
     sha256: str
@@ -73,7 +73,7 @@ class Manifest:
     dtype: np.dtype
     """Of the tokens: <u2 or <u4."""
     block_tokens: int
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerIdentity
     tokens: int
     documents: int
     text_bytes: int
@@ -123,7 +123,7 @@ class Manifest:
                 identity=hashlib.sha256(raw).hexdigest(),
                 dtype=np.dtype(content["dtype"]),
                 block_tokens=int(content["block_tokens"]),
-                tokenizer=TokenizerFacts(**content["tokenizer"]),
+                tokenizer=TokenizerIdentity(**content["tokenizer"]),
                 tokens=content["tokens"],
                 documents=content["documents"],
                 text_bytes=content["text_bytes"],

@@ -1,6 +1,6 @@
 """A tokenizer.json as the rest of the project sees it: text to ids, ids to text, the id that ends a document.
 
-Hugging Face `tokenizers` is the definition of truth; data_prep/encode.py has faster engines that must agree with it.
+Hugging Face `tokenizers` is the definition of truth; data_prep/tokens/encode.py has faster engines, which must agree.
 Literal special strings in text are ordinary text here: a web page that writes about `<|endoftext|>` must not end.
 """
 

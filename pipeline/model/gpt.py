@@ -1,48 +1,18 @@
-"""The GPT, whole for the plain engine or as a list of layers for a pipeline, under one set of layout-free names.
+"""The whole GPT of one tensor-parallel rank, as the plain engine runs it: tokens, labels -> loss.
 
-    GPT             tokens, labels -> loss
-    stage layers    StageEmbedding -> StageBlock x num_layers -> StageHead, cut into stages by model/stages.py; between
-                    them travels hidden, or (hidden, document_ids) when attention stays inside documents
-
-Canonical parameter names do not depend on the layout: embedding.word.weight, embedding.position.weight,
-layers.<i>.<module>.<parameter>, final_norm.weight, head.weight.
+A pipeline runs the same layers from stage_layers.py; parameter names are the canonical ones of names.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import Init, ModelConfig, ParallelConfig, TrainingConfig
-from pipeline.model.layers import (
-    Block,
-    Embedding,
-    Head,
-    TransformerConfig,
-    transformer_config,
-)
+from pipeline.config.choices import Init
+from pipeline.model.architecture import Architecture
 from pipeline.model.loss import Projection, linear_cross_entropy
-from pipeline.model.parallel import enter_output_projection
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """All that building a model, or a stage of it, needs."""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    training: TrainingConfig
-    vocab_size: int
-    padded_vocab_size: int
-
-    @property
-    def transformer(self) -> TransformerConfig:
-        """megatron-core's view of a block."""
-        return transformer_config(self.model, self.parallel)
+from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead, document_mask
+from pipeline.model.tensor_parallel import enter_output_projection
 
 
 class Loss:
@@ -97,71 +67,11 @@ class GPT(nn.Module):
         return self.embedding.word.weight if self.head.word is None else self.head.word.weight
 
 
-class StageEmbedding(Embedding):
-    """Embedding that also takes a pipeline's packed input (tokens, document_ids, positions)."""
-
-    def __init__(self, architecture: Architecture, with_positions: bool = True) -> None:
-        super().__init__(
-            architecture.transformer, architecture.model,
-            padded_vocab_size=architecture.padded_vocab_size, with_positions=with_positions,
-        )  # fmt: skip
-
-    def forward(self, tokens: Tensor | tuple[Tensor, ...], positions: Tensor | None = None) -> Any:
-        """Tensor hidden, or the tuple (hidden, document_ids)."""
-        if isinstance(tokens, Tensor):
-            return super().forward(tokens, positions)
-        tokens, document_ids, *rest = tokens
-        return super().forward(tokens, *rest), document_ids
 
 
-class StageBlock(Block):
-    """Block that also takes (hidden, document_ids) and passes the ids on."""
-
-    def __init__(self, architecture: Architecture, layer: int) -> None:
-        super().__init__(architecture.transformer, architecture.model, architecture.training, layer=layer)
-        if architecture.model.compile:
-            self.compile()
-
-    def forward(self, hidden: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Any:
-        """Tensor hidden, or the tuple (hidden, document_ids)."""
-        if isinstance(hidden, Tensor):
-            return super().forward(hidden, mask)
-        hidden, document_ids = hidden
-        return super().forward(hidden, document_mask(document_ids)), document_ids
 
 
-class StageHead(Head):
-    """Head that also takes (hidden, document_ids)."""
-
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__(architecture.transformer, architecture.model, padded_vocab_size=architecture.padded_vocab_size)
-
-    def forward(self, hidden: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """Hidden, normalised."""
-        return super().forward(hidden if isinstance(hidden, Tensor) else hidden[0])
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, 1, S, S) bool: a query sees keys of its own document that are not later."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    size = document_ids.shape[1]
-    return same & torch.ones(size, size, dtype=torch.bool, device=document_ids.device).tril()
 
 
-def canonical_name(name: str, *, num_layers: int) -> str:
-    """The layout-free name of a parameter of a GPT or of a pipeline module.
-
-    PipelineModule numbers its layers: 0 embedding, 1 .. num_layers blocks, num_layers + 1 head; tied modules have
-    names of their own.
-    """
-    name = name.removeprefix("tied_modules.")
-    first, _, rest = name.partition(".")
-    if first.isdigit():
-        index = int(first)
-        if index == 0:
-            name = f"embedding.{rest}"
-        elif index <= num_layers:
-            name = f"layers.{index - 1}.{rest}"
-        else:
-            name = f"head.{rest}"
-    return name.replace("head.norm.", "final_norm.").replace("head.word.", "head.")

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.config import ModelConfig, RopeScaling
-from pipeline.model_shape import head_width
+from pipeline.config.choices import RopeScaling
+from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import head_width
 
 
 class RopeTable:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from pipeline.config import ModelConfig
-from pipeline.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import ffn_width, head_width, is_gated
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:

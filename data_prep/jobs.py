@@ -1,0 +1,314 @@
+"""Work that may be killed at any moment and started again: units, processes, array tasks, completion markers.
+
+    OUT/job.json              what the job is; another job is refused a folder that has one
+    OUT/.work/<stage>/00000012.json    marker of unit 12: its result; written when everything it made is in place
+
+    open_job -> run_units (this task's share, in processes) -> all markers there? -> under `locked`: finish, close_job
+
+A unit is a pure function of the inputs: done twice, by whoever, it makes the same files. Files get their final name
+when they are whole (`whole_file`), so what can be seen is good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from pipeline.errors import ConfigError, MachineError
+from pipeline.log import logger
+
+ROOT = str(Path(__file__).resolve().parents[1])
+JOB_FILE = "job.json"
+WORK_FOLDER = ".work"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass
+class JobConfig:
+    """Where the result goes and who does which part; nothing here changes a byte of the result."""
+
+    output: str = MISSING
+    """Folder of the result, local or on a shared file system."""
+    workers: int = 0
+    """Processes; 0: one for each core this task may use."""
+    task: int | None = None
+    """Number of this task, from 0; null: SLURM_ARRAY_TASK_ID, else 0."""
+    num_tasks: int | None = None
+    """Tasks that share the work; null: SLURM_ARRAY_TASK_COUNT, else 1."""
+
+
+def open_job(output: Path, facts: dict[str, Any]) -> None:
+    """Claim the folder for the job that `facts` describe, or join the same job.
+
+    Args:
+        output: the result's folder; made here.
+        facts: everything that the bytes of the result follow from; JSON-able.
+
+    Raises:
+        ConfigError: the folder holds another job; the message names what differs.
+        MachineError: the folder cannot be written.
+    """
+    with disk_errors(output):
+        (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+        unfinished = output / WORK_FOLDER / f"job.{_writer()}.tmp"
+        write_whole(unfinished, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+        try:
+            os.link(unfinished, output / JOB_FILE)  # fails if it exists: the first task wins
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not (output / JOB_FILE).exists():
+                os.replace(unfinished, output / JOB_FILE)
+        unfinished.unlink(missing_ok=True)
+    found = json.loads((output / JOB_FILE).read_bytes())
+    wanted = json.loads(json.dumps(facts))
+    differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if differ:
+        changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in differ[:4])
+        raise ConfigError(
+            f"{output} holds the result, whole or in part, of another job: {changes}. Mixing them is refused: give "
+            f"another output=..., or remove {output}."
+        )
+
+
+def close_job(output: Path) -> None:
+    """Remove what was only needed while the job ran."""
+    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+
+
+def run_units(
+    work: Path,
+    units: Sequence[Any],
+    run: Callable[[Any], dict[str, Any]],
+    *,
+    job: JobConfig,
+    label: str,
+    weight: Callable[[Any], int] = lambda _: 1,
+    unit_name: str = "unit",
+    on_done: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> bool:
+    """Do this task's units that have no marker yet; True if afterwards all units of all tasks have one.
+
+    Args:
+        work: folder of the markers, one stage of the job.
+        units: all units of the job, the same list in every task; unit i is done by task i mod num_tasks.
+        run: makes the unit's files and returns what its marker shall hold; pickled by name, so a module's function or
+            a partial of one.
+        job: processes and tasks.
+        label: in front of the progress bar.
+        weight: size of a unit, for the bar.
+        unit_name: what weights count; "B" is shown as bytes.
+        on_done: gets each new result in this process, in any order; an error it raises ends the stage.
+
+    Raises:
+        PipelineError: a unit failed; finished units keep their markers.
+    """
+    task, num_tasks = task_of(job)
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    done = marked(work)
+    mine = [i for i in range(len(units)) if i % num_tasks == task]
+    todo = [i for i in mine if i not in done]
+    if len(todo) < len(mine):
+        logger.info(f"{label}: {len(mine) - len(todo)} of {len(mine)} units are done already")
+    total = sum(weight(units[i]) for i in mine)
+    first = total - sum(weight(units[i]) for i in todo)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(desc=label, total=total, initial=first, unit=unit_name, unit_scale=True, disable=None, smoothing=0.1)
+        )
+        results = stack.enter_context(
+            contextlib.closing(_results(work, units, todo, run, workers=min(num_workers(job), len(todo))))
+        )
+        for i, result in results:
+            bar.update(weight(units[i]))
+            on_done(result)
+    return len(marked(work)) == len(units)
+
+
+def _results(
+    work: Path, units: Sequence[Any], todo: list[int], run: Callable[[Any], dict[str, Any]], *, workers: int
+) -> Generator[tuple[int, dict[str, Any]]]:
+    if workers <= 1:
+        for i in todo:
+            yield i, _do(work, i, units[i], run)
+        return
+    # forkserver: children start from a small process with everything imported, and inherit no threads or sockets.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([getattr(run, "func", run).__module__])
+    # The server would put the current folder first on its path: in data_prep/, whose file names are the library's.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *paths]))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    waiting = list(reversed(todo))
+    running: dict[Future[dict[str, Any]], int] = {}
+    try:
+        while True:
+            while waiting and len(running) < workers + 1:
+                i = waiting.pop()
+                running[pool.submit(_do, work, i, units[i], run)] = i
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise MachineError(
+            "a worker process was killed from outside, mostly because memory ran out (see `dmesg` or the job's log). "
+            "Run the same command again to go on; a lower workers=... or max_document_mb=... needs less memory."
+        ) from error
+    finally:
+        for process in list((pool._processes or {}).values()) if sys.exc_info()[0] or running else []:
+            process.terminate()  # the units it was at are done again by the next run
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's business; a worker whose parent was killed ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import threading
+    from multiprocessing.process import parent_process
+
+    parent = parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+def _do(work: Path, number: int, unit: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    with disk_errors(work):
+        result = run(unit)
+        write_whole(marker_path(work, number), json.dumps(result, ensure_ascii=False).encode())
+    return result
+
+
+def marker_path(work: Path, number: int) -> Path:
+    """Completion marker of a unit."""
+    return work / f"{number:08d}.json"
+
+
+def marked(work: Path) -> set[int]:
+    """Numbers of the units that are complete."""
+    return {int(p.stem) for p in work.glob("*.json") if p.stem.isdecimal()}
+
+
+def read_markers(work: Path, count: int) -> list[dict[str, Any]]:
+    """Results of all units, in order."""
+    return [json.loads(marker_path(work, i).read_bytes()) for i in range(count)]
+
+
+def task_of(job: JobConfig) -> tuple[int, int]:
+    """(task, num_tasks), from the settings or from a Slurm array.
+
+    Raises:
+        ConfigError: only one of the two is set, or task is not below num_tasks.
+    """
+    task, num_tasks = job.task, job.num_tasks
+    if task is None and num_tasks is None and "SLURM_ARRAY_TASK_COUNT" in os.environ:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        task = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first
+        num_tasks = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    if (task is None) != (num_tasks is None):
+        raise ConfigError(f"task ({task}) and num_tasks ({num_tasks}) belong together; set both, task from 0.")
+    task, num_tasks = task or 0, 1 if num_tasks is None else num_tasks
+    if not 0 <= task < num_tasks:
+        raise ConfigError(
+            f"task ({task}) must be at least 0 and below num_tasks ({num_tasks}). Slurm arrays count by ones: "
+            "--array=0-63."
+        )
+    return task, num_tasks
+
+
+def num_workers(job: JobConfig) -> int:
+    """Processes of this task.
+
+    Raises:
+        ConfigError: workers is negative.
+    """
+    if job.workers < 0:
+        raise ConfigError(f"workers ({job.workers}) must be 0 (one for each core) or more.")
+    return job.workers or len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that gets its name, on disk to stay, when the block ends without an error.
+
+    Args:
+        path: final name; its folder is made.
+        scratch: folder, on the same file system, where an unfinished file may be left by a kill; None: beside `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
+    try:
+        with open(unfinished, "wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes, *, scratch: Path | None = None) -> None:
+    """Write a file at once or not at all; see whole_file."""
+    with whole_file(path, scratch=scratch) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Only one process at a time is in here, as far as the file system keeps locks."""
+    (output / WORK_FOLDER).mkdir(exist_ok=True)
+    with open(output / WORK_FOLDER / "lock", "wb") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks; what is inside bears repetition
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Failures to write become one clear message."""
+    try:
+        yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise MachineError(f"{error.filename or place} cannot be written: {error.strerror}.") from error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise MachineError(
+            f"no space is left to write below {place.parent} ({error.strerror}). Nothing half-written keeps a final "
+            "name; free some space and run the same command again: finished units are kept."
+        ) from error
+
+
+def _writer() -> str:
+    """Tells temporary files of different processes and machines apart."""
+    return f"{os.uname().nodename}.{os.getpid()}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

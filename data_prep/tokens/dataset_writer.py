@@ -1,0 +1,223 @@
+"""Parts become the shards of datasets, once all units of a job are done.
+
+Parts are renamed, in the order of the units; neighbours that are small (validation splits, small inputs) are joined.
+manifest.json comes last. Everything here may be killed and run again: what has been renamed is recognised by the plan,
+which follows from the markers alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.jobs import (
+    JOB_FILE,
+    WORK_FOLDER,
+    close_job,
+    disk_errors,
+    locked,
+    marked,
+    read_markers,
+    whole_file,
+    write_whole,
+)
+from data_prep.tokens.shard_writer import Part, copy_parts
+from pipeline.data import shard_format as fmt
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import DataError
+from pipeline.log import logger
+
+JOIN_TOKENS = fmt.SHARD_TOKENS // 8  # neighbouring parts are joined up to this size; larger ones are only renamed
+SUMMARY_FILE = "summary.json"
+
+
+
+
+
+
+def finalize(output: Path, *, max_rejected_fraction: float) -> None:
+    """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json; see main for the errors."""
+    if not (output / JOB_FILE).is_file():
+        raise DataError(f"{output} holds no job of data_prep/tokenize.py: it has no {JOB_FILE}.")
+    with disk_errors(output), locked(output):
+        if is_complete(output):  # another task was faster
+            close_job(output)
+            return
+        facts = json.loads((output / JOB_FILE).read_bytes())
+        missing = sorted(set(range(facts["units"])) - marked(markers(output)))
+        if missing:
+            raise DataError(
+                f"{output}: {len(missing)} of {facts['units']} units are not done, first {missing[:5]}. Run the "
+                "tokenize command, or the array tasks, again; only what is missing is done."
+            )
+        results = read_markers(markers(output), facts["units"])
+        rejects = Counter[str]()
+        for result in results:
+            rejects.update(result["rejects"])
+        splits = {name: _gather(results, name) for name in results[0]["splits"]}
+        documents = sum(part.documents for parts, _ in splits.values() for part in parts)
+        check_rejected(documents, rejects, max_rejected_fraction)
+        if not documents:
+            raise DataError(f"{output}: the input has no documents ({dict(rejects) or 'every file is empty'}).")
+        _join_rejects(output, facts["units"])
+        totals = {
+            name: _make_dataset(output, name, facts["tokenizer"], parts, text_bytes)
+            for name, (parts, text_bytes) in splits.items()
+        }
+        summary = totals | {"rejects": dict(sorted(rejects.items()))}
+        content = (json.dumps(summary, indent=1) + "\n").encode()
+        write_whole(output / SUMMARY_FILE, content, scratch=output / WORK_FOLDER)
+        close_job(output)
+    for name, row in totals.items():
+        logger.info(
+            f"{output / name}: {row['documents']:,} documents, {row['tokens']:,} tokens, {row['text_bytes']:,} bytes "
+            f"of text in {row['shards']} shards"
+        )
+    if rejects:
+        logger.warning(f"{rejects.total()} documents were rejected: {dict(rejects)}; see {output / 'rejects.jsonl'}")
+
+
+def is_complete(output: Path) -> bool:
+    """The job has been finished; summary.json is its last file."""
+    return (output / SUMMARY_FILE).is_file()
+
+
+def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> None:
+    """Hold the ceiling on rejected documents.
+
+    Raises:
+        DataError: more than `fraction` of the documents were rejected.
+    """
+    bad = rejects.total() - rejects["empty"]
+    if bad > fraction * (documents + bad):
+        raise DataError(
+            f"{bad} of {documents + bad} documents were rejected ({dict(rejects)}), more than max_rejected_fraction="
+            f"{fraction}. The first ones are in .work/rejects; mend the input, or run again with a higher ceiling."
+        )
+
+
+def parts_folder(output: Path) -> Path:
+    """Where units put their parts."""
+    return output / WORK_FOLDER / "parts"
+
+
+def markers(output: Path) -> Path:
+    """Where the units' markers are."""
+    return output / WORK_FOLDER / "tokenize"
+
+
+def rejects_path(output: Path, unit: int) -> Path:
+    """Rejected documents of a unit."""
+    return output / WORK_FOLDER / "rejects" / f"{unit:08d}.jsonl"
+
+
+def copy_tokenizer(output: Path, tokenizer: Tokenizer) -> None:
+    """Keep the tokenizer for the datasets; they are made after it may be gone."""
+    write_whole(output / WORK_FOLDER / "tokenizer.json", tokenizer.raw)
+
+
+def _gather(results: list[dict[str, Any]], name: str) -> tuple[list[Part], int]:
+    rows = [result["splits"][name] for result in results]
+    return [Part(**part) for row in rows for part in row["parts"]], sum(row["text_bytes"] for row in rows)
+
+
+def _join_rejects(output: Path, num_units: int) -> None:
+    paths = [path for unit in range(num_units) if (path := rejects_path(output, unit)).is_file()]
+    if paths:
+        with whole_file(output / "rejects.jsonl", scratch=output / WORK_FOLDER) as target:
+            for path in paths:
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+
+
+def _make_dataset(
+    output: Path, name: str, tokenizer: dict[str, Any], parts: list[Part], text_bytes: int
+) -> dict[str, int]:
+    """Move parts to their places as shards, and write what describes them; the totals."""
+    folder = output / name
+    dtype = fmt.token_dtype(tokenizer["vocab_size"])
+    shards: list[Part] = []
+    for number, group in enumerate(_groups(parts)):
+        target = folder / fmt.shard_path(number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sources = [parts_folder(output) / part.name for part in group]
+        if len(group) > 1:
+            shards.append(copy_parts(sources, group, target, dtype=dtype, scratch=parts_folder(output)))
+        else:
+            shards.append(group[0])
+            if sources[0].exists():  # else it was renamed before this was interrupted
+                os.replace(sources[0], target)
+    scratch = output / WORK_FOLDER
+    raw = (scratch / "tokenizer.json").read_bytes()
+    write_dataset(folder, shards, tokenizer=tokenizer, raw=raw, text_bytes=text_bytes, scratch=scratch)
+    return {
+        "documents": sum(s.documents for s in shards),
+        "tokens": sum(s.tokens for s in shards),
+        "text_bytes": text_bytes,
+        "shards": len(shards),
+    }
+
+
+def write_dataset(
+    folder: Path, shards: list[Part], *, tokenizer: dict[str, Any], raw: bytes, text_bytes: int, scratch: Path
+) -> None:
+    """Write everything of a dataset but its shards, which are in place; the manifest last.
+
+    Args:
+        folder: the dataset.
+        shards: in order; shard i is at shard_path(i).
+        tokenizer: fields of TokenizerIdentity.
+        raw: the tokenizer.json.
+        text_bytes: UTF-8 bytes of all documents.
+        scratch: see whole_file.
+    """
+    rows = [tuple(row) for shard in shards for row in shard.blocks]
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.array(rows, fmt.INDEX_DTYPE), version=(1, 0))
+    write_whole(folder / "index.npy", buffer.getvalue(), scratch=scratch)
+    write_whole(folder / "tokenizer.json", raw, scratch=scratch)
+    lines = [{"path": fmt.shard_path(i), "documents": s.documents, "inputs": s.inputs} for i, s in enumerate(shards)]
+    provenance = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    write_whole(folder / "provenance.jsonl", provenance, scratch=scratch)
+    head = {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "dtype": fmt.token_dtype(tokenizer["vocab_size"]).str,
+        "block_tokens": fmt.BLOCK_TOKENS,
+        "tokenizer": tokenizer,
+        "tokens": sum(s.tokens for s in shards),
+        "documents": sum(s.documents for s in shards),
+        "text_bytes": text_bytes,
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "provenance_sha256": hashlib.sha256(provenance).hexdigest(),
+        "checksum": fmt.UNSEALED,
+        "columns": fmt.SHARD_COLUMNS,
+    }
+    columns = [(s.tokens, s.bytes, s.documents, s.sha256, s.source, s.key) for s in shards]
+    table = ",\n".join(json.dumps([fmt.shard_path(i), *row]) for i, row in enumerate(columns))
+    text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
+    write_whole(folder / "manifest.json", fmt.seal(text.encode()), scratch=scratch)
+
+
+def _groups(parts: list[Part]) -> Iterator[list[Part]]:
+    """Parts of one shard each: alone, or small neighbours of one source up to JOIN_TOKENS."""
+    group: list[Part] = []
+    for part in parts:
+        fits = group and group[0].source == part.source and sum(p.tokens for p in group) + part.tokens <= JOIN_TOKENS
+        if group and not fits:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+

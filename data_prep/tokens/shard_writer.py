@@ -1,0 +1,185 @@
+"""Token ids to shard tars, a block at a time, so that memory does not depend on the size of a shard.
+
+    add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every SHARD_TOKENS
+    close() -> [Part(...)], from which finalize.py makes shards
+
+A part has its final bytes; only its name changes when it becomes a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.jobs import whole_file
+from pipeline.data import shard_format as fmt
+
+PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
+
+
+@dataclass
+class Part:
+    """One finished tar: what the manifest and the index will say of it."""
+
+    name: str
+    """File name in the folder of parts."""
+    key: int
+    source: str
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    blocks: list[list[int]] = field(default_factory=list)
+    """One row a block, in the order of INDEX_DTYPE."""
+    inputs: list[str] = field(default_factory=list)
+    """Id of the first document that starts in the part, and of the last."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a marker; Part(**...) is the way back."""
+        return asdict(self)
+
+
+class PartWriter:
+    """Writes the parts of one unit and split.
+
+    Used as a context manager: left with an error, the part that was being written is removed.
+    """
+
+    def __init__(self, folder: Path, *, stem: str, key: int, source: str, dtype: np.dtype) -> None:
+        """Write into `folder` files named <stem>-000.tar and so on.
+
+        Args:
+            folder: on the file system of the dataset.
+            stem: unique in the folder, the same whenever the unit is done again.
+            key: of the first part; the following ones count up, up to PARTS_PER_KEY_RANGE.
+            source: label.
+            dtype: of the tokens.
+        """
+        self._folder, self._stem, self._key, self._source, self._dtype = folder, stem, key, source, dtype
+        self._block = np.empty(fmt.BLOCK_TOKENS, dtype)
+        self._filled = 0
+        self._starts: list[np.ndarray] = []
+        self._parts: list[Part] = []
+        self._file: BinaryIO | None = None
+        self._open_file = ExitStack()
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> PartWriter:
+        """Nothing is written yet."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Remove the part that is not finished, if an error ended the block."""
+        self._open_file.__exit__(*error)
+
+    def add(self, tokens: np.ndarray, starts: np.ndarray, ids: Sequence[str] = ()) -> None:
+        """Append tokens.
+
+        Args:
+            tokens: (n,) ids, end-of-document ids among them.
+            starts: ascending places in `tokens` where documents start.
+            ids: of the documents that start here, for provenance; none: not known.
+        """
+        done = 0
+        while done < len(tokens):
+            take = min(len(tokens) - done, fmt.BLOCK_TOKENS - self._filled)
+            self._block[self._filled : self._filled + take] = tokens[done : done + take]
+            low, high = np.searchsorted(starts, (done, done + take))
+            self._starts.append((starts[low:high] - done + self._filled).astype(fmt.DOCS_DTYPE))
+            self._filled += take
+            done += take
+            if len(ids) and high > low:
+                part = self._part()
+                part.inputs = [part.inputs[0] if part.inputs else ids[low], ids[high - 1]]
+            if self._filled == fmt.BLOCK_TOKENS:
+                self._write_block()
+
+    def close(self) -> list[Part]:
+        """Finish the last part; all parts in order, none for no tokens."""
+        if self._filled:
+            self._write_block()
+        if self._file is not None:
+            self._finish_part()
+        return self._parts
+
+    def _part(self) -> Part:
+        if self._file is None:
+            number = len(self._parts)
+            assert number < PARTS_PER_KEY_RANGE, "a unit of more than 32 Gi tokens"
+            part = Part(f"{self._stem}-{number:03d}.tar", self._key + number, self._source)
+            self._file = self._open_file.enter_context(whole_file(self._folder / part.name))
+            self._digest = hashlib.sha256()
+            self._parts.append(part)
+        return self._parts[-1]
+
+    def _write_block(self) -> None:
+        part = self._part()
+        tokens = self._block[: self._filled]
+        starts = np.concatenate(self._starts)
+        names = fmt.member_names(part.key, len(part.blocks))
+        row: list[int] = []
+        for name, array in zip(names, (tokens, starts)):
+            offset, crc = self._write_member(part, name, array)
+            row += [offset, len(array), crc]
+        part.blocks.append(row)
+        part.tokens += len(tokens)
+        part.documents += len(starts)
+        self._filled, self._starts = 0, []
+        if part.tokens == fmt.SHARD_TOKENS:
+            self._finish_part()
+
+    def _write_member(self, part: Part, name: str, array: np.ndarray) -> tuple[int, int]:
+        """(place of the array in the tar, its crc32)."""
+        content = array.view(np.uint8).data
+        size = fmt.NPY_HEADER_BYTES + len(content)
+        offset = part.bytes + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES
+        self._write(part, fmt.tar_header(name, size) + fmt.npy_header(array.dtype, len(array)))
+        self._write(part, content)
+        self._write(part, bytes(-size % fmt.TAR_BLOCK))
+        return offset, zlib.crc32(content)
+
+    def _write(self, part: Part, content: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self._digest.update(content)
+        part.bytes += len(content)
+
+    def _finish_part(self) -> None:
+        part = self._parts[-1]
+        self._write(part, bytes(2 * fmt.TAR_BLOCK))
+        part.sha256 = self._digest.hexdigest()
+        self._file = None
+        self._open_file.close()  # flushes to disk and renames
+
+
+def copy_parts(sources: list[Path], parts: list[Part], target: Path, *, dtype: np.dtype, scratch: Path) -> Part:
+    """Write the tokens of several parts into one at `target`; their files stay.
+
+    Args:
+        sources: their files.
+        parts: what is known of them; the new part has the key of the first.
+        target: final place of the new tar.
+        dtype: of the tokens.
+        scratch: folder, on the same file system, where the new tar grows.
+    """
+    first = parts[0]
+    stem = f"joined-{os.getpid()}-{first.key}"
+    with PartWriter(scratch, stem=stem, key=first.key, source=first.source, dtype=dtype) as writer:
+        for path, part in zip(sources, parts):
+            for row in part.blocks:
+                tokens, starts = fmt.map_block(str(path), np.array([tuple(row)], fmt.INDEX_DTYPE)[0], dtype)
+                writer.add(tokens, starts)
+        (merged,) = writer.close()
+    os.replace(scratch / merged.name, target)
+    ids = [i for part in parts for i in part.inputs]
+    merged.inputs = [ids[0], ids[-1]] if ids else []
+    merged.name = target.name
+    return merged

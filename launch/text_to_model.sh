@@ -1,0 +1,28 @@
+#!/bin/bash
+# From text to model in two Slurm jobs: tokenization as an array, and pretraining, which starts when it has succeeded.
+#   launch/text_to_model.sh --array=0-63 input='data/*.jsonl.zst' output=OUT tokenizer=gpt2.json -- --nodes=16 name=big model=gpt3-6.7b
+# Before `--` stands what launch/tokenize.slurm gets, after it what launch/pretrain.slurm gets: words that begin with a
+# dash are options of sbatch (--name=value), the others settings. Prints the two job ids.
+set -euo pipefail
+launch=$(dirname "$(readlink -f "$0")")
+
+tokenize_options=() tokenize=() pretrain_options=() pretrain=() data=() part=tokenize
+for word in "$@"; do
+  case $part:$word in
+    tokenize:--) part=pretrain ;;
+    tokenize:-*) tokenize_options+=("$word") ;;
+    pretrain:-*) pretrain_options+=("$word") ;;
+    tokenize:*) tokenize+=("$word"); [[ $word == output=* ]] && data=("data.path=${word#output=}") ;;
+    pretrain:*) pretrain+=("$word") ;;
+  esac
+done
+if [[ $part != pretrain || ${#data[@]} == 0 ]]; then
+  sed -n 's/^# \{0,1\}//; 2,5p' "$0" >&2
+  exit 2
+fi
+
+first=$(sbatch --parsable "${tokenize_options[@]}" "$launch/tokenize.slurm" "${tokenize[@]}")
+# A pretraining job whose tokenization has failed leaves the queue instead of waiting for ever.
+second=$(sbatch --parsable --dependency="afterok:$first" --kill-on-invalid-dep=yes "${pretrain_options[@]}" \
+  "$launch/pretrain.slurm" "${data[@]}" "${pretrain[@]}")
+echo "tokenize $first, pretrain $second"

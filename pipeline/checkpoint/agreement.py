@@ -1,0 +1,67 @@
+"""What the ranks of a checkpoint do as one: gather, agree, or follow the main rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.checkpoint import folder as folders
+from pipeline.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """Collectives over all ranks in which an exception of one is an exception of all."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Among the ranks of `group`, which are all of the job, over gloo."""
+        self.group, self.rank, self.world_size = group, group.rank(), group.size()
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """function() of this rank; when it raises on any rank, every rank raises."""
+        value, problem = None, None
+        try:
+            value = function()
+        except Exception as error:
+            problem = _as_checkpoint_error(error)
+        if problems := [p for p in self.gather(problem) if p is not None]:
+            raise problems[0]
+        return value  # type: ignore[return-value]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """function() of rank 0, on every rank; so is its exception."""
+        import torch.distributed as dist
+
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = _as_checkpoint_error(error)
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with a checkpoint, one line a file; every rank reads a share of the files."""
+        parts = self.gather(folders.damage(checkpoint, part=self.rank, parts=self.world_size))
+        return [problem for part in parts for problem in part]
+
+
+def _as_checkpoint_error(error: Exception) -> CheckpointError:
+    """An exception that travels between ranks."""
+    return error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}")

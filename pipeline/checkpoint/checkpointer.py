@@ -1,0 +1,226 @@
+"""Save and resume at any layout.
+
+Save: copy this rank's fragments to host memory (training waits), then, in a background thread, write the files, sync
+them, rename the folder, move `latest`, prune. Restore: the newest checkpoint whose checksums hold is read into the
+fragments of whatever layout runs now. A failed save is retried, then reported; training goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.agreement import Agreement
+from pipeline.checkpoint.record import FORMAT, VERSION
+from pipeline.config.operation import CheckpointConfig
+from pipeline.errors import CheckpointError
+from pipeline.log import logger
+
+if TYPE_CHECKING:
+    from pipeline.distributed.layout import ParallelLayout
+    from pipeline.engine.engine import Engine
+
+T = TypeVar("T")
+ATTEMPTS = 3
+RETRY_PAUSE_S = 5.0
+SPARE_BYTES = 64 * 2**20
+"""Disk space that must be left after a save."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run. Methods are collective: call on every rank, in the same order."""
+
+    def __init__(
+        self, cfg: CheckpointConfig, *, folder: Path, layout: ParallelLayout, attachments: dict[str, Path] | None = None
+    ) -> None:
+        """Collective.
+
+        Args:
+            folder: runs/<name>/checkpoints, on a file system that every rank sees.
+            attachments: file name to file, copied into every checkpoint: tokenizer.json.
+        """
+        import torch.distributed as dist
+
+        from pipeline.checkpoint.tensors import HostCopy
+
+        self.cfg, self.folder, self.layout = cfg, folder, layout
+        self.attachments = attachments or {}
+        self.failed_saves = 0
+        """Saves that were given up, on every rank alike."""
+        # The background thread talks in a group of its own, so that its messages never meet training's.
+        self._ranks = Agreement(dist.new_group(backend="gloo"))
+        self._host_copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._last_saved: int | None = None
+        self._outcome: str | None = None
+
+    # ---- save ---------------------------------------------------------------------------------------------------
+
+    def save(self, engine: Engine, *, step: int, record: dict[str, Any]) -> float:
+        """Milliseconds that training stood still. A step that is on the disk, or on its way, is not written again.
+
+        Args:
+            step: optimizer steps done.
+            record: JSON-able facts of the trainer; they come back from `restore` as they were.
+        """
+        if step == self._last_saved:
+            return 0.0
+        start = time.monotonic()
+        self.wait()
+        from pipeline.engine.deepspeed import state
+
+        chunks = self._host_copy.take(state.fragments(engine))
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "optimizer": engine.cfg.optimizer.name.name,
+            "optimizer_step": state.optimizer_step(engine),
+            "loss_scale": engine.loss_scale.state() if engine.loss_scale else None,
+            "vocab_size": engine.shape.vocab_size,
+            "layout": _layout_facts(self.layout),
+            "versions": _versions(),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **record,
+        }
+        self._last_saved, self._outcome = step, "the writing thread died"
+        self._thread = threading.Thread(
+            target=self._write, args=(chunks, step, facts), name="checkpoint-writer", daemon=True
+        )
+        self._thread.start()
+        if not self.cfg.asynchronous:
+            self.wait()
+        return (time.monotonic() - start) * 1e3
+
+    def wait(self) -> bool:
+        """Wait until the last save is on the disk; false when it was given up."""
+        if self._thread is None:
+            return True
+        self._thread.join()
+        self._thread = None
+        if self._outcome is None:
+            return True
+        self.failed_saves += 1
+        self._last_saved = None
+        return False
+
+    def _write(self, chunks: list, step: int, facts: dict[str, Any]) -> None:
+        """Body of the background thread; never raises. Collective over the checkpoint group."""
+        for attempt in range(ATTEMPTS):
+            self._outcome = _first_problem(self._try_write, chunks, step, facts)
+            if self._outcome is None:
+                return
+            if self._ranks.rank == 0:
+                again = (
+                    f"trying again in {RETRY_PAUSE_S:.0f} s" if attempt + 1 < ATTEMPTS else "given up; training goes on"
+                )
+                logger.error("checkpoint of step %d failed: %s (%s)", step, self._outcome, again)
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(RETRY_PAUSE_S)
+
+    def _try_write(self, chunks: list, step: int, facts: dict[str, Any]) -> None:
+        from pipeline.checkpoint import tensors
+
+        start, saving = time.monotonic(), folders.saving_folder(self.folder, step)
+        size_bytes = sum(self._ranks.gather(sum(c.data.nbytes for c in chunks)))
+        self._ranks.on_main(lambda: self._make_room(saving, size_bytes))
+        sums = tensors.write(chunks, saving, group=self._ranks.group)
+        sums = {name: digest for part in self._ranks.gather(sums) for name, digest in part.items()}
+        seconds = time.monotonic() - start
+        self._ranks.on_main(
+            lambda: self._publish(step, {**facts, "size_bytes": size_bytes, "write_s": round(seconds, 3)}, sums)
+        )
+
+    def _make_room(self, saving: Path, size_bytes: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folders.clear_leftovers(self.folder)
+        free = shutil.disk_usage(self.folder).free
+        if free < size_bytes + SPARE_BYTES:
+            raise CheckpointError(
+                f"{self.folder} has {free / 2**30:.2f} GiB free, "
+                f"the checkpoint needs {(size_bytes + SPARE_BYTES) / 2**30:.2f} GiB"
+            )
+        saving.mkdir()
+
+    def _publish(self, step: int, record: dict[str, Any], sums: dict[str, str]) -> None:
+        saving = folders.saving_folder(self.folder, step)
+        attached = {
+            name: folders.write_durably(saving / name, path.read_bytes()) for name, path in self.attachments.items()
+        }
+        final = folders.publish(self.folder, step, record, {**sums, **attached})
+        gib = record["size_bytes"] / 2**30
+        logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record["write_s"])
+        try:
+            folders.prune(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
+        except OSError as error:
+            logger.warning("old checkpoints could not be deleted: %s", error)
+
+    # ---- restore ------------------------------------------------------------------------------------------------
+
+    def restore(self, engine: Engine, *, not_after: int | None = None) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into the engine; its record, or None when there is none.
+
+        Damaged ones are reported, renamed to damaged-step-..., and the one before is taken.
+
+        Args:
+            not_after: ignore checkpoints of later steps.
+
+        Raises:
+            CheckpointError: none of the checkpoints is whole, or they are of another model or optimizer.
+        """
+        from pipeline.checkpoint import restore
+        from pipeline.engine.deepspeed import state
+
+        self.wait()
+        found = self._ranks.on_main(
+            lambda: [(s, p) for s, p in folders.list_checkpoints(self.folder) if not_after is None or s <= not_after]
+        )
+        for step, path in reversed(found):
+            if problems := self._ranks.damage(path):
+                self._ranks.on_main(lambda path=path, problems=problems: _report_damage(path, problems))  # type: ignore[misc]
+                continue
+            record = self._ranks.agree(lambda path=path: restore.read_state(engine, path))  # type: ignore[misc]
+            state.publish_weights(engine)
+            self._last_saved = step
+            if self._ranks.rank == 0:
+                logger.info("resumed from %s", path)
+            return record
+        if found:
+            raise CheckpointError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged; they were renamed to damaged-step-... and "
+                "kept. Repair one and rename it back, or set checkpoint.resume=false and another name to start again."
+            )
+        return None
+
+
+def _report_damage(path: Path, problems: list[str]) -> None:
+    kept = folders.set_aside(path)
+    logger.error("checkpoint %s is DAMAGED and not used: %s. Kept as %s.", path, "; ".join(problems[:5]), kept.name)
+
+
+def _first_problem(function: Callable[..., None], *args: Any) -> str | None:
+    """What function(*args) raised, in words; None when nothing."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _layout_facts(layout: ParallelLayout) -> dict[str, int]:
+    return {
+        "world_size": layout.ranks.world_size,
+        "tensor_parallel_size": layout.tensor_parallel_size,
+        "pipeline_parallel_size": layout.pipeline_parallel_size,
+        "data_parallel_size": layout.data_parallel_size,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core")}

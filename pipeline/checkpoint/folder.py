@@ -1,0 +1,209 @@
+"""Checkpoints as folders: which ones exist, which are whole, which is the newest; no torch.
+
+    checkpoints/.step-00001000.saving/   being written
+    checkpoints/step-00001000/           whole: appears by one rename, after every file is on the disk
+        __0_0.distcp ... .metadata       tensors, torch DCP
+        checkpoint.json                  everything else, for people and programs
+        tokenizer.json                   so that the folder can be exported by itself
+        SHA256SUMS                       checksum of every other file; `sha256sum -c SHA256SUMS` works
+    checkpoints/latest                   name of the newest one, for scripts
+
+A kill at any moment leaves the previous checkpoint, or the new one; never a half of either under a final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.record import RECORD
+from pipeline.errors import CheckpointError
+
+SUMS = "SHA256SUMS"
+LATEST = "latest"
+_NAME = re.compile(r"step-(\d{8,})")
+_HASH_BLOCK_BYTES = 1 << 22
+
+
+def name_of(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def saving_folder(root: Path, step: int) -> Path:
+    """Where a step's checkpoint is written before it is whole."""
+    return root / f".{name_of(step)}.saving"
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every finished checkpoint under `root`, oldest first; they may be damaged since."""
+    if not root.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint folder a user means by a checkpoint, a run folder, or a folder of checkpoints (the newest).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / RECORD).is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if checkpoints := list_checkpoints(root):
+            return checkpoints[-1][1]
+    raise CheckpointError(
+        f"{path} is no checkpoint (it has no {RECORD}) and holds none. Give runs/NAME, or one of its checkpoints: "
+        f"runs/NAME/checkpoints/{name_of(1000)}."
+    )
+
+
+
+
+
+
+def sums_text(sums: dict[str, str]) -> str:
+    """Content of SHA256SUMS: file name to hex digest, in the form of the sha256sum command."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name to hex digest, as SHA256SUMS of a checkpoint says.
+
+    Raises:
+        CheckpointError: the list is missing or damaged.
+    """
+    try:
+        text = (folder / SUMS).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / SUMS} cannot be read: {error}.") from None
+    rows = [line.partition("  ") for line in text.splitlines()]
+    sums = {name: digest for digest, _, name in rows}
+    # The list itself has no checksum: it must be, byte for byte, what would be written for its own content.
+    is_clean = all(re.fullmatch(r"[0-9a-f]{64}", digest) and "/" not in name for name, digest in sums.items())
+    if sums_text(sums) != text or not is_clean or not {RECORD, ".metadata"} <= sums.keys():
+        raise CheckpointError(f"{folder / SUMS} is damaged.")
+    return sums
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest, block = hashlib.sha256(), bytearray(_HASH_BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4) -> list[str]:
+    """What is wrong with a checkpoint, one line a file; empty: every byte is as it was written.
+
+    Args:
+        part, parts: check only every parts-th file, beginning with the part-th, so that ranks share the work.
+    """
+    try:
+        sums = read_sums(folder)
+    except CheckpointError as error:
+        return [str(error)]
+
+    def check(name: str) -> str | None:
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        return None if found == sums[name] else f"{name}: content is not what was written (SHA-256 differs)"
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return [problem for problem in pool.map(check, sorted(sums)[part::parts]) if problem]
+
+
+def write_durably(path: Path, data: bytes) -> str:
+    """Hex digest of `data`, which is on the disk under `path` when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's names on the disk; a file's own fsync does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that order names themselves
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str]) -> Path:
+    """Turn a step's saving folder, whose tensors are written, into a checkpoint; move `latest` last.
+
+    Args:
+        record: what checkpoint.json says.
+        sums: SHA-256 of the files that are there already.
+    """
+    folder, final = saving_folder(root, step), root / name_of(step)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    sums = {**sums, RECORD: write_durably(folder / RECORD, text.encode())}
+    write_durably(folder / SUMS, sums_text(sums).encode())
+    sync_folder(folder)
+    if final.exists():  # the step was trained again, after a rollback or from a damaged checkpoint
+        remove(final)
+    os.rename(folder, final)
+    sync_folder(root)
+    write_durably(root / LATEST, f"{final.name}\n".encode())
+    sync_folder(root)
+    return final
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Delete what killed or failed saves left half-written or half-deleted."""
+    for path in [*root.glob(".step-*.saving"), *root.glob(".step-*.deleting")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+    """Delete old checkpoints; returns them. The newest `keep_last` (at least 1) and multiples of `keep_every` stay."""
+    gone = to_prune([step for step, _ in list_checkpoints(root)], keep_last=keep_last, keep_every=keep_every)
+    for step in gone:
+        remove(root / name_of(step))
+    return [root / name_of(step) for step in gone]
+
+
+def to_prune(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:
+    """The steps that go; pure."""
+    ordered = sorted(steps)
+    return [s for s in ordered[: -max(1, keep_last)] if not (keep_every and s % keep_every == 0)]
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is neither loaded nor counted; its new path."""
+    target, number = folder.with_name(f"damaged-{folder.name}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged-{folder.name}-{number}")
+    os.rename(folder, target)
+    return target

@@ -1,0 +1,51 @@
+"""From a checkpoint into this rank's fragments, whatever layout wrote it and which runs now.
+
+Each function touches this rank's memory only; the caller lets all ranks agree, then publishes the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import record as folders
+from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.engine.deepspeed import state
+from pipeline.engine.engine import Engine
+from pipeline.errors import CheckpointError
+from pipeline.model.fragments import chunks_of
+
+
+def read_state(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Fill this rank's views of weights and optimizer state, and the loss scale; the record."""
+    record, tensors = folders.read_record(folder), CheckpointTensors(folder)
+    _check_parameters(engine, tensors.parameters, folder)
+    if record["optimizer"] != engine.cfg.optimizer.name.name:
+        raise CheckpointError(
+            f"{folder} was saved with optimizer.name={record['optimizer']}, this run has "
+            f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with the weights only, give "
+            "another name=... and checkpoint.init_from=..."
+        )
+    state.create_state(engine, tensors.optimizer_keys, optimizer_step=record["optimizer_step"])
+    keys = ["weight", *tensors.optimizer_keys]
+    tensors.read_into(chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys))
+    if engine.loss_scale and record["loss_scale"]:
+        engine.loss_scale.restore(record["loss_scale"])
+    return record
+
+
+def read_weights(engine: Engine, folder: Path) -> None:
+    """Fill this rank's views of the weights from a checkpoint folder."""
+    tensors = CheckpointTensors(folder)
+    _check_parameters(engine, tensors.parameters, folder)
+    tensors.read_into(chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, ["weight"]))
+
+
+def _check_parameters(engine: Engine, saved: list[str], folder: Path) -> None:
+    """Raise CheckpointError unless this rank's parameters are in the checkpoint."""
+    missing = sorted(set(engine.all_parameters()) - set(saved))
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: it was written by "
+            "another model. Give the model settings in its checkpoint.json, or another name to start anew."
+        )

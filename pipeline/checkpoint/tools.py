@@ -1,0 +1,99 @@
+"""The commands of `python -m pipeline.checkpoint`: list, verify, show, diff. They print and return an exit code."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import RECORD, read_record
+from pipeline.errors import CheckpointError
+
+
+def _all_under(path: Path) -> list[Path]:
+    """The checkpoints a user means: one, or all of a run, oldest first."""
+    if (path / RECORD).is_file():
+        return [path]
+    newest = folders.find(path)
+    return [folder for _, folder in folders.list_checkpoints(newest.parent)]
+
+
+def list_all(path: Path) -> int:
+    """One line a checkpoint."""
+    print(f"{'step':>10}  {'tokens':>16}  {'GiB':>8}  {'saved at':20}  folder")
+    for folder in _all_under(path):
+        try:
+            record = read_record(folder)
+        except CheckpointError as error:
+            print(f"{'?':>10}  damaged: {error}")
+            continue
+        size = record["size_bytes"] / 2**30
+        tokens = record.get("state", {}).get("tokens_seen", "?")
+        print(f"{record['step']:>10}  {tokens:>16}  {size:8.2f}  {record['saved_at']:20}  {folder}")
+    return 0
+
+
+def verify(path: Path) -> int:
+    """Read every byte; 1 when one differs from what was written."""
+    is_damaged = False
+    for folder in _all_under(path):
+        problems = folders.damage(folder)
+        is_damaged |= bool(problems)
+        print(f"{folder}: {'DAMAGED' if problems else 'good'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return int(is_damaged)
+
+
+def show(path: Path) -> int:
+    """Record and parameters of one checkpoint (of a run: its newest)."""
+    from pipeline.checkpoint.tensors import CheckpointTensors
+
+    folder = folders.find(path)
+    record, tensors = read_record(folder), CheckpointTensors(folder)
+    print(f"folder: {folder}")
+    for key, value in _flat({k: v for k, v in record.items() if k != "loader"}):
+        print(f"{key}: {value}")
+    shapes = {name: tensors.shape(f"weights/{name}") for name in tensors.parameters}
+    print(f"optimizer state: {', '.join(tensors.optimizer_keys) or 'none'}")
+    print(f"parameters: {sum(map(math.prod, shapes.values())):,} in {len(shapes)} tensors")
+    for name, shape in shapes.items():
+        print(f"  {name}  {tuple(shape)}")
+    return 0
+
+
+def diff(first: Path, second: Path) -> int:
+    """Largest difference of every weight and optimizer entry; 1 when anything differs."""
+    from pipeline.checkpoint.tensors import CheckpointTensors
+
+    a, b = CheckpointTensors(folders.find(first)), CheckpointTensors(folders.find(second))
+    print(f"a: {a.folder}\nb: {b.folder}")
+    lonely = sorted(set(a.names) ^ set(b.names))
+    for name in lonely:
+        print(f"only in {'a' if name in a.names else 'b'}: {name}")
+    differs = bool(lonely)
+    print(f"{'max |a - b|':>12}  {'rms(a - b)':>12}  {'rms(a)':>12}  entry")
+    for name in sorted(set(a.names) & set(b.names)):
+        if a.shape(name) != b.shape(name):
+            print(f"{'shapes':>12}  {a.shape(name)} {b.shape(name)}  {name}")
+            differs = True
+            continue
+        x, y = a.tensor(name), b.tensor(name)
+        delta = x - y
+        largest = float(delta.abs().max())
+        differs |= largest != 0.0
+        print(f"{largest:12.4e}  {_rms(delta):12.4e}  {_rms(x):12.4e}  {name}")
+    return int(differs)
+
+
+def _rms(x: Any) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """[(dotted key, value)] of nested dicts."""
+    rows: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        rows += _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else [(prefix + key, inner)]
+    return rows

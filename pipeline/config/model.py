@@ -1,0 +1,85 @@
+"""Settings of the architecture. Presets: conf/model/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from pipeline.config.choices import Activation, Backend, Init, Normalization, NormPlacement, Position, RopeScaling
+
+
+@dataclass
+class MoeConfig:
+    """Mixture of experts in every block; off while num_experts is 0."""
+
+    num_experts: int = 0
+    """Experts per layer; 0 makes the MLP dense."""
+    top_k: int = 2
+    """Experts each token is sent to, with weights that sum to 1; a single one keeps its weight among all (Switch)."""
+    ffn_hidden_size: int | None = None
+    """Width of one expert; null: model.ffn_hidden_size."""
+    shared_expert_ffn_hidden_size: int = 0
+    """Width of the expert every token passes; 0: none."""
+    aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss (arXiv:2101.03961); 0: off."""
+    z_loss_coeff: float = 0.0
+    """Weight of the router z-loss (arXiv:2202.08906); 0: off."""
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. Presets: conf/model/."""
+
+    name: str = MISSING
+    """Preset name, used in run names."""
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int | None = None
+    """Key/value heads (GQA); null: one per attention head; 1: MQA."""
+    head_dim: int | None = None
+    """Width of one head; null: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; null: 4 * hidden_size."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null: the tokenizer's. May exceed the tokenizer's, never fall below."""
+    max_seq_len: int = 1024
+    """Longest sequence in tokens; the size of a learned position table."""
+    position: Position = Position.learned
+    rope_theta: float = 10000.0
+    """Rotary base."""
+    rope_scaling: RopeScaling = RopeScaling.none
+    rope_scaling_factor: float = 1.0
+    """Stretch for rope_scaling linear and llama3."""
+    rope_original_max_seq_len: int = 8192
+    """llama3 scaling: context length before stretching, tokens."""
+    normalization: Normalization = Normalization.layernorm
+    norm_placement: NormPlacement = NormPlacement.pre
+    norm_eps: float = 1e-5
+    activation: Activation = Activation.gelu_tanh
+    bias: bool = True
+    """Biases in the linear layers of attention and MLP."""
+    qkv_bias: bool | None = None
+    """Bias of the query/key/value projection; null: as `bias` (Qwen2 has true with bias=false)."""
+    qk_norm: bool = False
+    """Norm over each head's queries and keys (arXiv:2302.05442), of kind `normalization`."""
+    tied_embeddings: bool = True
+    """The output head is the word embedding."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and are summed (GPT-J, PaLM)."""
+    hidden_dropout: float = 0.0
+    """After the embedding, attention and MLP."""
+    attention_dropout: float = 0.0
+    init: Init = Init.scaled
+    init_std: float = 0.02
+    mup_base_hidden_size: int = 256
+    """Width at which muP equals the standard parametrisation."""
+    logit_softcap: float = 0.0
+    """cap * tanh(logits / cap) (Gemma 2); 0: off."""
+    z_loss_coeff: float = 0.0
+    """Weight of log(Z)^2 in the loss (PaLM); 0: off."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    backend: Backend = Backend.local
+    compile: bool = False
+    """torch.compile each block (CUDA)."""

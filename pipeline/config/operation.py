@@ -1,0 +1,65 @@
+"""Settings of running a job: checkpoints, tracking, and what happens when something breaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.config.choices import OnSpike, WandbMode
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming. Every checkpoint loads at any layout."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple; 0: none."""
+    asynchronous: bool = True
+    """Write in the background; training stops only for the copy to host memory."""
+    resume: bool = True
+    """Continue at the newest good checkpoint of runs/<name>."""
+    init_from: str | None = None
+    """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing is resumed."""
+
+
+@dataclass
+class TrackingConfig:
+    """Logs and Weights & Biases. Presets: conf/tracking/."""
+
+    log_every: int = 10
+    """Steps between logged steps (the only ones that wait for the device)."""
+    progress: bool = True
+    """Progress bar with ETA when standard error is a terminal."""
+    sample_hash: bool = False
+    """Log a hash of the sample ids of each logged step."""
+    peak_tflops: float | None = None
+    """Datasheet TFLOP/s of one device for MFU; null: from the table in flops.py."""
+    wandb: WandbMode = WandbMode.auto
+    project: str = "pretrain"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ResilienceConfig:
+    """What happens when something breaks."""
+
+    hang_timeout_s: float = 600.0
+    """Seconds without progress of a rank before the job reports and ends; 0: wait for ever."""
+    collective_timeout_s: float = 1800.0
+    """Seconds a collective may take before torch.distributed gives up."""
+    max_bad_steps: int = 5
+    """Steps in a row with NaN or Inf before training ends; each is skipped and counted."""
+    on_spike: OnSpike = OnSpike.none
+    spike_window: int = 128
+    """Steps of loss history that define normal."""
+    spike_sigmas: float = 8.0
+    """Robust standard deviations above the median that make a spike."""
+    straggler_every: int = 100
+    """Steps between reports of the slowest rank; 0: never."""
+    straggler_ratio: float = 1.3
+    """A rank this much slower than the median, in three reports in a row, is named in a warning."""

@@ -1,0 +1,100 @@
+"""Settings of the optimizer, its schedule, the layout, and the length and arithmetic of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from pipeline.config.choices import Decay, OptimizerName, PipelineSchedule, Precision, Recompute
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer. Presets: conf/optimizer/."""
+
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 6e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are not decayed."""
+    decay_embeddings: bool = True
+    """Decay embedding tables too."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Canonical-name pattern (fnmatch) to learning-rate factor, e.g. {embedding.*: 0.5}."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps. Presets: conf/schedule/."""
+
+    decay: Decay = Decay.cosine
+    min_lr: float = 6e-5
+    """Final learning rate."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0, optimizer steps."""
+    warmup_tokens: int | None = None
+    """Warm-up in tokens; null: warmup_steps counts."""
+    decay_steps: int | None = None
+    """wsd: steps of the final descent (null: 20 % of the run); cosine and linear: length (null: the run)."""
+
+
+@dataclass
+class ParallelConfig:
+    """Layout: speed only, never results. data_parallel_size is what remains. Presets: conf/parallel/."""
+
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks (arXiv:2205.05198)."""
+    pipeline_parallel_size: int = 1
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    expert_parallel_size: int = 1
+    zero_stage: int = 1
+    """0 nothing, 1 optimizer state, 2 gradients, 3 parameters are partitioned over data-parallel ranks."""
+    offload_optimizer: bool = False
+    """Optimizer state and step on the host (DeepSpeedCPUAdam)."""
+
+
+@dataclass
+class RampStage:
+    """Smaller batches or shorter sequences at the start."""
+
+    until_step: int = MISSING
+    """First optimizer step at which this stage no longer holds."""
+    global_batch_size: int | None = None
+    """Sequences per step in this stage; null: training.global_batch_size."""
+    seq_len: int | None = None
+    """Must divide the full seq_len; null: the full one."""
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch, arithmetic."""
+
+    total_steps: int | None = None
+    """Optimizer steps; exactly one of total_steps and total_tokens is set."""
+    total_tokens: float | None = None
+    """Training tokens, rounded up to whole steps; 300e9 is GPT-3's."""
+    seq_len: int | None = None
+    """Tokens per sequence; null: model.max_seq_len."""
+    global_batch_size: int = 512
+    """Sequences per optimizer step, all ranks."""
+    micro_batch_size: int = 1
+    """Sequences per data-parallel rank per forward pass."""
+    ramp: list[RampStage] = field(default_factory=list)
+    """Batch-size and sequence-length warm-up, in order of until_step."""
+    precision: Precision = Precision.bf16
+    recompute: Recompute = Recompute.none
+    recompute_every: int = 1
+    """recompute=full: every n-th block."""
+    eval_every: int = 1000
+    """Steps between evaluations; 0: only at the end."""
+    eval_sequences: int = 1024
+    """Sequences per validation dataset and evaluation; 0: all of it."""
+    gc_every: int = 1000
+    """Steps between Python garbage collections, on all ranks together; 0: leave it to Python."""

@@ -1,0 +1,114 @@
+"""Token windows cut into micro-batches, with the masks that the config asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.choices import OnCorrupt
+from pipeline.config.data import DataConfig
+from pipeline.data.mixture import Ints
+from pipeline.data.reader import Windows
+
+
+@dataclass
+class Batch:
+    """One micro-batch on one data-parallel rank."""
+
+    tokens: Tensor
+    """(micro_batch_size, seq_len) int64."""
+    labels: Tensor
+    """(micro_batch_size, seq_len) int64: tokens shifted by one."""
+    loss_mask: Tensor | None
+    """Same shape, float32; None: all ones. Whether it is None follows from the config: the same on all ranks."""
+    document_ids: Tensor | None
+    """(micro_batch_size, seq_len) int64, counted from 0 in each sequence; None: attention is not masked by document."""
+    positions: Tensor | None
+    """(micro_batch_size, seq_len) int64; None: 0..seq_len-1."""
+    sample_ids: np.ndarray
+    """(micro_batch_size,) int64 global sample numbers."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which of a Batch's optional fields are made."""
+
+    loss: bool = False
+    eod_loss: bool = False
+    """No loss where the input is the end-of-document token; needs `loss`."""
+    documents: bool = False
+    positions: bool = False
+
+    @classmethod
+    def of(cls, cfg: DataConfig) -> Masks:
+        """The fields a config asks for."""
+        loss = cfg.mask_eod_loss or cfg.on_corrupt is OnCorrupt.skip
+        return cls(loss, cfg.mask_eod_loss, cfg.mask_documents, cfg.reset_positions)
+
+
+def make_batches(
+    windows: Windows, number: Ints, *, seq_len: int, micro_batch_size: int, masks: Masks, eod: int, device: torch.device
+) -> list[Batch]:
+    """Cut (n, full length + 1) ids into micro-batches of sequences of seq_len, which divides the full length.
+
+    A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's last token is the
+    first token of the next.
+    """
+    count, full = len(windows.ids), windows.ids.shape[1] - 1
+    tokens, labels = (part.reshape(-1, seq_len) for part in (windows.ids[:, :-1], windows.ids[:, 1:]))
+    sample_ids = np.repeat(number, full // seq_len)
+    loss_mask = document_ids = positions = None
+    if masks.loss:
+        loss_mask = (np.arange(full) < windows.num_labels[:, None]).reshape(-1, seq_len)
+        if masks.eod_loss:
+            loss_mask &= tokens != eod
+    if masks.documents:
+        assert windows.starts is not None
+        starts = np.concatenate([places + row * full for row, places in enumerate(windows.starts)])
+        document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
+        positions = positions if masks.positions else None
+
+    # The whole step at once: large arrays come back from the allocator without page faults, small ones do not.
+    moved = [
+        None if field is None else to_device(field, device) for field in (tokens, labels, document_ids, positions)
+    ]
+    mask = None if loss_mask is None else to_device(loss_mask, device).to(torch.float32)
+
+    def rows(field: Tensor | None, at: int) -> Any:
+        return None if field is None else field[at : at + micro_batch_size]
+
+    return [
+        Batch(
+            tokens=rows(moved[0], at),
+            labels=rows(moved[1], at),
+            loss_mask=rows(mask, at),
+            document_ids=rows(moved[2], at),
+            positions=rows(moved[3], at),
+            sample_ids=sample_ids[at : at + micro_batch_size],
+        )
+        for at in range(0, len(tokens), micro_batch_size)
+    ]
+
+
+def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
+    """(document_ids, positions), (rows, seq_len) each, from the flat places where documents begin, ascending.
+
+    Every row begins a new count, whether or not a document begins there. Runs of equal values are repeated, not
+    scanned for: several times faster than cumulative sums.
+    """
+    begins = np.unique(np.concatenate([np.arange(rows) * seq_len, starts]))
+    lengths = np.diff(begins, append=rows * seq_len)
+    number = np.arange(len(begins)) - np.searchsorted(begins, begins - begins % seq_len)
+    positions = np.arange(rows * seq_len) - np.repeat(begins, lengths)
+    return np.repeat(number, lengths).reshape(rows, seq_len), positions.reshape(rows, seq_len)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """int64 on the device; to CUDA through pinned memory on the current stream, without waiting, as int32."""
+    if device.type != "cuda":
+        return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.astype(np.int32)).pin_memory().to(device, non_blocking=True).long()

@@ -1,0 +1,161 @@
+"""Datasets, opened and checked: what a run must know of its data before any process group forms. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
+from pipeline.data.mixture import Ints
+from pipeline.data.shard_format import Manifest
+from pipeline.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset of a mixture; its shards are fetched when they are asked for."""
+
+    name: str
+    """Name in metrics, blend_schedule and messages."""
+    path: str
+    manifest: Manifest
+    folder: Folder
+    weight: float | None
+    max_epochs: float | None
+
+    @property
+    def identity(self) -> str:
+        """sha256 of the manifest, which holds the sha256 of every shard."""
+        return self.manifest.identity
+
+    @property
+    def shard_tokens(self) -> Ints:
+        """(num_shards,) tokens of each shard."""
+        return self.manifest.shard_tokens
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Local copy of the dataset's tokenizer.json."""
+        return self.folder.local / "tokenizer.json"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are downloaded."""
+        return self.folder.is_remote
+
+    def shard_path(self, shard: int) -> Path:
+        """Local path of a shard; waits for its download."""
+        return self.folder.fetch(self._file(shard))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to download shards, the first ones first."""
+        self.folder.prefetch([self._file(shard) for shard in shards])
+
+    def _file(self, shard: int) -> RemoteFile:
+        m = self.manifest
+        return RemoteFile(m.paths[shard], int(m.shard_bytes[shard]), m.sha256[shard])
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the model and the run's records need to know of the data."""
+
+    vocab_size: int
+    """Ids of the tokenizer that all datasets share."""
+    eod: int
+    """Id of the token that ends a document."""
+    tokenizer_sha256: str
+    tokens: int
+    """Training tokens of all datasets, one epoch each."""
+    identities: dict[str, str]
+    """Path to identity of every training and validation dataset."""
+
+
+def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
+    """Check all datasets of a config against each other.
+
+    Raises:
+        ConfigError: no dataset, or two with one name.
+        DataError: a dataset is missing or not in our format, or two were made with different tokenizers.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(cfg.cache_dir) if cfg.cache_dir else cache_dir or Path(scratch)
+        train = open_datasets(cfg.train, cfg=cfg, cache_dir=folder)
+        held_out = open_datasets(cfg.validation, cfg=cfg, cache_dir=folder) if cfg.validation else []
+        for dataset in [*train, *held_out]:
+            _check_tokenizer_file(dataset)
+    _check_one_tokenizer([*train, *held_out])
+    tokenizer = train[0].manifest.tokenizer
+    return DataSummary(
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        tokenizer_sha256=tokenizer.sha256,
+        tokens=sum(int(d.manifest.tokens) for d in train),
+        identities={d.path: d.identity for d in [*train, *held_out]},
+    )
+
+
+def open_datasets(configs: Sequence[DatasetConfig], *, cfg: DataConfig, cache_dir: Path) -> list[Dataset]:
+    """The datasets of cfg.train or cfg.validation; remote ones go through cache_dir, at most cfg.cache_size_gib.
+
+    Raises:
+        ConfigError, DataError: as describe().
+    """
+    if not configs:
+        raise ConfigError("no training data: set data.path=OUT (what data_prep/tokenize.py wrote), or list data.train.")
+    names = _names(configs)
+    datasets = []
+    for name, config in zip(names, configs):
+        folder = open_folder(config.path, cache_dir=cache_dir, size_bytes=int(cfg.cache_size_gib * 2**30))
+        manifest = Manifest.load(folder.local)
+        datasets.append(Dataset(name, config.path, manifest, folder, config.weight, config.max_epochs))
+    by_identity: dict[str, Dataset] = {}
+    for dataset in datasets:
+        if (other := by_identity.setdefault(dataset.identity, dataset)) is not dataset:
+            raise ConfigError(
+                f"datasets {other.name} ({other.path}) and {dataset.name} ({dataset.path}) are the same data. "
+                "List it once; to see it more often, raise its weight."
+            )
+    _check_one_tokenizer(datasets)
+    return datasets
+
+
+def _names(configs: Sequence[DatasetConfig]) -> list[str]:
+    """A name for each: the given one, or as many of the last folder names as keep them apart."""
+    names = [config.name or "" for config in configs]
+    parts = [config.path.rstrip("/").split("/") for config in configs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [config.name or "/".join(part[-depth:]) for config, part in zip(configs, parts)]
+        if len(set(names)) == len(names):
+            return names
+    double = sorted({name for name in names if names.count(name) > 1})
+    raise ConfigError(f"two datasets are called {', '.join(double)}: give each a name of its own (data.train[].name).")
+
+
+def _check_tokenizer_file(dataset: Dataset) -> None:
+    try:
+        found = hashlib.sha256(dataset.tokenizer_path.read_bytes()).hexdigest()
+    except OSError as error:
+        found = error.strerror or str(error)
+    if found != dataset.manifest.tokenizer.sha256:
+        raise DataError(
+            f"{dataset.path}/tokenizer.json is not the file the dataset was made with: its sha256 is {found[:12]}, "
+            f"the manifest says {dataset.manifest.tokenizer.sha256[:12]}. Copy the right one back, or prepare the data "
+            "again."
+        )
+
+
+def _check_one_tokenizer(datasets: Sequence[Dataset]) -> None:
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            ours, theirs = first.manifest.tokenizer.sha256[:12], other.manifest.tokenizer.sha256[:12]
+            raise DataError(
+                f"datasets {first.name} ({first.path}) and {other.name} ({other.path}) were made with different "
+                f"tokenizers (sha256 {ours} and {theirs}): the same id means different text. Prepare one of them again "
+                "with the other's tokenizer.json (data_prep/tokenize.py tokenizer=...)."
+            )

@@ -1,0 +1,62 @@
+"""Held-out datasets, window after window in their order on disk, the same for every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from pipeline.data.batch import Batch, Masks, make_batches
+from pipeline.data.datasets import Dataset
+from pipeline.data.reader import Reader
+from pipeline.errors import DataError
+
+NO_MASKS = Masks()
+
+
+def validation_batches(
+    dataset: Dataset,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_parallel_size: int,
+    num_sequences: int,
+    device: torch.device,
+    masks: Masks = NO_MASKS,
+) -> Iterator[Batch]:
+    """The first num_sequences windows of a dataset in their order on disk (0: all), the same for every layout.
+
+    Every rank yields the same number of batches; sequences that only fill the last ones have loss_mask 0, and so has
+    what a shard's last window lacks: every token but each shard's first is a label once.
+
+    Args:
+        dataset: of facts.open_datasets(cfg.validation, ...).
+        seq_len: tokens of a window.
+        micro_batch_size: sequences of a Batch.
+        data_rank: of this rank.
+        data_parallel_size: ranks that share the windows.
+        num_sequences: windows in all; 0: every one.
+        device: where the tensors go.
+        masks: Masks.of(cfg) to evaluate under the attention the model is trained with.
+    """
+    reader = Reader([dataset], seq_len=seq_len)
+    masks = dataclasses.replace(masks, loss=True)
+    per_shard = -(-np.maximum(dataset.shard_tokens - 1, 0) // seq_len)
+    first = np.concatenate([[0], np.cumsum(per_shard)])
+    total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
+    if not total:
+        raise DataError(f"dataset {dataset.name} ({dataset.path}) has nothing to predict: no shard has two tokens.")
+    stride = micro_batch_size * data_parallel_size
+    for start in range(0, total, stride):
+        number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)
+        inside = np.minimum(number, total - 1)
+        shard = np.searchsorted(first, inside, "right") - 1
+        windows = reader.gather(np.zeros_like(shard), shard, inside - first[shard], documents=masks.documents)
+        windows.num_labels[number >= total] = 0
+        yield from make_batches(
+            windows, number, seq_len=seq_len, micro_batch_size=micro_batch_size,
+            masks=masks, eod=reader.eod, device=device,
+        )  # fmt: skip

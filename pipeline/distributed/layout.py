@@ -1,0 +1,118 @@
+"""With whom a rank shares a tensor, a stage, a gradient.
+
+    Ranks -> connect() -> ParallelLayout
+
+Ranks are laid out tensor fastest, then data, then pipeline: tensor-parallel peers are neighbours and so share a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pipeline.distributed.ranks import Ranks, export_to_environment
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+
+
+
+
+
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Coordinates of this rank and the groups it talks in."""
+
+    ranks: Ranks
+    tensor_rank: int
+    tensor_parallel_size: int
+    pipeline_rank: int
+    pipeline_parallel_size: int
+    data_rank: int
+    data_parallel_size: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
+    """All ranks over gloo: for flags and facts that must not wait for the device."""
+    device: torch.device
+
+
+def connect(
+    ranks: Ranks, *, tensor_parallel_size: int, pipeline_parallel_size: int, timeout_s: float = 1800.0
+) -> ParallelLayout:
+    """Form every process group. Collective: call on every rank.
+
+    Args:
+        ranks: this process's place.
+        timeout_s: a collective that takes longer raises on its ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.distributed import megatron_on_cpu, shared_gloo
+
+    megatron_on_cpu.install()
+    shared_gloo.share_transport()
+    from megatron.core import parallel_state
+
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    timeout = timedelta(seconds=timeout_s)
+    export_to_environment(ranks)
+    if not dist.is_initialized():
+        # One process needs no rendezvous and no free port.
+        store = {"store": dist.HashStore()} if ranks.world_size == 1 else {"init_method": "env://"}
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            rank=ranks.global_rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            device_id=device if on_cuda else None,
+            **store,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_parallel_size, pipeline_parallel_size, distributed_timeout_minutes=max(1, int(timeout_s / 60))
+        )
+    return ParallelLayout(
+        ranks=ranks,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_parallel_size=pipeline_parallel_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout)
+        if on_cuda
+        else dist.distributed_c10d._get_default_group(),
+        device=device,
+    )
+
+
+def disconnect() -> None:
+    """Tear every process group down, so that another layout can be formed in this process."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+
+
+
+
+
+

@@ -1,0 +1,120 @@
+"""Who am I among the ranks, and who are the others.
+
+    environment (srun, torchrun, or one process) -> Ranks;   gather_hosts -> a RankHost of every rank
+
+Needs no torch until the others are asked.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process in the job."""
+
+    global_rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the job."""
+        return self.global_rank == 0
+
+
+def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks that torchrun or srun announced; one process when neither did. Needs no torch.
+
+    Raises:
+        ConfigError: the environment contradicts itself.
+    """
+    node = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        default_local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    elif "SLURM_STEP_ID" in environment and environment.get("SLURM_PROCID"):  # under srun, not in the batch script
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        default_local = {"SLURM_STEP_TASKS_PER_NODE": "1"}
+    else:
+        return Ranks(0, 1, 0, 1, node)
+    try:
+        # tasks per node may read "2(x3)": the first number is this node's when nodes are alike
+        values = [int(environment.get(n, default_local.get(n, "")).split("(")[0].split(",")[0]) for n in names]
+    except ValueError:
+        shown = ", ".join(f"{n}={environment.get(n)}" for n in names)
+        raise ConfigError(
+            f"the launcher's environment is incomplete: {shown}. Start with launch/local.sh or srun."
+        ) from None
+    rank, world_size, local_rank, local_world_size = values
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]}={rank} must be below {names[1]}={world_size}.")
+    return Ranks(rank, world_size, local_rank, local_world_size, node)
+
+
+def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
+    """Why tensor-parallel peers do not share a node, or None where they do.
+
+    Peers are neighbours in rank order, and launchers fill one node before the next.
+    """
+    if ranks.local_world_size >= ranks.world_size or ranks.local_world_size % tensor_parallel_size == 0:
+        return None
+    return (
+        f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the {ranks.local_world_size} ranks "
+        "of a node: "
+        "tensor-parallel peers on different nodes exchange activations in every block over the network. "
+        f"Use a divisor of {ranks.local_world_size}, and parallel.pipeline_parallel_size between nodes."
+    )
+
+
+def export_to_environment(ranks: Ranks) -> None:
+    """Set the variables torch and DeepSpeed read, so that srun, torchrun and one process look alike to them."""
+    values = {
+        "RANK": ranks.global_rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_WORLD_SIZE": ranks.local_world_size,
+    }
+    os.environ.update({key: str(value) for key, value in values.items()})
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")  # never opened: one process uses an in-memory store
+    elif "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"{ranks.world_size} ranks need MASTER_ADDR and MASTER_PORT to find each other. "
+            "launch/pretrain.slurm and launch/local.sh set them."
+        )
+
+
+@dataclass(frozen=True)
+class RankHost:
+    """Where a rank lives."""
+
+    global_rank: int
+    node: str
+    pid: int
+    launched_at: float
+
+
+def gather_hosts(host: RankHost) -> list[RankHost]:
+    """Where every rank lives, by rank. Collective: call on every rank."""
+    import torch.distributed as dist
+
+    hosts: list[RankHost] = [host] * dist.get_world_size()
+    dist.all_gather_object(hosts, host)
+    return hosts
+
+
+def describe_ranks(who: list[int], hosts: list[RankHost]) -> str:
+    """`rank 3 on n2`, `ranks 4, 5 on n3`, at most eight spelt out."""
+    nodes = sorted({hosts[rank].node for rank in who})
+    numbers = ", ".join(map(str, who[:8])) + (f" and {len(who) - 8} more" if len(who) > 8 else "")
+    return f"rank{'s' if len(who) > 1 else ''} {numbers} on {', '.join(nodes[:8])}"

@@ -1,0 +1,89 @@
+"""The GPT as DeepSpeed's PipelineModule, cut into stages by the cost of its layers; and batches as it takes them."""
+
+from __future__ import annotations
+
+import pipeline.engine.deepspeed.environment  # noqa: F401
+
+# isort: split
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from pipeline.config.choices import PipelineSchedule
+from pipeline.config.run_shape import RunShape
+from pipeline.distributed.layout import ParallelLayout
+from pipeline.model.architecture import Architecture
+from pipeline.model.gpt import Loss
+from pipeline.model.names import canonical_name
+from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
+from pipeline.model.stages import layer_costs, partition
+
+if TYPE_CHECKING:
+    from pipeline.data.batch import Batch
+
+
+def pipeline_module(architecture: Architecture, shape: RunShape, layout: ParallelLayout) -> PipelineModule:
+    """This rank's stage (under DualPipeV: its two stages) of the model."""
+    model = architecture.model
+    tied = model.tied_embeddings
+    tie = {"tied_weight_attr": "word.weight"}
+    specs: list[Any] = [
+        TiedLayerSpec("embedding", StageEmbedding, architecture, **tie)
+        if tied
+        else LayerSpec(StageEmbedding, architecture),
+        *[LayerSpec(StageBlock, architecture, layer) for layer in range(model.num_layers)],
+        LayerSpec(StageHead, architecture),
+    ]
+    if tied:
+        # The copy next to the loss owns no position table, and hands hidden through: the loss takes its weight.
+        through: Any = {"forward_fn": lambda _, hidden: hidden, **tie}
+        specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, False, **through))
+    costs = layer_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
+    if tied:
+        costs = [*costs[:-1], 0.0, costs[-1]]
+    is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+    loss, head = Loss(architecture, layout.tensor_group), "embedding.word.weight" if tied else "head.weight"
+
+    def loss_fn(hidden: Tensor, labels: Any) -> Tensor:
+        named = module.named_parameters()
+        weight = next(p for name, p in named if canonical_name(name, num_layers=model.num_layers) == head)
+        return loss(hidden, weight, *(labels if isinstance(labels, tuple) else (labels, None)))
+
+    module = (_DualPipeV if is_dual else _Staged)(
+        specs,
+        costs=costs,
+        loss_fn=loss_fn,
+        topology=PipeModelDataParallelTopology(
+            num_pp=shape.pipeline_parallel_size, num_mp=shape.tensor_parallel_size, num_dp=shape.data_parallel_size
+        ),
+        activation_checkpoint_interval=0,  # blocks recompute themselves, with megatron-core's random streams
+    )
+    return module
+
+
+def micro_batch_stream(batches: list[Batch], weights: list[Tensor | None]) -> Iterator[tuple[Any, Any]]:
+    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without gaps."""
+    for batch, token_weights in zip(batches, weights, strict=True):
+        extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
+        inputs = (batch.tokens, *extra) if extra else batch.tokens
+        yield inputs, batch.labels if token_weights is None else (batch.labels, token_weights)
+
+
+class _Staged(PipelineModule):
+    """PipelineModule cut by the cost of its layers."""
+
+    def __init__(self, specs: list, *, costs: list[float], **kwargs: Any) -> None:
+        self._costs = costs
+        super().__init__(specs, **kwargs)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = partition(self._costs, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class _DualPipeV(DualPipeVModule, _Staged):
+    """The same, in 2 * pipeline_parallel_size stages."""

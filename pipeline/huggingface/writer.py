@@ -1,0 +1,212 @@
+"""A checkpoint as a Hugging Face folder that loads without remote code, and the proof that it computes the same.
+
+    checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json, tokenizer, README.md
+    FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
+
+Memory: one parameter, and for the check the model twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import record as folders
+from pipeline.config.model import ModelConfig
+from pipeline.huggingface.mapping import Mapping, Rule, mapping_for
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pipeline.checkpoint.tensors import CheckpointTensors
+
+DType = Enum("DType", ["fp32", "bf16", "fp16"])
+# safetensors' names
+DTYPES = {DType.fp32: ("F32", "float32"), DType.bf16: ("BF16", "bfloat16"), DType.fp16: ("F16", "float16")}
+SHARD_BYTES = 5 * 10**9
+# Largest |difference| of fp32 logits, given the same rounded weights.
+TOLERANCE = 1e-4
+
+
+
+
+
+
+def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
+    """Write everything but the proof.
+
+    Raises:
+        ConfigError: no transformers class computes the model.
+    """
+    from pipeline.checkpoint.tensors import CheckpointTensors
+    from pipeline.data.tokenizer import Tokenizer
+
+    record, tensors = folders.read_record(checkpoint), CheckpointTensors(checkpoint)
+    model = folders.saved_model(record)
+    mapping = mapping_for(model)
+    output.mkdir(parents=True, exist_ok=True)
+    write_weights(tensors, mapping, output, dtype=dtype)
+    eod = None
+    if (checkpoint / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+        eod = tokenizer.eod
+        shutil.copyfile(checkpoint / "tokenizer.json", output / "tokenizer.json")
+        end = tokenizer.backend.id_to_token(eod)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": None,
+            "model_max_length": model.max_seq_len, "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        _write_json(output / "tokenizer_config.json", settings)
+    ends = {"bos_token_id": eod, "eos_token_id": eod}
+    config = {"architectures": [mapping.architecture], **mapping.config, **ends, "torch_dtype": DTYPES[dtype][1]}
+    _write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
+    (output / "README.md").write_text(_model_card(record, model, mapping, dtype))
+    _write_json(output / "config.json", config)  # last: without it the folder is no model
+    return mapping
+
+
+def write_weights(tensors: CheckpointTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
+    """Write the safetensors files and their index, holding one parameter at a time."""
+    shards = list(_shards(tensors, mapping, dtype))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    index: dict[str, str] = {}
+    total = 0
+    for name, rules in zip(names, shards, strict=True):
+        shapes = {theirs: shape for rule in rules for theirs, shape in _shapes(tensors, rule).items()}
+        total += _write_safetensors(output / name, shapes, _values(tensors, rules), dtype)
+        index |= dict.fromkeys(shapes, name)
+    if len(shards) > 1:
+        document = {"metadata": {"total_size": total}, "weight_map": index}
+        _write_json(output / "model.safetensors.index.json", document)
+
+
+def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
+    """The rules in files of at most SHARD_BYTES, unless one parameter is larger; absent biases in the last one."""
+    current: list[Rule] = []
+    size = 0
+    for rule in mapping.rules:
+        more = _num_bytes(_shapes(tensors, rule), dtype)
+        if current and size + more > SHARD_BYTES:
+            yield current
+            current, size = [], 0
+        current.append(rule)
+        size += more
+    zeros = [Rule("", (name,), split=lambda _, shape=shape: [_zeros(shape)]) for name, shape in mapping.zeros.items()]  # type: ignore[misc]
+    yield current + zeros
+
+
+def _shapes(tensors: CheckpointTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
+    """Their names and shapes, found out on tensors without memory."""
+    import torch
+
+    whole = torch.empty(tensors.shape(f"weights/{rule.name}") if rule.name else (0,), device="meta")
+    return {name: tuple(part.shape) for name, part in zip(rule.theirs, rule.split(whole), strict=True)}
+
+
+def _values(tensors: CheckpointTensors, rules: list[Rule]) -> Iterator[Tensor]:
+    for rule in rules:
+        yield from rule.split(tensors.tensor(f"weights/{rule.name}") if rule.name else _zeros((0,)))
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.zeros(shape)
+
+
+def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
+    return sum(map(math.prod, shapes.values())) * (4 if dtype is DType.fp32 else 2)
+
+
+def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], values: Iterator[Tensor], dtype: DType) -> int:
+    """Bytes of tensor data. The format: header length (u64), JSON header, data.
+
+    By hand, because safetensors' own writer holds a whole file in memory.
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = _num_bytes({name: shape}, dtype)
+        header[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for value in values:
+            data = value.to(getattr(torch, DTYPES[dtype][1])).contiguous()
+            stream.write(data.view(torch.uint8).numpy().data)
+    return offset
+
+
+def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
+    """Largest |difference| between the fp32 logits of the folder and of our forward pass on equally rounded weights."""
+    import torch
+
+    from pipeline.checkpoint.tensors import CheckpointTensors
+    from pipeline.model.local_model import LocalModel
+
+    tensors, model = CheckpointTensors(checkpoint), folders.saved_model(folders.read_record(checkpoint))
+    rounded = getattr(torch, DTYPES[dtype][1])
+    ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
+    theirs = load_transformers(output, torch.float32, ours.device)
+    length = min(model.max_seq_len, 64)
+    tokens = torch.randint(0, model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs(input_ids=tokens.to(ours.device)).logits.float()
+    return float((logits - ours.logits(tokens)).abs().max())
+
+
+def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Hugging Face folder's model, ready to infer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+
+
+def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dtype: DType) -> str:
+    config, state = record["config"], record.get("state", {})
+    facts = {
+        "Class": mapping.architecture,
+        "Layers, hidden size, heads": f"{model.num_layers}, {model.hidden_size}, {model.num_attention_heads}",
+        "Vocabulary, context": f"{model.vocab_size:,} tokens, {model.max_seq_len:,} tokens",
+        "Trained on": f"{state.get('tokens_seen', 0):,} tokens in {record['step']:,} steps",
+        "Data": ", ".join(str(d["path"]) for d in config["data"]["train"]) or "unknown",
+        "Dataset identities (SHA-256)": _identities(record),
+        "Optimizer, peak learning rate": f"{config['optimizer']['name']}, {config['optimizer']['lr']}",
+        "Precision in training, of these weights": f"{config['training']['precision']}, {dtype.name}",
+        "Seed": config["seed"],
+        "Checkpoint": f"step {record['step']}, saved {record['saved_at']}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {config['name']}\n\nA language model that continues text; it has had no instruction tuning.\n\n"
+        f"| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def _identities(record: dict[str, Any]) -> str:
+    datasets = record.get("loader", {}).get("datasets", {})
+    return ", ".join(f"{facts['name']} {identity[:16]}..." for identity, facts in datasets.items()) or "unknown"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+

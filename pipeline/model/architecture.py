@@ -1,0 +1,26 @@
+"""All that building a model, or a stage of it, needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.model.block import TransformerConfig
+from pipeline.model.megatron_config import transformer_config
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that building a model, or a stage of it, needs."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    vocab_size: int
+    padded_vocab_size: int
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """megatron-core's view of a block."""
+        return transformer_config(self.model, self.parallel)

@@ -1,0 +1,120 @@
+"""Transformer blocks: megatron-core's attention and MLP in our own residual flow.
+
+    tokens (B, S) -> Embedding -> hidden -> Block x num_layers -> Head -> hidden
+
+hidden is (S / tensor_parallel_size, B, H) under sequence parallelism, as megatron-core's collectives want it, and
+(B, S, H) otherwise, which spares every block its transposes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP as McoreMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from pipeline.config.choices import NormPlacement, Position, Recompute
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import TrainingConfig
+from pipeline.model.attention import Attention, CoreAttention
+from pipeline.model.recompute import recompute
+from pipeline.model.rope import rope_table
+from pipeline.model.tensor_parallel import ColumnLinear, Norm, RowLinear, dropout, linear_classes
+
+
+class MLP(McoreMLP):
+    """megatron-core's MLP; its linears here add their own biases."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """MLP output in the layout of `hidden`."""
+        wide = self.linear_fc1(hidden)[0]
+        if self.config.gated_linear_unit:
+            gate, up = wide.chunk(2, dim=-1)
+            return self.linear_fc2(self.activation_func(gate) * up)[0]
+        return self.linear_fc2(self.activation_func(wide))[0]
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP with their norms and residual sums."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, training: TrainingConfig, *, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.is_post_norm = model.norm_placement is NormPlacement.post
+        self.is_parallel = model.parallel_residual
+        self.recompute = training.recompute is Recompute.full and layer % training.recompute_every == 0
+        self.uses_rope = model.position is Position.rope
+        if self.uses_rope:
+            self.rope = rope_table(model)
+        column, row = linear_classes(model.backend)
+        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        norm = Norm if config.qk_layernorm else None
+        self.input_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = Attention(
+            config,
+            SelfAttentionSubmodules(column, CoreAttention, row, norm, norm),
+            layer_number=layer + 1,
+            pg_collection=groups,
+            recompute_core=training.recompute is Recompute.selective,
+        )
+        self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.is_moe = bool(model.moe.num_experts)
+        self.mlp = self._experts(config, layer) if self.is_moe else MLP(
+            config, MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp,
+        )  # fmt: skip
+
+    @staticmethod
+    def _experts(config: TransformerConfig, layer: int) -> nn.Module:
+        spec = get_mlp_module_spec(use_te=False, num_experts=config.num_moe_experts)
+        linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+        spec.submodules.experts.submodules = spec.submodules.shared_experts.submodules = linears
+        moe = build_module(spec, config=config)
+        moe.set_layer_number(layer + 1)
+        return moe
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden after the block, in the same layout; mask as in CoreAttention."""
+        if self.recompute and self.training:
+            return recompute(self._run, hidden, mask)
+        return self._run(hidden, mask)
+
+    def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        rope = None
+        if self.uses_rope:
+            sequence = (
+                hidden.shape[0] * self.config.tensor_model_parallel_size
+                if self.config.sequence_parallel
+                else hidden.shape[1]
+            )
+            rope = self.rope.tables(sequence, hidden, sequence_first=self.config.sequence_parallel)
+        if self.is_post_norm:
+            hidden = self.input_layernorm(hidden + self._dropout(self.self_attention(hidden, mask, rope)))
+            return self.pre_mlp_layernorm(hidden + self._dropout(self._mlp(hidden)))
+        attended = self._dropout(self.self_attention(self.input_layernorm(hidden), mask, rope))
+        if self.is_parallel:
+            return hidden + attended + self._dropout(self._mlp(self.pre_mlp_layernorm(hidden)))
+        hidden = hidden + attended
+        return hidden + self._dropout(self._mlp(self.pre_mlp_layernorm(hidden)))
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        return self.mlp(hidden)[0] if self.is_moe else self.mlp(hidden)
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return dropout(x, self.config, self.training)
+
+
+
+
+
+
+def set_moe_loss_scale(scale: Tensor) -> None:
+    """0-dim weight of the router losses in the backward pass: they ride on activations past the engine's scaling."""
+    MoEAuxLossAutoScaler.set_loss_scale(scale)

@@ -1,0 +1,53 @@
+"""Our own forward pass over a whole model in one process, fp32: yardstick of exports, sampling without transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.distributed.layout import connect
+from pipeline.distributed.ranks import Ranks
+from pipeline.model.architecture import Architecture
+from pipeline.model.gpt import GPT
+from pipeline.model.names import canonical_name
+
+
+class LocalModel:
+    """A GPT that answers with logits."""
+
+    @torch.no_grad()
+    def __init__(self, model: ModelConfig, weight: Callable[[str], Tensor]) -> None:
+        """Build the model and copy its weights, one parameter at a time.
+
+        Args:
+            model: architecture, with vocab_size.
+            weight: canonical name to whole parameter.
+        """
+        vocab_size = model.vocab_size
+        assert vocab_size is not None
+        layout = connect(
+            Ranks(0, 1, 0, 1, os.uname().nodename), tensor_parallel_size=1, pipeline_parallel_size=1
+        )
+        model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
+        architecture = Architecture(model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size)
+        self.model, self.device = model, layout.device
+        self.gpt = GPT(architecture, layout.tensor_group).to(layout.device).eval()
+        for name, parameter in self.gpt.named_parameters():
+            parameter.copy_(weight(canonical_name(name, num_layers=model.num_layers)))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, S, vocab_size) fp32 for (B, S) token ids."""
+        gpt, projection = self.gpt, self.gpt.loss.projection
+        hidden = gpt.embedding(tokens.to(self.device))
+        for layer in gpt.layers:
+            hidden = layer(hidden)
+        logits = F.linear(gpt.head(hidden), gpt.output_weight) * projection.scale
+        return projection.softcap * torch.tanh(logits / projection.softcap) if projection.softcap else logits

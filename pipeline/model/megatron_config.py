@@ -1,0 +1,81 @@
+"""megatron-core's view of a block, from our settings."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from pipeline.config.choices import Activation, Init, Normalization
+from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.training import ParallelConfig
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    Activation.gelu: F.gelu,
+    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
+    Activation.swiglu: F.silu,
+    Activation.squared_relu: squared_relu,
+}
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """megatron-core's configuration of one block. Its own initialisation is off: model/init.py fills the weights."""
+    on_cpu = not torch.cuda.is_available()
+    moe: dict[str, Any] = {}
+    if model.moe.num_experts:
+        moe = {
+            "num_moe_experts": model.moe.num_experts,
+            "moe_router_topk": model.moe.top_k,
+            # The softmax over one chosen expert is always 1: nothing would teach the router (arXiv:2101.03961).
+            "moe_router_pre_softmax": model.moe.top_k == 1,
+            "moe_ffn_hidden_size": ffn_width(model),
+            "moe_shared_expert_intermediate_size": model.moe.shared_expert_ffn_hidden_size or None,
+            "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss_coeff else "none",
+            "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
+            "moe_z_loss_coeff": model.moe.z_loss_coeff or None,
+            "moe_token_dispatcher_type": "allgather" if on_cpu else "alltoall",
+            "moe_router_dtype": "fp32",
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about Transformer Engine and fusions that we do not use
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups or model.num_attention_heads,
+            kv_channels=head_width(model),
+            ffn_hidden_size=ffn_width(model),
+            activation_func=ACTIVATIONS[model.activation],
+            gated_linear_unit=is_gated(model),
+            add_bias_linear=model.bias,
+            add_qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
+            normalization="RMSNorm" if model.normalization is Normalization.rmsnorm else "LayerNorm",
+            layernorm_epsilon=model.norm_eps,
+            qk_layernorm=model.qk_norm,
+            hidden_dropout=model.hidden_dropout,
+            attention_dropout=model.attention_dropout,
+            softmax_scale=1.0 / head_width(model) if model.init is Init.mup else None,
+            tensor_model_parallel_size=parallel.tensor_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            use_cpu_initialization=on_cpu,
+            perform_initialization=False,
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=False,
+            **moe,
+        )

@@ -1,0 +1,33 @@
+"""Activation checkpointing that replays the random streams of the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+def recompute(function: Any, *args: Any) -> Any:
+    """function(*args), recomputed in the backward pass under the random streams of the forward pass.
+
+    torch's own checkpoint restores the default generator but not megatron-core's tracked streams, which gives wrong
+    dropout masks.
+    """
+    tracker = get_cuda_rng_tracker()
+    at_forward = {name: state.clone() for name, state in tracker.get_states().items()}
+    is_replay = False
+
+    def run(*inputs: Any) -> Any:
+        nonlocal is_replay
+        if not is_replay:
+            is_replay = True
+            return function(*inputs)
+        now = tracker.get_states()
+        tracker.set_states(dict(at_forward))
+        try:
+            return function(*inputs)
+        finally:
+            tracker.set_states(now)
+
+    return torch_checkpoint(run, *args, use_reentrant=False)

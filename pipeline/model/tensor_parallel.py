@@ -1,0 +1,149 @@
+"""What tensor parallelism touches: split linears and embeddings, norms, random streams, partial gradients.
+
+Every parameter that is split carries megatron-core's `tensor_model_parallel`, `partition_dim`, `partition_stride`. With
+tensor_parallel_size 1 the parallel linears are plain F.linear: there is nothing to communicate, and the bias is fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from pipeline.config.choices import Backend
+
+
+def _mark_split(parameter: Any, dim: int, stride: int) -> None:
+    if isinstance(parameter, nn.Parameter):
+        vars(parameter).update(tensor_model_parallel=True, partition_dim=dim, partition_stride=stride)
+
+
+class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+    """Rows of the weight are split over the tensor-parallel ranks; bias is added here."""
+
+    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+        if not kwargs.get("is_expert"):
+            kwargs["skip_bias_add"] = False
+        super().__init__(*args, stride=stride, **kwargs)
+        _mark_split(self.weight, 0, stride)
+        _mark_split(self.bias, 0, stride)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(output of this rank's rows, None)."""
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight, self.bias), None
+        return super().forward(x, *args, **kwargs)
+
+
+class RowLinear(tensor_parallel.RowParallelLinear):
+    """Columns of the weight are split over the tensor-parallel ranks; the bias is added once, after the sum."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("is_expert"):
+            kwargs["skip_bias_add"] = False
+        super().__init__(*args, **kwargs)
+        _mark_split(self.weight, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(sum over ranks, None)."""
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight, self.bias), None
+        return super().forward(x)
+
+
+def linear_classes(backend: Backend) -> tuple[type, type]:
+    """(column-parallel, row-parallel) linear of a backend; both add their own bias and return (output, None)."""
+    if backend is Backend.local:
+        return ColumnLinear, RowLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    class TransformerEngineColumnLinear(TEColumnParallelLinear):
+        def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, stride=stride, **{**kwargs, "skip_bias_add": False})
+            _mark_split(self.weight, 0, stride)
+            _mark_split(getattr(self, "bias", None), 0, stride)
+
+    class TransformerEngineRowLinear(TERowParallelLinear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "skip_bias_add": False})
+            _mark_split(self.weight, 1, 1)
+
+    return TransformerEngineColumnLinear, TransformerEngineRowLinear
+
+
+class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """Word embedding whose rows are split over the tensor-parallel ranks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, init_method=nn.init.normal_, **kwargs)
+        _mark_split(self.weight, 0, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rows of `tokens`, the same on every rank."""
+        return F.embedding(tokens, self.weight) if self.tp_group.size() == 1 else super().forward(tokens)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = None if config.normalization == "RMSNorm" else nn.Parameter(torch.zeros(hidden_size))
+        # Per-head norms see only this rank's heads, the others only this rank's slice of the sequence.
+        is_per_head = hidden_size != config.hidden_size
+        for parameter in self.parameters():
+            vars(parameter)["has_partial_gradient"] = is_per_head or config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` normalised."""
+        if self.bias is None:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums the ranks' gradients."""
+    if config.sequence_parallel:
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
+    if config.tensor_model_parallel_size == 1:
+        return hidden
+    return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+
+
+def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
+    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each under sequence parallelism."""
+    if not (config.hidden_dropout and training):
+        return x
+    if config.sequence_parallel:
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(x, config.hidden_dropout)
+    return F.dropout(x, config.hidden_dropout)
+
+
+
+
+def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Sum over the tensor-parallel ranks every gradient of which each rank computes a part.
+
+    These are the norms and row-parallel biases under sequence parallelism, and the per-head norms always. A tensor hook
+    runs before the gradient is accumulated, so it is right for every ZeRO stage and both engines.
+    """
+    if group.size() == 1:
+        return
+
+    def reduce(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in module.parameters():
+        if getattr(parameter, "has_partial_gradient", False) or getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(reduce)

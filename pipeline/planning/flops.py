@@ -1,0 +1,127 @@
+"""How large a model is, how much arithmetic a token costs, and how much of the device that uses (MFU).
+
+    ModelConfig, vocab_size --> num_parameters, flops_per_token --with tokens/s and a peak--> mfu
+
+Pure functions of the config; imports no torch.
+"""
+
+from __future__ import annotations
+
+from pipeline.config.choices import Normalization, NormPlacement, Position
+from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import ffn_width, head_width, is_gated
+
+# Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the device's name
+# contains counts, so longer names come first.
+PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI355X": 2516.6,
+    "MI350X": 2306.9,
+    "MI325X": 1307.4,
+    "MI300X": 1307.4,
+    "MI300A": 980.6,
+    "MI250X": 191.5,  # one of its two dies, which is one device to torch
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of the device, or None where the table does not know it (every CPU).
+
+    Args:
+        device_name: as torch.cuda.get_device_name gives it, e.g. "NVIDIA H100 80GB HBM3".
+    """
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def mfu(
+    *, tokens_per_sec_per_device: float, flops_per_token: float, peak_tflops: float | None
+) -> float | None:
+    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the device could do in the time.
+
+    Recomputed activations do not count as work. None where the peak is not known.
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+    """
+    if peak_tflops is None:
+        return None
+    return tokens_per_sec_per_device * flops_per_token / (peak_tflops * 1e12)
+
+
+def flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> float:
+    """Floating-point operations that one training token costs, forward and backward.
+
+        6 * (weights of the matrices a token passes) + 12 * num_layers * num_heads * head_dim * seq_len
+
+    6: a multiply and an add, once forward and twice backward. The output head counts, the embedding lookup does not; of
+    a mixture's experts the top_k count. Attention counts the whole seq_len x seq_len square although half is masked, as
+    both sources do, so that numbers compare.
+    Sources: PaLM, arXiv:2204.02311, appendix B; Narayanan et al. 2021 (Megatron), arXiv:2104.04473, section 3, whose
+    formula without recomputation, 72 B s l h^2 (1 + s / 6h + V / 12lh), this equals for a GPT-3 layer.
+    """
+    weights = model.num_layers * (_attention_weights(model) + _mlp_weights(model, active=True))
+    weights += vocab_size * model.hidden_size
+    attention = 12 * model.num_layers * model.num_attention_heads * head_width(model) * seq_len
+    return float(6 * weights + attention)
+
+
+def num_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Trained parameters, shared ones counted once, the padding of the vocabulary left out."""
+    embeddings = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    if model.position is Position.learned:
+        embeddings += model.max_seq_len * model.hidden_size
+    final_norm = _norm(model) if model.norm_placement is NormPlacement.pre else 0
+    return embeddings + model.num_layers * _block_parameters(model) + final_norm
+
+
+def _block_parameters(model: ModelConfig) -> int:
+    hidden, heads, width = model.hidden_size, model.num_attention_heads, head_width(model)
+    groups = model.num_query_groups or heads
+    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    total = _attention_weights(model) + _mlp_weights(model, active=False) + 2 * _norm(model)
+    if qkv_bias:
+        total += (heads + 2 * groups) * width
+    if model.bias:
+        total += hidden  # of the attention's output projection
+        total += ffn_width(model) * (2 if is_gated(model) else 1) + hidden  # of a dense MLP
+    if model.qk_norm:
+        total += 2 * _norm(model) // hidden * width
+    return total
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    groups = model.num_query_groups or model.num_attention_heads
+    return 2 * model.hidden_size * head_width(model) * (model.num_attention_heads + groups)
+
+
+def _mlp_weights(model: ModelConfig, *, active: bool) -> int:
+    """Weights of one layer's MLP, or of its router and experts; active: of those one token passes."""
+    matrices, moe = 3 if is_gated(model) else 2, model.moe
+    one = matrices * model.hidden_size * ffn_width(model)
+    if not moe.num_experts:
+        return one
+    shared = matrices * model.hidden_size * moe.shared_expert_ffn_hidden_size
+    experts = moe.top_k if active else moe.num_experts
+    return experts * one + shared + moe.num_experts * model.hidden_size
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.normalization is Normalization.layernorm else 1)

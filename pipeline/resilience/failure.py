@@ -1,0 +1,73 @@
+"""The end of a job that failed, in ten lines: the first rank that fails speaks, the others keep to their files.
+
+    exception on a rank --claim a file--> first: message and the last frames of our code, on standard error
+                                          others: logs/failures/<launch>/00012.txt only
+
+A crash on one rank makes every other rank fail in a collective; without the claim a job log ends in as many
+interleaved tracebacks as there are ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import EXIT_BUG, PipelineError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+MAX_FRAMES = 4
+
+
+def report(error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | None, advice: str = "") -> int:
+    """Exit code of the process, after the report is on disk and, from the first failing rank, on standard error.
+
+    Args:
+        error: what ended the training.
+        ranks: this rank.
+        run_dir: the whole traceback goes to its logs/failures/.
+        step: optimizer steps done, None before the first.
+        advice: lines that are added to the short report, such as a memory breakdown.
+    """
+    code = error.exit_code if isinstance(error, PipelineError) else EXIT_BUG
+    whole = "".join(traceback.format_exception(error))
+    folder = run_dir / "logs" / "failures" / launch_name()
+    path = folder / f"{ranks.global_rank:05d}.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(whole)
+        with (folder / "first").open("x") as file:  # the claim: only one rank can create it
+            file.write(f"{ranks.global_rank}\n")
+    except FileExistsError:
+        return code
+    except OSError as problem:  # a full or read-only disk must not hide the failure
+        print(f"(no report in {folder}: {problem})", file=sys.stderr)
+        if not ranks.is_main:
+            return code
+    print(short_report(error, ranks=ranks, step=step, path=path, advice=advice), file=sys.stderr, flush=True)
+    return code
+
+
+def short_report(error: BaseException, *, ranks: Ranks, step: int | None, path: Path, advice: str) -> str:
+    """At most ten lines (and the advice): who, when, what, the last frames in this package, where the rest is."""
+    where = f"rank {ranks.global_rank} on {ranks.node}" + ("" if step is None else f" after step {step}")
+    if isinstance(error, PipelineError):
+        return f"error: {error}" + (f" ({where})" if ranks.world_size > 1 else "")
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in stack if Path(f.filename).is_relative_to(PACKAGE)][-MAX_FRAMES:]
+    message = str(error).strip().splitlines() or [""]
+    return "\n".join([
+        f"error: {where}: {type(error).__name__}: {message[0][:300]}",
+        *(f"  {PACKAGE.name}/{Path(f.filename).relative_to(PACKAGE)}:{f.lineno} {f.name}: {f.line}" for f in frames),
+        f"  whole traceback: {path}; the other ranks' beside it",
+        *advice.splitlines(),
+    ])  # fmt: skip
+
+
+def launch_name(environment: os._Environ[str] | dict[str, str] = os.environ) -> str:
+    """A name all ranks of one start of the job share, and no other start has."""
+    if "SLURM_JOB_ID" in environment:
+        return f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
+    return f"{environment.get('TORCHELASTIC_RUN_ID', 'local')}-{os.getppid()}"

@@ -1,0 +1,73 @@
+"""Where the time of a run goes: one file per start of the run, and the account over all of them.
+
+    clock.Clock --enter("data", step)--> seconds per phase --Goodput.write--> logs/attempts/0003.json
+
+Goodput is the share of wall time, queueing between two starts included, that became training progress which was not
+lost again: steps done after the last checkpoint before a crash count as lost. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.resilience.clock import Clock
+
+
+class Goodput:
+    """The run's account over all its starts; rank 0 keeps it."""
+
+    def __init__(self, run_dir: Path, clock: Clock, *, first_step: int) -> None:
+        self.clock = clock
+        folder = run_dir / "logs" / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.earlier = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        self.path = folder / f"{len(self.earlier):04d}.json"
+        self.first_step = first_step
+        self.write(first_step)
+
+    def write(self, step: int) -> dict[str, float]:
+        """Record that `step` steps are done; the account so far, by metric name."""
+        attempt = {
+            "started_at": self.clock.started_at,
+            "updated_at": time.time(),
+            "first_step": self.first_step,
+            "last_step": step,
+            "seconds": {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
+        }
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(attempt))
+        os.replace(temporary, self.path)
+        return {f"goodput/{name}": value for name, value in summary([*self.earlier, attempt]).items()}
+
+
+def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Goodput over the starts of a run, in order.
+
+    lost_steps: steps that a later start had to do again. lost_<phase>_s: seconds not spent on training.
+    """
+    productive, lost_steps = 0.0, 0
+    lost: dict[str, float] = defaultdict(float)
+    for attempt, later in zip(attempts, [*attempts[1:], None]):
+        done = attempt["last_step"] - attempt["first_step"]
+        again = max(0, attempt["last_step"] - later["first_step"]) if later else 0
+        trained = attempt["seconds"].get("train", 0.0)
+        repeated = trained * min(1.0, again / done) if done > 0 else trained
+        productive += trained - repeated
+        lost_steps += again
+        lost["repeated"] += repeated
+        lost["down"] += max(0.0, later["started_at"] - attempt["updated_at"]) if later else 0.0
+        for phase, seconds in attempt["seconds"].items():
+            if phase != "train":
+                lost[phase.replace("-", "_")] += seconds
+    total = attempts[-1]["updated_at"] - attempts[0]["started_at"]
+    return {
+        "goodput": productive / total if total > 0 else 0.0,
+        "lost_steps": float(lost_steps),
+        "restarts": float(len(attempts) - 1),
+        **{f"lost_{name}_s": seconds for name, seconds in sorted(lost.items())},
+    }

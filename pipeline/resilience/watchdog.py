@@ -1,0 +1,150 @@
+"""No run hangs for ever: a rank without progress leads to one page that says who and where, and to the job's end.
+
+    each rank, a thread: Clock.now is old --> logs/.hang-<start>/00003.json   what this rank was doing, its stacks
+    lowest rank that writes one: waits for the others' --> logs/hang-<step>.md, exit code 4 on every rank
+
+While all goes well nothing is written and nothing is sent. A rank that is stopped, dead, or cut off writes no page:
+its silence names it. Who writes is judged by the number of phases it has been through, then by what its stack shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.distributed.ranks import RankHost, describe_ranks
+from pipeline.errors import EXIT_HANG
+from pipeline.resilience.clock import Beat, Clock
+from pipeline.resilience.hang_page import Sighting, all_stacks, doing, guilty, hang_page, process_state
+
+
+class Watchdog:
+    """A daemon thread that ends a run which makes no progress; a context manager."""
+
+    def __init__(
+        self, clock: Clock, *, run_dir: Path, hosts: list[RankHost], global_rank: int, timeout_s: float
+    ) -> None:
+        """Watch `clock`.
+
+        Args:
+            clock: beaten by the trainer.
+            run_dir: the page goes to its logs/.
+            hosts: where all ranks live, from gather_hosts.
+            global_rank: this rank.
+            timeout_s: the page is on disk and the process gone this long after the last sign of life.
+        """
+        self.clock, self.hosts, self.global_rank = clock, hosts, global_rank
+        self.describe_step: Callable[[], str] = str
+        """More about the present step, such as the hash of its samples; called when it is late."""
+        self.timeout_s = timeout_s
+        # Late ranks wait this long for one another's sightings.
+        self.grace_s = min(10.0, timeout_s / 4)
+        self.logs = run_dir / "logs"
+        self.folder = self.logs / f".hang-{hosts[0].launched_at:.0f}"
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        """Start watching."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self.grace_s / 4):
+            beat = self.clock.now
+            if self._age_s(beat) < self.timeout_s - self.grace_s:
+                continue
+            # The disk may be what hangs: the report has a thread of its own, and the end does not wait for it.
+            threading.Thread(target=self._report, args=(beat,), name="watchdog-report", daemon=True).start()
+            if self._stays(beat, until_s=self.timeout_s):
+                os._exit(EXIT_HANG)
+
+    def _report(self, beat: Beat) -> None:
+        """Write down what this rank is doing; if it lasts, and this is the lowest rank that did so, write the page."""
+        path = self._write_sighting()
+        if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4):
+            self._write_page()
+        else:
+            path.unlink(missing_ok=True)  # it went on
+
+    def _stays(self, beat: Beat, *, until_s: float) -> bool:
+        """Whether `beat` is still the last sign of life when it is `until_s` old; waits until that is known."""
+        while self.clock.now is beat and self._age_s(beat) < until_s and not self._closed.is_set():
+            self._closed.wait(self.grace_s / 20)
+        return self.clock.now is beat and not self._closed.is_set()
+
+    def _age_s(self, beat: Beat) -> float:
+        return time.monotonic() - beat.since
+
+    def _write_sighting(self) -> Path:
+        beat, main = self.clock.now, sys._current_frames()[threading.main_thread().ident or 0]
+        neighbours = [host for host in self.hosts if host.node == self.hosts[self.global_rank].node]
+        sighting = Sighting(
+            global_rank=self.global_rank,
+            beats=beat.number,
+            phase=beat.phase,
+            step=beat.step,
+            doing=doing(main) or beat.phase,
+            age_s=round(self._age_s(beat), 1),
+            note=self._note(),
+            neighbours={str(host.global_rank): process_state(host.pid) for host in neighbours},
+            stacks=all_stacks(),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.global_rank:05d}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(sighting)))
+        os.replace(temporary, path)
+        return path
+
+    def _note(self) -> str:
+        try:
+            return self.describe_step()
+        except Exception as error:  # whatever is wrong with the note, the page must appear
+            return repr(error)
+
+    def _write_page(self) -> None:
+        pages = sorted(self.folder.glob("*.json"))
+        if not pages or int(pages[0].stem) != self.global_rank:
+            return
+        seen = [Sighting(**json.loads(path.read_text())) for path in pages]
+        step = max(sighting.step for sighting in seen)
+        page = self.logs / f"hang-{step}.md"
+        page.write_text(hang_page(seen, self.hosts, timeout_s=self.timeout_s))
+        shutil.rmtree(self.logs / f"hang-{step}", ignore_errors=True)
+        self.folder.rename(self.logs / f"hang-{step}")
+        who, why = guilty(seen, self.hosts)
+        print(
+            f"error: no progress for {self.timeout_s:.0f} s at step {step}: {describe_ranks(who, self.hosts)}: {why}\n"
+            f"       the page {page} says what each rank was doing",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+

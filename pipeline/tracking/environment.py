@@ -1,0 +1,39 @@
+"""Where and with what a process runs: git commit, versions, machine, job, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this process runs: git commit, versions, machine, job, command."""
+    libraries = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")
+    return {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "host": socket.gethostname(),
+        "num_cpus": os.cpu_count(),
+        "num_local_devices": torch.cuda.device_count(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.argv,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, "-dirty" behind it where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,254 @@
+"""What a run tells the world: metrics.jsonl, one console line a logged step, a progress bar, Weights & Biases.
+
+    trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl          the record; history.py reads it
+                                                             --> console, progress bar
+                                                             --> WandbRun, a thread     wandb_run.py
+
+Scalars stay on the device until a logged step reads them, so only logged steps wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.config.choices import WandbMode
+from pipeline.config.operation import TrackingConfig
+from pipeline.config.run_shape import RunShape
+from pipeline.log import logger
+from pipeline.planning.flops import mfu, peak_tflops
+from pipeline.tracking.environment import environment
+from pipeline.tracking.wandb_run import WandbRun
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import StepResult
+    from pipeline.evaluation.perplexity import EvalResult
+
+
+
+class State(Protocol):
+    """What is read of the trainer's state."""
+
+    step: int
+    tokens_seen: int
+    skipped_steps: int
+    restarts: int
+
+
+class Metrics:
+    """Keeps, prints and sends the numbers of a run; does nothing on ranks that are not the main one."""
+
+    def __init__(
+        self,
+        cfg: TrackingConfig,
+        *,
+        run_dir: Path,
+        config: dict[str, Any],
+        shape: RunShape,
+        flops_per_token: float,
+        is_main: bool,
+        facts: dict[str, Any],
+    ):
+        """Open metrics.jsonl and start W&B.
+
+        Args:
+            cfg: the tracking section.
+            run_dir: runs/<name>; its last part names the W&B run.
+            config: the whole resolved config, for W&B.
+            shape: derived numbers.
+            flops_per_token: from flops.flops_per_token.
+            is_main: whether this rank speaks.
+            facts: recorded at the start beside `environment()`: dataset identities, number of parameters.
+        """
+        self.cfg, self.shape, self.flops_per_token, self.is_main = cfg, shape, flops_per_token, is_main
+        self._logged_steps = self._interval_steps = self._interval_tokens = 0
+        self._interval_s = self._interval_wait_ms = 0.0
+        self.restart_clock()
+        if not is_main:
+            return
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+        self.peak_tflops = cfg.peak_tflops or peak_tflops(device)
+        facts = {"device": device, **environment(), **facts}
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        logger.info("commit %s on %s; %s", facts["git_commit"] or "unknown", device, versions)
+        self._file = _open_lines(run_dir / "metrics.jsonl")
+        self._write({"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts})
+        self._wandb = None
+        if cfg.wandb is not WandbMode.disabled:
+            self._wandb = WandbRun(cfg, run_dir=run_dir, config={**config, "facts": facts})
+        self._bar: tqdm | None = None
+        self._cleanup = contextlib.ExitStack()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last record out of the throughput: it went into something other than steps."""
+        self._mark = time.perf_counter()
+
+    def record(
+        self,
+        state: State,
+        result: StepResult,
+        *,
+        data_wait_ms: float = 0.0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take in one optimizer step; on logged steps read its scalars and pass them on.
+
+        Args:
+            state: after the step.
+            result: of the step.
+            data_wait_ms: time the step waited for its batch.
+            extra: more values of the step, by metric name; 0-dim tensors are read on logged steps only.
+        """
+        if not self.is_main:
+            return
+        self._interval_steps += 1
+        self._interval_tokens += self.shape.at(state.step - 1).tokens
+        self._interval_wait_ms += data_wait_ms
+        # The first step of a process shows at once whether it works; the last one is what a run has reached.
+        is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
+        if is_due or not self._logged_steps:
+            values = self._values(state, result, extra or {})
+            self._send(state, values)
+            self._show(state, values)
+            self._logged_steps += 1
+        now = time.perf_counter()
+        self._interval_s, self._mark = self._interval_s + now - self._mark, now
+        self._advance_bar(state)
+
+    def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
+        """Pass on loss, perplexity and bits per byte of each validation dataset."""
+        if self.is_main:
+            for name, result in results.items():
+                values = {"loss": result.loss, "ppl": result.ppl, "bits_per_byte": result.bits_per_byte}
+                self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
+                text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())
+                logger.info("step %d | val/%s | %s", state.step, name, text)
+        self.restart_clock()
+
+    def event(self, state: State, values: Mapping[str, Any]) -> None:
+        """Pass on values that belong to no logged step, e.g. {"resilience/checkpoint_stall_ms": 12.0}."""
+        if self.is_main:
+            self._send(state, dict(values))
+        self.restart_clock()
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the bar, the file and the W&B run; waits for W&B a bounded time."""
+        if not self.is_main:
+            return
+        self._cleanup.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+
+    def _values(self, state: State, result: StepResult, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The step's numbers; .item() waits for the device, so the clock is read after it."""
+        loss, grad_norm = float(result.loss), float(result.grad_norm)
+        now = time.perf_counter()
+        seconds = self._interval_s + now - self._mark
+        tokens_per_sec = self._interval_tokens / seconds
+        per_device = tokens_per_sec / self.shape.world_size
+        values = {
+            "train/loss": loss,
+            "train/lr": result.lr,
+            "train/grad_norm": grad_norm,
+            "train/tokens": state.tokens_seen,
+            "throughput/tokens_per_sec": tokens_per_sec,
+            "throughput/tokens_per_sec_per_device": per_device,
+            "throughput/mfu": mfu(
+                tokens_per_sec_per_device=per_device,
+                flops_per_token=self.flops_per_token,
+                peak_tflops=self.peak_tflops,
+            ),
+            "throughput/step_ms": 1e3 * seconds / self._interval_steps,
+            "throughput/data_wait_ms": self._interval_wait_ms / self._interval_steps,
+            "memory/peak_gib": _peak_memory_gib(),
+            "resilience/restarts": state.restarts,
+            "resilience/skipped_steps": state.skipped_steps,
+            **{key: _number(value) for key, value in extra.items()},
+        }
+        self._interval_steps = self._interval_tokens = 0
+        self._interval_s = self._interval_wait_ms = 0.0
+        self._mark = now
+        return values
+
+    def _send(self, state: State, values: dict[str, Any]) -> None:
+        row = {"step": state.step, "tokens": state.tokens_seen, **values}
+        self._write({**row, "time": time.time()})
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+    def _show(self, state: State, values: dict[str, Any]) -> None:
+        rate, utilisation = values["throughput/tokens_per_sec"], values["throughput/mfu"]
+        eta = timedelta(seconds=round(max(0, self.shape.total_tokens - state.tokens_seen) / rate))
+        parts = [
+            f"step {state.step}/{self.shape.total_steps}",
+            f"loss {values['train/loss']:.4f}",
+            f"lr {values['train/lr']:.2e}",
+            f"grad_norm {values['train/grad_norm']:.3f}",
+            f"tokens/s {rate:,.0f}",
+            *([] if utilisation is None else [f"mfu {utilisation:.1%}"]),
+            f"tokens_seen {state.tokens_seen:,}",
+            f"eta {eta}",
+        ]
+        logger.info(" | ".join(parts))
+
+    def _advance_bar(self, state: State) -> None:
+        if self._bar is None:
+            wanted = self.cfg.progress and sys.stderr.isatty()
+            self._bar = tqdm(
+                total=self.shape.total_steps, initial=state.step, disable=not wanted, unit="step", dynamic_ncols=True
+            )
+            self._cleanup.callback(self._bar.close)
+            if wanted:  # log lines go above the bar
+                self._cleanup.enter_context(logging_redirect_tqdm([logger]))
+        else:
+            self._bar.update(state.step - self._bar.n)
+
+
+
+
+
+
+
+
+
+
+
+
+def _open_lines(path: Path) -> Any:
+    """The file, open for appending at the start of a line: a killed process may have left half of one."""
+    file = path.open("ab+", buffering=0)
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _peak_memory_gib() -> float:
+    """Most device memory this process held; without a device, most host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

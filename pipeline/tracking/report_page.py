@@ -1,0 +1,123 @@
+"""A run's curves as a picture, and everything about it as one self-contained web page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.tracking.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TRAIN_COLOR, VAL_COLORS = "#4477aa", ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")  # told apart by everyone
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+img {{ width: 100%; }} table {{ border-collapse: collapse; margin: 1rem 0; }}
+td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+<img alt="Loss, learning rate, gradient norm and throughput over the steps" src="data:image/png;base64,{picture}">
+<h2>Held-out data</h2>
+{evaluations}
+<h2>Run</h2>
+{facts}
+<h2>Configuration</h2>
+<pre>{config}</pre>
+</html>
+"""
+
+
+def draw(history: History, path: Path, *, title: str) -> None:
+    """Write the four curves as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    (loss, rate), (lr, norm) = figure.subplots(2, 2)
+    steps = history.column("step")
+    _curve(loss, steps, history.column("train/loss"), "Loss, nats per token", label="training")
+    for (name, rows), color in zip(history.evaluations.items(), VAL_COLORS * len(history.evaluations)):
+        held_out = [row["step"] for row in rows], [row["loss"] for row in rows]
+        loss.plot(*held_out, "o-", color=color, markersize=4, label=f"held out: {name}")
+    loss.legend(frameon=False)
+    _limit(loss, history.column("train/loss"))
+    _curve(rate, steps, history.column("throughput/tokens_per_sec"), "Throughput, tokens per second")
+    rate.set_ylim(bottom=0)
+    _curve(lr, steps, history.column("train/lr"), "Learning rate")
+    _curve(norm, steps, history.column("train/grad_norm"), "Gradient norm, before clipping")
+    norm.set_yscale("log")
+    figure.savefig(path, dpi=110)
+
+
+def page(history: History, run_dir: Path, picture: Path) -> str:
+    """The web page; needs no other file."""
+    last, facts = history.steps[-1], history.facts
+    summary = (
+        f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} parameters, "
+        f"{history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x {facts.get('device')}; "
+        f"training loss {_text(last['train/loss'])}, {last['resilience/restarts']} restarts, "
+        f"{last['resilience/skipped_steps']} skipped steps."
+    )
+    if "goodput/goodput" in last:
+        summary += f" Goodput {100 * last['goodput/goodput']:.0f} %, {last['goodput/lost_steps']:.0f} steps done twice."
+    rows = [
+        [name, row["step"], row["loss"], row["ppl"], row["bits_per_byte"]]
+        for name, found in history.evaluations.items()
+        for row in found
+    ]
+    rows += [[name, "evaluation.json", r["loss"], r["ppl"], r["bits_per_byte"]] for name, r in history.final.items()]
+    config = run_dir / "config.yaml"
+    return PAGE.format(
+        title=html.escape(run_dir.resolve().name),
+        summary=html.escape(summary),
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+        evaluations=_table(["dataset", "step", "loss", "perplexity", "bits per byte"], rows),
+        facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
+        config=html.escape(config.read_text() if config.exists() else ""),
+    )
+
+
+def _curve(axes: Axes, x: list[float], y: list[float], title: str, label: str = "") -> None:
+    axes.plot(x, y, color=TRAIN_COLOR, linewidth=1.2, label=label)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limit(axes: Axes, values: list[float]) -> None:
+    """Leave a first loss or a spike that would flatten the rest outside the picture."""
+    finite = sorted(value for value in values if value == value)
+    if len(finite) > 20:
+        low, high = finite[0], finite[int(0.97 * len(finite))]
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return "<p>None.</p>"
+
+    def cell(value: Any) -> str:
+        kind = ' class="number"' if isinstance(value, int | float) else ""
+        return f"<td{kind}>{html.escape(_text(value))}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

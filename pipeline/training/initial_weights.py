@@ -1,0 +1,44 @@
+"""Start from weights that exist: a checkpoint of another run, or a Hugging Face folder, at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint import restore
+from pipeline.checkpoint.agreement import Agreement
+from pipeline.engine.deepspeed import state
+from pipeline.engine.engine import Engine
+from pipeline.errors import CheckpointError
+from pipeline.huggingface.reader import HuggingFaceWeights
+from pipeline.model.fragments import chunks_of
+
+
+def load_weights(engine: Engine, path: Path) -> Path:
+    """Start from the weights of a run, one of its checkpoints, or a Hugging Face folder; the folder that was read.
+
+    Collective: call on every rank.
+
+    Raises:
+        CheckpointError: the folder is neither, is damaged, or its model is not this one.
+    """
+    ranks = Agreement(engine.layout.host_group)
+    if (path / "config.json").is_file():
+        ranks.agree(lambda: import_weights(engine, path))
+    else:
+        path = ranks.on_main(lambda: folders.find(path))
+        if problems := ranks.damage(path):
+            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
+        ranks.agree(lambda: restore.read_weights(engine, path))
+    state.publish_weights(engine)
+    return path
+
+
+def import_weights(engine: Engine, folder: Path) -> None:
+    """Fill this rank's views of the weights from a Hugging Face folder, one whole parameter at a time."""
+    source = HuggingFaceWeights(folder, engine.cfg.model)
+    for fragment in state.fragments(engine):
+        whole = source.tensor(fragment.name, fragment.partition.global_shape)
+        for chunk in chunks_of(fragment, ["weight"]):
+            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape, strict=True))
+            chunk.data.copy_(whole[place])

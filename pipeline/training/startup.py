@@ -1,0 +1,100 @@
+"""Everything a run can know before it touches a device: its numbers, its folder, whether its checkpoints fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli, log
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, derive
+from pipeline.distributed.ranks import Ranks, placement_warning
+from pipeline.errors import CheckpointError, MachineError
+
+# fp32 weights and two moments in a checkpoint.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+
+
+def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
+    """What the device was asked to hold, and the settings that would lower it."""
+    from pipeline.data.datasets import describe
+    from pipeline.planning import memory
+
+    vocab_size = describe(cfg.data).vocab_size
+    return memory.advice(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size))
+
+
+def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
+    """The run's numbers and its folder, after every check that costs no device time.
+
+    Raises:
+        PipelineError: settings, data, folder or checkpoints do not fit together.
+    """
+    from pipeline.data.datasets import describe
+
+    facts = describe(cfg.data)
+    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=facts.vocab_size)
+    run_dir = Path(cfg.runs_dir) / cfg.name
+    check_folder(cfg, shape, run_dir)
+    check_same_model(cfg, run_dir)
+    if ranks.is_main:
+        (run_dir / "config.yaml").write_text(cli.to_yaml(cfg))
+        log.logger.info("run %s: %s", run_dir, shape)
+        if warning := placement_warning(ranks, tensor_parallel_size=shape.tensor_parallel_size):
+            log.logger.warning(warning)
+    return shape, run_dir
+
+
+def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
+    """Raise MachineError unless the run folder can be written and has room for its checkpoints."""
+    from pipeline.planning.flops import num_parameters
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another rank may have been faster
+    except OSError as error:
+        raise MachineError(
+            f"the run folder {run_dir} cannot be written ({error.strerror}). Choose another with runs_dir=... or "
+            "name=..."
+        ) from None
+    size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(cfg.model, shape.vocab_size)
+    free = shutil.disk_usage(run_dir).free
+    if free < 2 * size:  # the newest checkpoint and the one being written
+        raise MachineError(
+            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model need "
+            f"{2 * size / 2**30:.2f} GiB. Free some space or choose another disk with runs_dir=..."
+        )
+
+
+def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
+    """Raise CheckpointError where the run folder holds a run of another model."""
+    from pipeline.checkpoint import folder as folders
+
+    records = (_record_if_whole(path) for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints")))
+    newest = next((record for record in records if record), None)
+    if newest is None or not cfg.checkpoint.resume:
+        return
+    saved, now = newest["config"]["model"], cli.to_dict(cfg)["model"]
+    free = {"name", "compile", "backend", "hidden_dropout", "attention_dropout"}
+    changed = [
+        f"model.{key}: {saved[key]} there, {now[key]} here"
+        for key in saved
+        if key not in free and saved[key] != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{run_dir} holds a run of another model ({'; '.join(changed)}). Give this run another name=..., or "
+            "delete that folder."
+        )
+
+
+def _record_if_whole(path: Path) -> dict[str, Any] | None:
+    from pipeline.checkpoint.record import read_record
+
+    try:
+        return read_record(path)
+    except CheckpointError:
+        return None  # restore reports it and takes the one before

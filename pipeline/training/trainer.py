@@ -1,0 +1,281 @@
+"""The loop: data -> step -> metrics -> evaluation -> checkpoint, until the steps are done or a notice comes.
+
+Everything it needs is built in `Trainer.__init__`; every method is called on every rank alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import cli
+from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.config.choices import OnCorrupt, Precision
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.data.loader import Loader
+from pipeline.distributed.layout import ParallelLayout
+from pipeline.distributed.ranks import RankHost
+from pipeline.engine.engine import Engine, StepResult
+from pipeline.errors import CheckpointError, DivergedError
+from pipeline.evaluation.perplexity import Evaluator
+from pipeline.log import logger
+from pipeline.planning.flops import flops_per_token, num_parameters
+from pipeline.resilience import notice
+from pipeline.resilience.clock import Clock
+from pipeline.resilience.goodput import Goodput
+from pipeline.resilience.guard import Action, Guard
+from pipeline.resilience.step_agreement import StepAgreement, StepSummary
+from pipeline.resilience.stragglers import Stragglers
+from pipeline.tracking.metrics import Metrics
+from pipeline.training.initial_weights import load_weights
+
+
+@dataclass
+class TrainState:
+    """How far the run is; lives in every checkpoint."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    samples_seen: int = 0
+    skipped_steps: int = 0
+    restarts: int = 0
+
+    def advance(self, shape: StepShape) -> None:
+        """One optimizer step is done, applied or skipped."""
+        self.step += 1
+        self.tokens_seen += shape.tokens
+        self.samples_seen += shape.num_samples
+
+
+class Trainer:
+    """One run, from its newest checkpoint to its last step."""
+
+    def __init__(
+        self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout, *, run_dir: Path, clock: Clock,
+        hosts: list[RankHost],
+    ) -> None:  # fmt: skip
+        self.cfg, self.shape, self.layout = cfg, shape, layout
+        self.run_dir, self.clock, self.hosts = run_dir, clock, hosts
+        self.state = TrainState()
+        self.engine = Engine(cfg, shape, layout)
+        clock.alive()
+        self.loader = Loader(
+            cfg.data, shape=shape, seed=cfg.seed, data_rank=layout.data_rank, device=layout.device,
+            cache_dir=Path(cfg.data.cache_dir or run_dir / "cache"),
+            reads_tokens=layout.pipeline_rank in (0, shape.pipeline_parallel_size - 1),
+        )  # fmt: skip
+        self.evaluator = Evaluator(cfg, shape=shape, engine=self.engine)
+        self.checkpoints = Checkpointer(
+            cfg.checkpoint,
+            folder=run_dir / "checkpoints",
+            layout=layout,
+            attachments={"tokenizer.json": self.loader.tokenizer_path},
+        )
+        self.guard = Guard(cfg.resilience, loss_scaling=cfg.training.precision is Precision.fp16)
+        self.agreement = StepAgreement(layout.device)
+        self.stragglers = Stragglers(
+            ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
+        )
+        self.metrics = Metrics(
+            cfg.tracking,
+            run_dir=run_dir,
+            config=cli.to_dict(cfg),
+            shape=shape,
+            flops_per_token=flops_per_token(cfg.model, vocab_size=shape.vocab_size, seq_len=shape.seq_len),
+            is_main=layout.ranks.is_main,
+            facts={
+                "num_parameters": num_parameters(cfg.model, shape.vocab_size),
+                "datasets": self.loader.state()["datasets"],
+            },
+        )
+
+    def fit(self) -> None:
+        """Train to the last step, or to a notice; the state is on disk when this returns."""
+        self.restore()
+        self.goodput = (
+            Goodput(self.run_dir, self.clock, first_step=self.state.step) if self.layout.ranks.is_main else None
+        )
+        while self.state.step < self.shape.total_steps:
+            self.clock.enter("data", self.state.step)
+            batches = self.loader.next_step()  # num_micro_batches x (micro_batch_size, seq_len)
+            self.clock.enter("train", self.state.step)
+            # forward, backward, clip, update
+            result = self.engine.train_step(batches, step=self.state.step, max_loss=self.guard.max_loss)
+            self.state.advance(self.shape.at(self.state.step))
+            self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=self.logged_extras())
+            summaries = self.agree_on(result)
+            if any(self.react(summary) is Action.rollback for summary in summaries):
+                continue
+            if self.is_due(self.cfg.training.eval_every):
+                self.evaluate()
+            if any(summary.notice for summary in summaries):  # some rank was asked to leave, all know
+                break
+            if self.is_due(self.cfg.checkpoint.save_every):
+                self.save()
+            if self.is_due(self.cfg.resilience.straggler_every):
+                self.report_stragglers()
+            self.collect_garbage()
+        self.finish()
+
+    # ---- parts of a step ----------------------------------------------------------------------------------------
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens after this one."""
+        return every > 0 and self.state.step % every == 0
+
+    def logged_extras(self) -> dict[str, Any]:
+        """Values of a logged step beyond loss and speed."""
+        if not self.is_due(self.cfg.tracking.log_every):
+            return {}
+        skips = self.cfg.data.on_corrupt is OnCorrupt.skip
+        values: dict[str, Any] = {"data/corrupt_samples": self.corrupt_samples()} if skips else {}
+        if self.goodput is None:
+            return values
+        values |= self.goodput.write(self.state.step)
+        return values | {"data/sample_hash": self.loader.sample_hash} if self.cfg.tracking.sample_hash else values
+
+    def corrupt_samples(self) -> int:
+        """Samples left out so far by data.on_corrupt=skip, all data-parallel ranks. Collective."""
+        count = torch.tensor(self.loader.corrupt_samples, device=self.layout.device)
+        torch.distributed.all_reduce(count, group=self.layout.data_group)
+        return int(count)
+
+    def describe_step(self) -> str:
+        """Which samples the present step reads, for the watchdog's page."""
+        return f"Sample hash of the step: {self.loader.sample_hash}."
+
+    def agree_on(self, result: StepResult) -> list[StepSummary]:
+        """What all ranks know alike of steps that nobody has judged, and whether one of them was given notice.
+
+        On CUDA that is the step before; at a checkpoint and at the end also the newest, so that what is kept is judged.
+        """
+        step = self.state.step
+        known = [
+            self.agreement.agree(
+                step - 1, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped,
+                notice=notice.received() is not None,
+            )
+        ]  # fmt: skip
+        if self.is_due(self.cfg.checkpoint.save_every) or step == self.shape.total_steps:
+            known.append(self.agreement.drain())
+        return [summary for summary in known if summary]
+
+    def react(self, summary: StepSummary) -> Action:
+        """Judge the step and do what the policy says.
+
+        Raises:
+            DivergedError: the run cannot go on by itself.
+        """
+        self.state.skipped_steps += summary.skipped
+        known = len(self.guard.ledger)
+        action = self.guard.judge(summary)
+        for event in self.guard.ledger[known:]:
+            self.warn(f"step {event.step}: {event.kind} (loss {event.loss}): {event.action}")
+            self.metrics.event(self.state, {f"resilience/{event.kind}": event.step, "resilience/action": event.action})
+        if action is Action.stop:
+            raise DivergedError(self.guard.report())
+        if action is Action.rollback:
+            self.roll_back(before=summary.step)
+        return action
+
+    def roll_back(self, *, before: int) -> None:
+        """Return to the newest checkpoint without step `before` and go on behind the samples that were read since."""
+        reached = self.state.samples_seen
+        record = self.checkpoints.restore(self.engine, not_after=before)
+        if record is None:
+            raise DivergedError(f"there is no checkpoint to roll back to.\n{self.guard.report()}")
+        self.agreement.drain()  # of a step that started from the bad one
+        self.guard.restore(record["guard"], keep_ledger=True)
+        self.state = TrainState(**record["state"])
+        self.loader.restore(record["loader"])
+        self.loader.skip_samples(reached - self.state.samples_seen)
+        self.warn(f"rolled back to step {self.state.step}; {reached - self.state.samples_seen} samples are skipped")
+        self.state.samples_seen = reached
+
+    def evaluate(self) -> None:
+        """Loss, perplexity and bits per byte on the held-out datasets."""
+        self.clock.enter("evaluation", self.state.step)
+        self.metrics.record_eval(self.state, self.evaluator.run(alive=self.clock.alive))
+
+    def report_stragglers(self) -> None:
+        """Name the slowest rank, and warn of ranks that stay slow."""
+        report = self.stragglers.report(data_wait_ms=self.loader.wait_ms)
+        self.metrics.event(self.state, report.metrics())
+        if report.stragglers:
+            self.warn(report.warning(self.hosts))
+
+    def warn(self, message: str) -> None:
+        """Say once what all ranks know alike."""
+        if self.layout.ranks.is_main:
+            logger.warning(message)
+
+    def collect_garbage(self) -> None:
+        """Collect on all ranks after the same step: one rank that collects alone stalls every all-reduce."""
+        if self.is_due(self.cfg.training.gc_every):
+            gc.collect()
+
+    # ---- start and end ------------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Continue at the newest good checkpoint, or begin."""
+        if self.cfg.training.gc_every:
+            gc.disable()
+        if self.layout.ranks.is_main:  # a longer total_steps takes a finished run up again
+            (self.run_dir / "DONE").unlink(missing_ok=True)
+        record = self.checkpoints.restore(self.engine) if self.cfg.checkpoint.resume else None
+        if record is not None:
+            self.state = TrainState(**record["state"])
+            self.state.restarts += 1
+            self.loader.restore(record["loader"])
+            self.guard.restore(record["guard"])
+        elif self.cfg.checkpoint.init_from:
+            load_weights(self.engine, Path(self.cfg.checkpoint.init_from))
+
+    def save(self) -> None:
+        """Write a checkpoint; does nothing when this step is already on disk."""
+        self.clock.enter("save", self.state.step)
+        stall_ms = self.checkpoints.save(self.engine, step=self.state.step, record=self.record())
+        self.guard.checkpoint_saved()
+        values = {"resilience/checkpoint_stall_ms": stall_ms, "resilience/failed_saves": self.checkpoints.failed_saves}
+        self.metrics.event(self.state, values)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {
+            "state": asdict(self.state),
+            "loader": self.loader.state(),
+            "guard": self.guard.state(),
+            "config": cli.to_dict(self.cfg),
+        }
+
+    def finish(self) -> None:
+        """Leave everything on disk.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        if summary := self.agreement.drain():
+            self.react(summary)
+        is_done = self.state.step >= self.shape.total_steps
+        if is_done and not self.is_due(self.cfg.training.eval_every):
+            self.evaluate()
+        self.save()
+        self.loader.close()
+        if not self.checkpoints.wait():
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.step} could not be written (see above); the run ends with "
+                "the one before. "
+                "Free the disk, or whatever the message says, and start the same command again."
+            )
+        self.clock.enter("end", self.state.step)
+        if self.layout.ranks.is_main and is_done:
+            (self.run_dir / "DONE").write_text(f"{self.state.step}\n")
+        self.metrics.close(0)
+        logger.info(
+            "%s at step %d of %d", "done" if is_done else "leaving on notice", self.state.step, self.shape.total_steps
+        )

@@ -1,0 +1,98 @@
+"""Derived numbers and the rules between settings, each with the message a person reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.config.choices import Backend, OptimizerName, PipelineSchedule, Precision
+from pipeline.config.data import DataConfig
+from pipeline.config.model import MoeConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import derive
+from pipeline.config.training import OptimizerConfig, ParallelConfig, RampStage, ScheduleConfig, TrainingConfig
+from pipeline.errors import ConfigError
+from tests.support.layouts import config
+
+
+def shape_of(cfg: PretrainConfig, world_size: int = 1) -> Any:
+    return derive(cfg, world_size=world_size, tokenizer_vocab_size=250)
+
+
+def test_sizes_follow_from_config_and_world_size() -> None:
+    shape = shape_of(config(tp=2, pp=2), world_size=8)
+    assert (shape.data_parallel_size, shape.at(0).num_micro_batches, shape.at(0).tokens) == (2, 4, 16 * 32)
+    assert (shape.vocab_size, shape.padded_vocab_size) == (250, 256)
+    assert (shape.total_steps, shape.total_tokens) == (10, 10 * 16 * 32)
+
+
+def test_token_budget_is_rounded_up_to_whole_steps() -> None:
+    cfg = replace(
+        config(), training=TrainingConfig(total_tokens=1000.0, global_batch_size=16, precision=Precision.fp32)
+    )
+    assert shape_of(cfg).total_steps == 2  # 512 tokens a step
+    assert shape_of(cfg).total_tokens == 1024
+
+
+def test_ramp_shapes_each_step_and_counts_toward_the_budget() -> None:
+    training = TrainingConfig(
+        total_tokens=4 * 8 * 16 + 2 * 16 * 32, global_batch_size=16, precision=Precision.fp32,
+        ramp=[RampStage(until_step=4, global_batch_size=8, seq_len=16)],
+    )  # fmt: skip
+    shape = shape_of(replace(config(), training=training))
+    first, last = shape.at(3), shape.at(4)
+    assert (first.global_batch_size, first.seq_len, first.num_samples, first.tokens) == (8, 16, 4, 128)
+    assert (last.global_batch_size, last.seq_len, last.num_samples) == (16, 32, 16)
+    assert shape.total_steps == 6
+
+
+CASES: list[tuple[str, dict[str, Any], int, str]] = [
+    ("heads by tensor parallel", {"parallel": ParallelConfig(tensor_parallel_size=3)}, 3, r"num_attention_heads \(4\).*tensor_parallel_size \(3\).*fits this model: 2"),
+    ("layers by stages", {"parallel": ParallelConfig(pipeline_parallel_size=8)}, 8, r"num_layers \(4\).*stages \(8\).*fits: 4"),
+    ("world size", {"parallel": ParallelConfig(tensor_parallel_size=2)}, 3, r"ranks \(3\) must be a multiple.*Start 4 ranks"),
+    ("global batch", {"training": TrainingConfig(total_steps=1, global_batch_size=10, micro_batch_size=4)}, 1, r"global_batch_size \(10\).*Set training.global_batch_size=12"),
+    ("zero with pipeline", {"parallel": ParallelConfig(pipeline_parallel_size=2, zero_stage=3)}, 2, r"zero_stage=3 does not work with parallel.pipeline_parallel_size=2"),
+    ("zero 0 in bf16", {"parallel": ParallelConfig(zero_stage=0), "training": TrainingConfig(total_steps=1)}, 1, r"zero_stage=0 works with training.precision=fp32 only"),
+    ("sequence parallel alone", {"parallel": ParallelConfig(sequence_parallel=True)}, 1, r"sequence_parallel=true has no effect"),
+    ("dualpipev micro-batches", {"parallel": ParallelConfig(pipeline_parallel_size=2, pipeline_schedule=PipelineSchedule["dualpipev"]), "training": TrainingConfig(total_steps=1, global_batch_size=2, precision=Precision.fp32)}, 2, r"dualpipev needs at least 4 micro-batches.*global_batch_size=4"),
+    ("no length", {"training": TrainingConfig()}, 1, r"exactly one of training.total_steps \(None\) and training.total_tokens \(None\)"),
+    ("sequence too long", {"training": TrainingConfig(total_steps=1, seq_len=64)}, 1, r"seq_len \(64\) must not exceed model.max_seq_len \(32\)"),
+    ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps"),
+    ("min_lr above lr", {"schedule": ScheduleConfig(min_lr=1.0)}, 1, r"min_lr \(1.0\) must not exceed optimizer.lr"),
+    ("positions without masks", {"data": DataConfig(reset_positions=True)}, 1, r"reset_positions=true needs data.mask_documents=true"),
+    ("muon", {"optimizer": OptimizerConfig(name=OptimizerName.muon)}, 1, r"optimizer.name=muon is not supported.*Set optimizer.name=adamw"),
+    ("expert parallel", {"parallel": ParallelConfig(expert_parallel_size=2)}, 2, r"expert_parallel_size \(2\) must be 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, change, world_size, message", CASES, ids=[case[0] for case in CASES])
+def test_impossible_runs_are_refused_with_the_way_out(
+    what: str, change: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        shape_of(replace(config(), **change), world_size)
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused() -> None:
+    cfg = config()
+    with pytest.raises(ConfigError, match=r"vocab_size \(100\) is smaller than the datasets' tokenizer \(250 ids\)"):
+        shape_of(replace(cfg, model=replace(cfg.model, vocab_size=100)))
+
+
+def test_more_experts_a_token_than_experts_is_refused() -> None:
+    cfg = config("modern")
+    with pytest.raises(ConfigError, match=r"top_k \(4\) must be between 1 and model.moe.num_experts \(2\)"):
+        shape_of(replace(cfg, model=replace(cfg.model, moe=MoeConfig(num_experts=2, top_k=4))))
+
+
+def test_experts_under_tensor_parallelism_need_sequence_parallelism() -> None:
+    with pytest.raises(ConfigError, match="need parallel.sequence_parallel=true"):
+        shape_of(config("moe", tp=2), 2)
+
+
+def test_transformer_engine_is_asked_for_only_where_it_is() -> None:
+    cfg = config()
+    with pytest.raises(ConfigError, match="needs Transformer Engine, which is not installed"):
+        shape_of(replace(cfg, model=replace(cfg.model, backend=Backend.te)))

@@ -1,0 +1,401 @@
+"""What a step sees: the same for every layout, restart, blend edit and ramp; failures reach the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.choices import OnCorrupt
+from pipeline.config.data import BlendStage, DataConfig, DatasetConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, derive
+from pipeline.config.training import RampStage, TrainingConfig
+from pipeline.data.batch import Batch, Masks
+from pipeline.data.datasets import open_datasets
+from pipeline.data.loader import Loader
+from pipeline.data.validation import validation_batches
+from pipeline.errors import ConfigError, DataError, ShardError
+from tests.support.token_dataset import counting_shards, write_dataset
+
+CPU = torch.device("cpu")
+SEQ_LEN = 16
+SIZES = [300, 170, 65, 17, 3, 999]
+BASE = {"a": 0, "b": 10_000, "c": 20_000}  # tokens count up from here, so that a token says where it comes from
+DOCUMENTS = [np.arange(0, n, 7) for n in SIZES]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, base in BASE.items():
+        write_dataset(folder / name, counting_shards(SIZES, base=base), starts=DOCUMENTS)
+    write_dataset(folder / "tiny", [np.arange(SEQ_LEN + 1)])
+    write_dataset(folder / "short", [np.arange(SEQ_LEN)])
+    return folder
+
+
+def config(data: Path, weights: dict[str, float | None] | None = None, **settings) -> DataConfig:
+    weights = weights or {"a": 0.7, "b": 0.3}
+    return DataConfig(train=[DatasetConfig(path=str(data / n), weight=w) for n, w in weights.items()], **settings)
+
+
+def shape_of(ranks: int, micro_batch_size: int = 1, *, batch: int = 16, ramp: tuple[RampStage, ...] = ()) -> RunShape:
+    model = ModelConfig(name="t", num_layers=1, hidden_size=8, num_attention_heads=1, max_seq_len=SEQ_LEN)
+    training = TrainingConfig(
+        total_steps=1000, global_batch_size=batch, micro_batch_size=micro_batch_size, ramp=list(ramp)
+    )
+    cfg = PretrainConfig(name="t", model=model, training=training)
+    return derive(cfg, world_size=ranks, tokenizer_vocab_size=60000)
+
+
+def loaders(cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: int = 3) -> list[Loader]:
+    made = [
+        Loader(cfg, shape=shape, seed=seed, data_rank=rank, device=CPU, cache_dir=Path(cfg.train[0].path))
+        for rank in range(shape.data_parallel_size)
+    ]
+    for loader in made:
+        if state is not None:
+            loader.restore(json.loads(json.dumps(state)))
+    return made
+
+
+def read(cfg: DataConfig, shape: RunShape, steps: int, state: dict | None = None) -> tuple[list, dict]:
+    """([(hash, {sample: its sequences}) a step], state): what all ranks together saw, and that they agree."""
+    made, seen = loaders(cfg, shape, state), []
+    for _ in range(steps):
+        rows: dict[int, list] = {}
+        for loader in made:
+            batches = loader.next_step()
+            for batch in batches:
+                assert batch.tokens.shape == batch.labels.shape == (shape.micro_batch_size, batch.tokens.shape[1])
+                assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+                for sample, tokens in zip(batch.sample_ids.tolist(), batch.tokens.tolist()):
+                    rows.setdefault(sample, []).append(tokens)
+        assert len({loader.sample_hash for loader in made}) == 1
+        seen.append((made[0].sample_hash, rows))
+    states = [loader.state() for loader in made]
+    for loader in made:
+        loader.close()
+    assert all(state == states[0] for state in states)
+    return seen, states[0]
+
+
+def consumed(seen: list) -> dict[str, list[int]]:
+    """First tokens read of each dataset, in order of the samples."""
+    first = [rows[sample][0][0] for _, rows in seen for sample in sorted(rows)]
+    return {name: [t for t in first if base <= t < base + 10_000] for name, base in BASE.items()}
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 7])
+def test_a_run_that_changes_its_layout_twice_sees_what_one_process_sees(data, lanes):
+    """30 steps at 1 rank; and stopped at 13, resumed at 2 ranks, then at 4, with other micro-batches."""
+    cfg = config(data, lanes=lanes, window=2)
+    whole, end = read(cfg, shape_of(1, 4), 30)
+    first, state = read(cfg, shape_of(1, 2), 13)
+    second, state = read(cfg, shape_of(2, 4), 9, state)
+    third, state = read(cfg, shape_of(4, 1), 8, state)
+    assert first + second + third == whole
+    assert state == end
+
+
+def test_every_data_parallel_size_up_to_64_sees_the_same(data):
+    cfg = config(data, prefetch_steps=0)
+    reference, _ = read(cfg, shape_of(1, batch=192), 1)
+    for ranks in (3, 64):
+        assert read(cfg, shape_of(ranks, batch=192), 1)[0] == reference
+
+
+def test_the_order_of_datasets_in_the_config_changes_nothing(data):
+    one, _ = read(config(data, {"a": 0.7, "b": 0.3}), shape_of(1), 3)
+    other, _ = read(config(data, {"b": 0.3, "a": 0.7}), shape_of(1), 3)
+    assert one == other
+
+
+def test_an_epoch_reads_every_sequence_once_and_the_next_one_in_another_order(data):
+    size = sum((n - 1) // SEQ_LEN for n in SIZES)  # 95
+    seen, _ = read(config(data, {"a": None}), shape_of(1, batch=5), 2 * size // 5)
+    tokens = consumed(seen)["a"]
+    first = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
+    expected = sorted(f + i * SEQ_LEN for f, n in zip(first, SIZES) for i in range((n - 1) // SEQ_LEN))
+    assert sorted(tokens[:size]) == sorted(tokens[size:]) == expected
+    assert tokens[:size] != tokens[size:]
+
+
+def test_state_is_what_was_consumed_not_what_was_read_ahead(data):
+    loader = loaders(config(data, prefetch_steps=4), shape_of(1))[0]
+    loader.next_step()
+    state = loader.state()
+    loader.close()
+    assert (state["step"], state["samples_seen"], sum(state["ledger"].values())) == (1, 16, 16)
+
+
+def test_reading_ahead_and_reading_in_the_loop_give_the_same(data):
+    assert read(config(data, prefetch_steps=3), shape_of(2), 5) == read(config(data, prefetch_steps=0), shape_of(2), 5)
+
+
+def test_a_ramp_cuts_samples_into_sequences_and_keeps_the_position(data):
+    """Steps 0 to 3 at half the length and 4 to 7 with half the batch; the samples go on without a gap."""
+    ramp = (RampStage(until_step=4, seq_len=8), RampStage(until_step=8, global_batch_size=8))
+    plain, _ = read(config(data), shape_of(1, 2), 8)
+    ramped, state = read(config(data), shape_of(2, 2, ramp=ramp), 10)
+    assert [len(rows) for _, rows in ramped] == [8] * 8 + [16] * 2
+    assert state["samples_seen"] == 96
+    whole = {sample: rows[0] for _, step in plain for sample, rows in step.items()}
+    for _, step in ramped[:4]:
+        for sample, pieces in step.items():
+            assert [len(piece) for piece in pieces] == [8, 8]
+            assert sum(pieces, []) == whole[sample]
+
+
+def test_skipped_samples_are_left_out_and_the_step_number_stays(data):
+    cfg, shape = config(data), shape_of(1)
+    whole, _ = read(cfg, shape, 6)
+    loader = loaders(cfg, shape)[0]
+    loader.next_step()
+    loader.skip_samples(32)
+    batches = loader.next_step()
+    loader.close()
+    assert np.concatenate([b.sample_ids for b in batches]).tolist() == sorted(whole[3][1])
+    assert (loader.state()["step"], loader.state()["samples_seen"]) == (2, 64)
+
+
+# ---- blends -----------------------------------------------------------------------------------------------------
+
+
+def test_a_blend_schedule_changes_shares_and_repeats_nothing(data):
+    schedule = [BlendStage(start_step=3, weights={"b": 1.0}), BlendStage(start_step=5, weights={"a": 0.5, "b": 0.5})]
+    seen, state = read(config(data, blend_schedule=schedule), shape_of(2), 8)
+    shares = [len(consumed([step])["a"]) for step in seen]
+    assert shares == [pytest.approx(11, abs=1)] * 3 + [0] * 2 + [8] * 3
+    for tokens in consumed(seen).values():
+        assert len(set(tokens)) == len(tokens)
+    assert len(state["segments"]) == 3
+
+
+def test_new_weights_on_resume_start_a_segment_and_repeat_nothing(data):
+    before, state = read(config(data, {"a": 0.9, "b": 0.1}), shape_of(1), 4)
+    after, state = read(config(data, {"a": 0.5, "b": 0.5}), shape_of(2), 4, state)
+    both = consumed(before + after)
+    assert [len(consumed([s])["b"]) for s in after] == [8] * 4
+    assert all(len(set(tokens)) == len(tokens) for tokens in both.values())
+    assert [segment["start"] for segment in state["segments"]] == [0, 64]
+
+
+def test_a_dataset_added_and_dropped_on_resume_keeps_the_ledger(data):
+    shape, allow = shape_of(1), {"allow_dataset_change": True}
+    one, state = read(config(data, {"a": 0.5, "b": 0.5}), shape, 3)
+    two, state = read(config(data, {"a": 0.5, "c": 0.5}, **allow), shape, 3, state)
+    three, state = read(config(data, {"a": 0.5, "b": 0.5}, **allow), shape, 3, state)
+    for name, tokens in consumed(one + two + three).items():
+        assert len(set(tokens)) == len(tokens), f"{name} repeats before its epoch ends"
+    assert sorted(state["ledger"].values()) == [24, 48, 72]
+
+
+def test_swapped_data_is_refused_naming_both_and_the_override(data, tmp_path):
+    write_dataset(tmp_path / "a", counting_shards([500]))
+    _, state = read(config(data, {"a": 1.0}), shape_of(1), 1)
+    loader = loaders(config(tmp_path, {"a": 1.0}), shape_of(1))[0]
+    old, new = (next(iter(s["datasets"]))[:12] for s in (state, loader.state()))
+    with pytest.raises(
+        DataError, match=f"{old}.*not in the config.*{new}.*not in the checkpoint.*allow_dataset_change"
+    ):
+        loader.restore(state)
+
+
+@pytest.mark.parametrize("change", [{"lanes": 2}, {"window": 3}, "seed"])
+def test_another_order_on_resume_is_refused_or_begins_the_next_epoch(data, change):
+    settings, seed = ({}, 4) if change == "seed" else (change, 3)
+    _, state = read(config(data, {"a": 1.0}), shape_of(1), 2)
+    with pytest.raises(DataError, match="the checkpoint has .*data.allow_dataset_change=true"):
+        loaders(config(data, {"a": 1.0}, **settings), shape_of(1), state, seed=seed)
+    allowed = loaders(config(data, {"a": 1.0}, allow_dataset_change=True, **settings), shape_of(1), state, seed=seed)[0]
+    assert list(allowed.state()["ledger"].values()) == [95]
+    assert (allowed.state()["step"], allowed.state()["samples_seen"]) == (2, 32)
+
+
+def test_max_epochs_ends_a_dataset_and_then_the_run_with_a_clear_error(data):
+    cfg = config(data, {"a": 0.5, "tiny": 0.5})
+    cfg.train[1].max_epochs = 2
+    seen, _ = read(cfg, shape_of(1), 3)
+    assert len(consumed(seen)["a"]) == 48  # tokens of tiny lie in the same range: two of them
+    cfg.train[0].max_epochs = 1
+    loader = loaders(cfg, shape_of(1))[0]
+    with pytest.raises(DataError, match="used up at sample 97"):
+        for _ in range(10):
+            loader.next_step()
+
+
+def test_temperature_flattens_the_blend_and_sizes_are_the_default(data):
+    sizes = {"a": None, "tiny": None}
+    plain, flat = (loaders(config(data, sizes, temperature=t), shape_of(1))[0].state() for t in (1.0, 2.0))
+    names = {v["name"]: k for k, v in plain["datasets"].items()}
+    ratio = sum(SIZES) / (SEQ_LEN + 1)
+    weights = [s["segments"][0]["weights"] for s in (plain, flat)]
+    assert weights[0][names["a"]] / weights[0][names["tiny"]] == pytest.approx(ratio)
+    assert weights[1][names["a"]] / weights[1][names["tiny"]] == pytest.approx(ratio**0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"weights": {"a": 1.0, "b": None}}, "give every dataset a weight, or none; b has none"),
+        ({"weights": {"a": 0.0}}, "not all 0"),
+        ({"lanes": 0}, r"data.lanes \(0\) must be at least 1"),
+        ({"temperature": 0.0}, r"data.temperature \(0.0\) must be above 0"),
+        ({"blend_schedule": [BlendStage(start_step=5, weights={"x": 1.0})]}, "names x; the datasets are a, b"),
+        ({"blend_schedule": [BlendStage(start_step=0, weights={"a": 1.0})]}, r"start_step \(0\) must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(data, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        loaders(config(data, **settings), shape_of(1))
+
+
+# ---- small and broken data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "lanes"), [(1, 1), (8, 1), (8, 16), (16, 3)])
+def test_one_sequence_feeds_any_number_of_ranks_and_lanes(data, ranks, lanes):
+    seen, _ = read(config(data, {"tiny": None}, lanes=lanes), shape_of(ranks), 3)
+    assert all(rows[0] == list(range(SEQ_LEN)) for _, step in seen for rows in step.values())
+    assert sum(len(step) for _, step in seen) == 48
+
+
+def test_a_dataset_without_a_whole_sequence_is_refused(data):
+    with pytest.raises(
+        DataError, match="no sequence of 17 tokens: its longest shard has 16. Set a smaller training.seq_len"
+    ):
+        loaders(config(data, {"short": None}), shape_of(1))
+
+
+def damaged(data: Path, tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "a", counting_shards([300, 300]))
+    tar = tmp_path / "a/shards/00000/tok-00000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-700])
+    return tmp_path
+
+
+def test_a_damaged_shard_ends_the_step_that_needs_it_and_the_position_stays(data, tmp_path):
+    loader = loaders(config(damaged(data, tmp_path), {"a": None}), shape_of(1, batch=2))[0]
+    with pytest.raises(ShardError, match="tok-00000001.tar has .* bytes, the manifest says"):
+        for _ in range(40):
+            loader.next_step()
+    step = loader.state()["step"]
+    with pytest.raises(ShardError):  # the same again, not a hang
+        loader.next_step()
+    assert loader.state()["step"] == step
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_skipping_damage_masks_its_samples_and_counts_them(data, tmp_path):
+    cfg = config(damaged(data, tmp_path), {"a": None}, on_corrupt=OnCorrupt.skip)
+    loader = loaders(cfg, shape_of(1, batch=36))[0]  # one epoch: 18 sequences a shard
+    batches = loader.next_step()
+    loader.close()
+    labels = sum(float(batch.loss_mask.sum()) for batch in batches)
+    assert (loader.corrupt_samples, labels) == (18, 18 * SEQ_LEN)
+
+
+def test_an_error_of_any_kind_reaches_the_training_loop(data, monkeypatch):
+    loader = loaders(config(data), shape_of(1))[0]
+    monkeypatch.setattr(loader.reader, "gather", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loader.next_step()
+
+
+def test_close_ends_the_thread_while_it_waits_for_room(data):
+    loader = loaders(config(data, prefetch_steps=1), shape_of(1))[0]
+    loader.next_step()
+    loader.close()
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+# ---- fields of a batch -------------------------------------------------------------------------------------------
+
+
+def test_document_ids_and_positions_follow_the_documents(data):
+    """Documents of 7 tokens: ids step up where one begins, positions start over there."""
+    cfg = config(data, {"a": None}, mask_documents=True, reset_positions=True, mask_eod_loss=True)
+    loader = loaders(cfg, shape_of(1, 4))[0]
+    shard_first = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
+    for batch in loader.next_step():
+        for tokens, ids, positions in zip(batch.tokens.numpy(), batch.document_ids.numpy(), batch.positions.numpy()):
+            shard = np.searchsorted(shard_first, tokens[0], "right") - 1
+            place = tokens - shard_first[shard]  # tokens count, so they say where in the shard they are
+            document = place // 7
+            assert ids.tolist() == (document - document[0]).tolist()
+            expected = np.where(document == document[0], np.arange(SEQ_LEN), place % 7)
+            assert positions.tolist() == expected.tolist()
+        assert torch.equal(batch.loss_mask, (batch.tokens != 0).float())  # token 0 is EOD here
+    loader.close()
+
+
+def test_fields_that_are_not_asked_for_are_none(data):
+    loader = loaders(config(data), shape_of(1))[0]
+    batch = loader.next_step()[0]
+    loader.close()
+    assert batch.loss_mask is batch.document_ids is batch.positions is None
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+
+
+def test_ranks_that_only_pass_activations_on_read_no_shard(data, tmp_path):
+    """Middle pipeline stages: batches of the right shape and the same hash, although the shards are gone."""
+    write_dataset(tmp_path / "a", counting_shards(SIZES))
+    cfg, shape = config(tmp_path, {"a": None}, mask_documents=True), shape_of(1, 4)
+    reads = loaders(cfg, shape)[0]
+    expected = reads.next_step()
+    reads.close()
+    for tar in tmp_path.glob("a/shards/*/*.tar"):
+        tar.unlink()
+    loader = Loader(cfg, shape=shape, seed=3, data_rank=0, device=CPU, cache_dir=data, reads_tokens=False)
+    for got, real in zip(loader.next_step(), expected, strict=True):
+        assert got.tokens.shape == real.tokens.shape == got.document_ids.shape
+        assert got.sample_ids.tolist() == real.sample_ids.tolist()
+    loader.close()
+    assert loader.sample_hash == reads.sample_hash
+
+
+def test_validation_covers_every_label_once_at_any_layout(data):
+    cfg = config(data, {"a": None})
+    dataset = open_datasets(cfg.train, cfg=cfg, cache_dir=data)[0]
+
+    def batches(rank: int, ranks: int, size: int, num: int) -> list[Batch]:
+        return list(
+            validation_batches(
+                dataset, seq_len=SEQ_LEN, micro_batch_size=size, data_rank=rank, data_parallel_size=ranks,
+                num_sequences=num, device=CPU, masks=Masks.of(cfg),
+            )
+        )  # fmt: skip
+
+    first = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
+    everything = sorted(set(range(sum(SIZES))) - set(first.tolist()))
+    for ranks, size in ((1, 1), (1, 8), (3, 2), (16, 4)):
+        parts = [batches(rank, ranks, size, 0) for rank in range(ranks)]
+        assert len({len(part) for part in parts}) == 1
+        labels = [batch.labels[batch.loss_mask > 0] for part in parts for batch in part]
+        assert sorted(torch.cat(labels).tolist()) == everything
+    few = [batch for rank in range(2) for batch in batches(rank, 2, 2, 5)]
+    assert sum(float(batch.loss_mask.sum()) for batch in few) == 5 * SEQ_LEN
+
+
+@pytest.mark.gpu
+def test_batches_on_a_device_equal_those_on_the_cpu(data):
+    """Copies run on a stream of their own; what the training stream reads must be complete."""
+    cfg = config(data, mask_documents=True, reset_positions=True, mask_eod_loss=True, prefetch_steps=3)
+    host = loaders(cfg, shape_of(1, 4))[0]
+    device = Loader(cfg, shape=shape_of(1, 4), seed=3, data_rank=0, device=torch.device("cuda", 0), cache_dir=data)
+    for _ in range(20):
+        for one, other in zip(host.next_step(), device.next_step()):
+            for field in dataclasses.fields(Batch)[:-1]:
+                moved = getattr(other, field.name)
+                assert moved.is_cuda
+                assert torch.equal(getattr(one, field.name), moved.cpu())
+    host.close()
+    device.close()

@@ -1,0 +1,88 @@
+"""pipeline.data.tokenizer: ids, bytes and the end-of-document rule of a tokenizer.json."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import DataError
+from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
+
+
+@pytest.fixture
+def path(tmp_path):
+    return make_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_ids_are_those_of_hugging_face_and_decode_to_the_text(path):
+    tokenizer, reference = Tokenizer.from_file(path), Backend.from_file(str(path))
+    for text in (t for t in make_texts(60) if "<|endoftext|>" not in t):
+        assert tokenizer.encode(text) == reference.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_literal_special_string_is_ordinary_text(path):
+    tokenizer = Tokenizer.from_file(path)
+    ids = tokenizer.encode("a <|endoftext|> b")
+    assert tokenizer.eod not in ids
+    assert tokenizer.decode(ids) == "a <|endoftext|> b"
+
+
+def test_truncation_and_padding_in_the_file_are_not_applied(path):
+    """Published tokenizers of chat models often carry them; they would cut every document."""
+    whole = Tokenizer.from_file(path).encode("one two three four five")
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    edit_tokenizer(path, truncation=truncation)
+    assert Tokenizer.from_file(path).encode("one two three four five") == whole
+
+
+def test_token_byte_lengths_add_up_to_the_bytes_of_the_text(path):
+    """Bits per byte divides by them."""
+    tokenizer = Tokenizer.from_file(path)
+    lengths = tokenizer.token_byte_lengths()
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths[tokenizer.eod] == 0
+    for text in make_texts(60):
+        ids = tokenizer.encode(text)
+        assert lengths[ids].sum() == len(text.encode())
+        assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+
+
+def test_sentencepiece_like_vocabularies_have_byte_lengths_too(tmp_path):
+    vocab = {"</s>": 0, "▁ab": 1, "<0xE2>": 2, "c": 3}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+        "post_processor": None, "decoder": None,
+        "added_tokens": [{"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False}],
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True},
+    }  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_file(tmp_path / "t.json")
+    assert tokenizer.token_byte_lengths().tolist() == [0, 3, 1, 1]
+    assert tokenizer.eod == 0
+
+
+def test_end_of_document_token_follows_the_rule_and_can_be_named(path):
+    assert Tokenizer.from_file(path).eod == 0
+    assert Tokenizer.from_file(path, eod="x").eod == Backend.from_file(str(path)).token_to_id("x")
+    assert Tokenizer.from_file(path, eod="17").eod == 17
+    with pytest.raises(DataError, match="'nothing' is not one of its tokens.*<|endoftext|>"):
+        Tokenizer.from_file(path, eod="nothing")
+    with pytest.raises(DataError, match="'400' is not one of its tokens"):
+        Tokenizer.from_file(path, eod="400")
+
+
+def test_a_file_without_special_tokens_asks_for_eod(path):
+    edit_tokenizer(path, added_tokens=[])
+    with pytest.raises(DataError, match="none of its tokens is known to do so. Name it with eod="):
+        Tokenizer.from_file(path)
+
+
+def test_unreadable_files_end_in_a_message(tmp_path):
+    with pytest.raises(DataError, match="nowhere.json cannot be read.*train_tokenizer"):
+        Tokenizer.from_file(tmp_path / "nowhere.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+        Tokenizer.from_file(tmp_path / "bad.json")

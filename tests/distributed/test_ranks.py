@@ -1,0 +1,40 @@
+"""Who is who: ranks from torchrun, from srun, from nobody; tensor-parallel peers on one node."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.distributed.ranks import Ranks, placement_warning, ranks_from_environment
+from pipeline.errors import ConfigError
+
+
+def test_torchrun_and_srun_are_read_alike() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    srun = {
+        "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURMD_NODENAME": "n2",
+    }  # fmt: skip
+    assert ranks_from_environment(srun) == Ranks(5, 8, 1, 4, "n2")
+    assert ranks_from_environment({**torchrun, "SLURMD_NODENAME": "n2"}) == Ranks(5, 8, 1, 4, "n2")
+
+
+def test_a_batch_script_without_srun_is_one_process() -> None:
+    """Slurm sets PROCID and NTASKS in the batch script too; only a step has a step id."""
+    ranks = ranks_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"})
+    assert (ranks.global_rank, ranks.world_size) == (0, 1)
+
+
+def test_a_half_set_environment_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RANK=8 must be below WORLD_SIZE=8"):
+        ranks_from_environment({"RANK": "8", "WORLD_SIZE": "8"})
+    with pytest.raises(ConfigError, match="RANK=x"):
+        ranks_from_environment({"RANK": "x", "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize(
+    "world, local, tensor, warns",
+    [(16, 8, 8, False), (16, 8, 2, False), (16, 8, 16, True), (12, 6, 4, True), (6, 6, 4, False)],
+)
+def test_tensor_parallel_across_nodes_warns(world: int, local: int, tensor: int, warns: bool) -> None:
+    warning = placement_warning(Ranks(0, world, 0, local, "n"), tensor_parallel_size=tensor)
+    assert (warning is not None) == warns

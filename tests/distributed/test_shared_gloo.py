@@ -1,0 +1,33 @@
+"""All gloo groups of a process share one transport."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.support.ranks import run_on_ranks
+
+
+def transports_of_many_groups() -> tuple[int, float]:
+    from pipeline.distributed import shared_gloo
+
+    shared_gloo.share_transport()
+    before = transport_threads()
+    groups = [dist.new_group([0, 1]) for _ in range(5)]
+    value = torch.ones(())
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+    assert isinstance(groups[0]._get_backend(torch.device("cpu")), ProcessGroupGloo)  # as torch asks for time limits
+    return transport_threads() - before, float(value)
+
+
+def transport_threads() -> int:
+    return sum("gloo_tcp" in task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+
+
+def test_five_groups_start_one_transport_and_reduce() -> None:
+    assert run_on_ranks(transports_of_many_groups, 2) == [(1, 32.0), (1, 32.0)]

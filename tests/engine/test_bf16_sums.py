@@ -1,0 +1,83 @@
+"""The fp32 sums of bf16 gradients: no number changes, and the reduction does not wait for the backward pass to end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.engine.test_engine import engine_of
+from tests.support.layouts import batches, config, rank_batches, train
+from tests.support.ranks import run_on_ranks
+
+
+class ReductionAfterwards:
+    """One all-reduce of all sums after the backward pass, as DeepSpeed does it."""
+
+    def __init__(self, optimizer: Any, group: dist.ProcessGroup, parameters: list) -> None:
+        self.optimizer, self.group = optimizer, group
+
+    def finish(self) -> None:
+        for sums in self.optimizer.fp32_groups_gradients_flat:
+            dist.all_reduce(sums, group=self.group)
+            sums.mul_(1.0 / self.group.size())
+
+
+def histories(model: str) -> list[list[tuple[float, float]]]:
+    """The same run with our sums and with DeepSpeed's own, reduced afterwards."""
+    from pipeline.engine import engine as engine_module
+    from pipeline.engine.deepspeed import bf16_sums
+
+    bf16_sums.BUCKET_ELEMENTS = 10_000  # several buckets
+    cfg = config(model, precision="bf16")
+    if cfg.model.moe.num_experts:  # more experts than a micro-batch's tokens can fill
+        moe = replace(cfg.model.moe, num_experts=64, top_k=1)
+        cfg = replace(cfg, model=replace(cfg.model, moe=moe))
+    spared, found = [], []
+    ours, reduction = engine_module.sum_in_place, engine_module.Reduction
+    for change, reduce in ((lambda *a: spared.append(ours(*a)), reduction), (lambda *_: None, ReductionAfterwards)):
+        engine_module.sum_in_place, engine_module.Reduction = change, reduce
+        found.append(train(cfg, batches()[:6])["history"])
+    assert len(spared) == 1
+    return found
+
+
+@pytest.mark.parametrize("model", ["gpt2", "moe"])
+def test_losses_and_norms_are_deepspeeds_own(model: str) -> None:
+    for found, expected in run_on_ranks(histories, 2, model):
+        assert found == expected
+
+
+def events() -> list[str]:
+    """What happens in the last micro-batch: a reduction is launched, or the gradient of a parameter arrives."""
+    from pipeline.engine.deepspeed import bf16_sums
+
+    bf16_sums.BUCKET_ELEMENTS = 10_000
+    engine = engine_of(config("gpt2", precision="bf16"))
+    found: list[str] = []
+    for name, parameter in engine.deepspeed.module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() > 1000:
+            found.append("reduce")
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = recorded
+    engine.train_step(rank_batches(batches()[0], engine.shape, engine.layout), step=0)
+    dist.all_reduce = all_reduce
+    return found
+
+
+def test_gradients_are_reduced_while_the_backward_pass_goes_on() -> None:
+    """The last layer's are on their way before the first layer's are there; earlier micro-batches reduce nothing."""
+    for found in run_on_ranks(events, 2):
+        names = [name for name in found if name != "reduce"]
+        per_micro_batch = names.index("embedding.word.weight", 1) + 1
+        last = len(found) - 1 - found[::-1].index("embedding.word.weight")
+        before = [i for i, event in enumerate(found[:last]) if event == "reduce"]
+        assert len(names) % per_micro_batch == 0 and found.count("reduce") - len(before) <= 3
+        assert len(before) >= 10 and min(before) >= len(names) - per_micro_batch, "not the last micro-batch"

@@ -1,0 +1,196 @@
+"""What the engine promises beyond equal results: DeepSpeed gets our settings, fp16 scales, offload steps, NaN is skipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from pipeline.config.run_shape import derive
+from tests.support.layouts import (
+    VOCAB,
+    allow_fp16_on_the_cpu,
+    batches,
+    config,
+    rank_batches,
+    reference,
+    reset_parallel_state,
+    train_all,
+)
+from tests.support.ranks import run_on_ranks
+from tests.support.reference import ReferenceGPT
+
+
+def engine_of(cfg: Any) -> Any:
+    from pipeline.config.run_shape import derive
+    from pipeline.distributed.layout import connect
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.engine.engine import Engine
+
+    ranks = ranks_from_environment()
+    layout = connect(
+        ranks,
+        tensor_parallel_size=cfg.parallel.tensor_parallel_size,
+        pipeline_parallel_size=cfg.parallel.pipeline_parallel_size,
+    )
+    return Engine(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB), layout)
+
+
+def deepspeed_facts(cfg: Any) -> dict[str, Any]:
+    engine = engine_of(cfg).deepspeed
+    return {
+        "stage": engine.zero_optimization_stage(),
+        "clipping": engine.gradient_clipping(),
+        "throughput_timer": engine.tput_timer.config.enabled,
+        "micro_batches": engine.gradient_accumulation_steps(),
+        "accumulation": str(engine.get_data_types()[1]),
+        "pipe_partitioned": engine._config.pipeline["pipe_partitioned"],
+        "grad_partitioned": engine._config.pipeline["grad_partitioned"],
+        "bf16": engine.bfloat16_enabled(),
+        "fused": all(group["fused"] for group in engine.optimizer.param_groups),
+        "attention": [SDPBackend(kernel).name for kernel in torch._C._get_sdp_priority_order()][:4],
+    }
+
+
+def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
+    """Its defaults have changed between releases, and two of them corrupt results."""
+    facts = run_on_ranks(deepspeed_facts, 2, config("gpt2", pp=2, precision="bf16", clip_grad=0.7))[0]
+    assert facts == {
+        "stage": 1, "clipping": 0.0, "throughput_timer": False, "micro_batches": 8, "accumulation": "torch.float32",
+        "pipe_partitioned": False, "grad_partitioned": False, "bf16": True, "fused": True,
+        "attention": ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"],
+    }  # fmt: skip
+
+
+def norm_without_the_first_gradient() -> float:
+    engine = engine_of(config("gpt2"))
+    first, *rest = engine._all_parameters
+    for parameter in rest:
+        parameter.grad = torch.ones_like(parameter)
+    norm = engine._whole_norm()
+    assert first.grad is None
+    return float(norm) / math.sqrt(sum(p.numel() for p in rest))
+
+
+def test_a_parameter_without_a_gradient_does_not_count_in_the_norm() -> None:
+    assert run_on_ranks(norm_without_the_first_gradient, 1) == [pytest.approx(1.0)]
+
+
+def overflow_step(cfg: Any) -> list[tuple[float, bool, float]]:
+    allow_fp16_on_the_cpu()
+    engine = engine_of(cfg)
+    engine.loss_scale.cur_scale.fill_(2.0**24)
+    results = []
+    for number, step in enumerate(batches()):
+        result = engine.train_step(rank_batches(step, engine.shape, engine.layout), step=number)
+        results.append((float(engine.loss_scale.cur_scale), bool(result.skipped), float(result.grad_norm)))
+    return results
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_loss_scale_that_overflows_is_halved_until_it_does_not(zero: int) -> None:
+    """Exactly the steps that overflow are left out, and most of ten steps are not."""
+    for results in run_on_ranks(overflow_step, 2, config("gpt2", precision="fp16", zero=zero)):
+        scale = 2.0**24
+        for found, skipped, norm in results:
+            scale /= 2 if skipped else 1
+            assert (found, skipped) == (scale, not math.isfinite(norm))
+        assert 2 <= sum(skipped for _, skipped, _ in results) <= 7 and not results[-1][1]
+
+
+def refuse_fp16(cfg: Any) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline.errors import ConfigError
+
+    get_accelerator().is_fp16_supported = lambda: False
+    with pytest.raises(ConfigError, match="fp16 is not supported on this device. Set training.precision=bf16 or fp32"):
+        engine_of(cfg)
+
+
+def test_fp16_is_refused_where_the_device_has_none() -> None:
+    run_on_ranks(refuse_fp16, 1, config("gpt2", precision="fp16"))
+
+
+def nan_step(cfg: Any) -> list[tuple[bool, float]]:
+    import torch
+
+    engine = engine_of(cfg)
+    results = []
+    for number, step in enumerate(batches()[:3]):
+        parts = rank_batches(step, engine.shape, engine.layout)
+        if number == 1:
+            parts[0].loss_mask = torch.full(parts[0].labels.shape, math.nan)
+        result = engine.train_step(parts, step=number)
+        results.append((bool(result.skipped), float(result.loss)))
+    return results
+
+
+@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+def test_a_nan_batch_is_left_out_and_training_goes_on(zero: int, precision: str) -> None:
+    cfg = config("gpt2", zero=zero, precision=precision)
+    for results in run_on_ranks(nan_step, 2, cfg):
+        assert [skipped for skipped, _ in results] == [False, True, False]
+        assert math.isfinite(results[2][1])
+
+
+@pytest.mark.slow  # DeepSpeed compiles its CPU Adam first
+def test_an_offloaded_optimizer_gives_the_same_results() -> None:
+    [got] = run_on_ranks(train_all, 1, [config("gpt2", offload=True)], [{}])[0]
+    for have, want in zip(got["history"], reference(config("gpt2"))):
+        assert have == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_nan_batch_is_left_out_by_an_offloaded_optimizer(zero: int) -> None:
+    [results] = run_on_ranks(nan_step, 1, config("gpt2", zero=zero, offload=True))
+    assert [skipped for skipped, _ in results] == [False, True, False]
+    assert math.isfinite(results[2][1])
+
+
+def test_learning_rates_follow_groups() -> None:
+    """optimizer.lr_scale multiplies the schedule for the names it matches."""
+    cfg = config("gpt2")
+    cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr_scale={"embedding.*": 0.5}))
+    rates = run_on_ranks(group_rates, 1, cfg)[0]
+    assert rates == pytest.approx([0.5 * 1.5e-3, 1.5e-3, 1.5e-3])  # first of two warm-up steps of 3e-3
+
+
+def group_rates(cfg: Any) -> list[float]:
+    engine = engine_of(cfg)
+    engine.train_step(rank_batches(batches()[0], engine.shape, engine.layout), step=0)
+    return sorted(group["lr"] for group in engine.deepspeed.optimizer.param_groups)
+
+
+RAMP = [1, 1, 1, 2, 3, 8]  # micro-batches of a step
+
+
+def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
+    histories = []
+    for cfg in cfgs:
+        engine = engine_of(cfg)
+        parts = [rank_batches(step, engine.shape, engine.layout)[:n] for step, n in zip(batches(), RAMP)]
+        results = [engine.train_step(part, step=number) for number, part in enumerate(parts)]
+        histories.append([(float(result.loss), float(result.grad_norm)) for result in results])
+        reset_parallel_state()
+    return histories
+
+
+@pytest.mark.parametrize(
+    "world_size, layouts",
+    [(1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]), (2, [dict(pp=2), dict(tp=2)])],
+)
+def test_a_ramp_may_change_the_number_of_micro_batches(world_size: int, layouts: list[dict[str, Any]]) -> None:
+    """DeepSpeed counts micro-batches over the whole run: after a change it would make its step amid a batch."""
+    cfg = config("gpt2")
+    steps = [{name: rows[: 2 * n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)]
+    shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
+    expected = ReferenceGPT(cfg, VOCAB).train(steps, shape, cfg.training.micro_batch_size)
+    for layout, found in zip(layouts, run_on_ranks(ramped, world_size, [config("gpt2", **x) for x in layouts])[0]):
+        tolerance = 3e-2 if "precision" in layout else 1e-5
+        assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], rel=tolerance)

@@ -1,0 +1,153 @@
+"""Every layout gives one result: losses and gradient norms of ten steps against one process of plain torch.
+
+AdamW hides a uniform error in the gradients' scale, so the gradient norm is compared too, before clipping. fp32: relative
+1e-5. bf16: forward and backward round to 8 bits; ten steps stay within 5e-3 of the fp32 loss and 3e-2 of its norm, which a
+wrong reduction (a factor, a missing rank) exceeds at the first step. fp16 has three bits more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.layouts import batches, config, reference, train, train_all
+from tests.support.ranks import run_on_ranks
+
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
+
+Case = dict[str, Any]
+FAST: dict[int, list[Case]] = {
+    1: [
+        dict(model="gpt2"),
+        dict(model="modern", precision="bf16", zero=2),
+        dict(model="capped", zero=0),
+        dict(model="gpt1"),
+    ],
+    2: [
+        dict(model="gpt2", tp=2, zero=2),
+        dict(model="modern", tp=2, sp=True, documents=True),
+        dict(model="gpt2", pp=2, masked=True),
+        dict(model="modern", zero=3, masked=True),
+        dict(model="modern", pp=2, schedule="dualpipev", documents=True),
+        dict(model="parallel", tp=2, zero=3, recompute="full"),
+        dict(model="gpt2", pp=2, precision="fp16"),
+        dict(model="modern", tp=2, zero=1, sp=True, precision="fp16"),
+    ],
+    4: [
+        dict(model="gpt2", tp=2, pp=2, sp=True, micro_batch_size=4),
+        dict(model="modern", tp=2, zero=3, sp=True),
+        dict(model="gpt2", pp=2, micro_batch_size=1),
+        dict(model="modern", tp=2, pp=2, precision="bf16"),
+    ],
+}
+ALL: dict[int, list[Case]] = {
+    1: [dict(model=m, zero=z) for m in ("gpt2", "modern", "gpt2-untied", "parallel", "mqa") for z in (0, 1, 3)]
+    + [dict(model="gpt2", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")]
+    + [dict(model="modern", recompute=r) for r in ("selective", "full")]
+    + [dict(model="gpt2", clip_grad=0.0, zero=z) for z in (0, 1)],
+    2: [
+        dict(model=m, tp=2, zero=z, sp=sp)
+        for m in ("gpt2", "modern", "capped", "gpt1")
+        for z in (0, 1, 2, 3)
+        for sp in (False, True)
+    ]
+    + [dict(model=m, zero=z) for m in ("gpt2", "modern") for z in (0, 1, 2, 3)]
+    + [dict(model=m, pp=2, schedule=s) for m in ("gpt2", "modern", "gpt2-untied") for s in ("1f1b", "dualpipev")]
+    + [dict(model="gpt2", pp=2, schedule=s, precision=p) for s in ("1f1b", "dualpipev") for p in ("bf16", "fp16")]
+    + [dict(model="modern", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")],
+    4: [dict(model=m, pp=2, zero=1, schedule=s) for m in ("gpt2", "modern") for s in ("1f1b", "dualpipev")]
+    + [
+        dict(model=m, tp=2, pp=2, sp=sp, schedule=s)
+        for m in ("gpt2", "modern")
+        for sp in (False, True)
+        for s in ("1f1b", "dualpipev")
+    ]
+    + [dict(model=m, tp=2, zero=z, sp=True) for m in ("gpt2", "modern") for z in (1, 2, 3)]
+    + [
+        dict(model="gpt2", pp=4),
+        dict(model="modern", pp=4, documents=True),
+        dict(model="modern", tp=2, zero=3, sp=True, precision="bf16"),
+    ],
+    8: [
+        dict(model="gpt2", tp=2, pp=2, micro_batch_size=1),
+        dict(model="modern", tp=2, pp=2, sp=True),
+        dict(model="gpt2", tp=2, pp=4, sp=True),
+        dict(model="modern", tp=2, pp=4),
+        dict(model="modern", tp=2, pp=2, schedule="dualpipev", sp=True),
+        dict(model="gpt2", tp=2, pp=2, schedule="dualpipev", documents=True),
+        dict(model="modern", tp=2, zero=3, sp=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", FAST)
+def test_layouts_match_plain_torch(world_size: int) -> None:
+    """The promise of the project, on the layouts that once broke it."""
+    check(world_size, FAST[world_size])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", ALL)
+def test_every_layout_matches_plain_torch(world_size: int) -> None:
+    """The promise of the project, whole."""
+    check(world_size, ALL[world_size])
+
+
+@pytest.mark.parametrize(
+    "world_size, layout", [(1, dict()), (2, dict(tp=2, sp=True)), (2, dict(pp=2)), (2, dict(tp=2, zero=3))]
+)
+def test_recompute_is_exact_with_dropout(world_size: int, layout: Case) -> None:
+    """Recomputed blocks must draw the masks of the forward pass, also from megatron-core's tracked streams."""
+    cases = [config("modern", dropout=0.2, recompute=r, **layout) for r in ("none", "full", "selective")]
+    stored, full, selective = run_on_ranks(train_all, world_size, cases, [{}] * 3)[0]
+    assert stored["history"] == full["history"] == selective["history"]
+
+
+@pytest.mark.parametrize("sabotage", ["sequence_parallel_reduction", "gradient_scale", "pipe_partitioned"])
+def test_sabotage_turns_the_comparison_red(sabotage: str) -> None:
+    """A suite that cannot fail proves nothing."""
+    cfg = config("modern", tp=2, pp=2 if sabotage == "pipe_partitioned" else 1, sp=True)
+    history = run_on_ranks(train_sabotaged, 4 if sabotage == "pipe_partitioned" else 2, cfg, sabotage)[0]["history"]
+    with pytest.raises(AssertionError, match="differs"):
+        compare({"history": history}, reference(cfg), "fp32", sabotage)
+
+
+def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
+    """A run with one part of the engine broken."""
+    from pipeline.engine import engine
+
+    if sabotage == "sequence_parallel_reduction":
+        engine.reduce_partial_gradients = lambda *_: None
+    elif sabotage == "gradient_scale":
+        whole = engine.Engine._token_weights
+        engine.Engine._token_weights = lambda self, b: (
+            [2.0 / b[0].labels.numel() * (x.labels >= 0) for x in b] if whole else []
+        )
+    else:
+        written = engine.deepspeed_config
+        engine.deepspeed_config = lambda *a: {k: v for k, v in written(*a).items() if k != "pipeline"}
+    return train(cfg, batches())
+
+
+def check(world_size: int, cases: list[Case]) -> None:
+    """Run all cases of one world size in one set of processes and compare each."""
+    kinds = [{k: case[k] for k in ("documents", "masked") if k in case} for case in cases]
+    configs = [config(**{k: v for k, v in case.items() if k not in ("documents", "masked")}) for case in cases]
+    results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
+    for ranks in zip(*results):
+        assert all(r["history"] == ranks[0]["history"] for r in ranks), "ranks disagree about loss or gradient norm"
+    expected: dict[str, Any] = {}
+    for case, kind, cfg, got in zip(cases, kinds, configs, results[0]):
+        key = f"{case['model']} {kind} {cfg.optimizer.clip_grad}"
+        expected.setdefault(key, None)
+        if expected[key] is None:
+            expected[key] = reference(cfg, **kind)
+        compare(got, expected[key], case.get("precision", "fp32"), str(case))
+
+
+def compare(got: dict[str, Any], expected: list[tuple[float, float]], precision: str, what: str) -> None:
+    """Assert that every loss and gradient norm is within the tolerance of the precision."""
+    for step, (have, want) in enumerate(zip(got["history"], expected, strict=True)):
+        for name, a, b, tolerance in zip(("loss", "grad_norm"), have, want, TOLERANCE[precision]):
+            assert abs(a - b) <= tolerance * abs(b), f"{what}: {name} of step {step} differs: {a} instead of {b}"

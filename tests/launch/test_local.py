@@ -1,0 +1,129 @@
+"""launch/local.sh: N processes whose end, notice or failure is the end of all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
+
+# Stands for `python -m pipeline.train`: behaves as its first setting says.
+RANK = """
+import os, signal, sys, time
+module, rank = sys.argv[1], int(os.environ.get("RANK", -1))
+if module == "pipeline.preflight":
+    sys.exit(2 if "bad" in sys.argv else 0)
+told = []
+signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
+open(f"{os.getcwd()}/rank{rank}", "w").write(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['MASTER_PORT']}")
+if "fail" in sys.argv and rank == 1:
+    sys.exit(7)
+if "quick" not in sys.argv:
+    while not told:
+        time.sleep(0.05)
+    open(f"{os.getcwd()}/saved{rank}", "w").close()
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start local.sh with a stand-in for python in an empty folder."""
+    program = tmp_path / "python"
+    real = sys.executable
+    program.write_text(
+        f'#!/bin/bash\n[[ $1 == -m ]] && exec {real} {tmp_path}/rank.py "${{@:2}}"\nexec {real} "$@"\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {**os.environ, "PYTHON": str(program)}
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen([SCRIPT, *arguments], cwd=tmp_path, env=environment)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def pids(folder: Path, count: int) -> list[int]:
+    """Process ids of the ranks once all have started."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = [path.read_text().split() for path in sorted(folder.glob("rank[0-9]"))]
+        if len(found) == count and all(found):
+            return [int(words[0]) for words in found]
+        time.sleep(0.05)
+    raise AssertionError(f"{count} ranks did not start")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_dead(processes: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in processes if is_alive(pid)] == []
+
+
+def test_ranks_get_their_place_and_end_well(launch, tmp_path):
+    """Each rank learns the same world and the same port."""
+    assert launch("3", "quick").wait(60) == 0
+    facts = {tuple(path.read_text().split()[1:]) for path in tmp_path.glob("rank[0-9]")}
+    assert len(facts) == 1
+    assert facts.pop()[0] == "3"
+
+
+def test_wrong_setting_ends_before_any_rank_starts(launch, tmp_path):
+    """The message is printed once, and the exit code is the check's."""
+    assert launch("3", "bad").wait(60) == 2
+    assert not list(tmp_path.glob("rank[0-9]"))
+
+
+def test_one_rank_that_fails_ends_all_with_its_code(launch, tmp_path):
+    """The others would wait in a collective for ever."""
+    process = launch("3", "fail")
+    ranks = pids(tmp_path, 3)
+    assert process.wait(60) == 7
+    wait_until_dead(ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_notice_reaches_every_rank_and_waits_for_their_save(launch, tmp_path, number):
+    """A notice to the script is a notice to the run."""
+    process = launch("2", "run")
+    pids(tmp_path, 2)
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert len(list(tmp_path.glob("saved*"))) == 2
+
+
+def test_no_rank_outlives_a_killed_launcher(launch, tmp_path):
+    """An orphan would write into the run that is started again."""
+    process = launch("2", "run")
+    ranks = pids(tmp_path, 2)
+    process.kill()
+    process.wait(60)
+    wait_until_dead(ranks)
+
+
+@pytest.mark.parametrize("arguments", [[], ["model=tiny"], ["0"]])
+def test_usage_is_shown_without_a_number_of_processes(launch, arguments):
+    """`launch/local.sh model=tiny` is the likely slip."""
+    assert launch(*arguments).wait(60) == 2

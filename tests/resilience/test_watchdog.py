@@ -1,0 +1,102 @@
+"""A hang is reported in time, names the right rank, and ends the process."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.distributed.ranks import RankHost
+from pipeline.errors import EXIT_HANG
+from pipeline.resilience.clock import Clock
+from pipeline.resilience.hang_page import Sighting, guilty, hang_page
+from pipeline.resilience.watchdog import Watchdog
+from tests.support.slurm_cluster import REPO
+
+RANKS = [RankHost(rank, f"n{1 + rank // 2}", 100 + rank, 0.0) for rank in range(4)]
+
+
+def sighting(rank, *, beats=40, doing="collective (all_reduce)", phase="train", neighbours=None):
+    return Sighting(rank, beats, phase, 12, doing, 9.0, "samples c0ffee", neighbours or {}, "thread MainThread:\n  ...")
+
+
+@pytest.mark.parametrize(
+    "seen, ranks, why",
+    [
+        ([sighting(0), sighting(1), sighting(2)], [3], "silent"),
+        ([sighting(0), sighting(1), sighting(2, neighbours={"3": "T"})], [3], "stopped by a signal"),
+        ([sighting(0), sighting(1), sighting(2, neighbours={"3": "-"})], [3], "dead"),
+        ([sighting(0), sighting(1, beats=39, doing="data (read)"), sighting(2), sighting(3)], [1], "behind the others, in"),
+        ([sighting(0), sighting(1), sighting(2, doing="forward (f)"), sighting(3)], [2], "in forward (f) while"),
+        ([sighting(r) for r in range(4)], [0, 1, 2, 3], "a link between nodes"),
+    ],
+)  # fmt: skip
+def test_guilty_rank_is_named(seen, ranks, why):
+    who, reason = guilty(seen, RANKS)
+    assert who == ranks
+    assert why in reason
+
+
+def test_page_names_rank_node_step_samples_and_the_way_out():
+    page = hang_page([sighting(0), sighting(1), sighting(3)], RANKS, timeout_s=600)
+    assert page.startswith("# No progress for 600 s at step 12")
+    assert "**rank 2 on n2**: silent" in page and "samples c0ffee" in page
+    assert "102 on n2" in page and "ExcNodeList=n2" in page and "thread MainThread" in page
+
+
+def test_page_of_a_large_job_stays_readable():
+    ranks = [RankHost(rank, f"n{rank // 8}", rank, 0.0) for rank in range(4096)]
+    page = hang_page([sighting(rank) for rank in range(4096) if rank != 1234], ranks, timeout_s=600)
+    assert "rank 1234 on n154" in page and len(page.splitlines()) < 90
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from pipeline.goodput import Clock
+from pipeline.watchdog import RankFact, Watchdog
+import os
+clock = Clock()
+ranks = [RankFact(0, "here", os.getpid(), 1.0)]
+with Watchdog(clock, run_dir=Path(sys.argv[1]), ranks=ranks, global_rank=0, timeout_s=1.0) as watchdog:
+    watchdog.describe_step = lambda: "samples beef"
+    clock.enter("data", 7)
+    def wait_for_a_disk_that_never_answers(): time.sleep(60)
+    wait_for_a_disk_that_never_answers()
+"""
+
+
+def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path)], cwd=REPO, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == EXIT_HANG
+    assert time.monotonic() - started < 5
+    assert "no progress for 1 s at step 7: rank 0 on here" in done.stderr
+    page = (tmp_path / "logs" / "hang-7.md").read_text()
+    assert "wait_for_a_disk_that_never_answers" in page and "samples beef" in page
+    kept = json.loads((tmp_path / "logs" / "hang-7" / "00000.json").read_text())
+    assert kept["phase"] == "data"
+
+
+def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
+    clock = Clock()
+    with Watchdog(clock, run_dir=tmp_path, ranks=RANKS[:1], global_rank=0, timeout_s=2.0):
+        deadline = time.monotonic() + 10
+        while not list(tmp_path.glob("logs/.hang-*/00000.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        clock.enter("train", 1)
+        while list(tmp_path.glob("logs/.hang-*/00000.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not list(tmp_path.glob("logs/hang-*.md"))
+
+
+def test_a_disk_that_hangs_does_not_keep_the_job(tmp_path):
+    """The report cannot be written when the file system is what hangs; the end must come all the same."""
+    program = HANGING.replace("clock = Clock()", "Watchdog._write_sighting = lambda _: time.sleep(60)\nclock = Clock()")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPO, capture_output=True, timeout=20)
+    assert done.returncode == EXIT_HANG

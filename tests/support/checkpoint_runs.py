@@ -1,0 +1,77 @@
+"""Runs that save and resume, on any layout: shared by the tests of checkpoint, export, generate and evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.cli import to_dict
+from pipeline.config.operation import CheckpointConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import derive
+from pipeline.distributed.layout import connect
+from pipeline.distributed.ranks import ranks_from_environment
+from tests.support.layouts import BATCH, SEQ_LEN, VOCAB, batches, rank_batches, reset_parallel_state
+
+History = list[tuple[float, float]]
+
+
+class Run:
+    """An engine and its checkpointer; ends with `close`, so that one process can hold several layouts in turn."""
+
+    def __init__(self, cfg: PretrainConfig, folder: Path, *, attachments: dict[str, Path] | None = None) -> None:
+        from pipeline.engine.engine import Engine
+
+        ranks, parallel = ranks_from_environment(), cfg.parallel
+        tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        self.layout = connect(ranks, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+        self.cfg, self.shape = cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
+        self.engine = Engine(cfg, self.shape, self.layout)
+        self.checkpointer = Checkpointer(cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments)
+        self.steps = batches()
+
+    def train(self, first: int, last: int) -> History:
+        """[(loss, gradient norm)] of steps first .. last - 1."""
+        history = []
+        for step in range(first, last):
+            mine = rank_batches(self.steps[step], self.shape, self.layout)
+            result = self.engine.train_step(mine, step=step)
+            history.append((float(result.loss), float(result.grad_norm)))
+        return history
+
+    def save(self, step: int) -> None:
+        """Start writing a checkpoint."""
+        record = {"state": {"step": step, "tokens_seen": step * BATCH * SEQ_LEN}, "config": to_dict(self.cfg)}
+        self.checkpointer.save(self.engine, step=step, record=record)
+
+    def close(self) -> None:
+        """Make room for the next layout."""
+        self.checkpointer.wait()
+        reset_parallel_state()
+
+
+def train_and_save(cfg: PretrainConfig, folder: Path, save_at: list[int], last: int, **kwargs: Any) -> History:
+    """Train from the start to `last`, saving at some steps. Collective."""
+    run, history, done = Run(cfg, folder, **kwargs), [], 0
+    for step in save_at:
+        history += run.train(done, step)
+        run.save(step)
+        done = step
+    history += run.train(done, last)
+    run.close()
+    return history
+
+
+def resume(cfg: PretrainConfig, folder: Path, last: int, *, save_to: Path | None = None) -> History:
+    """Restore the newest checkpoint and train on to `last`; save what was restored once more, elsewhere. Collective."""
+    run = Run(cfg, folder)
+    record = run.checkpointer.restore(run.engine)
+    assert record is not None
+    if save_to is not None:
+        again = Checkpointer(CheckpointConfig(), folder=save_to, layout=run.layout)
+        again.save(run.engine, step=record["step"], record={key: record[key] for key in ("state", "config")})
+        assert again.wait()
+    history = run.train(record["step"], last)
+    run.close()
+    return history

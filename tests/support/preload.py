@@ -1,0 +1,15 @@
+"""What the fork server of tests/support/ranks.py imports once; kept free of process groups and threads."""
+
+import os
+import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from pipeline.distributed import megatron_on_cpu
+
+    megatron_on_cpu.install()
+    import deepspeed  # noqa: F401
+    import deepspeed.pipe  # noqa: F401

@@ -1,0 +1,90 @@
+"""run_on_ranks: run a function on N gloo ranks, forked from a server that has torch and the libraries loaded.
+
+Importing torch, DeepSpeed and megatron-core takes seconds of CPU; the fork server pays it once a test session, so a
+four-rank test costs what it computes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
+
+
+def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """[fn(*args) on rank r for r in range(world_size)], each rank in a process of its own under one gloo group.
+
+    Args:
+        fn: a module-level function; its result must pickle.
+        timeout_s: ranks that run longer are killed and the test fails.
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), died, or ran out of time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        processes = [
+            context.Process(target=_rank_main, args=(fn, rank, world_size, folder, args, queue), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = _collect(queue, processes, world_size, timeout_s)
+        finally:
+            for process in processes:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _collect(queue: Any, processes: list, world_size: int, timeout_s: float) -> dict[int, Any]:
+    import queue as queue_module
+    import time
+
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < world_size:
+        try:
+            rank, error, value = queue.get(timeout=1.0)
+        except queue_module.Empty:
+            dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results and p.exitcode != 0]
+            assert not dead, f"ranks {dead} died with exit codes {[processes[r].exitcode for r in dead]}"
+            assert time.monotonic() < deadline, (
+                f"ranks {sorted(set(range(world_size)) - set(results))} ran over {timeout_s} s"
+            )
+            continue
+        assert error is None, f"rank {rank} raised:\n{error}"
+        results[rank] = value
+    return results
+
+
+def _rank_main(fn: Callable, rank: int, world_size: int, folder: str, args: tuple, queue: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        value = fn(*args)
+        if dist.is_initialized():  # a whole training run tears its groups down itself
+            dist.barrier()
+        queue.put((rank, None, value))
+    except BaseException:
+        queue.put((rank, traceback.format_exc(), None))
+    finally:
+        queue.close()
+        queue.join_thread()
+        os._exit(0)  # no atexit handlers of libraries, no waiting for peers that failed

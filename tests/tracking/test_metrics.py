@@ -1,0 +1,246 @@
+"""metrics.jsonl, the console line, and a W&B that may fail in every way without stopping a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.config.choices import WandbMode
+from pipeline.config.operation import TrackingConfig
+from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.log import logger
+from pipeline.tracking import metrics, wandb_run
+from pipeline.tracking.metrics import Metrics
+
+
+@dataclasses.dataclass
+class State:
+    step: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    restarts: int = 0
+
+
+RUN = RunShape(
+    world_size=2,
+    tensor_parallel_size=2,
+    pipeline_parallel_size=1,
+    data_parallel_size=1,
+    micro_batch_size=1,
+    global_batch_size=4,
+    seq_len=8,
+    vocab_size=256,
+    padded_vocab_size=256,
+    total_steps=20,
+    total_tokens=640,
+    warmup_steps=0,
+    ramp=((20, StepShape(4, 8, 4, 4)),),
+)
+
+
+def make(run_dir: Path, *, is_main: bool = True, **tracking: object) -> Metrics:
+    cfg = TrackingConfig(**{"wandb": WandbMode.disabled, "log_every": 5, **tracking})
+    return Metrics(
+        cfg, run_dir=run_dir, config={"seed": 1}, shape=RUN, flops_per_token=1e6, is_main=is_main, facts={"dataset": "abc"}
+    )
+
+
+def train(tracker: Metrics, state: State, num_steps: int, *, step_s: float = 0.0) -> None:
+    for _ in range(num_steps):
+        time.sleep(step_s)
+        state.step += 1
+        state.tokens_seen += 32
+        result = SimpleNamespace(loss=torch.tensor(1 / state.step), grad_norm=torch.tensor(2.0), lr=1e-3)
+        tracker.record(state, result, data_wait_ms=2.0)
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_logged_steps_are_the_first_the_multiples_and_the_last(tmp_path):
+    """Other steps must not read scalars: reading waits for the device."""
+    tracker = make(tmp_path, log_every=6)
+    train(tracker, State(), 20)
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)[1:]] == [1, 6, 12, 18, 20]
+
+
+def test_a_logged_step_carries_the_documented_names(tmp_path):
+    """Report, dashboards and alerts find values by these names."""
+    tracker = make(tmp_path, peak_tflops=1.0)
+    train(tracker, State(restarts=3), 5)
+    tracker.close()
+    start, _, last = rows(tmp_path)
+    assert start["event"] == "start"
+    assert start["facts"]["dataset"] == "abc"
+    assert {"git_commit", "versions", "host", "device"} <= set(start["facts"])
+    assert last["train/loss"] == pytest.approx(0.2)
+    assert last["train/tokens"] == last["tokens"] == 160
+    assert last["throughput/data_wait_ms"] == 2.0
+    assert last["resilience/restarts"] == 3
+    per_device = last["throughput/tokens_per_sec_per_device"]
+    assert per_device == pytest.approx(last["throughput/tokens_per_sec"] / 2)
+    assert last["throughput/mfu"] == pytest.approx(per_device * 1e6 / 1e12)
+    assert last["memory/peak_gib"] > 0
+
+
+def test_throughput_is_tokens_over_the_time_of_steps_alone(tmp_path):
+    """An evaluation or checkpoint between steps is not training time."""
+    tracker, state = make(tmp_path), State()
+    train(tracker, state, 1)
+    train(tracker, state, 2, step_s=0.05)
+    time.sleep(0.5)
+    tracker.restart_clock()
+    train(tracker, state, 2, step_s=0.05)
+    tracker.close()
+    assert 0.2 <= 4 * rows(tmp_path)[-1]["throughput/step_ms"] / 1e3 < 0.5
+
+
+def test_unknown_peak_gives_no_mfu(tmp_path):
+    """A number made up for a device we do not know would be worse than none."""
+    tracker = make(tmp_path)
+    tracker.peak_tflops = None
+    train(tracker, State(), 1)
+    tracker.close()
+    assert rows(tmp_path)[-1]["throughput/mfu"] is None
+
+
+def test_nan_loss_is_written_as_valid_json(tmp_path):
+    """json has no NaN; a reader must not fail on the step that matters most."""
+    tracker, state = make(tmp_path), State(step=1, tokens_seen=32)
+    tracker.record(state, SimpleNamespace(loss=torch.tensor(float("nan")), grad_norm=float("inf"), lr=0.0))
+    tracker.close()
+    assert rows(tmp_path)[-1]["train/loss"] is None
+
+
+def test_evaluations_events_and_extra_values_are_recorded(tmp_path):
+    """Everything that is shown is in metrics.jsonl too."""
+    tracker, state = make(tmp_path), State(step=7, tokens_seen=224)
+    tracker.record_eval(state, {"wiki": SimpleNamespace(loss=2.0, ppl=7.4, bits_per_byte=0.9, tokens=10)})
+    tracker.event(state, {"resilience/checkpoint_stall_ms": 12.5})
+    result = SimpleNamespace(loss=torch.tensor(1.0), grad_norm=1.0, lr=0.0)
+    tracker.record(state, result, extra={"moe/aux_loss": torch.tensor(0.5)})
+    tracker.close()
+    evaluation, event, step = rows(tmp_path)[1:]
+    assert (evaluation["val/wiki/loss"], evaluation["val/wiki/ppl"], evaluation["val/wiki/bits_per_byte"]) == (2, 7.4, 0.9)
+    assert event["resilience/checkpoint_stall_ms"] == 12.5
+    assert step["moe/aux_loss"] == 0.5
+
+
+def test_a_restart_appends_after_a_half_written_line(tmp_path):
+    """kill -9 may cut a line; the next one must not be glued to it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+    tracker = make(tmp_path)
+    tracker.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[1] == '{"ste'
+    assert json.loads(lines[2])["event"] == "start"
+
+
+def test_only_the_main_rank_writes(tmp_path):
+    """Thousands of ranks share the run folder."""
+    tracker = make(tmp_path, is_main=False)
+    train(tracker, State(), 5)
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_console_line_names_what_metrics_jsonl_names(tmp_path, monkeypatch, caplog):
+    """One line a logged step, readable without a dashboard."""
+    monkeypatch.setattr(logger, "propagate", True)
+    tracker = make(tmp_path)
+    with caplog.at_level(logging.INFO, logger="pretrain"):
+        train(tracker, State(), 1)
+    tracker.close()
+    line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("step 1/20"))
+    for name in ("loss 1.0000", "lr 1.00e-03", "grad_norm 2.000", "tokens/s", "tokens_seen 32", "eta"):
+        assert name in line
+
+
+def test_wandb_offline_keeps_one_id_over_restarts(tmp_path):
+    """A requeued job goes on in the same W&B run."""
+    for restart in range(2):
+        tracker = make(tmp_path, wandb=WandbMode.offline)
+        train(tracker, State(restarts=restart), 5)
+        tracker.close()
+        assert not tracker._wandb._broken.is_set()
+    identity = (tmp_path / "wandb-id").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert files
+    assert {file.name for file in files} == {f"run-{identity}.wandb"}
+
+
+def test_wandb_that_raises_is_given_up_and_training_goes_on(tmp_path, monkeypatch):
+    """A W&B failure never stops training."""
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    tracker = make(tmp_path, wandb=WandbMode.online)
+    train(tracker, State(), 20)
+    tracker.close()
+    assert tracker._wandb._broken.is_set()
+    assert rows(tmp_path)[-1]["step"] == 20
+
+
+def test_wandb_that_hangs_costs_no_step_and_a_bounded_end(tmp_path, monkeypatch):
+    """An init that never returns must hold neither the loop nor the end of the job."""
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: time.sleep(60))
+    monkeypatch.setattr(wandb_run, "WANDB_CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(wandb_run, "WANDB_QUEUE", 2)
+    began = time.monotonic()
+    tracker = make(tmp_path, wandb=WandbMode.online)
+    train(tracker, State(), 20)
+    tracker.close()
+    assert time.monotonic() - began < 5
+    assert tracker._wandb._broken.is_set()
+
+
+@pytest.mark.slow
+def test_wandb_server_that_accepts_and_never_answers(tmp_path):
+    """The real client against a dead server: the process ends by itself with the run's own exit code."""
+    script = (
+        "from pathlib import Path; from pipeline.tracking import wandb_run; from pipeline.config.choices import WandbMode;"
+        "from tests.tracking.test_metrics import make, train, State;"
+        "wandb_run.WANDB_INIT_TIMEOUT_S = 3.0; wandb_run.WANDB_CLOSE_TIMEOUT_S = 1.0;"
+        f"t = make(Path({str(tmp_path)!r}), wandb=WandbMode.online); train(t, State(), 20); t.close(); print('done')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+        }
+        root = Path(metrics.__file__).parents[2]
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "done")
+    assert rows(tmp_path)[-1]["step"] == 20
+
+
+def test_wandb_is_online_only_with_a_key_or_by_request(monkeypatch):
+    """A machine without a key must not ask for one."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert wandb_run._wandb_mode(WandbMode.auto) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_run._wandb_mode(WandbMode.auto) == "online"
+    assert wandb_run._wandb_mode(WandbMode.offline) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_run._wandb_mode(WandbMode.auto) == "offline"
