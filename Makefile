@@ -21,6 +21,7 @@ test-all: .venv/dev
 
 check: .venv/dev
 	.venv/bin/ruff check
+	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
 bench: .venv/dev

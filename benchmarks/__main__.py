@@ -23,9 +23,7 @@ BENCHMARKS = {
     "checkpoint": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }
-TITLE = (
-    "# Benchmarks\n\nRatios compare contenders of one run; absolute numbers belong to the machine named with them.\n"
-)
+TITLE = "# Benchmarks\n\nRatios compare contenders of one run; absolute numbers belong to the machine named with them.\n"
 
 
 def hardware() -> str:
@@ -47,17 +45,24 @@ def main(names: list[str]) -> int:
     """Exit code 1 when a benchmark failed; its section then says so."""
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
-        print(f"error: no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}.", file=sys.stderr)
+        print(
+            f"error: no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}.",
+            file=sys.stderr,
+        )
         return 2
     kept, failed = sections(), False
     for name in names or BENCHMARKS:
         print(f"== {name}", flush=True)
         # As a module: run as a file, its folder would be first on the path, where tokenize.py is not the library's.
         command = ["python", "-m", f"benchmarks.{name}", *BENCHMARKS[name]]
-        done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        done = subprocess.run(
+            [sys.executable, *command[1:]], stdout=subprocess.PIPE, text=True, cwd=HERE.parent
+        )
         failed |= done.returncode != 0
         print(done.stdout, flush=True)
-        verdict = "" if done.returncode == 0 else f"\nThis run failed with exit code {done.returncode}.\n"
+        verdict = (
+            "" if done.returncode == 0 else f"\nThis run failed with exit code {done.returncode}.\n"
+        )
         text = done.stdout.strip()
         if "|---" not in text:  # a table in columns
             text = f"```\n{text}\n```"

@@ -87,7 +87,9 @@ def contender(name: str, layers: int, folder: Path) -> None:
             from pipeline.checkpoint.checkpointer import Checkpointer
 
             engine.cfg.checkpoint.keep_last = 1
-            checkpointer = Checkpointer(engine.cfg.checkpoint, folder=folder / name / "run", layout=engine.layout)
+            checkpointer = Checkpointer(
+                engine.cfg.checkpoint, folder=folder / name / "run", layout=engine.layout
+            )
         found = _round(name, engine, checkpointer, path, number + 1)
         found |= {"extra": peak_bytes() - base, "bytes": _size(folder / name)}
         if name != "ours":
@@ -132,10 +134,16 @@ def _size(folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="12.6M parameters each, and 32.8M in the embedding")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=8, help="12.6M parameters each, and 32.8M in the embedding"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; default: a temporary folder"
+    )
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,7 +169,9 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str
     ]
     lines = "".join(f"{number}\n" for number in range(arguments.rounds + 1))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, input=lines, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, input=lines, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     shutil.rmtree(folder / name, ignore_errors=True)
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
 
@@ -169,17 +179,25 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str
 def _print(results: dict[str, list[dict[str, float]]], layers: int) -> None:
     count = (layers * 12 * WIDTH**2 + VOCAB * WIDTH) / 1e6
     rounds = len(next(iter(results.values()))) - 1
-    print(f"about {count:.0f}M parameters, {count * 12 / 1e3:.2f} GB of state; medians of {rounds} rounds")
-    print(f"{'':12}{'stall s':>9}{'first s':>9}{'save s':>9}{'load s':>9}{'GB':>8}{'extra GiB':>11}")
+    print(
+        f"about {count:.0f}M parameters, {count * 12 / 1e3:.2f} GB of state; medians of {rounds} rounds"
+    )
+    print(
+        f"{'':12}{'stall s':>9}{'first s':>9}{'save s':>9}{'load s':>9}{'GB':>8}{'extra GiB':>11}"
+    )
     for name, found in results.items():
-        median = {key: statistics.median(r[key] for r in found[1:]) for key in ("stall", "save", "load")}
+        median = {
+            key: statistics.median(r[key] for r in found[1:]) for key in ("stall", "save", "load")
+        }
         first, last = found[0], found[-1]
         print(
             f"{name:12}{median['stall']:9.2f}{first['stall']:9.2f}{median['save']:9.2f}{median['load']:9.2f}"
             f"{last['bytes'] / 1e9:8.2f}{last['extra'] / 2**30:11.2f}"
         )
     if {"ours", "torch.save"} <= results.keys():
-        stall, whole = (statistics.median(r["stall"] for r in results[n][1:]) for n in ("ours", "torch.save"))
+        stall, whole = (
+            statistics.median(r["stall"] for r in results[n][1:]) for n in ("ours", "torch.save")
+        )
         print(f"our stall is {stall / whole:.1%} of torch.save")
 
 

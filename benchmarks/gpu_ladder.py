@@ -103,7 +103,9 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
         loss = step(number)
     wait()
     tokens_per_s = steps * shape.at(0).tokens / (time.perf_counter() - start)
-    achieved = tokens_per_s * flops_per_token(cfg.model, vocab_size=shape.vocab_size, seq_len=rung.seq_len)
+    achieved = tokens_per_s * flops_per_token(
+        cfg.model, vocab_size=shape.vocab_size, seq_len=rung.seq_len
+    )
     on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
@@ -135,7 +137,9 @@ def gemm_tflops(device: Any, size: int) -> float:
 
 def main() -> None:
     """Print a Markdown table, a row a rung."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["125m", "350m", "1.3b", "7b"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
@@ -144,12 +148,25 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.steps, options.compile)))
         return
-    print("| rung | parameters | tokens/s | TFLOP/s | MFU of datasheet | of measured GEMM | peak GiB | device |")
+    print(
+        "| rung | parameters | tokens/s | TFLOP/s | MFU of datasheet | of measured GEMM | peak GiB | device |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     failed = False
     for name in options.rungs:
-        command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--steps", str(options.steps)]
-        done = subprocess.run(command + ["--compile"] * options.compile, capture_output=True, text=True, cwd=ROOT)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--one",
+            name,
+            "--steps",
+            str(options.steps),
+        ]
+        done = subprocess.run(
+            command + ["--compile"] * options.compile, capture_output=True, text=True, cwd=ROOT
+        )
         if done.returncode:
             print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * 6)
             failed = True

@@ -49,7 +49,10 @@ def prepare(folder: Path) -> None:
 
     rng = np.random.default_rng(0)
     shards = [rng.integers(1, VOCAB, SHARD_TOKENS, dtype=np.uint16) for _ in range(NUM_SHARDS)]
-    starts = [np.unique(rng.integers(0, SHARD_TOKENS, SHARD_TOKENS // MEAN_DOCUMENT)) for _ in range(NUM_SHARDS)]
+    starts = [
+        np.unique(rng.integers(0, SHARD_TOKENS, SHARD_TOKENS // MEAN_DOCUMENT))
+        for _ in range(NUM_SHARDS)
+    ]
     write_dataset(folder / "ours", shards, starts=starts, block_tokens=1 << 20, vocab_size=VOCAB)
     many_shards(folder, "ours-10k", 10_000)
     many_shards(folder, "ours-300k", 300_000, repeat=8)  # 10 trillion tokens
@@ -76,7 +79,9 @@ def many_shards(folder: Path, name: str, count: int, repeat: int = 1) -> None:
         manifest[key] *= count // NUM_SHARDS
     manifest["tokens"] *= repeat
     # As data_prep/tokens/dataset_writer.py writes it: a row on a line.
-    (target / "manifest.json").write_text(json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n')
+    (target / "manifest.json").write_text(
+        json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
+    )
 
 
 def prepare_gptdataset(folder: Path, shards: list[np.ndarray], starts: list[np.ndarray]) -> None:
@@ -103,7 +108,10 @@ def prepare_streaming(folder: Path, shards: list[np.ndarray]) -> None:
 
 def has_streaming() -> bool:
     """Whether mosaicml-streaming imports here."""
-    return subprocess.run([sys.executable, "-c", "import streaming"], capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", "import streaming"], capture_output=True).returncode
+        == 0
+    )
 
 
 # ---- contenders: (folder, start) -> micro-batches; start is the share of an epoch that was read before --------------
@@ -120,13 +128,23 @@ def ours(folder: Path, start: float, *, masks: bool = False, name: str = "ours")
     from pipeline.config.training import TrainingConfig
     from pipeline.data.loader import Loader
 
-    data = DataConfig(train=[DatasetConfig(path=str(folder / name))], mask_documents=masks, reset_positions=masks)
-    model = ModelConfig(name="b", num_layers=1, hidden_size=64, num_attention_heads=1, max_seq_len=SEQ_LEN)
-    training = TrainingConfig(total_steps=10**6, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH)
-    shape = derive(
-        PretrainConfig(name="b", model=model, training=training, data=data), world_size=1, tokenizer_vocab_size=VOCAB
+    data = DataConfig(
+        train=[DatasetConfig(path=str(folder / name))], mask_documents=masks, reset_positions=masks
     )
-    loader = Loader(data, shape=shape, seed=1, data_rank=0, device=torch.device("cpu"), cache_dir=folder)
+    model = ModelConfig(
+        name="b", num_layers=1, hidden_size=64, num_attention_heads=1, max_seq_len=SEQ_LEN
+    )
+    training = TrainingConfig(
+        total_steps=10**6, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH
+    )
+    shape = derive(
+        PretrainConfig(name="b", model=model, training=training, data=data),
+        world_size=1,
+        tokenizer_vocab_size=VOCAB,
+    )
+    loader = Loader(
+        data, shape=shape, seed=1, data_rank=0, device=torch.device("cpu"), cache_dir=folder
+    )
     if start:
         loader.skip_samples(int(start * loader.sampler.orders[0].epoch_size))
         loader.restore(loader.state())
@@ -174,10 +192,14 @@ def memmap(folder: Path, start: float) -> Batches:
 
     torch.manual_seed(int(start * 1000))
     while True:
-        data = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")  # anew each time, against a leak in numpy
+        data = np.memmap(
+            folder / "tokens.bin", dtype=np.uint16, mode="r"
+        )  # anew each time, against a leak in numpy
         places = torch.randint(len(data) - SEQ_LEN, (MICRO_BATCH,))
         x = torch.stack([torch.from_numpy(data[i : i + SEQ_LEN].astype(np.int64)) for i in places])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64)) for i in places])
+        y = torch.stack(
+            [torch.from_numpy(data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64)) for i in places]
+        )
         yield x, y
 
 
@@ -198,7 +220,9 @@ def gptdataset(folder: Path, start: float) -> Batches:
     indexed = IndexedDataset(str(folder / "megatron"), mmap=True)
     epoch = NUM_SHARDS * SHARD_TOKENS // SEQ_LEN
     documents = np.arange(indexed.document_indices.shape[0] - 1, dtype=np.int32)
-    data = GPTDataset(indexed, str(folder / "megatron"), documents, epoch * 3 // 2, Split.train, config)
+    data = GPTDataset(
+        indexed, str(folder / "megatron"), documents, epoch * 3 // 2, Split.train, config
+    )
     at = int(start * epoch)
     while True:
         yield default_collate([data[(at + i) % len(data)] for i in range(MICRO_BATCH)])
@@ -241,7 +265,12 @@ def scale(folder: Path) -> dict[str, float]:
     sampler.addresses(sampler.advance(half, GLOBAL_BATCH)[0])
     resume = time.perf_counter() - began
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return {"setup": setup * 1e3, "resume": resume * 1e3, "peak_mib": peak, "tokens": float(datasets[0].manifest.tokens)}
+    return {
+        "setup": setup * 1e3,
+        "resume": resume * 1e3,
+        "peak_mib": peak,
+        "tokens": float(datasets[0].manifest.tokens),
+    }
 
 
 def contender(name: str) -> Callable[..., Batches]:
@@ -250,9 +279,13 @@ def contender(name: str) -> Callable[..., Batches]:
         return lambda folder, start: ours(folder, start, masks=True)
     if name == "ours-10k":
         return lambda folder, start: ours(folder, start, name="ours-10k")
-    return {"ours": ours, "webdataset": webdataset, "memmap": memmap, "gptdataset": gptdataset, "streaming": streaming}[
-        name
-    ]
+    return {
+        "ours": ours,
+        "webdataset": webdataset,
+        "memmap": memmap,
+        "gptdataset": gptdataset,
+        "streaming": streaming,
+    }[name]
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -299,9 +332,13 @@ def quiet() -> Any:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpu-s", type=float, default=1.5, help="CPU seconds a contender reads in each round")
+    parser.add_argument(
+        "--cpu-s", type=float, default=1.5, help="CPU seconds a contender reads in each round"
+    )
     parser.add_argument("--contenders", nargs="*", default=CONTENDERS)
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -317,14 +354,22 @@ def main() -> None:
             for name in names:
                 rounds[name].append(in_process(name, folder, args.cpu_s))
         large = [in_process("scale", folder, 0.0) for _ in range(args.rounds)]
-    print(f"{NUM_SHARDS} shards x {SHARD_TOKENS >> 20} Mi tokens, seq_len {SEQ_LEN}, micro-batch {MICRO_BATCH},")
-    print(f"median of {args.rounds} rounds (lowest-highest); load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n")
+    print(
+        f"{NUM_SHARDS} shards x {SHARD_TOKENS >> 20} Mi tokens, seq_len {SEQ_LEN}, micro-batch {MICRO_BATCH},"
+    )
+    print(
+        f"median of {args.rounds} rounds (lowest-highest); load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n"
+    )
     print("| contender | Mtok per CPU s | Mtok/s wall | ours is | start-up ms | resume ms |")
     print("|---|---|---|---|---|---|")
     for name, found in rounds.items():
         middle = {key: statistics.median(r[key] for r in found) for key in found[0]}
-        spread = f"({min(r['cpu_rate'] for r in found):.0f}-{max(r['cpu_rate'] for r in found):.0f})"
-        ratio = statistics.median(o["cpu_rate"] / r["cpu_rate"] for o, r in zip(rounds["ours"], found))
+        spread = (
+            f"({min(r['cpu_rate'] for r in found):.0f}-{max(r['cpu_rate'] for r in found):.0f})"
+        )
+        ratio = statistics.median(
+            o["cpu_rate"] / r["cpu_rate"] for o, r in zip(rounds["ours"], found)
+        )
         print(
             f"| {name} | {middle['cpu_rate']:.1f} {spread} | {middle['wall_rate']:.1f} | {ratio:.1f}x | "
             f"{middle['startup']:.1f} | {middle['resume']:.1f} |"
@@ -338,7 +383,16 @@ def main() -> None:
 
 def in_process(name: str, folder: str, cpu_s: float) -> dict[str, float]:
     """measure() in a process of its own, with one thread a library."""
-    command = [sys.executable, "-m", "benchmarks.loader", "--cpu-s", str(cpu_s), "--one", name, folder]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.loader",
+        "--cpu-s",
+        str(cpu_s),
+        "--one",
+        name,
+        folder,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -15,7 +15,9 @@ import sys
 
 # This file's name is the standard library's too; see data_prep/tokenize.py.
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:] = [ROOT] + [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))]
+sys.path[:] = [ROOT] + [
+    p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))
+]
 
 import gzip  # noqa: E402
 import hashlib  # noqa: E402
@@ -84,10 +86,16 @@ def main(cfg: BenchConfig) -> None:
     tokenizer = work / f"tokenizer-{cfg.vocab_size}.json"
     if not tokenizer.exists():
         words = [f"input={work}/small.jsonl", f"output={tokenizer}", f"vocab_size={cfg.vocab_size}"]
-        subprocess.run([sys.executable, "-m", "data_prep.train_tokenizer", *words], cwd=ROOT, check=True)
-    engines = [e for e in commands(cfg, work, "x", tokenizer) if not cfg.only or e in cfg.only.split(",")]
+        subprocess.run(
+            [sys.executable, "-m", "data_prep.train_tokenizer", *words], cwd=ROOT, check=True
+        )
+    engines = [
+        e for e in commands(cfg, work, "x", tokenizer) if not cfg.only or e in cfg.only.split(",")
+    ]
     if not engines:
-        raise ConfigError(f"only={cfg.only} names none of: {', '.join(commands(cfg, work, 'x', tokenizer))}.")
+        raise ConfigError(
+            f"only={cfg.only} names none of: {', '.join(commands(cfg, work, 'x', tokenizer))}."
+        )
     best: dict[tuple[str, str], tuple[float, float, float]] = {}
     for _ in range(cfg.rounds):
         for engine in engines:  # alternating, so that a busy minute does not hit one engine alone
@@ -109,7 +117,9 @@ def one_document(cfg: BenchConfig, work: Path, tokenizer: Path) -> None:
     with (work / "many.jsonl").open() as file:
         text = "".join(json.loads(line)["text"] for line in file)
     (work / "one.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    size = (len(text.encode()) - json.loads((work / "tiny.facts.json").read_text())["text_mb"] * 1e6) / 1e6
+    size = (
+        len(text.encode()) - json.loads((work / "tiny.facts.json").read_text())["text_mb"] * 1e6
+    ) / 1e6
     seconds: dict[str, float] = {}
     for _ in range(cfg.rounds):
         for name in ("tiny", "many", "one"):
@@ -131,12 +141,25 @@ def lines_of(work: Path, name: str) -> int:
 
 def report(cfg: BenchConfig, work: Path, engines: list[str], best: dict, tokenizer: Path) -> None:
     """Print one row an engine."""
-    facts = {name: json.loads((work / f"{name}.facts.json").read_text()) for name in ("large", "small", "tiny")}
+    facts = {
+        name: json.loads((work / f"{name}.facts.json").read_text())
+        for name in ("large", "small", "tiny")
+    }
     from pipeline.data.tokenizer import Tokenizer
 
     ratio = tokens_per_byte(work / "tiny.jsonl", Tokenizer.from_file(tokenizer))
-    print(f"{facts['large']['text_mb']:.0f} MB of text, {facts['large']['documents']} documents, {cfg.workers} workers")
-    heads = ("on", 8), ("wall s", 9), ("MB/s", 8), ("marginal", 10), ("Mtok/s", 8), ("CPU s", 8), ("CPU marg.", 11)
+    print(
+        f"{facts['large']['text_mb']:.0f} MB of text, {facts['large']['documents']} documents, {cfg.workers} workers"
+    )
+    heads = (
+        ("on", 8),
+        ("wall s", 9),
+        ("MB/s", 8),
+        ("marginal", 10),
+        ("Mtok/s", 8),
+        ("CPU s", 8),
+        ("CPU marg.", 11),
+    )
     heads += ("peak MB", 9), ("on small", 10)
     print(f"{'engine':<14}" + "".join(f"{head:>{width}}" for head, width in heads))
     for engine in engines:
@@ -144,7 +167,8 @@ def report(cfg: BenchConfig, work: Path, engines: list[str], best: dict, tokeniz
         seconds, cpu, peak = best[engine, high]
         size, less = facts[high]["text_mb"], facts[low]["text_mb"]
         marginal, cpu_marginal = (
-            (size - less) / max(now - before, 1e-9) for now, before in zip((seconds, cpu), best[engine, low])
+            (size - less) / max(now - before, 1e-9)
+            for now, before in zip((seconds, cpu), best[engine, low])
         )
         print(
             f"{engine:<14}{size:>5.0f} MB{seconds:>9.2f}{size / seconds:>8.1f}{marginal:>10.1f}"
@@ -157,7 +181,13 @@ def commands(cfg: BenchConfig, work: Path, size: str, tokenizer: Path) -> dict[s
     source, out, python = f"{work}/{size}.jsonl", f"{work}/out", sys.executable
     ours = [python, "data_prep/tokenize.py", f"input={source}", f"output={out}/ours", f"tokenizer={tokenizer}",
             f"workers={cfg.workers}"]  # fmt: skip
-    peer = [python, "benchmarks/tokenize.py", f"work={work}", f"workers={cfg.workers}", f"vocab_size={cfg.vocab_size}"]
+    peer = [
+        python,
+        "benchmarks/tokenize.py",
+        f"work={work}",
+        f"workers={cfg.workers}",
+        f"vocab_size={cfg.vocab_size}",
+    ]
     table = {
         "ours": ours,
         "ours_tiktoken": [*ours, "encoder=tiktoken"],
@@ -174,7 +204,12 @@ def commands(cfg: BenchConfig, work: Path, size: str, tokenizer: Path) -> dict[s
         common = ["--input", source, "--output-prefix", f"{out}/megatron", "--tokenizer-type", "HuggingFaceTokenizer",
                   "--tokenizer-model", str(tokenizer.parent), "--append-eod", "--workers", str(cfg.workers)]  # fmt: skip
         table["megatron"] = [python, f"{cfg.megatron}/tools/preprocess_data.py", *common]
-        table["megatron_fast"] = [python, f"{cfg.megatron}/tools/preprocess_data_fast.py", *common, "--use-gigatoken"]
+        table["megatron_fast"] = [
+            python,
+            f"{cfg.megatron}/tools/preprocess_data_fast.py",
+            *common,
+            "--use-gigatoken",
+        ]
     return table
 
 
@@ -222,7 +257,9 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT})
+        process = psutil.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT}
+        )
         peak, finished, cpu = 0.0, None, {}
         while finished is None:
             try:
@@ -234,7 +271,9 @@ def measure(command: list[str]) -> tuple[float, float, float]:
         seconds = time.perf_counter() - start
         if finished:
             log.seek(0)
-            raise DataError(f"{' '.join(command)} ended with {finished}:\n{log.read().decode()[-2000:]}")
+            raise DataError(
+                f"{' '.join(command)} ended with {finished}:\n{log.read().decode()[-2000:]}"
+            )
     return seconds, sum(cpu.values()), peak
 
 
@@ -270,14 +309,19 @@ def make_corpus(work: Path, name: str, size_mb: int, *, parts: int) -> None:
     for file in split:
         file.close()
     if text_bytes < 0.9 * size_mb * 1e6:
-        print(f"only {text_bytes / 1e6:.0f} MB of text were found on this machine, {size_mb} wanted", file=sys.stderr)
+        print(
+            f"only {text_bytes / 1e6:.0f} MB of text were found on this machine, {size_mb} wanted",
+            file=sys.stderr,
+        )
     facts.write_text(json.dumps(wanted | {"text_mb": text_bytes / 1e6, "documents": lines}))
 
 
 def real_texts() -> Iterator[str]:
     """Texts of this machine, none twice: the standard library, installed packages, documentation, man pages."""
     paths = sysconfig.get_paths()
-    folders = dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/share/man", "/usr/share/doc", "/usr/share"])
+    folders = dict.fromkeys(
+        [paths["stdlib"], paths["purelib"], "/usr/share/man", "/usr/share/doc", "/usr/share"]
+    )
     suffixes = {f".{s}" for s in "py txt md rst gz html h pyi c js json xml pl pm".split()}
     seen: set[bytes] = set()
     for folder in folders:

@@ -55,9 +55,14 @@ def eager_gpt(layers: int, width: int, heads: int, seq: int, vocab: int) -> Any:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             batch, size, _ = x.shape
             q, k, v = (
-                t.view(batch, size, heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, dim=2)
+                t.view(batch, size, heads, -1).transpose(1, 2)
+                for t in self.qkv(self.norm1(x)).split(width, dim=2)
             )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, size, width)
+            y = (
+                F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                .transpose(1, 2)
+                .reshape(batch, size, width)
+            )
             x = x + self.out(y)
             return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -65,7 +70,10 @@ def eager_gpt(layers: int, width: int, heads: int, seq: int, vocab: int) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.word, self.position = nn.Embedding(vocab, width), nn.Embedding(seq, width)
-            self.layers, self.norm = nn.ModuleList(Layer() for _ in range(layers)), nn.LayerNorm(width)
+            self.layers, self.norm = (
+                nn.ModuleList(Layer() for _ in range(layers)),
+                nn.LayerNorm(width),
+            )
 
         def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             x = self.word(tokens) + self.position.weight[: tokens.shape[1]]
@@ -111,7 +119,9 @@ def build(contender: str, shape: str, precision: str) -> Callable[[], float]:
 
     layers, width, heads, seq, batch, vocab = SHAPES[shape]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = torch.randint(0, vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(
+        0, vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if contender == "ours":
         return our_step(shape, precision, inputs, labels)
@@ -165,15 +175,26 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
     layers, width, heads, seq, batch, vocab = SHAPES[shape]
     cfg = PretrainConfig(
         name="benchmark",
-        model=ModelConfig(name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq),
+        model=ModelConfig(
+            name=shape,
+            num_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            max_seq_len=seq,
+        ),
         optimizer=OptimizerConfig(lr=LR, weight_decay=DECAY, clip_grad=CLIP),
         training=TrainingConfig(
-            total_steps=10**6, global_batch_size=batch, micro_batch_size=batch, precision=Precision[precision]
+            total_steps=10**6,
+            global_batch_size=batch,
+            micro_batch_size=batch,
+            precision=Precision[precision],
         ),
     )
     layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
     engine = Engine(cfg, derive(cfg, world_size=1, tokenizer_vocab_size=vocab), layout)
-    micro_batch: Any = SimpleNamespace(tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None)
+    micro_batch: Any = SimpleNamespace(
+        tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None
+    )
     number = iter(range(10**9))
     return lambda: float(engine.train_step([micro_batch], step=next(number)).loss)
 
@@ -183,7 +204,9 @@ def gemm_flops(precision: str) -> float:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device)
+    a = torch.randn(
+        2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device
+    )
     a @ a
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.5:
@@ -222,7 +245,9 @@ def worker(contender: str, shape: str, precision: str, threads: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def start(contender: str, shape: str, precision: str, threads: int, preload: str) -> subprocess.Popen | None:
+def start(
+    contender: str, shape: str, precision: str, threads: int, preload: str
+) -> subprocess.Popen | None:
     """A worker that has made its first steps, or None when it could not."""
     environment = {
         **os.environ,
@@ -245,7 +270,10 @@ def start(contender: str, shape: str, precision: str, threads: int, preload: str
     for line in process.stdout:
         if line.strip() == "ready":
             return process
-    print(f"{contender} at {shape} {precision} did not start:\n{process.stderr.read()[-1500:]}", file=sys.stderr)  # type: ignore[union-attr]
+    print(
+        f"{contender} at {shape} {precision} did not start:\n{process.stderr.read()[-1500:]}",
+        file=sys.stderr,
+    )  # type: ignore[union-attr]
     return None
 
 
@@ -266,12 +294,21 @@ def flops_of(shape: str) -> float:
     from pipeline.planning.flops import flops_per_token
 
     layers, width, heads, seq, _, vocab = SHAPES[shape]
-    model = ModelConfig(name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq)
+    model = ModelConfig(
+        name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq
+    )
     return flops_per_token(model, vocab_size=vocab, seq_len=seq)
 
 
 def compare(
-    shape: str, precision: str, names: list[str], *, rounds: int, seconds: float, threads: int, preload: str
+    shape: str,
+    precision: str,
+    names: list[str],
+    *,
+    rounds: int,
+    seconds: float,
+    threads: int,
+    preload: str,
 ) -> list[str]:
     """Rows of the table for one shape and precision."""
     processes = {name: start(name, shape, precision, threads, preload) for name in [*names, "gemm"]}
@@ -286,7 +323,9 @@ def compare(
     rows = []
     for name, answers in results.items():
         rate = statistics.median(a["tokens_per_s"] for a in answers)
-        ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(answers, results["eager"]))
+        ratio = statistics.median(
+            a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(answers, results["eager"])
+        )
         share = rate * flops_of(shape) / ceiling
         rows.append(
             f"| {shape} | {precision} | {name} | {rate:,.0f} | {ratio:.2f} | {share:.0%} | "
@@ -297,15 +336,24 @@ def compare(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one contender's round")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="length of one contender's round"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--allocator", choices=("auto", "default"), default="auto", help="auto: tcmalloc where it is found"
+        "--allocator",
+        choices=("auto", "default"),
+        default="auto",
+        help="auto: tcmalloc where it is found",
     )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -319,7 +367,9 @@ def main() -> None:
     print(
         f"threads {options.threads}, allocator {preload or 'default'}, {options.rounds} rounds of {options.seconds} s\n"
     )
-    print("| shape | precision | contender | tokens/s | ratio to eager | share of matmul ceiling | peak MiB |")
+    print(
+        "| shape | precision | contender | tokens/s | ratio to eager | share of matmul ceiling | peak MiB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for shape in options.shapes:
         for precision in options.precisions:

@@ -1,12 +1,13 @@
 """Keeps the good documents of a corpus and says why each other one went.
 
     python -m data_prep.clean input='web=crawl/*.jsonl.gz' output=clean clean=fineweb
-    python -m data_prep.clean input=src/ output=clean clean=code decontaminate.sets='[evals/*.jsonl]'
-    sbatch --array=0-63 launch/clean.slurm input=... output=...
+    python -m data_prep.clean input=src/ output=clean clean=code
+    decontaminate.sets='[evals/*.jsonl]' sbatch --array=0-63 launch/clean.slurm input=... output=...
 
-Recipes (clean=NAME) are conf/clean/NAME.yaml: fineweb, c4, gopher, code, dedup. The result is OUT/documents/<source>/,
-what went is in OUT/dropped/, counts by step and reason in OUT/report.json and report.png. Run again after a failure:
-only what is missing is done. docs/cleaning.md explains the steps.
+Recipes (clean=NAME) are conf/clean/NAME.yaml: fineweb, c4, gopher, code, dedup. The result is
+OUT/documents/<source>/, what went is in OUT/dropped/, counts by step and reason in OUT/report.json
+and report.png. Run again after a failure: only what is missing is done. docs/cleaning.md explains
+the steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from data_prep.cleaning.one_pass import Tally
 from data_prep.cleaning.recipes import Recipe, passes
 from data_prep.cleaning.report import table, write
 from data_prep.cleaning.stages import Plan, link_keys, link_units, name_repeats, run_pass
-from data_prep.jobs import JobConfig, close_job, marked, num_workers, open_job, read_markers, run_units, task_of
+from data_prep.jobs import (
+    JobConfig,
+    close_job,
+    marked,
+    num_workers,
+    open_job,
+    read_markers,
+    run_units,
+    task_of,
+)
 from data_prep.sources.inputs import InputConfig, Unit, find_units
 from pipeline import cli, log
 
@@ -40,8 +50,8 @@ class CleanConfig(Recipe, InputConfig, JobConfig):
     """Settings of data_prep.clean."""
 
     wait_s: float = 60
-    """How long a task that has done its share of a pass waits for the others, seconds, before it does what they lack:
-    they may be dead, or not started."""
+    """How long a task that has done its share of a pass waits for the others, seconds, before it
+    does what they lack: they may be dead, or not started."""
 
 
 def main(cfg: CleanConfig) -> None:
@@ -64,13 +74,16 @@ def main(cfg: CleanConfig) -> None:
             tally = _run(plan, units, cfg)
             write(plan.output, tally, recipe.steps, scratch=plan.work)
         close_job(plan.output)
-    except FileNotFoundError:  # another task was faster with the last pass, and has removed the work folder
+    except (
+        FileNotFoundError
+    ):  # another task was faster with the last pass, and has removed the work folder
         if not report.exists():
             raise
         close_job(plan.output)
     print(table(json.loads(report.read_bytes())))
     print(
-        f"{plan.output / 'documents'}: the documents that stayed; {plan.output / 'dropped'}: the others, with reasons."
+        f"{plan.output / 'documents'}: the documents that stayed; {plan.output / 'dropped'}: the "
+        "others, with reasons."
     )
 
 
@@ -90,11 +103,16 @@ def _run(plan: Plan, units: list[Unit], cfg: CleanConfig) -> Tally:
 
 
 def _stage(
-    plan: Plan, name: str, units: Sequence[Any], run: Callable[[Any], dict[str, Any]], cfg: CleanConfig
+    plan: Plan,
+    name: str,
+    units: Sequence[Any],
+    run: Callable[[Any], dict[str, Any]],
+    cfg: CleanConfig,
 ) -> list[dict[str, Any]]:
     """The result of each unit, done by this task, by others, or in an earlier run.
 
-    A unit that two tasks do is the same twice, so a task that waits in vain may do anything that is missing.
+    A unit that two tasks do is the same twice, so a task that waits in vain may do anything that is
+    missing.
     """
     work = plan.work / name.replace(" ", "-")
     is_complete = run_units(work, units, run, job=cfg, label=name)
@@ -102,7 +120,9 @@ def _stage(
     while not is_complete and time.monotonic() < until and not (plan.output / REPORT).exists():
         time.sleep(POLL_S)
         is_complete = len(marked(work)) == len(units)
-    draw = random.Random(task_of(cfg)[0])  # tasks that wait at the same time begin at different places
+    draw = random.Random(
+        task_of(cfg)[0]
+    )  # tasks that wait at the same time begin at different places
     stride = max(1, len(units) // num_workers(cfg))
     while not is_complete and (missing := sorted(set(range(len(units))) - marked(work))):
         few = replace(cfg, task=draw.choice(missing) % stride, num_tasks=stride)

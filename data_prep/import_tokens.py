@@ -1,15 +1,17 @@
 """Token files of other projects become our datasets, without tokenizing again.
 
     python -m data_prep.import_tokens input=my_text_document.bin output=OUT tokenizer=tokenizer.json
-    python -m data_prep.import_tokens 'input=web=a/*.bin,code=b/*.parquet' output=OUT tokenizer=T.json column=ids
+    python -m data_prep.import_tokens 'input=web=a/*.bin,code=b/*.parquet' output=OUT
+    tokenizer=T.json column=ids
 
     .bin with .idx      Megatron-LM (MMIDIDX, version 1)
     .bin                nanoGPT (uint16) or llm.c (its header); documents end, or begin, with end-of-document
     .parquet, .arrow    a column with a list of ids in each row, one row a document
 
-The tokenizer is the one that made the ids; an id that it does not have ends the job. A document that holds the
-end-of-document id inside is cut there, and empty ones are left out and counted. The result is that of tokenize.py:
-OUT/train, OUT/validation, the same bytes for any number of workers and tasks, and a killed job goes on.
+The tokenizer is the one that made the ids; an id that it does not have ends the job. A document
+that holds the end-of-document id inside is cut there, and empty ones are left out and counted. The
+result is that of tokenize.py: OUT/train, OUT/validation, the same bytes for any number of workers
+and tasks, and a killed job goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class ImportConfig(JobConfig):
     """Settings of data_prep.import_tokens."""
 
     input: str = MISSING
-    """Local files, folders or globs, separated by commas; `web=a/*.bin` labels its documents `web`."""
+    """Local files, folders or globs, separated by commas; `web=a/*.bin` labels its documents
+    `web`.
+    """
     tokenizer: str = MISSING
     """The tokenizer.json that made the ids, or the folder that holds it."""
     eod: str | None = None
@@ -53,7 +57,9 @@ class ImportConfig(JobConfig):
     column: str = "input_ids"
     """Column of .parquet and .arrow files with the ids."""
     validation_fraction: float = 0.005
-    """Share of the documents, chosen by hash of their ids, that goes to OUT/validation; 0: none is written."""
+    """Share of the documents, chosen by hash of their ids, that goes to OUT/validation; 0: none is
+    written.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,23 @@ def main(cfg: ImportConfig) -> None:
     """Do this task's share; the task that finds all units done makes the datasets.
 
     Raises:
-        PipelineError: a file is damaged or not of a known kind, or the ids do not belong to the tokenizer.
+        PipelineError: a file is damaged or not of a known kind, or the ids do not belong to the
+            tokenizer.
     """
     log.setup()
     if not 0 <= cfg.validation_fraction < 1:
-        raise ConfigError(f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1.")
+        raise ConfigError(
+            f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1."
+        )
     output = Path(cfg.output)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
     facts = TokenizerIdentity(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
     files = find_files(InputConfig(input=cfg.input, include=".bin,.parquet,.arrow"))
-    sizes = [(source, piece.path, piece.size) for source, piece in files if not piece.path.endswith(".idx")]
+    sizes = [
+        (source, piece.path, piece.size)
+        for source, piece in files
+        if not piece.path.endswith(".idx")
+    ]
     units = list(_units(sizes, cfg, facts.eod))
     digest = hashlib.sha256(repr((sizes, units)).encode("utf-8", "surrogateescape")).hexdigest()
     open_job(output, {
@@ -97,7 +110,10 @@ def main(cfg: ImportConfig) -> None:
     if run_units(dataset_writer.markers(output), units, run, job=cfg, label="import"):
         dataset_writer.finalize(output, max_rejected_fraction=0)
     else:
-        logger.info(f"this task is done; the last one, or python -m data_prep.finalize {output}, ends the job")
+        logger.info(
+            f"this task is done; the last one, or python -m data_prep.finalize {output}, ends the "
+            "job"
+        )
 
 
 def _units(files: list[tuple[str, str, int]], cfg: ImportConfig, eod: int) -> Iterator[ImportUnit]:
@@ -107,7 +123,9 @@ def _units(files: list[tuple[str, str, int]], cfg: ImportConfig, eod: int) -> It
             yield ImportUnit(number, source, path, begin, end)
             number += 1
     if not number:
-        raise DataError(f"input={cfg.input}: no tokens were found; .bin, .parquet and .arrow files are read.")
+        raise DataError(
+            f"input={cfg.input}: no tokens were found; .bin, .parquet and .arrow files are read."
+        )
 
 
 @cache

@@ -1,12 +1,13 @@
-"""Work that may be killed at any moment and started again: units, processes, array tasks, completion markers.
+"""Work that may be killed at any moment and started again: units, processes, array tasks,
+completion markers.
 
     OUT/job.json              what the job is; another job is refused a folder that has one
     OUT/.work/<stage>/00000012.json    marker of unit 12: its result; written when everything it made is in place
 
     open_job -> run_units (this task's share, in processes) -> all markers there? -> under `locked`: finish, close_job
 
-A unit is a pure function of the inputs: done twice, by whoever, it makes the same files. Files get their final name
-when they are whole (`whole_file`), so what can be seen is good.
+A unit is a pure function of the inputs: done twice, by whoever, it makes the same files. Files get
+their final name when they are whole (`whole_file`), so what can be seen is good.
 """
 
 from __future__ import annotations
@@ -80,10 +81,13 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differ:
-        changes = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in differ[:4])
+        changes = "; ".join(
+            f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}"
+            for key in differ[:4]
+        )
         raise ConfigError(
-            f"{output} holds the result, whole or in part, of another job: {changes}. Mixing them is refused: give "
-            f"another output=..., or remove {output}."
+            f"{output} holds the result, whole or in part, of another job: {changes}. Mixing them "
+            f"is refused: give another output=..., or remove {output}."
         )
 
 
@@ -103,18 +107,21 @@ def run_units(
     unit_name: str = "unit",
     on_done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> bool:
-    """Do this task's units that have no marker yet; True if afterwards all units of all tasks have one.
+    """Do this task's units that have no marker yet; True if afterwards all units of all tasks have
+    one.
 
     Args:
         work: folder of the markers, one stage of the job.
-        units: all units of the job, the same list in every task; unit i is done by task i mod num_tasks.
-        run: makes the unit's files and returns what its marker shall hold; pickled by name, so a module's function or
-            a partial of one.
+        units: all units of the job, the same list in every task; unit i is done by task i mod
+            num_tasks.
+        run: makes the unit's files and returns what its marker shall hold; pickled by name, so a
+            module's function or a partial of one.
         job: processes and tasks.
         label: in front of the progress bar.
         weight: size of a unit, for the bar.
         unit_name: what weights count; "B" is shown as bytes.
-        on_done: gets each new result in this process, in any order; an error it raises ends the stage.
+        on_done: gets each new result in this process, in any order; an error it raises ends the
+            stage.
 
     Raises:
         PipelineError: a unit failed; finished units keep their markers.
@@ -131,10 +138,20 @@ def run_units(
     first = total - sum(weight(units[i]) for i in todo)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(desc=label, total=total, initial=first, unit=unit_name, unit_scale=True, disable=None, smoothing=0.1)
+            tqdm(
+                desc=label,
+                total=total,
+                initial=first,
+                unit=unit_name,
+                unit_scale=True,
+                disable=None,
+                smoothing=0.1,
+            )
         )
         results = stack.enter_context(
-            contextlib.closing(_results(work, units, todo, run, workers=min(num_workers(job), len(todo))))
+            contextlib.closing(
+                _results(work, units, todo, run, workers=min(num_workers(job), len(todo)))
+            )
         )
         for i, result in results:
             bar.update(weight(units[i]))
@@ -143,16 +160,23 @@ def run_units(
 
 
 def _results(
-    work: Path, units: Sequence[Any], todo: list[int], run: Callable[[Any], dict[str, Any]], *, workers: int
+    work: Path,
+    units: Sequence[Any],
+    todo: list[int],
+    run: Callable[[Any], dict[str, Any]],
+    *,
+    workers: int,
 ) -> Generator[tuple[int, dict[str, Any]]]:
     if workers <= 1:
         for i in todo:
             yield i, _do(work, i, units[i], run)
         return
-    # forkserver: children start from a small process with everything imported, and inherit no threads or sockets.
+    # forkserver: children start from a small process with everything imported, and inherit no
+    # threads or sockets.
     context = get_context("forkserver")
     context.set_forkserver_preload([getattr(run, "func", run).__module__])
-    # The server would put the current folder first on its path: in data_prep/, whose file names are the library's.
+    # The server would put the current folder first on its path: in data_prep/, whose file names are
+    # the library's.
     os.environ["PYTHONSAFEPATH"] = "1"
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *paths]))
@@ -171,11 +195,14 @@ def _results(
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
         raise MachineError(
-            "a worker process was killed from outside, mostly because memory ran out (see `dmesg` or the job's log). "
-            "Run the same command again to go on; a lower workers=... or max_document_mb=... needs less memory."
+            "a worker process was killed from outside, mostly because memory ran out (see `dmesg` "
+            "or the job's log). Run the same command again to go on; a lower workers=... or "
+            "max_document_mb=... needs less memory."
         ) from error
     finally:
-        for process in list((pool._processes or {}).values()) if sys.exc_info()[0] or running else []:
+        for process in (
+            list((pool._processes or {}).values()) if sys.exc_info()[0] or running else []
+        ):
             process.terminate()  # the units it was at are done again by the next run
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -230,12 +257,14 @@ def task_of(job: JobConfig) -> tuple[int, int]:
         task = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first
         num_tasks = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
     if (task is None) != (num_tasks is None):
-        raise ConfigError(f"task ({task}) and num_tasks ({num_tasks}) belong together; set both, task from 0.")
+        raise ConfigError(
+            f"task ({task}) and num_tasks ({num_tasks}) belong together; set both, task from 0."
+        )
     task, num_tasks = task or 0, 1 if num_tasks is None else num_tasks
     if not 0 <= task < num_tasks:
         raise ConfigError(
-            f"task ({task}) must be at least 0 and below num_tasks ({num_tasks}). Slurm arrays count by ones: "
-            "--array=0-63."
+            f"task ({task}) must be at least 0 and below num_tasks ({num_tasks}). Slurm arrays "
+            "count by ones: --array=0-63."
         )
     return task, num_tasks
 
@@ -257,7 +286,8 @@ def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]
 
     Args:
         path: final name; its folder is made.
-        scratch: folder, on the same file system, where an unfinished file may be left by a kill; None: beside `path`.
+        scratch: folder, on the same file system, where an unfinished file may be left by a kill;
+            None: beside `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
@@ -283,7 +313,9 @@ def locked(output: Path) -> Iterator[None]:
     """Only one process at a time is in here, as far as the file system keeps locks."""
     (output / WORK_FOLDER).mkdir(exist_ok=True)
     with open(output / WORK_FOLDER / "lock", "wb") as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks; what is inside bears repetition
+        with contextlib.suppress(
+            OSError
+        ):  # some network file systems have no locks; what is inside bears repetition
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -294,13 +326,16 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise MachineError(f"{error.filename or place} cannot be written: {error.strerror}.") from error
+        raise MachineError(
+            f"{error.filename or place} cannot be written: {error.strerror}."
+        ) from error
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise MachineError(
-            f"no space is left to write below {place.parent} ({error.strerror}). Nothing half-written keeps a final "
-            "name; free some space and run the same command again: finished units are kept."
+            f"no space is left to write below {place.parent} ({error.strerror}). Nothing "
+            "half-written keeps a final name; free some space and run the same command again: "
+            "finished units are kept."
         ) from error
 
 

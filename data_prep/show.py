@@ -21,7 +21,8 @@ from pipeline.data.shard_format import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 
-BETWEEN_DOCUMENTS = b"\xff"  # no byte of UTF-8: a text that is searched for never matches across documents
+# no byte of UTF-8: a text that is searched for never matches across documents
+BETWEEN_DOCUMENTS = b"\xff"
 
 
 @dataclass
@@ -65,7 +66,9 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
     """(documents,) int64: tokens of each document, EOD included, in the order of the shards."""
     ends = np.cumsum(manifest.shard_tokens)
     starts = [
-        begin + block * manifest.block_tokens + np.asarray(manifest.map_block(shard, block)[1], np.int64)
+        begin
+        + block * manifest.block_tokens
+        + np.asarray(manifest.map_block(shard, block)[1], np.int64)
         for shard, begin in enumerate((ends - manifest.shard_tokens).tolist())
         for block in range(int(manifest.block_starts[shard + 1] - manifest.block_starts[shard]))
     ]
@@ -79,8 +82,12 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
         ConfigError: there is no document of this number.
     """
     if not 0 <= number < manifest.documents:
-        raise ConfigError(f"document={number}: this dataset has the documents 0 to {manifest.documents - 1}.")
-    row = int(np.searchsorted(np.cumsum(manifest.index["num_docs"], dtype=np.int64), number, side="right"))
+        raise ConfigError(
+            f"document={number}: this dataset has the documents 0 to {manifest.documents - 1}."
+        )
+    row = int(
+        np.searchsorted(np.cumsum(manifest.index["num_docs"], dtype=np.int64), number, side="right")
+    )
     before = int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
     parts: list[np.ndarray] = []
     for tokens, docs in _blocks(manifest, row):
@@ -106,7 +113,11 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
     lengths = np.array([len(entry) for entry in table])
     offsets = np.cumsum(lengths) - lengths
     letters = np.frombuffer(b"".join(table), np.uint8)
-    finished, carried, found = 0, b"", -1  # documents that ended before `carried`; what may begin a match
+    finished, carried, found = (
+        0,
+        b"",
+        -1,
+    )  # documents that ended before `carried`; what may begin a match
     for tokens, _ in _blocks(manifest, 0):
         sizes = lengths[tokens]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -133,24 +144,35 @@ def _blocks(manifest: Manifest, first: int) -> Iterator[tuple[np.ndarray, np.nda
 def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
     facts = manifest.tokenizer
     print(f"{manifest.folder}   identity {manifest.identity[:16]}")
-    print(f"tokenizer {facts.sha256[:16]}, vocab_size {facts.vocab_size:,}, eod {facts.eod}, ids {manifest.dtype.name}")
     print(
-        f"text {manifest.text_bytes / 1e6:,.1f} MB, {manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes a token"
+        f"tokenizer {facts.sha256[:16]}, vocab_size {facts.vocab_size:,}, eod {facts.eod}, ids "
+        f"{manifest.dtype.name}"
     )
-    print(f"\n{'source':<24}{'shards':>9}{'documents':>15}{'tokens':>19}{'share':>8}{'tokens/doc':>12}")
+    print(
+        f"text {manifest.text_bytes / 1e6:,.1f} MB, "
+        f"{manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes a token"
+    )
+    print(
+        f"\n{'source':<24}{'shards':>9}{'documents':>15}{'tokens':>19}{'share':>8}{'tokens/doc':>12}"
+    )
     sources = np.array(manifest.sources)
     for name in [*dict.fromkeys(manifest.sources), None]:
         mine = sources == name if name is not None else np.ones(len(sources), bool)
-        tokens, documents = int(manifest.shard_tokens[mine].sum()), int(manifest.shard_documents[mine].sum())
+        tokens, documents = (
+            int(manifest.shard_tokens[mine].sum()),
+            int(manifest.shard_documents[mine].sum()),
+        )
         print(
-            f"{'all' if name is None else name:<24}{int(mine.sum()):>9,}{documents:>15,}{tokens:>19,}"
-            f"{tokens / max(manifest.tokens, 1):>8.1%}{tokens / max(documents, 1):>12,.0f}"
+            f"{'all' if name is None else name:<24}{int(mine.sum()):>9,}{documents:>15,}"
+            f"{tokens:>19,}{tokens / max(manifest.tokens, 1):>8.1%}{tokens / max(documents, 1):>12,.0f}"
         )
     lengths = document_lengths(manifest)
     if len(lengths):
         points = np.percentile(lengths, [0, 5, 25, 50, 75, 95, 100], method="nearest").tolist()
         names = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
-        print("\ntokens a document: " + ", ".join(f"{name} {p:,}" for name, p in zip(names, points)))
+        print(
+            "\ntokens a document: " + ", ".join(f"{name} {p:,}" for name, p in zip(names, points))
+        )
         if cfg.histogram:
             _plot(lengths, manifest, Path(cfg.histogram))
             print(f"histogram: {cfg.histogram}")
@@ -176,7 +198,10 @@ def _print_document(manifest: Manifest, number: int, *, max_chars: int) -> None:
     ids = read_document(manifest, number)
     text = Tokenizer.from_file(Path(manifest.folder, "tokenizer.json")).decode(ids[:-1])
     cut = len(text) > max_chars > 0
-    print(f"--- document {number}: {len(ids):,} tokens, {len(text):,} characters" + (f", first {max_chars:,}" * cut))
+    print(
+        f"--- document {number}: {len(ids):,} tokens, {len(text):,} characters"
+        + (f", first {max_chars:,}" * cut)
+    )
     print(text[:max_chars] if cut else text)
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Entry point of tokenize_job.py, which has the code and the documentation.
 
-This file's name is the standard library's: run as a script, Python puts this folder first in sys.path, and every
-`import tokenize` (inspect, torch, linecache, ...) would find this file. So the folder leaves the path before anything
-else is imported; in worker processes too, which import this file as __mp_main__.
+This file's name is the standard library's: run as a script, Python puts this folder first in
+sys.path, and every `import tokenize` (inspect, torch, linecache, ...) would find this file. So the
+folder leaves the path before anything else is imported; in worker processes too, which import this
+file as __mp_main__.
 """
 
 import sys

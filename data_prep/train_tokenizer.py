@@ -2,8 +2,8 @@
 
     python -m data_prep.train_tokenizer input=corpus.jsonl output=tokenizer.json vocab_size=32768
 
-Input is what data_prep/tokenize.py reads: files, folders or globs, separated by commas. The same input gives the same
-file. `<|endoftext|>` is id 0.
+Input is what data_prep/tokenize.py reads: files, folders or globs, separated by commas. The same
+input gives the same file. `<|endoftext|>` is id 0.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 EOD = "<|endoftext|>"
 Pretokenizer = Enum("Pretokenizer", ["gpt2", "llama3"])
-# What may merge: pieces of this. Digits by threes, line ends apart, contractions of either case; from Llama 3's
-# tokenizer.json. gpt2's rule is built into Hugging Face's ByteLevel.
+# What may merge: pieces of this. Digits by threes, line ends apart, contractions of either case;
+# from Llama 3's tokenizer.json. gpt2's rule is built into Hugging Face's ByteLevel.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -60,7 +60,9 @@ def main(cfg: TrainTokenizerConfig) -> None:
         DataError: the input holds no text.
     """
     if cfg.vocab_size < 257:
-        raise ConfigError(f"vocab_size ({cfg.vocab_size}) must be at least 257: 256 bytes and {EOD}.")
+        raise ConfigError(
+            f"vocab_size ({cfg.vocab_size}) must be at least 257: 256 bytes and {EOD}."
+        )
     tokenizer = build(_texts(cfg), vocab_size=cfg.vocab_size, pretokenizer=cfg.pretokenizer)
     if tokenizer.get_vocab_size() <= 257:
         raise DataError(f"input={cfg.input} holds no text to train on. --help lists what is read.")
@@ -72,7 +74,9 @@ def main(cfg: TrainTokenizerConfig) -> None:
     print(f"{output}: {tokenizer.get_vocab_size()} tokens")
 
 
-def build(texts: Iterator[str], *, vocab_size: int, pretokenizer: Pretokenizer) -> tokenizers.Tokenizer:
+def build(
+    texts: Iterator[str], *, vocab_size: int, pretokenizer: Pretokenizer
+) -> tokenizers.Tokenizer:
     """The BPE that the texts give; `<|endoftext|>` is id 0, the 256 bytes follow."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

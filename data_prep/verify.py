@@ -6,8 +6,8 @@
     manifest.json, index.npy, tokenizer.json -> checksums, totals
     each tar -> sha256; each member -> headers, padding, crc32; tokens < vocab_size; a document starts after each EOD
 
-DATASET is a folder or an address that fsspec understands; OUT of data_prep/tokenize.py stands for OUT/train and
-OUT/validation. Exit code 0: whole; 1: not, and each fault is named.
+DATASET is a folder or an address that fsspec understands; OUT of data_prep/tokenize.py stands for
+OUT/train and OUT/validation. Exit code 0: whole; 1: not, and each fault is named.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def main(cfg: VerifyConfig) -> int:
             if num_faults + found <= cfg.max_faults:
                 print(f"fault: {fault}")
         num_faults += found
-        print(f"{folder}: {_summary(folder, quick=cfg.quick)}" if not found else f"{folder}: {found} faults")
+        print(
+            f"{folder}: {_summary(folder, quick=cfg.quick)}"
+            if not found
+            else f"{folder}: {found} faults"
+        )
     return 1 if num_faults else 0
 
 
@@ -95,7 +99,9 @@ def verify(folder: str, *, quick: bool = False, workers: int | None = None) -> I
     num_workers = min(workers or os.cpu_count() or 1, max(manifest.num_shards, 1))
     shards = range(manifest.num_shards)
     with _progress(manifest) as bar:
-        for shard, faults in zip(shards, _map(partial(_check_shard_of, folder), shards, num_workers)):
+        for shard, faults in zip(
+            shards, _map(partial(_check_shard_of, folder), shards, num_workers)
+        ):
             bar.update(int(manifest.shard_bytes[shard]))
             yield from faults
 
@@ -149,7 +155,9 @@ def _check_shard_of(folder: str, shard: int) -> list[str]:
 
 
 def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
-    """A sentence for each fault of one tar; what is wrong is named as closely as the headers allow."""
+    """A sentence for each fault of one tar; what is wrong is named as closely as the headers
+    allow.
+    """
     path = f"{manifest.folder}/{manifest.paths[shard]}"
     try:
         data = _bytes_of(path)
@@ -159,7 +167,9 @@ def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
     faults = list(_check_members(manifest, shard, data))
     if hashlib.sha256(data.data).hexdigest() != manifest.sha256[shard]:
         where = (
-            "" if faults else " Headers, padding and arrays fit the index: the manifest's sha256 itself may be damaged."
+            ""
+            if faults
+            else " Headers, padding and arrays fit the index: the manifest's sha256 itself may be damaged."
         )
         faults.insert(0, f"sha256 is not the manifest's {manifest.sha256[shard][:12]}...{where}")
     for fault in faults:
@@ -174,13 +184,20 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
         last = block == len(rows) - 1
         tokens_name, docs_name = fmt.member_names(manifest.shard_keys[shard], block)
         arrays = []
-        for name, dtype, kind in ((tokens_name, manifest.dtype, "tokens"), (docs_name, fmt.DOCS_DTYPE, "docs")):
-            count, offset, crc = (int(row[f]) for f in (f"num_{kind}", f"{kind}_offset", f"{kind}_crc32"))
+        for name, dtype, kind in (
+            (tokens_name, manifest.dtype, "tokens"),
+            (docs_name, fmt.DOCS_DTYPE, "docs"),
+        ):
+            count, offset, crc = (
+                int(row[f]) for f in (f"num_{kind}", f"{kind}_offset", f"{kind}_crc32")
+            )
             size = count * dtype.itemsize
             if offset != place + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES or offset + size > len(data):
                 yield f"{name}: the index puts it at byte {offset}, which cannot be. The rest was not looked at."
                 return
-            header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size) + fmt.npy_header(dtype, count)
+            header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size) + fmt.npy_header(
+                dtype, count
+            )
             if data[place:offset].tobytes() != header:
                 yield f"{name}: its tar or npy header is damaged."
             place = offset + size + -(fmt.NPY_HEADER_BYTES + size) % fmt.TAR_BLOCK
@@ -217,7 +234,9 @@ def _check_tokens(
 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:
-    """Whether the last document of a shard ends in it; one that cannot be read says yes, its own check tells."""
+    """Whether the last document of a shard ends in it; one that cannot be read says yes, its own
+    check tells.
+    """
     row = manifest.index[manifest.block_starts[shard + 1] - 1]
     place = int(row["tokens_offset"]) + (int(row["num_tokens"]) - 1) * manifest.dtype.itemsize
     try:
@@ -248,15 +267,20 @@ def _map(function: Callable[[int], list[str]], shards: range, workers: int) -> I
 def _progress(manifest: Manifest) -> tqdm:
     total = int(manifest.shard_bytes.sum())
     return tqdm(
-        total=total, unit="B", unit_scale=True, desc=Path(manifest.folder).name, disable=not sys.stderr.isatty()
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=Path(manifest.folder).name,
+        disable=not sys.stderr.isatty(),
     )
 
 
 def _summary(folder: str, *, quick: bool) -> str:
     manifest = Manifest.load(folder)
     return (
-        f"{'sizes and index fit' if quick else 'whole'}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, "
-        f"{manifest.num_shards:,} shards, {int(manifest.shard_bytes.sum()) / 1e6:,.1f} MB"
+        f"{'sizes and index fit' if quick else 'whole'}: {manifest.tokens:,} tokens, "
+        f"{manifest.documents:,} documents, {manifest.num_shards:,} shards, "
+        f"{int(manifest.shard_bytes.sum()) / 1e6:,.1f} MB"
     )
 
 

@@ -1,4 +1,5 @@
-"""From the words on a command line to one typed config, or to one clear message; the only importer of hydra.
+"""From the words on a command line to one typed config, or to one clear message; the only importer
+of hydra.
 
     argv --split--> positional words, raw strings, hydra overrides --compose conf/ + schema--> dataclass --> main(cfg)
 
@@ -26,7 +27,9 @@ CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
 
-def run(main: Callable[[T], int | None], schema: type[T], *, config: str, positional: Sequence[str] = ()) -> NoReturn:
+def run(
+    main: Callable[[T], int | None], schema: type[T], *, config: str, positional: Sequence[str] = ()
+) -> NoReturn:
     """Exit with main's code, after composing `schema` from sys.argv.
 
     Args:
@@ -42,7 +45,9 @@ def run(main: Callable[[T], int | None], schema: type[T], *, config: str, positi
         sys.exit(0)
     try:
         show_only = "--cfg" in arguments
-        cfg = compose(schema, [a for a in arguments if a != "--cfg"], config=config, positional=positional)
+        cfg = compose(
+            schema, [a for a in arguments if a != "--cfg"], config=config, positional=positional
+        )
         if show_only:
             print(to_yaml(cfg), end="")
             sys.exit(0)
@@ -52,7 +57,9 @@ def run(main: Callable[[T], int | None], schema: type[T], *, config: str, positi
         sys.exit(error.exit_code)
 
 
-def compose(schema: type[T], arguments: Sequence[str], *, config: str, positional: Sequence[str] = ()) -> T:
+def compose(
+    schema: type[T], arguments: Sequence[str], *, config: str, positional: Sequence[str] = ()
+) -> T:
     """The dataclass that conf/<config>.yaml, its groups and the command-line words give.
 
     Raises:
@@ -90,7 +97,9 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     """The composed config as plain JSON-able values, enums by name."""
     from omegaconf import OmegaConf
 
-    return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True))
+    return typing.cast(
+        "dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    )
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
@@ -102,12 +111,22 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield from keys(hints[field.name], f"{prefix}{field.name}.")
 
 
-def _split(arguments: Sequence[str], schema: type, positional: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Hydra overrides, and the values of top-level `str` fields, which are taken literally (commas, quotes, braces)."""
+def _split(
+    arguments: Sequence[str], schema: type, positional: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Hydra overrides, and the values of top-level `str` fields, which are taken literally (commas,
+    quotes, braces).
+    """
     hints = typing.get_type_hints(schema)
-    literal = {name for name, hint in hints.items() if hint is str or set(typing.get_args(hint)) == {str, type(None)}}
+    literal = {
+        name
+        for name, hint in hints.items()
+        if hint is str or set(typing.get_args(hint)) == {str, type(None)}
+    }
     tables = [
-        key for key, field, owner in keys(schema) if typing.get_origin(typing.get_type_hints(owner)[field.name]) is dict
+        key
+        for key, field, owner in keys(schema)
+        if typing.get_origin(typing.get_type_hints(owner)[field.name]) is dict
     ]
     overrides, raw, waiting = [], {}, list(positional)
     for argument in arguments:
@@ -117,9 +136,15 @@ def _split(arguments: Sequence[str], schema: type, positional: Sequence[str]) ->
             key, equals, value = waiting.pop(0), "=", argument
             argument = f"{key}={value}"
         if argument.startswith("-") or not equals and not argument.startswith("~"):
-            raise ConfigError(f"'{argument}' is not understood. Settings are written key=value; --help lists the keys.")
-        # `+` adds a key the schema does not know: only a table (dict) takes new keys, and there it may be left out.
-        is_open = any(key.lstrip("+") == table or key.lstrip("+").startswith(f"{table}.") for table in tables)
+            raise ConfigError(
+                f"'{argument}' is not understood. Settings are written key=value; --help lists the "
+                "keys."
+            )
+        # `+` adds a key the schema does not know: only a table (dict) takes new keys, and there it
+        # may be left out.
+        is_open = any(
+            key.lstrip("+") == table or key.lstrip("+").startswith(f"{table}.") for table in tables
+        )
         argument = ("++" if is_open else "") + argument.lstrip("+")
         if key in literal and value not in ("null", "???"):
             raw[key] = value
@@ -129,7 +154,9 @@ def _split(arguments: Sequence[str], schema: type, positional: Sequence[str]) ->
 
 
 def _explain(error: Exception, schema: type) -> str:
-    """Hydra's complaint in one message: the key, what is wrong, the nearest legal key or the type."""
+    """Hydra's complaint in one message: the key, what is wrong, the nearest legal key or the
+    type.
+    """
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 
@@ -144,16 +171,26 @@ def _explain(error: Exception, schema: type) -> str:
     if "Ambiguous value" in first_line:
         return f"{first_line}: give one value; a list is written key=[a,b]."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        place = next(iter(str(error).split("'")[1::2]), cause.full_key)  # "Could not override 'data.train'."
+        place = next(
+            iter(str(error).split("'")[1::2]), cause.full_key
+        )  # "Could not override 'data.train'."
         inside = f"{place}: " if place != cause.full_key else ""
         section = str(cause.full_key).removesuffix(str(cause.key))
         owner = cause.object_type
-        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        known = (
+            [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        )
         elsewhere = [k for k, _, _ in keys(schema) if k.split(".")[-1] == str(cause.key)]
-        hint = f" Did you mean {elsewhere[0]}?" if elsewhere else _nearest(str(cause.key), known, section)
+        hint = (
+            f" Did you mean {elsewhere[0]}?"
+            if elsewhere
+            else _nearest(str(cause.key), known, section)
+        )
         return f"{inside}there is no setting '{cause.full_key}'.{hint or ' --help lists the settings.'}"
     if isinstance(cause, MissingMandatoryValue):
-        lines = [line.split(":", 1)[1].strip() for line in str(cause).splitlines() if "full_key" in line]
+        lines = [
+            line.split(":", 1)[1].strip() for line in str(cause).splitlines() if "full_key" in line
+        ]
         unset = lines[0] if lines else first_line.split("missing mandatory value:")[-1].strip()
         return f"{unset} is not set and has no default; give {unset}=..."
     if cause is not error:
@@ -173,9 +210,13 @@ def help_text(main: Callable, schema: type, *, config: str, positional: Sequence
     if (CONF_DIR / f"{config}.yaml").exists() and config == "pretrain":
         lines.append("Groups (group=option):")
         sections = {field.name for field in dataclasses.fields(schema)} | {"experiment"}
-        for folder in sorted(p for p in CONF_DIR.iterdir() if p.name in sections and any(p.glob("*.yaml"))):
+        for folder in sorted(
+            p for p in CONF_DIR.iterdir() if p.name in sections and any(p.glob("*.yaml"))
+        ):
             options = ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
-            lines += textwrap.wrap(f"{folder.name}: {options}", 110, initial_indent="  ", subsequent_indent="      ")
+            lines += textwrap.wrap(
+                f"{folder.name}: {options}", 110, initial_indent="  ", subsequent_indent="      "
+            )
         lines.append("")
     lines.append("Settings (key=value); --cfg prints the composed config instead of running.")
     for key, field, owner in keys(schema):
@@ -184,7 +225,9 @@ def help_text(main: Callable, schema: type, *, config: str, positional: Sequence
         mark = " (may be given without its name)" if key in positional else ""
         lines.append(f"  {key} = {_default(field)}{mark}")
         if documentation := field_docs(owner).get(field.name):
-            lines += textwrap.wrap(documentation, 110, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(
+                documentation, 110, initial_indent="      ", subsequent_indent="      "
+            )
     return "\n".join(lines)
 
 
@@ -196,7 +239,9 @@ def _default(field: dataclasses.Field) -> str:
         return f"{value.name}   ({' | '.join(m.name for m in type(value))})"
     if value is dataclasses.MISSING or value == "???":
         return "(required)"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def field_docs(owner: type) -> dict[str, str]:

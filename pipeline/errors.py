@@ -5,14 +5,15 @@
     |-- DataError              a dataset is missing, damaged, or does not fit the model
     |   `-- ShardError         one shard or member is missing, truncated or corrupt
     |-- CheckpointError        no usable checkpoint, or it belongs to another run
-    |-- MachineError      this machine or cluster cannot run the job (disk, devices, links)
+    |-- MachineError           this machine or cluster cannot run the job (disk, devices, links)
     `-- DivergedError          the numbers went bad and stayed bad; exit code 3
 
-Exit codes of a training process: 0 finished, or saved and left on notice; 1 a bug (traceback in logs/); 2 a problem
-the user can solve; 3 diverged; 4 ended by the watchdog; 128 + n killed by signal n.
+Exit codes of a training process: 0 finished, or saved and left on notice; 1 a bug (traceback in
+logs/); 2 a problem the user can solve; 3 diverged; 4 ended by the watchdog; 128 + n killed by
+signal n.
 
-A message says what is wrong, the values, the rule, and the way out. Anything else that is raised is a bug of ours
-and keeps its traceback.
+A message says what is wrong, the values, the rule, and the way out. Anything else that is raised is
+a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Loss, perplexity and bits per byte of a checkpoint on shard datasets, at any layout.
 
     python -m pipeline.evaluate runs/NAME data.path=OUT                       the run's newest checkpoint, one process
-    python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A}, {path: B}]'
-    torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME parallel.tensor_parallel_size=4
+    python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A},
+    {path: B}]' torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME
+    parallel.tensor_parallel_size=4
 
     validation_batches -> engine.evaluate -> (nats, tokens); bytes of the labels -> EvalResult per dataset
 
-The trainer evaluates with the same Evaluator. Hugging Face folders are evaluated too: checkpoint=FOLDER.
+The trainer evaluates with the same Evaluator. Hugging Face folders are evaluated too:
+checkpoint=FOLDER.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pipeline.config.training import ParallelConfig, ScheduleConfig, TrainingCon
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 
-# ---- command line -----------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -59,10 +61,15 @@ def main(cfg: EvaluateConfig) -> int:
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
     if not cfg.data.validation:
-        raise ConfigError("nothing to evaluate: set data.path=OUT (its validation split), or list data.validation.")
+        raise ConfigError(
+            "nothing to evaluate: set data.path=OUT (its validation split), or list "
+            "data.validation."
+        )
     cfg.data.train = cfg.data.validation  # whose tokenizer and sizes count
     pretrain, path = _training_config(cfg, ranks.world_size)
-    shape = derive(pretrain, world_size=ranks.world_size, tokenizer_vocab_size=describe(cfg.data).vocab_size)
+    shape = derive(
+        pretrain, world_size=ranks.world_size, tokenizer_vocab_size=describe(cfg.data).vocab_size
+    )
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
@@ -85,9 +92,13 @@ def main(cfg: EvaluateConfig) -> int:
 
 
 def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConfig, Path]:
-    """A one-step training run of the checkpoint's model, for engine and shapes; and the folder with the weights."""
+    """A one-step training run of the checkpoint's model, for engine and shapes; and the folder with
+    the weights.
+    """
     model, path, training = _model(Path(cfg.checkpoint))
-    parallel = replace(cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"])  # nothing runs backwards
+    parallel = replace(
+        cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"]
+    )  # nothing runs backwards
     copies = max(1, world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
     stages = 2 * parallel.pipeline_parallel_size  # enough micro-batches for every schedule
     return PretrainConfig(
@@ -121,9 +132,15 @@ def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> N
     print(f"checkpoint: {path}")
     print(f"{'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}  {'tokens':>14}  dataset")
     for name, result in results.items():
-        print(f"{result.loss:8.4f}  {result.ppl:11.4f}  {result.bits_per_byte:9.4f}  {result.tokens:14,}  {name}")
+        print(
+            f"{result.loss:8.4f}  {result.ppl:11.4f}  {result.bits_per_byte:9.4f}  "
+            f"{result.tokens:14,}  {name}"
+        )
     if output is not None:
-        document = {"checkpoint": str(path), "results": {name: asdict(result) for name, result in results.items()}}
+        document = {
+            "checkpoint": str(path),
+            "results": {name: asdict(result) for name, result in results.items()},
+        }
         try:
             Path(output).write_text(json.dumps(document, indent=1) + "\n")
         except OSError as error:

@@ -2,11 +2,12 @@
 
     python -m pipeline.export checkpoint=runs/NAME output=FOLDER [dtype=bf16]
 
-    checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json, tokenizer, README.md
-    FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
+    checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
+    tokenizer, README.md FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
 
-GPT-2 models become GPT2LMHeadModel, modern ones LlamaForCausalLM or Qwen3ForCausalLM (q/k-norm), mixtures of experts
-MixtralForCausalLM or Qwen3MoeForCausalLM. Memory: one parameter, and for the check the model twice.
+GPT-2 models become GPT2LMHeadModel, modern ones LlamaForCausalLM or Qwen3ForCausalLM (q/k-norm),
+mixtures of experts MixtralForCausalLM or Qwen3MoeForCausalLM. Memory: one parameter, and for the
+check the model twice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class ExportConfig:
     dtype: DType = DType.bf16
     """Type of the written weights; the checkpoint has fp32."""
     check: bool = True
-    """Compare logits with our own forward pass; false for models that do not fit into memory twice."""
+    """Compare logits with our own forward pass; false for models that do not fit into memory
+    twice.
+    """
 
 
 def main(cfg: ExportConfig) -> int:
@@ -41,7 +44,9 @@ def main(cfg: ExportConfig) -> int:
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty. Choose another output=, or delete it.")
     if problems := folders.damage(checkpoint):
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one.")
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one."
+        )
     export(checkpoint, output, dtype=cfg.dtype)
     if not cfg.check:
         print(f"{output}: written, NOT CHECKED (check=false)")
@@ -50,10 +55,13 @@ def main(cfg: ExportConfig) -> int:
     if not difference <= TOLERANCE:
         (output / "config.json").rename(output / "config.json.failed")
         raise CheckpointError(
-            f"the exported model's logits differ from ours by {difference:.3g}, more than {TOLERANCE:g}: the export is "
-            f"wrong. {output} was left without its config.json."
+            f"the exported model's logits differ from ours by {difference:.3g}, more than "
+            f"{TOLERANCE:g}: the export is wrong. {output} was left without its config.json."
         )
-    print(f"{output}: written; logits of transformers and ours differ by at most {difference:.2e} in fp32")
+    print(
+        f"{output}: written; logits of transformers and ours differ by at most {difference:.2e} in "
+        "fp32"
+    )
     return 0
 
 

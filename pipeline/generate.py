@@ -1,11 +1,13 @@
 """Sample text from a checkpoint or an exported folder.
 
-    python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" [temperature=0.8 top_k=50 top_p=0.95 seed=1]
+    python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" [temperature=0.8 top_k=50
+    top_p=0.95 seed=1]
     python -m pipeline.generate checkpoint=runs/NAME file=prompts.txt num_samples=4      one prompt a line, in batches
     python -m pipeline.generate checkpoint=FOLDER interactive=true                       type prompts, end with Ctrl-D
 
-transformers samples, with its key/value cache: a checkpoint is exported to a temporary folder first. A model that no
-transformers class computes is sampled through our own forward pass, which computes the whole prefix for every token.
+transformers samples, with its key/value cache: a checkpoint is exported to a temporary folder
+first. A model that no transformers class computes is sampled through our own forward pass, which
+computes the whole prefix for every token.
 """
 
 from __future__ import annotations
@@ -74,20 +76,6 @@ def _print_one(sampler: TextSampler, prompt: str) -> None:
 
     sampler.sample([prompt], on_text=show)
     sys.stdout.write("\n")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

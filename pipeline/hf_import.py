@@ -2,7 +2,8 @@
 
     python -m pipeline.hf_import FOLDER > conf/model/mine.yaml    then train with model=mine checkpoint.init_from=FOLDER
 
-Reads GPT-2, Llama, Qwen2, Qwen3, Mixtral and Qwen3-MoE folders with safetensors, without transformers.
+Reads GPT-2, Llama, Qwen2, Qwen3, Mixtral and Qwen3-MoE folders with safetensors, without
+transformers.
 """
 
 from __future__ import annotations

@@ -10,12 +10,21 @@ logger = logging.getLogger("pretrain")
 
 
 def setup(*, global_rank: int = 0) -> None:
-    """Send messages to standard error; ranks above 0 only from WARNING up, each marked with its rank."""
+    """Send messages to standard error; ranks above 0 only from WARNING up, each marked with its
+    rank.
+    """
     handler = logging.StreamHandler(sys.stderr)
     mark = f"[rank {global_rank}] " if global_rank else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s {mark}%(levelname).1s %(message)s", "%H:%M:%S")
+    )
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     logger.propagate = False
-    for library in ("torch", "deepspeed", "megatron", "hydra"):  # advice to developers, repeated by every rank
+    for library in (
+        "torch",
+        "deepspeed",
+        "megatron",
+        "hydra",
+    ):  # advice to developers, repeated by every rank
         warnings.filterwarnings("ignore", module=rf"{library}\.")

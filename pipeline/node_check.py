@@ -28,7 +28,9 @@ def main() -> int:
     log.setup(global_rank=ranks.global_rank)
     layout = connect(ranks, tensor_parallel_size=1, pipeline_parallel_size=1, timeout_s=120.0)
     try:
-        found = check(RankHost(ranks.global_rank, ranks.node, os.getpid(), time.time()), layout.device)
+        found = check(
+            RankHost(ranks.global_rank, ranks.node, os.getpid(), time.time()), layout.device
+        )
     except MachineError as error:
         if ranks.is_main:
             print(f"error: {error}", file=sys.stderr)
@@ -36,7 +38,9 @@ def main() -> int:
     finally:
         disconnect()
     logger.info(
-        "%d ranks on %d nodes compute, are linked, and agree on the time", len(found), len({f.node for f in found})
+        "%d ranks on %d nodes compute, are linked, and agree on the time",
+        len(found),
+        len({f.node for f in found}),
     )
     return 0
 

@@ -1,9 +1,11 @@
-"""Would this run start? Everything that can be known without a device, in seconds, on the login node.
+"""Would this run start? Everything that can be known without a device, in seconds, on the login
+node.
 
     python -m pipeline.preflight world_size=128 model=gpt3-6.7b parallel.tensor_parallel_size=8 ...
 
-Takes the settings of pipeline.train, and the number of ranks. All problems are listed, not just the first; the last
-line on standard output is the run folder, which launch/pretrain.slurm uses. Imports no torch.
+Takes the settings of pipeline.train, and the number of ranks. All problems are listed, not just the
+first; the last line on standard output is the run folder, which launch/pretrain.slurm uses. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def main(cfg: PreflightConfig) -> None:
         shape, _ = prepare(cfg, Ranks(1, cfg.world_size, 0, 1, socket.gethostname()))
     except PipelineError as error:
         problems.append(str(error))
-    checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (missing_shards, missing_devices)
+    checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (
+        missing_shards,
+        missing_devices,
+    )
     problems += [problem for check in checks for problem in check(cfg)]
     for warning in wandb_warnings(cfg.tracking):
         print(f"warning: {warning}", file=sys.stderr)
@@ -85,13 +90,16 @@ def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
         ]
         if wrong:
             yield (
-                f"{folder}: {len(wrong)} of {len(manifest.paths)} shards are missing or truncated, first {wrong[0]}. "
-                "Copy the dataset again, or prepare it again with data_prep/tokenize.py."
+                f"{folder}: {len(wrong)} of {len(manifest.paths)} shards are missing or truncated, "
+                f"first {wrong[0]}. Copy the dataset again, or prepare it again with "
+                "data_prep/tokenize.py."
             )
 
 
 def missing_devices(_: PretrainConfig) -> Iterator[str]:
-    """Fewer GPUs on this node than Slurm puts ranks there; only where GPUs were asked for, in a job."""
+    """Fewer GPUs on this node than Slurm puts ranks there; only where GPUs were asked for, in a
+    job.
+    """
     asked = os.environ.get("SLURM_GPUS_ON_NODE")
     if not asked:
         return
@@ -100,14 +108,19 @@ def missing_devices(_: PretrainConfig) -> Iterator[str]:
     if len(found) < int(ranks):
         node = socket.gethostname()
         yield (
-            f"{node} shows {len(found)} GPUs for {ranks} ranks. Leave it out (sbatch --exclude={node}), or start as "
-            "many ranks as it has devices (--ntasks-per-node, --gres)."
+            f"{node} shows {len(found)} GPUs for {ranks} ranks. Leave it out (sbatch "
+            f"--exclude={node}), or start as many ranks as it has devices (--ntasks-per-node, "
+            "--gres)."
         )
 
 
 def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:
-    """Why Weights & Biases will not be reached, when the run is going to be online; never a reason not to train."""
-    is_online = cfg.wandb is WandbMode.online or (cfg.wandb is WandbMode.auto and bool(os.environ.get("WANDB_API_KEY")))
+    """Why Weights & Biases will not be reached, when the run is going to be online; never a reason
+    not to train.
+    """
+    is_online = cfg.wandb is WandbMode.online or (
+        cfg.wandb is WandbMode.auto and bool(os.environ.get("WANDB_API_KEY"))
+    )
     if not is_online:
         return
     address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
@@ -116,8 +129,9 @@ def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:
         socket.create_connection((address.hostname or "", port), timeout=WANDB_TIMEOUT_S).close()
     except OSError as error:
         yield (
-            f"Weights & Biases at {address.hostname}:{port} is not reached from {socket.gethostname()} ({error}). "
-            "Training goes on without; set tracking.wandb=offline and send the run later with `wandb sync`."
+            f"Weights & Biases at {address.hostname}:{port} is not reached from "
+            f"{socket.gethostname()} ({error}). Training goes on without; set "
+            "tracking.wandb=offline and send the run later with `wandb sync`."
         )
 
 

@@ -1,11 +1,12 @@
-"""Draw a run: loss, learning rate, gradient norm and throughput as a picture and as one self-contained web page.
+"""Draw a run: loss, learning rate, gradient norm and throughput as a picture and as one
+self-contained web page.
 
     python -m pipeline.report runs/NAME
 
     runs/NAME/metrics.jsonl --History--> runs/NAME/report/curves.png, runs/NAME/report/index.html
 
-Works on a running or killed run too: it reads what is there. An evaluation that pipeline.evaluate left in the run
-(output=runs/NAME/evaluation.json) is shown beside the evaluations of the training.
+Works on a running or killed run too: it reads what is there. An evaluation that pipeline.evaluate
+left in the run (output=runs/NAME/evaluation.json) is shown beside the evaluations of the training.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ class ReportConfig:
     """Run folder, runs/NAME."""
 
 
-
-
 def main(cfg: ReportConfig) -> None:
     """Write report/curves.png and report/index.html into the run folder."""
     run_dir = Path(cfg.run)
@@ -38,7 +37,8 @@ def main(cfg: ReportConfig) -> None:
     folder.mkdir(exist_ok=True)
     draw(history, folder / "curves.png", title=run_dir.resolve().name)
     (folder / "index.html").write_text(page(history, run_dir, folder / "curves.png"))
-    # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all of it.
+    # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all
+    # of it.
     during = {name: rows for name, rows in history.evaluations.items() if name not in history.final}
     scores = [(name, f"step {rows[-1]['step']}", rows[-1]) for name, rows in during.items()]
     scores += [(name, f"{row['tokens']:,} tokens", row) for name, row in history.final.items()]
@@ -46,25 +46,15 @@ def main(cfg: ReportConfig) -> None:
         values = f"loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte"
         print(f"{'held out':14} {values}  ({name}, {where})")
     print(f"{'speed':14} {history.tokens_per_sec:,.0f} tokens/s")
-    places = {"curves": folder / "curves.png", "page": folder / "index.html", "numbers": run_dir / "metrics.jsonl"}
+    places = {
+        "curves": folder / "curves.png",
+        "page": folder / "index.html",
+        "numbers": run_dir / "metrics.jsonl",
+    }
     places |= {"checkpoints": run_dir / "checkpoints", "W&B, offline": run_dir / "wandb"}
     for what, place in places.items():
         if place.exists():
             print(f"{what:14} {place}")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def main(cfg: PretrainConfig) -> int:
             raise
         advice = memory_advice(cfg, ranks) if out_of_memory else ""
         run_dir = Path(cfg.runs_dir) / cfg.name
-        code = failure.report(error, ranks=ranks, run_dir=run_dir, step=clock.now.step, advice=advice)
+        code = failure.report(
+            error, ranks=ranks, run_dir=run_dir, step=clock.now.step, advice=advice
+        )
         os._exit(code)  # tearing down groups whose other ranks are gone can wait for ever
     return 0
 
@@ -59,9 +61,13 @@ def train(cfg: PretrainConfig, ranks: Ranks, clock: Clock) -> None:
     from pipeline.training.trainer import Trainer
 
     clock.alive()
-    hosts = node_check.check(RankHost(ranks.global_rank, ranks.node, os.getpid(), clock.started_at), layout.device)
+    hosts = node_check.check(
+        RankHost(ranks.global_rank, ranks.node, os.getpid(), clock.started_at), layout.device
+    )
     timeout_s = cfg.resilience.hang_timeout_s
-    watchdog = Watchdog(clock, run_dir=run_dir, hosts=hosts, global_rank=ranks.global_rank, timeout_s=timeout_s)
+    watchdog = Watchdog(
+        clock, run_dir=run_dir, hosts=hosts, global_rank=ranks.global_rank, timeout_s=timeout_s
+    )
     with watchdog if timeout_s else contextlib.nullcontext():
         trainer = Trainer(cfg, shape, layout, run_dir=run_dir, clock=clock, hosts=hosts)
         watchdog.describe_step = trainer.describe_step
@@ -71,16 +77,6 @@ def train(cfg: PretrainConfig, ranks: Ranks, clock: Clock) -> None:
             trainer.metrics.close(getattr(error, "exit_code", EXIT_BUG))
             raise
     disconnect()
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ FILES = sorted(path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
 def run(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -26,4 +28,8 @@ def test_help_of_every_benchmark(name: str) -> None:
 def test_the_ladder_measures_its_smallest_rung() -> None:
     row = run("benchmarks/gpu_ladder.py", "--rungs", "tiny", "--steps", "2").splitlines()[-1]
     name, parameters, tokens_per_s, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-    assert name == "tiny" and int(parameters.replace(",", "")) > 500_000 and float(tokens_per_s.replace(",", "")) > 0
+    assert (
+        name == "tiny"
+        and int(parameters.replace(",", "")) > 500_000
+        and float(tokens_per_s.replace(",", "")) > 0
+    )

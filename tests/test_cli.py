@@ -55,7 +55,9 @@ def test_mistake_is_named_with_the_way_out(argument, parts):
 
 def test_table_takes_new_keys():
     """lr_scale is keyed by patterns that no schema can list."""
-    assert compose("optimizer.lr_scale={embedding.*:0.5}").optimizer.lr_scale == {"embedding.*": 0.5}
+    assert compose("optimizer.lr_scale={embedding.*:0.5}").optimizer.lr_scale == {
+        "embedding.*": 0.5
+    }
 
 
 def test_text_is_taken_literally():
@@ -89,7 +91,9 @@ def test_required_value_that_is_missing_is_named():
 
 def test_help_shows_each_field_with_its_documentation():
     """The schema is the manual: nothing to fall out of date."""
-    text = cli.help_text(test_help_shows_each_field_with_its_documentation, Job, config="job", positional=["path"])
+    text = cli.help_text(
+        test_help_shows_each_field_with_its_documentation, Job, config="job", positional=["path"]
+    )
     assert "path = (required) (may be given without its name)" in text
     assert "count = 1\n      How many, in pieces." in text
     assert text.startswith(sys.modules[__name__].__doc__.strip())
@@ -114,7 +118,9 @@ def test_every_number_is_documented_unless_its_name_says_all():
 def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
     """A command in a process of its own, and the processor time it took: other processes do not count."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cli.CONF_DIR.parent)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cli.CONF_DIR.parent
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -133,7 +139,9 @@ def test_help_is_lean(command, limit_s):
     assert min(run(*command, "--help")[1] for _ in range(3)) < limit_s
 
 
-@pytest.mark.parametrize("command", [["-m", "pipeline.train"], ["data_prep/tokenize.py"]], ids=["train", "tokenize"])
+@pytest.mark.parametrize(
+    "command", [["-m", "pipeline.train"], ["data_prep/tokenize.py"]], ids=["train", "tokenize"]
+)
 def test_misspelt_key_ends_without_traceback_and_with_an_exit_code(command):
     """One line is what a user needs; a traceback hides it."""
     done, _ = run(*command, "nosuch_setting=1")

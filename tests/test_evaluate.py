@@ -47,7 +47,9 @@ def expected(cfg: PretrainConfig, data: Path) -> EvalResult:
     for shard in np.split(tokens, [SIZES[0]]):
         for start in range(0, len(shard) - 1, SEQ_LEN):
             window = torch.from_numpy(shard[start : start + SEQ_LEN + 1])[None]
-            nats += float(model.loss(window[:, :-1], window[:, 1:]).detach()) * (window.shape[1] - 1)
+            nats += float(model.loss(window[:, :-1], window[:, 1:]).detach()) * (
+                window.shape[1] - 1
+            )
             labels += window[0, 1:].tolist()
     size = sum(0 if label == VOCAB - 1 else len(f"t{label}") for label in labels)
     assert len(labels) == sum(SIZES) - len(SIZES)
@@ -57,20 +59,28 @@ def expected(cfg: PretrainConfig, data: Path) -> EvalResult:
 
 def with_data(cfg: PretrainConfig, data: Path) -> PretrainConfig:
     cfg.training = replace(cfg.training, eval_sequences=0)
-    cfg.data = DataConfig(validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(data / "cache"))
+    cfg.data = DataConfig(
+        validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(data / "cache")
+    )
     return cfg
 
 
-def evaluate(layouts: list[dict], data: Path, folder: Path, *, save: bool = False) -> list[EvalResult]:
+def evaluate(
+    layouts: list[dict], data: Path, folder: Path, *, save: bool = False
+) -> list[EvalResult]:
     """The Evaluator's answer at each layout, on fresh weights. Collective."""
     results = []
     for layout in layouts:
         run = Run(
-            with_data(config("gpt2", **layout), data), folder, attachments={"tokenizer.json": data / "tokenizer.json"}
+            with_data(config("gpt2", **layout), data),
+            folder,
+            attachments={"tokenizer.json": data / "tokenizer.json"},
         )
         beats: list[int] = []
         results.append(
-            Evaluator(run.cfg, shape=run.shape, engine=run.engine).run(alive=partial(beats.append, 1))["held-out"]
+            Evaluator(run.cfg, shape=run.shape, engine=run.engine).run(
+                alive=partial(beats.append, 1)
+            )["held-out"]
         )
         assert beats
         if save:
@@ -111,7 +121,9 @@ def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: 
         output=str(tmp_path / "out.json"),
         micro_batch_size=2,
         precision=Precision.fp32,
-        data=DataConfig(validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(tmp_path)),
+        data=DataConfig(
+            validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(tmp_path)
+        ),
         parallel=ParallelConfig(tensor_parallel_size=2),
     )
     assert run_on_ranks(main, 2, cfg) == [0, 0]

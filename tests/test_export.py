@@ -82,11 +82,15 @@ def save_models(models: dict[str, dict[str, Any]], root: Path, tokenizer: Path) 
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of every model of EXPORTED, written by one process."""
     root = tmp_path_factory.mktemp("checkpoints")
-    run_on_ranks(save_models, 1, {**EXPORTED, "capped": MODELS["capped"]}, root, tokenizer_file(root))
+    run_on_ranks(
+        save_models, 1, {**EXPORTED, "capped": MODELS["capped"]}, root, tokenizer_file(root)
+    )
     return root
 
 
-def export_and_compare(names: list[str], root: Path, output: Path, dtype: DType) -> dict[str, float]:
+def export_and_compare(
+    names: list[str], root: Path, output: Path, dtype: DType
+) -> dict[str, float]:
     """Largest difference of logits for each model; runs in a process of its own, which has the model's groups."""
     warnings.simplefilter("ignore")  # transformers warns about its own future
     found = {}
@@ -98,10 +102,14 @@ def export_and_compare(names: list[str], root: Path, output: Path, dtype: DType)
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+def exported(
+    checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, float]]:
     """The exported folders in fp32, and how far their logits are from ours."""
     output = tmp_path_factory.mktemp("exported")
-    return output, run_on_ranks(export_and_compare, 1, list(EXPORTED), checkpoints, output, DType.fp32)[0]
+    return output, run_on_ranks(
+        export_and_compare, 1, list(EXPORTED), checkpoints, output, DType.fp32
+    )[0]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -110,7 +118,9 @@ def test_exported_model_has_our_logits(name: str, exported: tuple[Path, dict[str
     assert exported[1][name] <= TOLERANCE
 
 
-def test_bf16_export_has_our_logits_with_the_same_rounding(checkpoints: Path, tmp_path: Path) -> None:
+def test_bf16_export_has_our_logits_with_the_same_rounding(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     """The usual export; only the rounding of the weights may differ from fp32."""
     names = ["gpt2", "qwen3"]
     found = run_on_ranks(export_and_compare, 1, names, checkpoints, tmp_path, DType.bf16)[0]
@@ -119,11 +129,15 @@ def test_bf16_export_has_our_logits_with_the_same_rounding(checkpoints: Path, tm
         size = (tmp_path / name / "model.safetensors").stat().st_size
         whole = sum(CheckpointTensors(folders.find(checkpoints / name)).tensor(f"weights/{p}").numel()
                     for p in CheckpointTensors(folders.find(checkpoints / name)).parameters)  # fmt: skip
-        assert 2 * whole < size < 2 * whole + 20_000, "padding rows or a copy of the tied head were written"
+        assert 2 * whole < size < 2 * whole + 20_000, (
+            "padding rows or a copy of the tied head were written"
+        )
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_imported_weights_are_bitwise_those_exported(name: str, checkpoints: Path, exported: tuple[Path, dict]) -> None:
+def test_imported_weights_are_bitwise_those_exported(
+    name: str, checkpoints: Path, exported: tuple[Path, dict]
+) -> None:
     """Folder -> our names and layouts -> the checkpoint the folder was made from."""
     folder = exported[0] / name
     model = replace(ModelConfig(**EXPORTED[name]), vocab_size=VOCAB)
@@ -131,7 +145,10 @@ def test_imported_weights_are_bitwise_those_exported(name: str, checkpoints: Pat
         with pytest.raises(CheckpointError, match="model.bias=true"):
             HuggingFaceWeights(folder, model)
         return
-    weights, tensors = HuggingFaceWeights(folder, model), CheckpointTensors(folders.find(checkpoints / name))
+    weights, tensors = (
+        HuggingFaceWeights(folder, model),
+        CheckpointTensors(folders.find(checkpoints / name)),
+    )
     for parameter in tensors.parameters:
         whole = tensors.tensor(f"weights/{parameter}")
         assert torch.equal(weights.tensor(parameter, tuple(whole.shape)), whole), parameter
@@ -162,16 +179,21 @@ def test_training_starts_from_a_hugging_face_folder_at_any_layout(
     step = batches()[0]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(step["tokens"]).logits
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            step["tokens"]
+        ).logits
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), step["labels"].flatten())
     assert ours == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_folder_with_other_sizes_is_refused_with_the_settings_to_change(exported: tuple[Path, dict]) -> None:
+def test_folder_with_other_sizes_is_refused_with_the_settings_to_change(
+    exported: tuple[Path, dict],
+) -> None:
     """The message is what to type."""
     with pytest.raises(CheckpointError, match="model.num_layers=4 model.qk_norm=true"):
         HuggingFaceWeights(
-            exported[0] / "qwen3", ModelConfig(**{**EXPORTED["llama"], "num_layers": 2, "tied_embeddings": False})
+            exported[0] / "qwen3",
+            ModelConfig(**{**EXPORTED["llama"], "num_layers": 2, "tied_embeddings": False}),
         )
 
 
@@ -236,7 +258,9 @@ def test_large_models_are_written_in_shards_with_an_index(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    embedding = CheckpointTensors(folders.find(checkpoints / "llama")).tensor("weights/embedding.word.weight")
+    embedding = CheckpointTensors(folders.find(checkpoints / "llama")).tensor(
+        "weights/embedding.word.weight"
+    )
     assert torch.equal(model.model.embed_tokens.weight.detach(), embedding)
 
 

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateConfig, main
-from pipeline.inference.samplers import LocalSampler, TransformersSampler, choose, cut_at_stop, open_sampler
+from pipeline.inference.samplers import (
+    LocalSampler,
+    TransformersSampler,
+    choose,
+    cut_at_stop,
+    open_sampler,
+)
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
 from tests.test_export import save_models, tokenizer_file
@@ -51,7 +57,9 @@ def both_samplers(root: Path) -> dict[str, list[str]]:
         assert isinstance(sampler, TransformersSampler)
         found["transformers"] = [sampler.sample([prompt], on_text=None)[0] for prompt in prompts]
         found["batch"] = sampler.sample(prompts, on_text=None)
-    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(prompts, on_text=None)
+    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(
+        prompts, on_text=None
+    )
     return found
 
 
@@ -63,7 +71,9 @@ def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
     assert len(words["own"][0]) == 12
 
 
-def test_command_prints_prompt_and_continuation_and_repeats_with_the_seed(checkpoints: Path, tmp_path: Path) -> None:
+def test_command_prints_prompt_and_continuation_and_repeats_with_the_seed(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     """One prompt is streamed; a file of prompts is sampled in batches; a seed repeats the text."""
     (tmp_path / "prompts.txt").write_text("t1 t2\nt3\n")
     gpt2 = {"checkpoint": str(checkpoints / "gpt2"), "max_new_tokens": 8}
@@ -76,14 +86,20 @@ def test_command_prints_prompt_and_continuation_and_repeats_with_the_seed(checkp
         ],
     )[0]  # fmt: skip
     assert once == again != other and once.startswith("t1") and len(once.split()) > 4
-    assert [line for line in many.splitlines() if line.startswith("---")] == [f"--- {n}" for n in (1, 2, 3, 4)]
+    assert [line for line in many.splitlines() if line.startswith("---")] == [
+        f"--- {n}" for n in (1, 2, 3, 4)
+    ]
     assert len([line for line in many.splitlines() if line.startswith("t1 t2")]) == 2
     assert capped.startswith("t1") and len(capped.split()) > 4
 
 
 def test_stop_string_ends_the_text(checkpoints: Path) -> None:
     """And is not printed, streamed or not."""
-    gpt2: dict[str, Any] = {"checkpoint": str(checkpoints / "gpt2"), "max_new_tokens": 12, "temperature": 0.0}
+    gpt2: dict[str, Any] = {
+        "checkpoint": str(checkpoints / "gpt2"),
+        "max_new_tokens": 12,
+        "temperature": 0.0,
+    }
     gpt2["prompt"] = "t5 t6"
     whole = run_on_ranks(outputs, 1, [gpt2])[0][0]
     stop = whole.split()[4]
@@ -115,7 +131,8 @@ def test_top_k_and_top_p_leave_out_the_tail() -> None:
     assert drawn(top_k=3, top_p=0.9) == {1, 3, 2}
     assert drawn(temperature=0.0) == {1}
     counts = torch.bincount(
-        torch.stack([choose(logits, temperature=1.0, top_k=0, top_p=1.0) for _ in range(2000)]), minlength=4
+        torch.stack([choose(logits, temperature=1.0, top_k=0, top_p=1.0) for _ in range(2000)]),
+        minlength=4,
     )
     assert torch.allclose(counts / 2000, logits.exp(), atol=0.04)
 

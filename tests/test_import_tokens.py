@@ -45,7 +45,13 @@ def megatron(path: Path, sequences: list[list[int]], bounds: list[int], *, code:
 
 
 def run(output: Path, source: Path | str, tokenizer: Tokenizer, *changes: str) -> None:
-    words = [f"input={source}", f"output={output}", f"tokenizer={tokenizer.path}", "workers=1", "validation_fraction=0"]
+    words = [
+        f"input={source}",
+        f"output={output}",
+        f"tokenizer={tokenizer.path}",
+        "workers=1",
+        "validation_fraction=0",
+    ]
     main(cli.compose(ImportConfig, [*words, *changes], config="import_tokens"))
 
 
@@ -57,7 +63,9 @@ def texts_of(output: Path, tokenizer: Tokenizer, split: str = "train") -> list[s
 
 def written(output: Path) -> dict[str, bytes]:
     return {
-        str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != "job.json"
+        str(p.relative_to(output)): p.read_bytes()
+        for p in output.rglob("*")
+        if p.is_file() and p.name != "job.json"
     }
 
 
@@ -70,7 +78,12 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("with_eod", [True, False])
 @pytest.mark.parametrize("code", [4, 8])
 def test_megatron(
-    tmp_path: Path, tokenizer: Tokenizer, documents: list, with_eod: bool, code: int, small_ranges: None
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    documents: list,
+    with_eod: bool,
+    code: int,
+    small_ranges: None,
 ) -> None:
     ended = [d + [tokenizer.eod] * with_eod for d in documents]
     path = megatron(tmp_path / "a_text_document.bin", ended, list(range(len(ended) + 1)), code=code)
@@ -79,7 +92,9 @@ def test_megatron(
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS
 
 
-def test_megatron_documents_of_several_sequences(tmp_path: Path, tokenizer: Tokenizer, documents: list) -> None:
+def test_megatron_documents_of_several_sequences(
+    tmp_path: Path, tokenizer: Tokenizer, documents: list
+) -> None:
     """With --split-sentences, a document is several sequences of the index."""
     halves = [part for d in documents for part in (d[: len(d) // 2], d[len(d) // 2 :])]
     path = megatron(tmp_path / "a.bin", halves, list(range(0, len(halves) + 1, 2)))
@@ -106,7 +121,9 @@ def test_llm_c(tmp_path: Path, tokenizer: Tokenizer, documents: list, small_rang
 
 
 @pytest.mark.parametrize("size", range(1, 14))
-def test_every_document_is_in_one_range_only(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_document_is_in_one_range_only(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranges that end before, on and after an end mark."""
     monkeypatch.setattr(token_files, "RANGE_TOKENS", size)
     stream = [5, 6, 0, 7, 0, 8, 9, 10, 11, 12, 0, 13]
@@ -117,8 +134,12 @@ def test_every_document_is_in_one_range_only(tmp_path: Path, size: int, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["parquet", "file.arrow", "stream.arrow"])
-def test_columns(tmp_path: Path, tokenizer: Tokenizer, documents: list, kind: str, small_ranges: None) -> None:
-    table = pa.table({"n": list(range(len(documents))), "ids": pa.array(documents, pa.list_(pa.int32()))})
+def test_columns(
+    tmp_path: Path, tokenizer: Tokenizer, documents: list, kind: str, small_ranges: None
+) -> None:
+    table = pa.table(
+        {"n": list(range(len(documents))), "ids": pa.array(documents, pa.list_(pa.int32()))}
+    )
     path = tmp_path / f"a.{kind}"
     if kind == "parquet":
         pq.write_table(table, path, row_group_size=7)
@@ -161,7 +182,11 @@ def test_a_document_is_cut_at_an_inner_end_mark_and_empty_ones_are_counted(
     path = megatron(tmp_path / "a.bin", [[5, 0, 6, 0], [0], [7]], [0, 1, 2, 3])
     run(tmp_path / "out", path, tokenizer)
     manifest = Manifest.load(tmp_path / "out" / "train")
-    assert [read_document(manifest, n).tolist() for n in range(manifest.documents)] == [[5, 0], [6, 0], [7, 0]]
+    assert [read_document(manifest, n).tolist() for n in range(manifest.documents)] == [
+        [5, 0],
+        [6, 0],
+        [7, 0],
+    ]
     assert '"empty": 1' in (tmp_path / "out" / "summary.json").read_text()
 
 
@@ -202,7 +227,9 @@ def damaged(path: Path, kind: str) -> Path:
         ("negative id", "the id -1"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, tokenizer: Tokenizer, kind: str, message: str) -> None:
+def test_damaged_files_are_named(
+    tmp_path: Path, tokenizer: Tokenizer, kind: str, message: str
+) -> None:
     with pytest.raises(DataError, match=message) as caught:
         run(tmp_path / "out", damaged(tmp_path / "a.bin", kind), tokenizer)
     assert "a.bin" in str(caught.value) or "a.idx" in str(caught.value)

@@ -102,7 +102,11 @@ def package_of(module: str) -> str:
 def is_allowed(top: str, importer: str, imported: str) -> bool:
     """Whether the table lets package `importer` of `top` import package `imported` of it."""
     rows = [row.strip() for row in LAYERS[top].strip().splitlines()]
-    level = {name.strip(): number for number, row in enumerate(rows) for name in row.replace("|", ",").split(",")}
+    level = {
+        name.strip(): number
+        for number, row in enumerate(rows)
+        for name in row.replace("|", ",").split(",")
+    }
     if importer == imported:
         return importer != "commands"
     is_open = "|" not in rows[level[importer]]
@@ -139,8 +143,13 @@ def test_imports_run_downwards_only(top):
 def test_every_package_stands_in_the_table():
     """A new folder must say who may import it."""
     for top, table in LAYERS.items():
-        folders = {path.name for path in (ROOT / top).iterdir() if path.is_dir() and any(path.glob("*.py"))}
-        assert folders == set(table.replace(",", " ").replace("|", " ").split()) - {"commands", "leaves"}
+        folders = {
+            path.name for path in (ROOT / top).iterdir() if path.is_dir() and any(path.glob("*.py"))
+        }
+        assert folders == set(table.replace(",", " ").replace("|", " ").split()) - {
+            "commands",
+            "leaves",
+        }
 
 
 def test_an_upward_import_and_a_stranger_are_found():
@@ -149,7 +158,9 @@ def test_an_upward_import_and_a_stranger_are_found():
     assert wrong_imports("pipeline", {"pipeline.data.batch": {"pipeline.model.gpt"}})
     assert wrong_imports("pipeline", {"pipeline.train": {"pipeline.evaluate"}})
     assert wrong_imports("data_prep", {"data_prep.sources.inputs": {"data_prep.tokens.encode"}})
-    assert not wrong_imports("pipeline", {"pipeline.checkpoint.restore": {"pipeline.engine.engine"}})
+    assert not wrong_imports(
+        "pipeline", {"pipeline.checkpoint.restore": {"pipeline.engine.engine"}}
+    )
     assert not wrong_imports("pipeline", {"pipeline.training.trainer": {"pipeline.errors"}})
     assert fence_breaks("deepspeed", {"pipeline.training.trainer": {"deepspeed.comm"}})
     assert not fence_breaks("deepspeed", {"pipeline.engine.deepspeed.plain": {"deepspeed"}})
@@ -173,7 +184,9 @@ def test_data_prep_needs_no_torch():
     """Neither itself nor through what it takes from the pipeline."""
     for name, path in MODULES.items():
         if name.startswith("data_prep") or name in SHARED:
-            assert not {"torch", "megatron", "deepspeed"} & {module.split(".")[0] for module in imports(path)}, path
+            assert not {"torch", "megatron", "deepspeed"} & {
+                module.split(".")[0] for module in imports(path)
+            }, path
 
 
 def test_pipeline_does_not_import_data_prep():
@@ -185,7 +198,10 @@ def test_pipeline_does_not_import_data_prep():
 
 def test_there_is_no_import_cycle():
     """Reading order exists: whatever a file uses can be read before it."""
-    graph = {name: {m for m in imports(path) if m in MODULES and m != name} for name, path in MODULES.items()}
+    graph = {
+        name: {m for m in imports(path) if m in MODULES and m != name}
+        for name, path in MODULES.items()
+    }
     for package in [name for name, path in MODULES.items() if path.name == "__init__.py"]:
         graph.pop(package)
     for needs in graph.values():
@@ -204,11 +220,17 @@ def test_entry_point_imports_no_torch_before_the_config_is_checked(entry):
             continue
         seen.add(name)
         found = imports(MODULES[name], at_top_only=True)
-        assert not {"torch", "hydra", "wandb", "deepspeed"} & {module.split(".")[0] for module in found}, name
+        assert not {"torch", "hydra", "wandb", "deepspeed"} & {
+            module.split(".")[0] for module in found
+        }, name
         waiting += [module for module in found if module in MODULES]
 
 
 def test_no_file_is_longer_than_a_sitting():
     """One person reads the project in a day."""
-    long = {str(path.relative_to(ROOT)): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 350}
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in SOURCES
+        if (n := len(path.read_text().splitlines())) > 350
+    }
     assert long == {}

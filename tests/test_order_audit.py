@@ -28,12 +28,16 @@ def data(tmp_path_factory) -> Path:
 
 
 def composed(data: Path, *words: str) -> AuditConfig:
-    return cli.compose(AuditConfig, [f"data.path={data}", "training.seq_len=16", *words], config="pretrain")
+    return cli.compose(
+        AuditConfig, [f"data.path={data}", "training.seq_len=16", *words], config="pretrain"
+    )
 
 
 def test_the_audit_prints_the_hashes_the_trainer_logs(data, capsys):
     """Read by real loaders on 2 ranks, from step 3 on."""
-    cfg = composed(data, "layouts=[1x1,4x2,64x3]", "start=3", "steps=4", "training.global_batch_size=64")
+    cfg = composed(
+        data, "layouts=[1x1,4x2,64x3]", "start=3", "steps=4", "training.global_batch_size=64"
+    )
     assert main(cfg) == 0
     printed = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:-1]]
     loader = loaders(cfg.data, shape_of(2, batch=64), seed=cfg.seed)[1]
@@ -60,9 +64,18 @@ def test_a_layout_that_reads_other_samples_is_reported_with_the_step(data, capsy
 
 
 def test_seek_is_stepping_through_ramps_and_blends(data):
-    train = [DatasetConfig(path=str(data / name), max_epochs=2.5) for name in ("train", "validation")]
-    cfg = DataConfig(train=train, blend_schedule=[BlendStage(start_step=4, weights={"train": 0.8, "validation": 0.2})])
-    shape = shape_of(1, batch=8, ramp=(RampStage(until_step=2, seq_len=8), RampStage(until_step=5, global_batch_size=4)))
+    train = [
+        DatasetConfig(path=str(data / name), max_epochs=2.5) for name in ("train", "validation")
+    ]
+    cfg = DataConfig(
+        train=train,
+        blend_schedule=[BlendStage(start_step=4, weights={"train": 0.8, "validation": 0.2})],
+    )
+    shape = shape_of(
+        1,
+        batch=8,
+        ramp=(RampStage(until_step=2, seq_len=8), RampStage(until_step=5, global_batch_size=4)),
+    )
     sampler = Sampler(cfg, open_datasets(cfg.train, cfg=cfg, cache_dir=data), seq_len=16, seed=1)
     position = sampler.start()
     for step in range(20):
@@ -80,7 +93,9 @@ def test_a_layout_that_is_no_layout_is_refused(data):
 
 def test_the_audit_imports_no_torch(data):
     code = f"import sys; sys.argv=['audit','data.path={data}','steps=2','quiet=true','training.seq_len=16']\n"
-    code += "import runpy\ntry:\n    runpy.run_module('pipeline.order_audit', run_name='__main__')\n"
+    code += (
+        "import runpy\ntry:\n    runpy.run_module('pipeline.order_audit', run_name='__main__')\n"
+    )
     code += "except SystemExit as end:\n    assert end.code == 0\nassert 'torch' not in sys.modules"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

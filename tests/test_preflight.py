@@ -24,8 +24,15 @@ from tests.support.token_dataset import write_dataset
 @pytest.fixture
 def settings(tmp_path):
     for split in ("train", "validation"):
-        write_dataset(tmp_path / "data" / split, [np.arange(4096) % 64, np.arange(512) % 61], vocab_size=64)
-    return [f"data.path={tmp_path / 'data'}", f"runs_dir={tmp_path / 'runs'}", "name=a", "world_size=4"]
+        write_dataset(
+            tmp_path / "data" / split, [np.arange(4096) % 64, np.arange(512) % 61], vocab_size=64
+        )
+    return [
+        f"data.path={tmp_path / 'data'}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "name=a",
+        "world_size=4",
+    ]
 
 
 def problems(settings: list[str]) -> str:
@@ -66,7 +73,9 @@ def test_a_node_with_fewer_gpus_than_ranks_is_named(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "100")
     (found,) = missing_devices(PretrainConfig())
     assert "GPUs for 100 ranks" in found and "--exclude=" in found
-    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")  # then launch/pretrain.slurm starts one rank per GPU
+    monkeypatch.delenv(
+        "SLURM_NTASKS_PER_NODE"
+    )  # then launch/pretrain.slurm starts one rank per GPU
     assert list(missing_devices(PretrainConfig())) == [found]
 
 
@@ -95,7 +104,19 @@ def test_out_of_memory_prints_the_breakdown_and_the_settings_that_help(settings,
     cfg = cli.compose(PretrainConfig, [*words, "training.micro_batch_size=8"], config="pretrain")
     ranks = Ranks(3, 4, 3, 4, "n1")
     advice = startup.memory_advice(cfg, ranks)
-    code = failure.report(OutOfMemoryError("CUDA out of memory."), ranks=ranks, run_dir=tmp_path, step=0, advice=advice)
+    code = failure.report(
+        OutOfMemoryError("CUDA out of memory."),
+        ranks=ranks,
+        run_dir=tmp_path,
+        step=0,
+        advice=advice,
+    )
     printed = capfd.readouterr().err
-    assert code == 1 and printed.startswith("error: rank 3 on n1 after step 0: OutOfMemoryError: CUDA out of memory.")
-    assert "weights" in printed and "activations" in printed and "  training.micro_batch_size=1: " in printed
+    assert code == 1 and printed.startswith(
+        "error: rank 3 on n1 after step 0: OutOfMemoryError: CUDA out of memory."
+    )
+    assert (
+        "weights" in printed
+        and "activations" in printed
+        and "  training.micro_batch_size=1: " in printed
+    )

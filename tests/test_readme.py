@@ -24,7 +24,9 @@ def test_local_links_lead_somewhere(page):
 def test_files_named_in_the_readme_exist():
     """The six files to read first must be there."""
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"`?((?:pipeline|data_prep|launch|conf|docs|tests)/[\w./-]*\.\w+)", text))
+    named = set(
+        re.findall(r"`?((?:pipeline|data_prep|launch|conf|docs|tests)/[\w./-]*\.\w+)", text)
+    )
     assert "pipeline/config/pretrain.py" in named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

@@ -65,7 +65,11 @@ def test_steps_repeated_after_a_restart_count_once(tmp_path):
 
 def test_report_of_a_killed_run_skips_the_torn_line(tmp_path):
     """A run that dies is the one whose curves are wanted."""
-    main(ReportConfig(run=str(write(tmp_path, [step_row(1, 3.0), step_row(2, None)], tail='{"step": 3, "tr'))))
+    main(
+        ReportConfig(
+            run=str(write(tmp_path, [step_row(1, 3.0), step_row(2, None)], tail='{"step": 3, "tr'))
+        )
+    )
     assert (tmp_path / "report" / "index.html").exists()
     assert [row["step"] for row in History.load(tmp_path).steps] == [1, 2]
 
@@ -82,7 +86,10 @@ def test_evaluation_of_the_whole_held_out_set_is_shown(tmp_path, capsys):
 
 def test_throughput_is_the_median_without_the_warm_up(tmp_path):
     """The first logged step compiles and allocates."""
-    assert History.load(write(tmp_path, [step_row(s, 1.0) for s in (1, 2, 3, 4)])).tokens_per_sec == 103.0
+    assert (
+        History.load(write(tmp_path, [step_row(s, 1.0) for s in (1, 2, 3, 4)])).tokens_per_sec
+        == 103.0
+    )
 
 
 @pytest.mark.parametrize("rows", [None, []])

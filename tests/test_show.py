@@ -32,7 +32,11 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(folder / f"{source}.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fmt, "BLOCK_TOKENS", 1000)
-        words = [f"input={folder}/web.jsonl,{folder}/code.jsonl", f"output={folder}/out", f"tokenizer={tokenizer}"]
+        words = [
+            f"input={folder}/web.jsonl,{folder}/code.jsonl",
+            f"output={folder}/out",
+            f"tokenizer={tokenizer}",
+        ]
         more = ["workers=1", "encoder=hf", "validation_fraction=0"]
         tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
     return folder / "out"
@@ -59,17 +63,24 @@ def test_lengths_are_those_of_the_documents(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["57: ", "naïve", "writes about <|endoftext|> in", "\n\n\ttabs", "x", "nowhere", "3: The"]
+    "text",
+    ["57: ", "naïve", "writes about <|endoftext|> in", "\n\n\ttabs", "x", "nowhere", "3: The"],
 )
-def test_search_finds_the_documents_that_a_plain_search_finds(manifest: Manifest, text: str) -> None:
-    assert list(show.search(manifest, text)) == [n for n, document in enumerate(ALL) if text in document]
+def test_search_finds_the_documents_that_a_plain_search_finds(
+    manifest: Manifest, text: str
+) -> None:
+    assert list(show.search(manifest, text)) == [
+        n for n, document in enumerate(ALL) if text in document
+    ]
 
 
 def test_a_text_across_two_documents_is_no_match(manifest: Manifest) -> None:
     assert list(show.search(manifest, ALL[4][-4:] + ALL[5][:4])) == []
 
 
-def test_totals_by_source_and_histogram(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_totals_by_source_and_histogram(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     show.main(ShowConfig(dataset=str(output), histogram=str(tmp_path / "h.png")))
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert [int(lines[name][2]) for name in ("web", "code", "all")] == [60, 40, 100]
@@ -99,7 +110,11 @@ def test_a_document_that_is_not_there_is_refused(manifest: Manifest) -> None:
 
 def test_the_command_shows_a_document(output: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "data_prep.show", str(output), "document=3"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "data_prep.show", str(output), "document=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (run.returncode, run.stderr) == (0, "")
     assert ALL[3].splitlines()[0] in run.stdout

@@ -85,7 +85,10 @@ def test_datasets_hold_each_document_once_with_the_ids_of_hugging_face(corpus, r
         manifest = Manifest.load(reference / name)
         assert manifest.documents == len(expected)
         assert manifest.text_bytes == sum(len(text.encode()) for text in expected)
-        assert manifest.tokenizer.sha256 == hashlib.sha256((corpus / "tokenizer.json").read_bytes()).hexdigest()
+        assert (
+            manifest.tokenizer.sha256
+            == hashlib.sha256((corpus / "tokenizer.json").read_bytes()).hexdigest()
+        )
 
 
 def test_document_starts_follow_the_ends(reference):
@@ -102,7 +105,9 @@ def test_hugging_face_decodes_documents_to_the_original_text(corpus, reference):
         assert backend.decode(ids, skip_special_tokens=False) == text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
 def test_stock_webdataset_yields_the_same_tokens(reference):
     import webdataset
 
@@ -118,7 +123,12 @@ def test_stock_webdataset_yields_the_same_tokens(reference):
 
 @pytest.mark.parametrize(
     "words",
-    [["workers=2"], ["workers=4"], ["workers=1", "encoder=gigatoken"], ["workers=1", "encoder=tiktoken"]],
+    [
+        ["workers=2"],
+        ["workers=4"],
+        ["workers=1", "encoder=gigatoken"],
+        ["workers=1", "encoder=tiktoken"],
+    ],
     ids=lambda words: ",".join(words),
 )
 def test_bytes_do_not_depend_on_workers_or_encoder(corpus, reference, tmp_path, words):
@@ -150,7 +160,10 @@ def test_bytes_do_not_depend_on_ten_random_kills(corpus, reference, tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         for shard in output.glob("*/shards/*/*.tar"):  # whatever has its final name is whole
-            assert expected[str(shard.relative_to(output))] == hashlib.sha256(shard.read_bytes()).hexdigest()
+            assert (
+                expected[str(shard.relative_to(output))]
+                == hashlib.sha256(shard.read_bytes()).hexdigest()
+            )
     tokenize(corpus, output, "workers=1")
     assert checksums(output) == expected
     assert not (output / ".work").exists()
@@ -197,7 +210,9 @@ def test_workers_end_with_their_parent_and_the_next_run_finishes(corpus, referen
 
 def test_another_job_is_refused_the_folder(corpus, reference):
     before = checksums(reference)
-    with pytest.raises(ConfigError, match="holds the result.*validation_fraction was 0.005, is 0.1.*another output"):
+    with pytest.raises(
+        ConfigError, match="holds the result.*validation_fraction was 0.005, is 0.1.*another output"
+    ):
         tokenize(corpus, reference, "validation_fraction=0.1")
     with pytest.raises(ConfigError, match="inputs_sha256"):
         tokenize(corpus, reference, source="in/0.jsonl")
@@ -207,7 +222,9 @@ def test_another_job_is_refused_the_folder(corpus, reference):
 
 def test_finalize_refuses_while_units_are_missing(corpus, tmp_path):
     tokenize(corpus, tmp_path / "out", "workers=1", "task=1", "num_tasks=3")
-    with pytest.raises(DataError, match="units are not done, first .0, 2, 3.*Run the tokenize command"):
+    with pytest.raises(
+        DataError, match="units are not done, first .0, 2, 3.*Run the tokenize command"
+    ):
         finalize.main(finalize.FinalizeConfig(output=str(tmp_path / "out")))
     assert not (tmp_path / "out/train").exists()
 
@@ -263,7 +280,9 @@ def test_without_validation_only_the_training_set_is_written(corpus, tmp_path):
 
 
 def test_held_out_documents_stay_held_out_when_the_fraction_grows():
-    chosen = [{text for text in TEXTS if is_held_out(text, fraction)} for fraction in (0.01, 0.05, 0.2)]
+    chosen = [
+        {text for text in TEXTS if is_held_out(text, fraction)} for fraction in (0.01, 0.05, 0.2)
+    ]
     assert chosen[0] < chosen[1] < chosen[2]
     assert 0.1 < len(chosen[2]) / len(TEXTS) < 0.3
 
@@ -275,9 +294,16 @@ def test_held_out_documents_stay_held_out_when_the_fraction_grows():
 )
 def test_the_file_does_not_shadow_the_standard_library(corpus, tmp_path, start):
     """Its name is that of a module that inspect, linecache and torch import; see data_prep/tokenize.py."""
-    words = [f"input={corpus}/in", f"output={tmp_path}/out", f"tokenizer={corpus}/tokenizer.json", "workers=2"]
+    words = [
+        f"input={corpus}/in",
+        f"output={tmp_path}/out",
+        f"tokenizer={corpus}/tokenizer.json",
+        "workers=2",
+    ]
     cwd = ROOT / "data_prep" if start == ["tokenize.py"] else ROOT
-    result = subprocess.run([sys.executable, *start, *words, "unit_mb=0.1"], cwd=cwd, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, *start, *words, "unit_mb=0.1"], cwd=cwd, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert Manifest.load(tmp_path / "out/train").documents > 390
 

@@ -39,11 +39,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def shard(tokens: int) -> np.ndarray:
         rows = tokens // 32
-        return ((rng.integers(0, 300, (rows, 1)) + np.arange(32) * rng.integers(1, 5, (rows, 1))) % 300).reshape(-1)
+        return (
+            (rng.integers(0, 300, (rows, 1)) + np.arange(32) * rng.integers(1, 5, (rows, 1))) % 300
+        ).reshape(-1)
 
     for split, sizes in (("train", (40_000, 30_000)), ("validation", (4_000,))):
         shards = [shard(size) for size in sizes]
-        write_dataset(folder / split, shards, block_tokens=16384, vocab_size=vocab_size, tokenizer=path.read_bytes())
+        write_dataset(
+            folder / split,
+            shards,
+            block_tokens=16384,
+            vocab_size=vocab_size,
+            tokenizer=path.read_bytes(),
+        )
     return folder
 
 
@@ -70,7 +78,9 @@ def history(run: Path) -> dict[int, tuple[float, float, str]]:
     """Step -> (loss, gradient norm, sample hash) as last logged."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        r["step"]: (r["train/loss"], r["train/grad_norm"], r["data/sample_hash"]) for r in rows if "train/loss" in r
+        r["step"]: (r["train/loss"], r["train/grad_norm"], r["data/sample_hash"])
+        for r in rows
+        if "train/loss" in r
     }
 
 
@@ -98,7 +108,12 @@ def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
     """kill -9 in mid-run, dropout on: the same command continues with the samples and losses of an undisturbed run."""
     dropout = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
     run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "whole", **dropout))
-    command = [sys.executable, "-m", "pipeline.train", *overrides(data, tmp_path, "killed", **dropout)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.train",
+        *overrides(data, tmp_path, "killed", **dropout),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     run = tmp_path / "killed"
@@ -120,7 +135,11 @@ def test_a_run_continues_at_another_layout(data: Path, tmp_path: Path) -> None:
     short = overrides(data, tmp_path, "moved", **{"training.total_steps": STEPS})
     run_on_ranks(train_and_stop, 1, short, 6)
     assert max(history(tmp_path / "moved")) == 6
-    layout = {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": "true", "training.micro_batch_size": 4}
+    layout = {
+        "parallel.tensor_parallel_size": 2,
+        "parallel.sequence_parallel": "true",
+        "training.micro_batch_size": 4,
+    }
     run_on_ranks(train_on_ranks, 2, overrides(data, tmp_path, "moved", **layout))
     whole, moved = history(tmp_path / "whole"), history(tmp_path / "moved")
     assert [moved[s][2] for s in moved] == [whole[s][2] for s in whole]
@@ -179,12 +198,16 @@ def train_late(arguments: list[str], faults: dict[str, float]) -> int:
 def ledger(run: Path, step: int) -> tuple[int, list[tuple[int, str, str]]]:
     """(skipped steps, [(step, kind, action)]) as a checkpoint holds them."""
     record = read_record(run / "checkpoints" / f"step-{step:08d}")
-    return record["state"]["skipped_steps"], [(e["step"], e["kind"], e["action"]) for e in record["guard"]["ledger"]]
+    return record["state"]["skipped_steps"], [
+        (e["step"], e["kind"], e["action"]) for e in record["guard"]["ledger"]
+    ]
 
 
 def test_a_checkpoint_knows_what_became_of_its_last_step(data: Path, tmp_path: Path) -> None:
     """Though the host hears of a step after the next one has begun: step 2, the third, has a NaN and is saved."""
-    arguments = overrides(data, tmp_path, "late", **{"training.total_steps": 5, "training.eval_every": 0})
+    arguments = overrides(
+        data, tmp_path, "late", **{"training.total_steps": 5, "training.eval_every": 0}
+    )
     run_on_ranks(train_late, 1, arguments, {"nan": 2 * 8 + 3})
     for step in (3, 5):
         assert ledger(tmp_path / "late", step) == (1, [(2, "bad_numbers", "skip")])
@@ -192,8 +215,19 @@ def test_a_checkpoint_knows_what_became_of_its_last_step(data: Path, tmp_path: P
 
 def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) -> None:
     """Step 19 spikes, and step 20, begun before that was known, is bad too; both are undone, one is judged."""
-    settings = {"training.total_steps": 23, "training.eval_every": 0, "resilience.on_spike": "rollback", "optimizer.lr": 0.01}
-    arguments = overrides(data, tmp_path, "late", **settings, **{"resilience.spike_window": 8, "resilience.spike_sigmas": 5})
+    settings = {
+        "training.total_steps": 23,
+        "training.eval_every": 0,
+        "resilience.on_spike": "rollback",
+        "optimizer.lr": 0.01,
+    }
+    arguments = overrides(
+        data,
+        tmp_path,
+        "late",
+        **settings,
+        **{"resilience.spike_window": 8, "resilience.spike_sigmas": 5},
+    )
     run_on_ranks(train_late, 1, arguments, {"spike": 19 * 8 + 3, "nan": 20 * 8 + 3})
     assert ledger(tmp_path / "late", 23) == (0, [(19, "spike", "rollback")])
 
@@ -204,7 +238,8 @@ def prepare(arguments: list[str], world_size: int = 1) -> None:
     from pipeline.training import startup
 
     startup.prepare(
-        cli.compose(PretrainConfig, arguments, config="pretrain"), Ranks(0, world_size, 0, world_size, "here")
+        cli.compose(PretrainConfig, arguments, config="pretrain"),
+        Ranks(0, world_size, 0, world_size, "here"),
     )
 
 
@@ -213,7 +248,12 @@ ERRORS: list[tuple[str, dict[str, Any], int, str]] = [
     ("heads", {"parallel.tensor_parallel_size": 3}, 3, "num_attention_heads"),
     ("layers", {"parallel.pipeline_parallel_size": 8}, 8, "num_layers"),
     ("global batch", {"training.global_batch_size": 7}, 1, "Set training.global_batch_size=8"),
-    ("zero with pipeline", {"parallel.zero_stage": 2, "parallel.pipeline_parallel_size": 2}, 2, "zero_stage=2"),
+    (
+        "zero with pipeline",
+        {"parallel.zero_stage": 2, "parallel.pipeline_parallel_size": 2},
+        2,
+        "zero_stage=2",
+    ),
     ("vocabulary", {"model.vocab_size": 100}, 1, r"model.vocab_size \(100\)"),
     ("missing dataset", {"data.path": "no/such/folder"}, 1, "no/such/folder"),
 ]
@@ -234,10 +274,14 @@ def test_a_damaged_tokenizer_is_named(data: Path, tmp_path: Path) -> None:
         prepare(overrides(broken, tmp_path))
 
 
-def test_a_full_disk_is_reported_before_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(PipelineError, match=r"0\.00 GiB free; two checkpoints of this model need .* runs_dir="):
+    with pytest.raises(
+        PipelineError, match=r"0\.00 GiB free; two checkpoints of this model need .* runs_dir="
+    ):
         prepare(overrides(data, tmp_path))
 
 
@@ -248,7 +292,11 @@ def test_a_run_folder_that_cannot_be_written_is_reported(data: Path, tmp_path: P
 
 
 def test_another_model_in_the_run_folder_is_refused(data: Path, tmp_path: Path) -> None:
-    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, **{"training.total_steps": 2, "training.eval_every": 0}))
+    run_on_ranks(
+        train_on_ranks,
+        1,
+        overrides(data, tmp_path, **{"training.total_steps": 2, "training.eval_every": 0}),
+    )
     with pytest.raises(PipelineError, match=r"model\.hidden_size: 64 there, 32 here"):
         prepare(overrides(data, tmp_path, **{"model.hidden_size": 32}))
 

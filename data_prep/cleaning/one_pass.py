@@ -80,7 +80,8 @@ def clean_documents(
         repeats: place in `documents` -> the deduplication that found it a repeat.
         dedups: the deduplications of the pass before, in their order.
         steps: names and functions.
-        on_drop: called with (document, step, reason, bytes) for each document that does not come out.
+        on_drop: called with (document, step, reason, bytes) for each document that does not come
+            out.
         tally: counts are added here.
     """
     tally.expect([*dedups, *(name for name, _ in steps)])
@@ -126,7 +127,9 @@ class KeyCollector:
             self._hash()
 
     def columns(self) -> dict[str, np.ndarray]:
-        """For each deduplication (columns, survivors) rows of key_dtype, each column sorted by key."""
+        """For each deduplication (columns, survivors) rows of key_dtype, each column sorted by
+        key.
+        """
         self._hash()
         result = {}
         for name, parts in self._parts.items():

@@ -2,9 +2,10 @@ r"""Personal data and secrets out of a text, in time linear in its length.
 
     remove_pii("mail ada@lovelace.uk") -> "mail email@example.com"
 
-datatrove's formatter has the same e-mail and address rules, but hands out its replacements in turn, so that its output
-depends on the documents a worker saw before; and its e-mail expression takes quadratic time on base64. Every repetition
-here is bounded, or begins where the character before it cannot belong to the match.
+datatrove's formatter has the same e-mail and address rules, but hands out its replacements in turn,
+so that its output depends on the documents a worker saw before; and its e-mail expression takes
+quadratic time on base64. Every repetition here is bounded, or begins where the character before it
+cannot belong to the match.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import re
 from collections import Counter
 
 EMAIL, IP, PHONE, SECRET = "email@example.com", "192.0.2.1", "+1 555 0100", "REDACTED"
-# 192.0.2.0/24 is reserved for documentation (RFC 5737), as 555-01xx is for fiction: neither belongs to anybody.
+# 192.0.2.0/24 is reserved for documentation (RFC 5737), as 555-01xx is for fiction: neither belongs
+# to anybody.
 
 _LOCAL = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~-"  # RFC 5321, without quoted local parts
 _EMAIL = re.compile(
@@ -41,7 +43,9 @@ _KEYS = {
         "glpat-": r"\bglpat-[A-Za-z0-9_-]{20,64}\b",  # GitLab
         **{f"xox{kind}-": rf"\bxox{kind}-[A-Za-z0-9-]{{10,200}}\b" for kind in "abprs"},  # Slack
         "AIza": r"\bAIza[A-Za-z0-9_-]{35}(?![\w-])",  # Google
-        **{f"k_{kind}_": rf"\b[sr]k_{kind}_[A-Za-z0-9]{{16,251}}\b" for kind in ("live", "test")},  # Stripe
+        **{
+            f"k_{kind}_": rf"\b[sr]k_{kind}_[A-Za-z0-9]{{16,251}}\b" for kind in ("live", "test")
+        },  # Stripe
         "sk-": r"\bsk-[A-Za-z0-9_-]{32,251}(?![\w-])",  # OpenAI, Anthropic
         "hf_": r"\bhf_[A-Za-z0-9]{34}\b",
         "npm_": r"\bnpm_[A-Za-z0-9]{36}\b",
@@ -65,7 +69,9 @@ def remove_pii(text: str, *, emails: bool, ips: bool, phones: bool, secrets: boo
                 text = key.sub(SECRET, text)
         text = _QUOTED.sub(_replace_random, text)
     if emails and "@" in text:
-        text = "\n".join(_EMAIL.sub(_replace_email, line) if "@" in line else line for line in text.split("\n"))
+        text = "\n".join(
+            _EMAIL.sub(_replace_email, line) if "@" in line else line for line in text.split("\n")
+        )
     if ips:
         text = _IP.sub(lambda m: IP if ipaddress.ip_address(m[0]).is_global else m[0], text)
     if phones:
@@ -78,7 +84,9 @@ def _replace_email(match: re.Match[str]) -> str:
 
 
 def _replace_random(match: re.Match[str]) -> str:
-    """Replace a value that is assigned to a key or password and looks random: digits, letters, 3 bits a character."""
+    """Replace a value that is assigned to a key or password and looks random: digits, letters, 3
+    bits a character.
+    """
     if not _ASSIGNED.search(match.string[max(0, match.start() - _ASSIGNED_CHARS) : match.start()]):
         return match[0]
     value = match[2]
@@ -90,7 +98,9 @@ def _replace_random(match: re.Match[str]) -> str:
 
 
 def _replace_phone(match: re.Match[str]) -> str:
-    """Replace 8 to 15 digits, a number with its area (ITU-T E.164); 10 if nothing but digits says so."""
+    """Replace 8 to 15 digits, a number with its area (ITU-T E.164); 10 if nothing but digits says
+    so.
+    """
     number = match[0]
     least = 8 if re.search("[ .()-]", number) else 10
     return PHONE if least <= sum(map(str.isdigit, number)) <= 15 else number

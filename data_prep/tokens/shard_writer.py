@@ -1,4 +1,5 @@
-"""Token ids to shard tars, a block at a time, so that memory does not depend on the size of a shard.
+"""Token ids to shard tars, a block at a time, so that memory does not depend on the size of a
+shard.
 
     add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every SHARD_TOKENS
     close() -> [Part(...)], from which finalize.py makes shards
@@ -63,7 +64,13 @@ class PartWriter:
             source: label.
             dtype: of the tokens.
         """
-        self._folder, self._stem, self._key, self._source, self._dtype = folder, stem, key, source, dtype
+        self._folder, self._stem, self._key, self._source, self._dtype = (
+            folder,
+            stem,
+            key,
+            source,
+            dtype,
+        )
         self._block = np.empty(fmt.BLOCK_TOKENS, dtype)
         self._filled = 0
         self._starts: list[np.ndarray] = []
@@ -160,7 +167,9 @@ class PartWriter:
         self._open_file.close()  # flushes to disk and renames
 
 
-def copy_parts(sources: list[Path], parts: list[Part], target: Path, *, dtype: np.dtype, scratch: Path) -> Part:
+def copy_parts(
+    sources: list[Path], parts: list[Part], target: Path, *, dtype: np.dtype, scratch: Path
+) -> Part:
     """Write the tokens of several parts into one at `target`; their files stay.
 
     Args:
@@ -175,7 +184,9 @@ def copy_parts(sources: list[Path], parts: list[Part], target: Path, *, dtype: n
     with PartWriter(scratch, stem=stem, key=first.key, source=first.source, dtype=dtype) as writer:
         for path, part in zip(sources, parts):
             for row in part.blocks:
-                tokens, starts = fmt.map_block(str(path), np.array([tuple(row)], fmt.INDEX_DTYPE)[0], dtype)
+                tokens, starts = fmt.map_block(
+                    str(path), np.array([tuple(row)], fmt.INDEX_DTYPE)[0], dtype
+                )
                 writer.add(tokens, starts)
         (merged,) = writer.close()
     os.replace(scratch / merged.name, target)

@@ -15,5 +15,7 @@ def is_held_out(text: str, fraction: float) -> bool:
     """
     if not fraction:
         return False
-    digest = hashlib.blake2b(f"{len(text)} {text[:SPLIT_CHARACTERS]}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{len(text)} {text[:SPLIT_CHARACTERS]}".encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64

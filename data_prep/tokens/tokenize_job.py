@@ -1,11 +1,11 @@
 """Text to training shards: OUT/train and OUT/validation, the datasets that pipeline.train reads.
 
     python data_prep/tokenize.py input=corpus.jsonl output=OUT tokenizer=tokenizer.json
-    python data_prep/tokenize.py 'input=web=crawl/*.jsonl.zst,code=s3://bucket/code/' output=OUT tokenizer=T.json
-    sbatch --array=0-63 launch/tokenize.slurm input=... output=... tokenizer=...
+    python data_prep/tokenize.py 'input=web=crawl/*.jsonl.zst,code=s3://bucket/code/' output=OUT
+    tokenizer=T.json sbatch --array=0-63 launch/tokenize.slurm input=... output=... tokenizer=...
 
-Killed, or out of disk space: run the same command again. The result does not depend on the number of workers or tasks.
-docs/data.md has the details.
+Killed, or out of disk space: run the same command again. The result does not depend on the number
+of workers or tasks. docs/data.md has the details.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ class TokenizeConfig(InputConfig, JobConfig):
     encoder: EncoderName = EncoderName.auto
     """auto, gigatoken, tiktoken or hf; the ids are the same."""
     validation_fraction: float = 0.005
-    """Share of the documents, chosen by hash of their text, that goes to OUT/validation; 0: none is written."""
+    """Share of the documents, chosen by hash of their text, that goes to OUT/validation; 0: none is
+    written.
+    """
     max_rejected_fraction: float = 0.01
-    """on_error=quarantine: a larger share of rejected documents ends the job (empty ones do not count)."""
+    """on_error=quarantine: a larger share of rejected documents ends the job (empty ones do not
+    count).
+    """
 
 
 def run() -> None:
@@ -68,7 +72,9 @@ def main(cfg: TokenizeConfig) -> None:
     """
     log.setup()
     if not 0 <= cfg.validation_fraction < 1:
-        raise ConfigError(f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1.")
+        raise ConfigError(
+            f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1."
+        )
     output = Path(cfg.output)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
     task, num_tasks = task_of(cfg)
@@ -81,8 +87,8 @@ def main(cfg: TokenizeConfig) -> None:
     facts = TokenizerIdentity(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
     encoder = get_encoder(cfg.tokenizer, facts.sha256, facts.eod, cfg.encoder)
     logger.info(
-        f"{cfg.input}: {sum(unit.weight for unit in units) / 1e6:,.0f} MB in {len(units)} units; encoder "
-        f"{encoder.name.name}; task {task} of {num_tasks}"
+        f"{cfg.input}: {sum(unit.weight for unit in units) / 1e6:,.0f} MB in {len(units)} units; "
+        f"encoder {encoder.name.name}; task {task} of {num_tasks}"
     )
     dataset_writer.copy_tokenizer(output, tokenizer)
     all_done = run_units(
@@ -98,7 +104,10 @@ def main(cfg: TokenizeConfig) -> None:
     if all_done:
         dataset_writer.finalize(output, max_rejected_fraction=cfg.max_rejected_fraction)
     else:
-        logger.info(f"task {task} is done; the last one, or python -m data_prep.finalize {output}, ends the job")
+        logger.info(
+            f"task {task} is done; the last one, or python -m data_prep.finalize {output}, ends "
+            "the job"
+        )
 
 
 def job_facts(cfg: TokenizeConfig, units: list[Unit], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -118,13 +127,17 @@ def job_facts(cfg: TokenizeConfig, units: list[Unit], tokenizer: Tokenizer) -> d
         "files": sum(p.start == 0 for unit in units for p in unit.pieces),
         "units": len(units),
         "inputs_sha256": digest.hexdigest(),
-        "tokenizer": asdict(TokenizerIdentity(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)),
+        "tokenizer": asdict(
+            TokenizerIdentity(tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+        ),
         "validation_fraction": cfg.validation_fraction,
         **{key: values[key] for key in reading},
     }
 
 
-def tokenize_unit(unit: Unit, *, cfg: TokenizeConfig, tokenizer: TokenizerIdentity) -> dict[str, Any]:
+def tokenize_unit(
+    unit: Unit, *, cfg: TokenizeConfig, tokenizer: TokenizerIdentity
+) -> dict[str, Any]:
     """Write a unit's parts; its marker: parts, documents and bytes by split, rejects by reason."""
     output = Path(cfg.output)
     encoder = get_encoder(cfg.tokenizer, tokenizer.sha256, tokenizer.eod, cfg.encoder)
@@ -143,10 +156,11 @@ def tokenize_unit(unit: Unit, *, cfg: TokenizeConfig, tokenizer: TokenizerIdenti
         result = {"splits": {name: split.close() for name, split in splits.items()}}
     if rejects.rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.rows)
-        write_whole(dataset_writer.rejects_path(output, unit.number), lines.encode("utf-8", "backslashreplace"))
+        write_whole(
+            dataset_writer.rejects_path(output, unit.number),
+            lines.encode("utf-8", "backslashreplace"),
+        )
     return result | {"rejects": dict(Counter(row["reason"] for row in rejects.rows))}
-
-
 
 
 class _Split:
@@ -167,7 +181,10 @@ class _Split:
 
     def close(self) -> dict[str, Any]:
         self._flush()
-        return {"parts": [part.as_json() for part in self._writer.close()], "text_bytes": self._text_bytes}
+        return {
+            "parts": [part.as_json() for part in self._writer.close()],
+            "text_bytes": self._text_bytes,
+        }
 
     def _flush(self) -> None:
         if not self._texts:
@@ -178,7 +195,9 @@ class _Split:
         is_text = np.ones(len(tokens), bool)
         is_text[ends - 1] = False
         tokens[is_text] = ids
-        self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in self._texts)
+        self._text_bytes += sum(
+            len(text) if text.isascii() else len(text.encode()) for text in self._texts
+        )
         self._writer.add(tokens, ends - lengths - 1, self._ids)
         self._texts, self._ids, self._waiting = [], [], 0
 

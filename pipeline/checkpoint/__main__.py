@@ -5,9 +5,10 @@
     python -m pipeline.checkpoint show runs/NAME          what is in it: record, parameters, shapes
     python -m pipeline.checkpoint diff STEP_A STEP_B      largest difference of every parameter
 
-Save: copy this rank's fragments to host memory (training waits), then, in a background thread, write the files, sync
-them, rename the folder, move `latest`, prune. Restore: the newest checkpoint whose checksums hold is read into the
-fragments of whatever layout runs now. A failed save is retried, then reported; training goes on.
+Save: copy this rank's fragments to host memory (training waits), then, in a background thread,
+write the files, sync them, rename the folder, move `latest`, prune. Restore: the newest checkpoint
+whose checksums hold is read into the fragments of whatever layout runs now. A failed save is
+retried, then reported; training goes on.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ def main(cfg: ToolConfig) -> int:
     if cfg.command == "diff":
         if cfg.other is None:
             raise CheckpointError(
-                "diff compares two checkpoints: python -m pipeline.checkpoint diff CHECKPOINT_A CHECKPOINT_B."
+                "diff compares two checkpoints: python -m pipeline.checkpoint diff CHECKPOINT_A "
+                "CHECKPOINT_B."
             )
         return tools.diff(Path(cfg.path), Path(cfg.other))
     if cfg.command not in commands:
-        raise CheckpointError(f"'{cfg.command}' is not a command. Commands: {', '.join([*commands, 'diff'])}.")
+        raise CheckpointError(
+            f"'{cfg.command}' is not a command. Commands: {', '.join([*commands, 'diff'])}."
+        )
     return commands[cfg.command](Path(cfg.path))
 
 

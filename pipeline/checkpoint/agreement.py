@@ -57,11 +57,17 @@ class Agreement:
         return box[0]
 
     def damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint, one line a file; every rank reads a share of the files."""
+        """What is wrong with a checkpoint, one line a file; every rank reads a share of the
+        files.
+        """
         parts = self.gather(folders.damage(checkpoint, part=self.rank, parts=self.world_size))
         return [problem for part in parts for problem in part]
 
 
 def _as_checkpoint_error(error: Exception) -> CheckpointError:
     """An exception that travels between ranks."""
-    return error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}")
+    return (
+        error
+        if isinstance(error, CheckpointError)
+        else CheckpointError(f"{type(error).__name__}: {error}")
+    )

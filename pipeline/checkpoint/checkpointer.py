@@ -1,8 +1,9 @@
 """Save and resume at any layout.
 
-Save: copy this rank's fragments to host memory (training waits), then, in a background thread, write the files, sync
-them, rename the folder, move `latest`, prune. Restore: the newest checkpoint whose checksums hold is read into the
-fragments of whatever layout runs now. A failed save is retried, then reported; training goes on.
+Save: copy this rank's fragments to host memory (training waits), then, in a background thread,
+write the files, sync them, rename the folder, move `latest`, prune. Restore: the newest checkpoint
+whose checksums hold is read into the fragments of whatever layout runs now. A failed save is
+retried, then reported; training goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,10 +36,17 @@ SPARE_BYTES = 64 * 2**20
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Methods are collective: call on every rank, in the same order."""
+    """Writes and reads the checkpoints of one run. Methods are collective: call on every rank, in
+    the same order.
+    """
 
     def __init__(
-        self, cfg: CheckpointConfig, *, folder: Path, layout: ParallelLayout, attachments: dict[str, Path] | None = None
+        self,
+        cfg: CheckpointConfig,
+        *,
+        folder: Path,
+        layout: ParallelLayout,
+        attachments: dict[str, Path] | None = None,
     ) -> None:
         """Collective.
 
@@ -53,17 +62,19 @@ class Checkpointer:
         self.attachments = attachments or {}
         self.failed_saves = 0
         """Saves that were given up, on every rank alike."""
-        # The background thread talks in a group of its own, so that its messages never meet training's.
+        # The background thread talks in a group of its own, so that its messages never meet
+        # training's.
         self._ranks = Agreement(dist.new_group(backend="gloo"))
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._last_saved: int | None = None
         self._outcome: str | None = None
 
-    # ---- save ---------------------------------------------------------------------------------------------------
+    # ---- save ------------------------------------------------------------------------------------
 
     def save(self, engine: Engine, *, step: int, record: dict[str, Any]) -> float:
-        """Milliseconds that training stood still. A step that is on the disk, or on its way, is not written again.
+        """Milliseconds that training stood still. A step that is on the disk, or on its way, is not
+        written again.
 
         Args:
             step: optimizer steps done.
@@ -118,7 +129,9 @@ class Checkpointer:
                 return
             if self._ranks.rank == 0:
                 again = (
-                    f"trying again in {RETRY_PAUSE_S:.0f} s" if attempt + 1 < ATTEMPTS else "given up; training goes on"
+                    f"trying again in {RETRY_PAUSE_S:.0f} s"
+                    if attempt + 1 < ATTEMPTS
+                    else "given up; training goes on"
                 )
                 logger.error("checkpoint of step %d failed: %s (%s)", step, self._outcome, again)
             if attempt + 1 < ATTEMPTS:
@@ -134,7 +147,9 @@ class Checkpointer:
         sums = {name: digest for part in self._ranks.gather(sums) for name, digest in part.items()}
         seconds = time.monotonic() - start
         self._ranks.on_main(
-            lambda: self._publish(step, {**facts, "size_bytes": size_bytes, "write_s": round(seconds, 3)}, sums)
+            lambda: self._publish(
+                step, {**facts, "size_bytes": size_bytes, "write_s": round(seconds, 3)}, sums
+            )
         )
 
     def _make_room(self, saving: Path, size_bytes: int) -> None:
@@ -151,7 +166,8 @@ class Checkpointer:
     def _publish(self, step: int, record: dict[str, Any], sums: dict[str, str]) -> None:
         saving = folders.saving_folder(self.folder, step)
         attached = {
-            name: folders.write_durably(saving / name, path.read_bytes()) for name, path in self.attachments.items()
+            name: folders.write_durably(saving / name, path.read_bytes())
+            for name, path in self.attachments.items()
         }
         final = folders.publish(self.folder, step, record, {**sums, **attached})
         gib = record["size_bytes"] / 2**30
@@ -161,7 +177,7 @@ class Checkpointer:
         except OSError as error:
             logger.warning("old checkpoints could not be deleted: %s", error)
 
-    # ---- restore ------------------------------------------------------------------------------------------------
+    # ---- restore ---------------------------------------------------------------------------------
 
     def restore(self, engine: Engine, *, not_after: int | None = None) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into the engine; its record, or None when there is none.
@@ -172,20 +188,25 @@ class Checkpointer:
             not_after: ignore checkpoints of later steps.
 
         Raises:
-            CheckpointError: none of the checkpoints is whole, or they are of another model or optimizer.
+            CheckpointError: none of the checkpoints is whole, or they are of another model or
+                optimizer.
         """
         from pipeline.checkpoint import restore
         from pipeline.engine.deepspeed import state
 
         self.wait()
         found = self._ranks.on_main(
-            lambda: [(s, p) for s, p in folders.list_checkpoints(self.folder) if not_after is None or s <= not_after]
+            lambda: [
+                (s, p)
+                for s, p in folders.list_checkpoints(self.folder)
+                if not_after is None or s <= not_after
+            ]
         )
         for step, path in reversed(found):
             if problems := self._ranks.damage(path):
-                self._ranks.on_main(lambda path=path, problems=problems: _report_damage(path, problems))  # type: ignore[misc]
+                self._ranks.on_main(partial(_report_damage, path, problems))
                 continue
-            record = self._ranks.agree(lambda path=path: restore.read_state(engine, path))  # type: ignore[misc]
+            record = self._ranks.agree(partial(restore.read_state, engine, path))
             state.publish_weights(engine)
             self._last_saved = step
             if self._ranks.rank == 0:
@@ -193,15 +214,21 @@ class Checkpointer:
             return record
         if found:
             raise CheckpointError(
-                f"all {len(found)} checkpoints in {self.folder} are damaged; they were renamed to damaged-step-... and "
-                "kept. Repair one and rename it back, or set checkpoint.resume=false and another name to start again."
+                f"all {len(found)} checkpoints in {self.folder} are damaged; they were renamed to "
+                "damaged-step-... and kept. Repair one and rename it back, or set "
+                "checkpoint.resume=false and another name to start again."
             )
         return None
 
 
 def _report_damage(path: Path, problems: list[str]) -> None:
     kept = folders.set_aside(path)
-    logger.error("checkpoint %s is DAMAGED and not used: %s. Kept as %s.", path, "; ".join(problems[:5]), kept.name)
+    logger.error(
+        "checkpoint %s is DAMAGED and not used: %s. Kept as %s.",
+        path,
+        "; ".join(problems[:5]),
+        kept.name,
+    )
 
 
 def _first_problem(function: Callable[..., None], *args: Any) -> str | None:
@@ -223,4 +250,6 @@ def _layout_facts(layout: ParallelLayout) -> dict[str, int]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core")}
+    return {
+        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core")
+    }

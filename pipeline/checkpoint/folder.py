@@ -8,7 +8,8 @@
         SHA256SUMS                       checksum of every other file; `sha256sum -c SHA256SUMS` works
     checkpoints/latest                   name of the newest one, for scripts
 
-A kill at any moment leaves the previous checkpoint, or the new one; never a half of either under a final name.
+A kill at any moment leaves the previous checkpoint, or the new one; never a half of either under a
+final name.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def saving_folder(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every finished checkpoint under `root`, oldest first; they may be damaged since."""
+    """(step, folder) of every finished checkpoint under `root`, oldest first; they may be damaged
+    since.
+    """
     if not root.is_dir():
         return []
     found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
@@ -52,7 +55,8 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder a user means by a checkpoint, a run folder, or a folder of checkpoints (the newest).
+    """The checkpoint folder a user means by a checkpoint, a run folder, or a folder of checkpoints
+    (the newest).
 
     Raises:
         CheckpointError: there is none.
@@ -63,13 +67,9 @@ def find(path: Path) -> Path:
         if checkpoints := list_checkpoints(root):
             return checkpoints[-1][1]
     raise CheckpointError(
-        f"{path} is no checkpoint (it has no {RECORD}) and holds none. Give runs/NAME, or one of its checkpoints: "
-        f"runs/NAME/checkpoints/{name_of(1000)}."
+        f"{path} is no checkpoint (it has no {RECORD}) and holds none. Give runs/NAME, or one of "
+        f"its checkpoints: runs/NAME/checkpoints/{name_of(1000)}."
     )
-
-
-
-
 
 
 def sums_text(sums: dict[str, str]) -> str:
@@ -89,8 +89,11 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / SUMS} cannot be read: {error}.") from None
     rows = [line.partition("  ") for line in text.splitlines()]
     sums = {name: digest for digest, _, name in rows}
-    # The list itself has no checksum: it must be, byte for byte, what would be written for its own content.
-    is_clean = all(re.fullmatch(r"[0-9a-f]{64}", digest) and "/" not in name for name, digest in sums.items())
+    # The list itself has no checksum: it must be, byte for byte, what would be written for its own
+    # content.
+    is_clean = all(
+        re.fullmatch(r"[0-9a-f]{64}", digest) and "/" not in name for name, digest in sums.items()
+    )
     if sums_text(sums) != text or not is_clean or not {RECORD, ".metadata"} <= sums.keys():
         raise CheckpointError(f"{folder / SUMS} is damaged.")
     return sums
@@ -109,7 +112,8 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
     """What is wrong with a checkpoint, one line a file; empty: every byte is as it was written.
 
     Args:
-        part, parts: check only every parts-th file, beginning with the part-th, so that ranks share the work.
+        part, parts: check only every parts-th file, beginning with the part-th, so that ranks share
+            the work.
     """
     try:
         sums = read_sums(folder)
@@ -121,7 +125,11 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
             found = file_sha256(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror or error}"
-        return None if found == sums[name] else f"{name}: content is not what was written (SHA-256 differs)"
+        return (
+            None
+            if found == sums[name]
+            else f"{name}: content is not what was written (SHA-256 differs)"
+        )
 
     with ThreadPoolExecutor(num_threads) as pool:
         return [problem for problem in pool.map(check, sorted(sums)[part::parts]) if problem]
@@ -144,14 +152,18 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that order names themselves
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # network file systems that order names themselves
             raise
     finally:
         os.close(descriptor)
 
 
 def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str]) -> Path:
-    """Turn a step's saving folder, whose tensors are written, into a checkpoint; move `latest` last.
+    """Turn a step's saving folder, whose tensors are written, into a checkpoint; move `latest`
+    last.
 
     Args:
         record: what checkpoint.json says.
@@ -172,7 +184,9 @@ def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str])
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for a checkpoint."""
+    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for a
+    checkpoint.
+    """
     doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -186,8 +200,12 @@ def clear_leftovers(root: Path) -> None:
 
 
 def prune(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints; returns them. The newest `keep_last` (at least 1) and multiples of `keep_every` stay."""
-    gone = to_prune([step for step, _ in list_checkpoints(root)], keep_last=keep_last, keep_every=keep_every)
+    """Delete old checkpoints; returns them. The newest `keep_last` (at least 1) and multiples of
+    `keep_every` stay.
+    """
+    gone = to_prune(
+        [step for step, _ in list_checkpoints(root)], keep_last=keep_last, keep_every=keep_every
+    )
     for step in gone:
         remove(root / name_of(step))
     return [root / name_of(step) for step in gone]

@@ -29,7 +29,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / RECORD} is not a checkpoint of this program.")
     if record.get("version", 0) > VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {record['version']}; this program reads up to {VERSION}. Update it."
+            f"{folder} has checkpoint format {record['version']}; this program reads up to "
+            f"{VERSION}. Update it."
         )
     return record
 
@@ -43,5 +44,7 @@ def saved_model(record: dict[str, Any]) -> ModelConfig:
         node = OmegaConf.merge(OmegaConf.structured(ModelConfig), record["config"]["model"])
         model = cast(ModelConfig, OmegaConf.to_object(node))
     except (OmegaConfBaseException, KeyError) as error:
-        raise CheckpointError(f"the model settings in {RECORD} are not understood: {error}.") from error
+        raise CheckpointError(
+            f"the model settings in {RECORD} are not understood: {error}."
+        ) from error
     return dataclasses.replace(model, vocab_size=record["vocab_size"])

@@ -1,6 +1,7 @@
 """From a checkpoint into this rank's fragments, whatever layout wrote it and which runs now.
 
-Each function touches this rank's memory only; the caller lets all ranks agree, then publishes the weights.
+Each function touches this rank's memory only; the caller lets all ranks agree, then publishes the
+weights.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ def read_state(engine: Engine, folder: Path) -> dict[str, Any]:
     if record["optimizer"] != engine.cfg.optimizer.name.name:
         raise CheckpointError(
             f"{folder} was saved with optimizer.name={record['optimizer']}, this run has "
-            f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with the weights only, give "
-            "another name=... and checkpoint.init_from=..."
+            f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with "
+            "the weights only, give another name=... and checkpoint.init_from=..."
         )
     state.create_state(engine, tensors.optimizer_keys, optimizer_step=record["optimizer_step"])
     keys = ["weight", *tensors.optimizer_keys]
-    tensors.read_into(chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys))
+    tensors.read_into(
+        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys)
+    )
     if engine.loss_scale and record["loss_scale"]:
         engine.loss_scale.restore(record["loss_scale"])
     return record
@@ -38,7 +41,9 @@ def read_weights(engine: Engine, folder: Path) -> None:
     """Fill this rank's views of the weights from a checkpoint folder."""
     tensors = CheckpointTensors(folder)
     _check_parameters(engine, tensors.parameters, folder)
-    tensors.read_into(chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, ["weight"]))
+    tensors.read_into(
+        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, ["weight"])
+    )
 
 
 def _check_parameters(engine: Engine, saved: list[str], folder: Path) -> None:
@@ -46,6 +51,8 @@ def _check_parameters(engine: Engine, saved: list[str], folder: Path) -> None:
     missing = sorted(set(engine.all_parameters()) - set(saved))
     if missing:
         raise CheckpointError(
-            f"{folder} has no {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: it was written by "
-            "another model. Give the model settings in its checkpoint.json, or another name to start anew."
+            f"{folder} has no "
+            f"{missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: it was written "
+            "by another model. Give the model settings in its checkpoint.json, or another name to "
+            "start anew."
         )

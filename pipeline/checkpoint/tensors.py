@@ -1,10 +1,13 @@
-"""Tensors of a checkpoint: rectangles of named fp32 tensors in torch DCP (distributed checkpoint) files.
+"""Tensors of a checkpoint: rectangles of named fp32 tensors in torch DCP (distributed checkpoint)
+files.
 
-    fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, SHA-256 of what was written
+    fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, SHA-256 of what
+    was written
     CheckpointTensors(folder).read_into(chunks) | .tensor(name)                any rectangle, by any number of processes
 
-Names: weights/<parameter>, and <optimizer state>/<parameter>, such as exp_avg/layers.0.mlp.linear_fc1.weight. Shapes
-are whole and unpadded. Reading needs torch only: no DeepSpeed, no process group.
+Names: weights/<parameter>, and <optimizer state>/<parameter>, such as
+exp_avg/layers.0.mlp.linear_fc1.weight. Shapes are whole and unpadded. Reading needs torch only: no
+DeepSpeed, no process group.
 """
 
 from __future__ import annotations
@@ -27,7 +30,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -54,7 +61,9 @@ class HostCopy:
                 place = (chunk.name, chunk.offsets)
                 if place not in self._buffers:
                     # One storage a chunk: DCP copies tensors that are views of larger storages.
-                    self._buffers[place] = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.is_cuda)
+                    self._buffers[place] = torch.empty(
+                        source.shape, dtype=torch.float32, pin_memory=source.is_cuda
+                    )
                 copy = self._buffers[place].copy_(source, non_blocking=True)
                 copies.append(Chunk(chunk.name, chunk.whole_shape, chunk.offsets, copy))
         if is_on_device:
@@ -63,7 +72,8 @@ class HostCopy:
 
 
 def write(chunks: list[Chunk], folder: Path, *, group: dist.ProcessGroup) -> dict[str, str]:
-    """Write all ranks' chunks; returns SHA-256 by file name of the files this rank wrote. Collective over `group`.
+    """Write all ranks' chunks; returns SHA-256 by file name of the files this rank wrote.
+    Collective over `group`.
 
     Raises:
         CheckpointError: a rank could not write; raised on every rank.
@@ -78,7 +88,9 @@ def write(chunks: list[Chunk], folder: Path, *, group: dist.ProcessGroup) -> dic
 
 
 class _Planner(DefaultSavePlanner):
-    """Every rank writes the rectangles it was given; DCP checks that together they fill each tensor exactly."""
+    """Every rank writes the rectangles it was given; DCP checks that together they fill each tensor
+    exactly.
+    """
 
     def __init__(self, chunks: list[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -207,7 +219,9 @@ class CheckpointTensors:
             for item in self._read_items(chunk):
                 stored = self._metadata.storage_data[item.storage_index]
                 key = (stored.relative_path, stored.offset, stored.length)
-                wanted[key].append((item.storage_offsets, item.dest_offsets, item.lengths, chunk.data))
+                wanted[key].append(
+                    (item.storage_offsets, item.dest_offsets, item.lengths, chunk.data)
+                )
 
         def read(place: tuple[str, int, int]) -> None:
             path, offset, length = place
@@ -227,8 +241,8 @@ class CheckpointTensors:
     def _entry(self, name: str) -> Any:
         if name not in self._metadata.state_dict_metadata:
             raise CheckpointError(
-                f"{self.folder} has no {name}. It was written by a model with other parameters; compare "
-                f"`python -m pipeline.checkpoint show {self.folder}`."
+                f"{self.folder} has no {name}. It was written by a model with other parameters; "
+                f"compare `python -m pipeline.checkpoint show {self.folder}`."
             )
         return self._metadata.state_dict_metadata[name]
 
@@ -236,8 +250,9 @@ class CheckpointTensors:
         entry = self._entry(chunk.name)
         if tuple(entry.size) != chunk.whole_shape:
             raise CheckpointError(
-                f"{chunk.name} is {tuple(entry.size)} in {self.folder} and {chunk.whole_shape} in this model. "
-                "Both must have the same sizes; see config.model in its checkpoint.json."
+                f"{chunk.name} is {tuple(entry.size)} in {self.folder} and {chunk.whole_shape} in "
+                "this model. Both must have the same sizes; see config.model in its "
+                "checkpoint.json."
             )
         here = ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.data.size())
         items = create_read_items_for_chunk_list(chunk.name, entry, [here])
@@ -247,4 +262,6 @@ class CheckpointTensors:
 
 
 def _slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
+    return tuple(
+        slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)
+    )

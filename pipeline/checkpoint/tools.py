@@ -1,4 +1,6 @@
-"""The commands of `python -m pipeline.checkpoint`: list, verify, show, diff. They print and return an exit code."""
+"""The commands of `python -m pipeline.checkpoint`: list, verify, show, diff. They print and return
+an exit code.
+"""
 
 from __future__ import annotations
 
@@ -95,5 +97,9 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """[(dotted key, value)] of nested dicts."""
     rows: list[tuple[str, Any]] = []
     for key, inner in value.items():
-        rows += _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else [(prefix + key, inner)]
+        rows += (
+            _flat(inner, f"{prefix}{key}.")
+            if isinstance(inner, dict) and inner
+            else [(prefix + key, inner)]
+        )
     return rows

@@ -1,4 +1,6 @@
-"""The choices a setting can have. yaml and command line write the member's name: `training.precision=bf16`."""
+"""The choices a setting can have. yaml and command line write the member's name:
+`training.precision=bf16`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ Position = Enum("Position", ["learned", "rope", "none"])  # rope: rotary, arXiv:
 RopeScaling = Enum("RopeScaling", ["none", "linear", "llama3"])  # as in Hugging Face configs
 Normalization = Enum("Normalization", ["layernorm", "rmsnorm"])  # rmsnorm: arXiv:1910.07467
 NormPlacement = Enum("NormPlacement", ["pre", "post"])  # post: after the residual sum (GPT-1)
-Activation = Enum("Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"])  # gelu_tanh: GPT-2's
+Activation = Enum(
+    "Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"]
+)  # gelu_tanh: GPT-2's
 # scaled: GPT-2, residual projections / sqrt(2 num_layers); fixed: init_std everywhere;
 # mup: maximal update parametrisation, arXiv:2203.03466
 Init = Enum("Init", ["scaled", "fixed", "mup"])

@@ -38,16 +38,22 @@ class DataConfig:
     """What is read and how. Presets: conf/data/."""
 
     path: str | None = None
-    """Output folder of data_prep/tokenize.py; `train` and `validation` default to its two splits."""
+    """Output folder of data_prep/tokenize.py; `train` and `validation` default to its two
+    splits.
+    """
     train: list[DatasetConfig] = field(default_factory=list)
     """The training mixture."""
     validation: list[DatasetConfig] = field(default_factory=list)
     """Held-out datasets, evaluated one by one; empty: no evaluation."""
     temperature: float = 1.0
-    """Weights are raised to 1/temperature before they are normalised; above 1 flattens the mixture."""
+    """Weights are raised to 1/temperature before they are normalised; above 1 flattens the
+    mixture.
+    """
     blend_schedule: list[BlendStage] = field(default_factory=list)
     lanes: int = 1
-    """Independent shard streams; a power of two near the number of nodes keeps a remote shard on one node."""
+    """Independent shard streams; a power of two near the number of nodes keeps a remote shard on
+    one node.
+    """
     window: int = 64
     """Shards of a lane that are shuffled together."""
     mask_documents: bool = False

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from pipeline.config.choices import Activation, Backend, Init, Normalization, NormPlacement, Position, RopeScaling
+from pipeline.config.choices import (
+    Activation,
+    Backend,
+    Init,
+    Normalization,
+    NormPlacement,
+    Position,
+    RopeScaling,
+)
 
 
 @dataclass
@@ -16,7 +24,9 @@ class MoeConfig:
     num_experts: int = 0
     """Experts per layer; 0 makes the MLP dense."""
     top_k: int = 2
-    """Experts each token is sent to, with weights that sum to 1; a single one keeps its weight among all (Switch)."""
+    """Experts each token is sent to, with weights that sum to 1; a single one keeps its weight
+    among all (Switch).
+    """
     ffn_hidden_size: int | None = None
     """Width of one expert; null: model.ffn_hidden_size."""
     shared_expert_ffn_hidden_size: int = 0
@@ -43,7 +53,9 @@ class ModelConfig:
     ffn_hidden_size: int | None = None
     """Width of the MLP; null: 4 * hidden_size."""
     vocab_size: int | None = None
-    """Rows of the embedding; null: the tokenizer's. May exceed the tokenizer's, never fall below."""
+    """Rows of the embedding; null: the tokenizer's. May exceed the tokenizer's, never fall
+    below.
+    """
     max_seq_len: int = 1024
     """Longest sequence in tokens; the size of a learned position table."""
     position: Position = Position.learned

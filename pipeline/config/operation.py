@@ -22,7 +22,9 @@ class CheckpointConfig:
     resume: bool = True
     """Continue at the newest good checkpoint of runs/<name>."""
     init_from: str | None = None
-    """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing is resumed."""
+    """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing
+    is resumed.
+    """
 
 
 @dataclass

@@ -3,9 +3,9 @@
     conf/pretrain.yaml + groups  --hydra-->  PretrainConfig  --run_shape.derive-->  RunShape
     (values)                                 (the schema)                           (every derived number)
 
-A field is followed by its meaning, unit, and what null or 0 does; `python -m pipeline.train --help` prints them all on
-one page. Components receive their own section, never the root. Nothing is changed after composition; numbers that
-follow from others live in `run_shape.RunShape`.
+A field is followed by its meaning, unit, and what null or 0 does; `python -m pipeline.train --help`
+prints them all on one page. Components receive their own section, never the root. Nothing is
+changed after composition; numbers that follow from others live in `run_shape.RunShape`.
 """
 
 from __future__ import annotations

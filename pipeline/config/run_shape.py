@@ -2,7 +2,8 @@
 
     derive(cfg, world_size, tokenizer_vocab_size)  --rules-->  ConfigError, or a frozen RunShape
 
-Runs before process groups form and imports no torch: an impossible run costs seconds, not GPU hours.
+Runs before process groups form and imports no torch: an impossible run costs seconds, not GPU
+    hours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.rules import check_engine, check_libraries, check_model, require
 from pipeline.config.training import RampStage
 
-# Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay full.
+# Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
+# full.
 VOCAB_MULTIPLE = 128
 
 
@@ -109,9 +111,9 @@ def _vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
     size = model.vocab_size or tokenizer_vocab_size
     require(
         size >= tokenizer_vocab_size,
-        f"model.vocab_size ({size}) is smaller than the datasets' tokenizer ({tokenizer_vocab_size} ids): ids from "
-        f"{size} up would have no embedding. Set model.vocab_size=null, or prepare the data with a tokenizer that "
-        "fits.",
+        f"model.vocab_size ({size}) is smaller than the datasets' tokenizer "
+        f"({tokenizer_vocab_size} ids): ids from {size} up would have no embedding. Set "
+        "model.vocab_size=null, or prepare the data with a tokenizer that fits.",
     )
     return size
 
@@ -120,39 +122,51 @@ def _data_parallel_size(cfg: PretrainConfig, world_size: int) -> int:
     parallel = cfg.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
-        require(getattr(parallel, name) >= 1, f"parallel.{name} ({getattr(parallel, name)}) must be at least 1.")
+        require(
+            getattr(parallel, name) >= 1,
+            f"parallel.{name} ({getattr(parallel, name)}) must be at least 1.",
+        )
     require(
         world_size % (tensor * pipeline) == 0,
         f"the number of ranks ({world_size}) must be a multiple of parallel.tensor_parallel_size * "
         f"parallel.pipeline_parallel_size ({tensor} * {pipeline} = {tensor * pipeline}). Start "
-        f"{math.ceil(world_size / (tensor * pipeline)) * tensor * pipeline} ranks, or choose sizes that divide "
-        f"{world_size}.",
+        f"{math.ceil(world_size / (tensor * pipeline)) * tensor * pipeline} ranks, or choose sizes "
+        f"that divide {world_size}.",
     )
     return world_size // (tensor * pipeline)
 
 
-
-
-
-
-def _ramp(cfg: PretrainConfig, seq_len: int, data_parallel_size: int) -> Iterator[tuple[int, StepShape]]:
+def _ramp(
+    cfg: PretrainConfig, seq_len: int, data_parallel_size: int
+) -> Iterator[tuple[int, StepShape]]:
     training, last = cfg.training, 0
     stages = [*training.ramp, RampStage(until_step=2**62)]
     minimum = 2 * cfg.parallel.pipeline_parallel_size
     for index, stage in enumerate(stages):
-        batch, length = stage.global_batch_size or training.global_batch_size, stage.seq_len or seq_len
-        name = "training.global_batch_size" if index == len(stages) - 1 else f"training.ramp[{index}].global_batch_size"
+        batch, length = (
+            stage.global_batch_size or training.global_batch_size,
+            stage.seq_len or seq_len,
+        )
+        name = (
+            "training.global_batch_size"
+            if index == len(stages) - 1
+            else f"training.ramp[{index}].global_batch_size"
+        )
         per_pass = training.micro_batch_size * data_parallel_size
-        require(per_pass >= 1, f"training.micro_batch_size ({training.micro_batch_size}) must be at least 1.")
+        require(
+            per_pass >= 1,
+            f"training.micro_batch_size ({training.micro_batch_size}) must be at least 1.",
+        )
         require(
             batch % per_pass == 0 and batch > 0,
-            f"{name} ({batch}) must be a multiple of training.micro_batch_size * data_parallel_size "
-            f"({training.micro_batch_size} * {data_parallel_size} = {per_pass}). Set "
-            f"{name}={max(1, math.ceil(batch / per_pass)) * per_pass}.",
+            f"{name} ({batch}) must be a multiple of training.micro_batch_size * "
+            f"data_parallel_size ({training.micro_batch_size} * {data_parallel_size} = "
+            f"{per_pass}). Set {name}={max(1, math.ceil(batch / per_pass)) * per_pass}.",
         )
         require(
             length >= 1 and seq_len % length == 0,
-            f"training.ramp[{index}].seq_len ({length}) must divide the full sequence length ({seq_len}).",
+            f"training.ramp[{index}].seq_len ({length}) must divide the full sequence length "
+            f"({seq_len}).",
         )
         pieces = seq_len // length
         require(
@@ -161,13 +175,17 @@ def _ramp(cfg: PretrainConfig, seq_len: int, data_parallel_size: int) -> Iterato
             f"({pieces * data_parallel_size}): each sample of "
             f"{seq_len} tokens becomes {pieces} sequences of {length}.",
         )
-        require(stage.until_step > last, f"training.ramp[{index}].until_step ({stage.until_step}) must exceed {last}.")
+        require(
+            stage.until_step > last,
+            f"training.ramp[{index}].until_step ({stage.until_step}) must exceed {last}.",
+        )
         micro_batches = batch // per_pass
         require(
-            cfg.parallel.pipeline_schedule is not PipelineSchedule["dualpipev"] or micro_batches >= minimum,
+            cfg.parallel.pipeline_schedule is not PipelineSchedule["dualpipev"]
+            or micro_batches >= minimum,
             f"parallel.pipeline_schedule=dualpipev needs at least {minimum} micro-batches (2 * "
-            "pipeline_parallel_size), not "
-            f"{micro_batches}. Set {name}={minimum * per_pass}, or parallel.pipeline_schedule=1f1b.",
+            f"pipeline_parallel_size), not {micro_batches}. Set {name}={minimum * per_pass}, or "
+            "parallel.pipeline_schedule=1f1b.",
         )
         last = stage.until_step
         yield stage.until_step, StepShape(batch, length, micro_batches, batch // pieces)
@@ -178,7 +196,8 @@ def _length(cfg: PretrainConfig, ramp: tuple[tuple[int, StepShape], ...]) -> tup
     steps, tokens = cfg.training.total_steps, cfg.training.total_tokens
     require(
         (steps is None) != (tokens is None),
-        f"set exactly one of training.total_steps ({steps}) and training.total_tokens ({tokens}); the other is null.",
+        f"set exactly one of training.total_steps ({steps}) and training.total_tokens ({tokens}); "
+        "the other is null.",
     )
     step_count, token_count, start = 0, 0, 0
     for until, shape in ramp:
@@ -193,7 +212,9 @@ def _length(cfg: PretrainConfig, ramp: tuple[tuple[int, StepShape], ...]) -> tup
     return step_count, token_count
 
 
-def _warmup_steps(cfg: PretrainConfig, ramp: tuple[tuple[int, StepShape], ...], total_steps: int) -> int:
+def _warmup_steps(
+    cfg: PretrainConfig, ramp: tuple[tuple[int, StepShape], ...], total_steps: int
+) -> int:
     schedule = cfg.schedule
     warmup = schedule.warmup_steps
     if schedule.warmup_tokens is not None:
@@ -208,10 +229,12 @@ def _warmup_steps(cfg: PretrainConfig, ramp: tuple[tuple[int, StepShape], ...], 
     if decay is not None:
         require(
             decay >= 1 and (schedule.decay is not Decay.wsd or warmup + decay <= total_steps),
-            f"schedule.decay_steps ({decay}) plus warm-up ({warmup}) must fit into the run's {total_steps} steps.",
+            f"schedule.decay_steps ({decay}) plus warm-up ({warmup}) must fit into the run's "
+            f"{total_steps} steps.",
         )
         require(
-            schedule.decay is not Decay.constant, "schedule.decay=constant has no schedule.decay_steps; set it null."
+            schedule.decay is not Decay.constant,
+            "schedule.decay=constant has no schedule.decay_steps; set it null.",
         )
     require(
         cfg.schedule.min_lr <= cfg.optimizer.lr,

@@ -1,4 +1,6 @@
-"""Settings of the optimizer, its schedule, the layout, and the length and arithmetic of training."""
+"""Settings of the optimizer, its schedule, the layout, and the length and arithmetic of
+training.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,29 @@ class ScheduleConfig:
     warmup_tokens: int | None = None
     """Warm-up in tokens; null: warmup_steps counts."""
     decay_steps: int | None = None
-    """wsd: steps of the final descent (null: 20 % of the run); cosine and linear: length (null: the run)."""
+    """wsd: steps of the final descent (null: 20 % of the run); cosine and linear: length (null: the
+    run).
+    """
 
 
 @dataclass
 class ParallelConfig:
-    """Layout: speed only, never results. data_parallel_size is what remains. Presets: conf/parallel/."""
+    """Layout: speed only, never results. data_parallel_size is what remains. Presets:
+    conf/parallel/.
+    """
 
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
-    """Split norms and dropout along the sequence over the tensor-parallel ranks (arXiv:2205.05198)."""
+    """Split norms and dropout along the sequence over the tensor-parallel ranks
+    (arXiv:2205.05198).
+    """
     pipeline_parallel_size: int = 1
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     expert_parallel_size: int = 1
     zero_stage: int = 1
-    """0 nothing, 1 optimizer state, 2 gradients, 3 parameters are partitioned over data-parallel ranks."""
+    """0 nothing, 1 optimizer state, 2 gradients, 3 parameters are partitioned over data-parallel
+    ranks.
+    """
     offload_optimizer: bool = False
     """Optimizer state and step on the host (DeepSpeedCPUAdam)."""
 

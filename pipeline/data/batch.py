@@ -24,9 +24,13 @@ class Batch:
     labels: Tensor
     """(micro_batch_size, seq_len) int64: tokens shifted by one."""
     loss_mask: Tensor | None
-    """Same shape, float32; None: all ones. Whether it is None follows from the config: the same on all ranks."""
+    """Same shape, float32; None: all ones. Whether it is None follows from the config: the same on
+    all ranks.
+    """
     document_ids: Tensor | None
-    """(micro_batch_size, seq_len) int64, counted from 0 in each sequence; None: attention is not masked by document."""
+    """(micro_batch_size, seq_len) int64, counted from 0 in each sequence; None: attention is not
+    masked by document.
+    """
     positions: Tensor | None
     """(micro_batch_size, seq_len) int64; None: 0..seq_len-1."""
     sample_ids: np.ndarray
@@ -51,15 +55,25 @@ class Masks:
 
 
 def make_batches(
-    windows: Windows, number: Ints, *, seq_len: int, micro_batch_size: int, masks: Masks, eod: int, device: torch.device
+    windows: Windows,
+    number: Ints,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    masks: Masks,
+    eod: int,
+    device: torch.device,
 ) -> list[Batch]:
-    """Cut (n, full length + 1) ids into micro-batches of sequences of seq_len, which divides the full length.
+    """Cut (n, full length + 1) ids into micro-batches of sequences of seq_len, which divides the
+    full length.
 
-    A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's last token is the
-    first token of the next.
+    A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's
+    last token is the first token of the next.
     """
     count, full = len(windows.ids), windows.ids.shape[1] - 1
-    tokens, labels = (part.reshape(-1, seq_len) for part in (windows.ids[:, :-1], windows.ids[:, 1:]))
+    tokens, labels = (
+        part.reshape(-1, seq_len) for part in (windows.ids[:, :-1], windows.ids[:, 1:])
+    )
     sample_ids = np.repeat(number, full // seq_len)
     loss_mask = document_ids = positions = None
     if masks.loss:
@@ -72,9 +86,11 @@ def make_batches(
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None
 
-    # The whole step at once: large arrays come back from the allocator without page faults, small ones do not.
+    # The whole step at once: large arrays come back from the allocator without page faults, small
+    # ones do not.
     moved = [
-        None if field is None else to_device(field, device) for field in (tokens, labels, document_ids, positions)
+        None if field is None else to_device(field, device)
+        for field in (tokens, labels, document_ids, positions)
     ]
     mask = None if loss_mask is None else to_device(loss_mask, device).to(torch.float32)
 
@@ -95,9 +111,11 @@ def make_batches(
 
 
 def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
-    """(document_ids, positions), (rows, seq_len) each, from the flat places where documents begin, ascending.
+    """(document_ids, positions), (rows, seq_len) each, from the flat places where documents begin,
+    ascending.
 
-    Every row begins a new count, whether or not a document begins there. Runs of equal values are repeated, not
+    Every row begins a new count, whether or not a document begins there. Runs of equal values are
+    repeated, not
     scanned for: several times faster than cumulative sums.
     """
     begins = np.unique(np.concatenate([np.arange(rows) * seq_len, starts]))
@@ -108,7 +126,11 @@ def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """int64 on the device; to CUDA through pinned memory on the current stream, without waiting, as int32."""
+    """int64 on the device; to CUDA through pinned memory on the current stream, without waiting, as
+    int32.
+    """
     if device.type != "cuda":
         return torch.from_numpy(array.astype(np.int64))
-    return torch.from_numpy(array.astype(np.int32)).pin_memory().to(device, non_blocking=True).long()
+    return (
+        torch.from_numpy(array.astype(np.int32)).pin_memory().to(device, non_blocking=True).long()
+    )

@@ -1,9 +1,12 @@
-"""Folders of a dataset: a local one as it is, a remote one through a bounded cache that all ranks of a node share.
+"""Folders of a dataset: a local one as it is, a remote one through a bounded cache that all ranks
+of a node share.
 
     s3:// gs:// http(s):// ...  --ranges, retries, sha256-->  <cache>/<manifest sha256>/shards/...  --mmap--> reader
 
-Files appear whole (written aside, then renamed) and the least recently used ones make room. Ranks agree through locks
-on the files themselves: a shard is downloaded once a node, and a killed process leaves nothing that blocks the others.
+Files appear whole (written aside, then renamed) and the least recently used ones make room. Ranks
+agree through locks
+on the files themselves: a shard is downloaded once a node, and a killed process leaves nothing that
+    blocks the others.
 """
 
 from __future__ import annotations
@@ -88,7 +91,9 @@ def open_folder(path: str, *, cache_dir: Path, size_bytes: int) -> Folder:
 
 
 class RemoteFolder:
-    """A dataset on an object store or web server, cached in <cache_dir>/<first digits of the manifest's sha256>."""
+    """A dataset on an object store or web server, cached in <cache_dir>/<first digits of the
+    manifest's sha256>.
+    """
 
     is_remote = True
 
@@ -124,19 +129,28 @@ class RemoteFolder:
         room = self.size_bytes
         for file in files:
             room -= file.size_bytes
-            if room >= 0 and file.path not in self._queued and not (self.local / file.path).exists():
+            if (
+                room >= 0
+                and file.path not in self._queued
+                and not (self.local / file.path).exists()
+            ):
                 self._queued.add(file.path)
                 self._wanted.put(file)
         if self._queued and not self._threads:
             # Daemons: a process that ends does not wait for what it will not read.
-            self._threads = [threading.Thread(target=self._work, name="shards", daemon=True) for _ in range(DOWNLOADS)]
+            self._threads = [
+                threading.Thread(target=self._work, name="shards", daemon=True)
+                for _ in range(DOWNLOADS)
+            ]
             for thread in self._threads:
                 thread.start()
 
     def _work(self) -> None:
         while True:
             file = self._wanted.get()
-            with contextlib.suppress(Exception):  # the fetch() that needs the shard meets the same error and raises it
+            with contextlib.suppress(
+                Exception
+            ):  # the fetch() that needs the shard meets the same error and raises it
                 self._fill(file, wait=False)
             self._queued.discard(file.path)
 
@@ -160,30 +174,37 @@ class RemoteFolder:
                 self._make_room(file, part, aside)
                 digest = hashlib.sha256()
                 for start in range(0, file.size_bytes, CHUNK_BYTES):
-                    chunk = self._range(file.path, start, min(start + CHUNK_BYTES, file.size_bytes), file.size_bytes)
+                    chunk = self._range(
+                        file.path, start, min(start + CHUNK_BYTES, file.size_bytes), file.size_bytes
+                    )
                     os.pwrite(part, chunk, start)
                     digest.update(chunk)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise MachineError(
-                        f"no space left in the shard cache {self.cache_dir}. Set data.cache_size_gib (now "
-                        f"{self.size_bytes / 2**30:.1f}) below what is free there, or data.cache_dir to another disk."
+                        f"no space left in the shard cache {self.cache_dir}. Set "
+                        f"data.cache_size_gib (now {self.size_bytes / 2**30:.1f}) below what is "
+                        "free there, or data.cache_dir to another disk."
                     ) from None
                 raise
             if digest.hexdigest() == file.sha256:
                 return
             if last:
                 raise ShardError(
-                    f"{self.url}/{file.path} is corrupt: sha256 {digest.hexdigest()[:16]}, the manifest has "
-                    f"{file.sha256[:16]} (downloaded twice). Copy the shard again from where it was made."
+                    f"{self.url}/{file.path} is corrupt: sha256 {digest.hexdigest()[:16]}, the "
+                    f"manifest has {file.sha256[:16]} (downloaded twice). Copy the shard again "
+                    "from where it was made."
                 )
 
     def _make_room(self, file: RemoteFile, part: int, aside: Path) -> None:
-        """Delete least recently used shards until one more fits; mapped ones stay readable where they are mapped."""
+        """Delete least recently used shards until one more fits; mapped ones stay readable where
+        they are mapped.
+        """
         if file.size_bytes > self.size_bytes:
             raise ConfigError(
                 f"data.cache_size_gib ({self.size_bytes / 2**30:.3f}) is smaller than one shard "
-                f"({file.size_bytes / 2**30:.3f} GiB); windows of data.window shards should fit twice."
+                f"({file.size_bytes / 2**30:.3f} GiB); windows of data.window shards should fit "
+                "twice."
             )
         with _lock(self.cache_dir / "lock", wait=True, keep=True):
             sizes = sorted(entry for entry in _cached(self.cache_dir) if entry[2] != aside)
@@ -191,7 +212,9 @@ class RemoteFolder:
             for _, size, path in sizes:
                 if total + file.size_bytes <= self.size_bytes:
                     break
-                if path.suffix == ".part":  # being written, or left by a killed process: then its lock is free
+                if (
+                    path.suffix == ".part"
+                ):  # being written, or left by a killed process: then its lock is free
                     with _lock(path, wait=False) as stale:
                         if stale is None:
                             continue
@@ -215,7 +238,9 @@ class RemoteFolder:
         return self._retry(get, path, f"bytes {start} to {stop}")
 
     def _small_file(self, path: str) -> bytes:
-        return self._retry(lambda: self._fs.cat_file(f"{self._root}/{path}"), path, "the whole file")
+        return self._retry(
+            lambda: self._fs.cat_file(f"{self._root}/{path}"), path, "the whole file"
+        )
 
     def _retry(self, get: Any, path: str, what: str) -> bytes:
         for attempt in range(ATTEMPTS):
@@ -223,21 +248,33 @@ class RemoteFolder:
                 return bytes(get())
             except FileNotFoundError:
                 raise ShardError(
-                    f"{self.url}/{path} does not exist. Copy the dataset again, or correct its path."
+                    f"{self.url}/{path} does not exist. Copy the dataset again, or correct its "
+                    "path."
                 ) from None
             except PermissionError as error:
                 raise DataError(
-                    f"{self.url}/{path} may not be read: {error}. Check the credentials of this store."
+                    f"{self.url}/{path} may not be read: {error}. Check the credentials of this "
+                    "store."
                 ) from None
-            except Exception as error:  # every store has its own: timeouts, resets, 5xx, short bodies
+            except (
+                Exception
+            ) as error:  # every store has its own: timeouts, resets, 5xx, short bodies
                 if attempt == ATTEMPTS - 1:
                     raise DataError(
-                        f"{self.url}/{path}: {what} could not be read in {ATTEMPTS} attempts; the last error was "
-                        f"{type(error).__name__}: {error}. Check the network and the store, then start again."
+                        f"{self.url}/{path}: {what} could not be read in {ATTEMPTS} attempts; the "
+                        f"last error was {type(error).__name__}: {error}. Check the network and "
+                        "the store, then start again."
                     ) from error
-                pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)  # ranks spread out
+                pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(
+                    0.5, 1.0
+                )  # ranks spread out
                 logger.warning(
-                    "%s/%s: %s (%s), trying again in %.1f s", self.url, path, type(error).__name__, error, pause
+                    "%s/%s: %s (%s), trying again in %.1f s",
+                    self.url,
+                    path,
+                    type(error).__name__,
+                    error,
+                    pause,
                 )
                 time.sleep(pause)
         raise AssertionError("unreachable")
@@ -253,14 +290,17 @@ def _connect(url: str) -> tuple[Any, str]:
         import aiohttp
 
         options["client_kwargs"] = {
-            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+            "timeout": aiohttp.ClientTimeout(
+                total=None, sock_connect=READ_TIMEOUT_S, sock_read=READ_TIMEOUT_S
+            )
         }
     try:
         file_system, path = fsspec.core.url_to_fs(url, **options)
         return file_system, path
     except ImportError:
         raise ConfigError(
-            f"{url} needs the package of its protocol: pip install 'pretrain[{EXTRAS.get(protocol, protocol)}]'."
+            f"{url} needs the package of its protocol: pip install "
+            f"'pretrain[{EXTRAS.get(protocol, protocol)}]'."
         ) from None
     except ValueError as error:
         raise ConfigError(f"{url} cannot be opened: {error}") from None
@@ -268,10 +308,12 @@ def _connect(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _lock(path: Path, *, wait: bool, keep: bool = False) -> Iterator[int | None]:
-    """An open, exclusively locked descriptor of `path`, or None: another process has it (or just finished with it).
+    """An open, exclusively locked descriptor of `path`, or None: another process has it (or just
+    finished with it).
 
-    The lock lives on the file's inode and ends with its process. A part file is renamed or deleted when its work is
-    done, so the name is checked again after waiting; keep: the file is a mere lock and always stays.
+    The lock lives on the file's inode and ends with its process. A part file is renamed or deleted
+    when its work is done, so the name is checked again after waiting; keep: the file is a mere lock
+    and always stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

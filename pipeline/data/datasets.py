@@ -1,4 +1,6 @@
-"""Datasets, opened and checked: what a run must know of its data before any process group forms. Needs no torch."""
+"""Datasets, opened and checked: what a run must know of its data before any process group forms.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -80,12 +82,15 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
 
     Raises:
         ConfigError: no dataset, or two with one name.
-        DataError: a dataset is missing or not in our format, or two were made with different tokenizers.
+        DataError: a dataset is missing or not in our format, or two were made with different
+            tokenizers.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(cfg.cache_dir) if cfg.cache_dir else cache_dir or Path(scratch)
         train = open_datasets(cfg.train, cfg=cfg, cache_dir=folder)
-        held_out = open_datasets(cfg.validation, cfg=cfg, cache_dir=folder) if cfg.validation else []
+        held_out = (
+            open_datasets(cfg.validation, cfg=cfg, cache_dir=folder) if cfg.validation else []
+        )
         for dataset in [*train, *held_out]:
             _check_tokenizer_file(dataset)
     _check_one_tokenizer([*train, *held_out])
@@ -99,26 +104,36 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
     )
 
 
-def open_datasets(configs: Sequence[DatasetConfig], *, cfg: DataConfig, cache_dir: Path) -> list[Dataset]:
-    """The datasets of cfg.train or cfg.validation; remote ones go through cache_dir, at most cfg.cache_size_gib.
+def open_datasets(
+    configs: Sequence[DatasetConfig], *, cfg: DataConfig, cache_dir: Path
+) -> list[Dataset]:
+    """The datasets of cfg.train or cfg.validation; remote ones go through cache_dir, at most
+    cfg.cache_size_gib.
 
     Raises:
         ConfigError, DataError: as describe().
     """
     if not configs:
-        raise ConfigError("no training data: set data.path=OUT (what data_prep/tokenize.py wrote), or list data.train.")
+        raise ConfigError(
+            "no training data: set data.path=OUT (what data_prep/tokenize.py wrote), or list "
+            "data.train."
+        )
     names = _names(configs)
     datasets = []
     for name, config in zip(names, configs):
-        folder = open_folder(config.path, cache_dir=cache_dir, size_bytes=int(cfg.cache_size_gib * 2**30))
+        folder = open_folder(
+            config.path, cache_dir=cache_dir, size_bytes=int(cfg.cache_size_gib * 2**30)
+        )
         manifest = Manifest.load(folder.local)
-        datasets.append(Dataset(name, config.path, manifest, folder, config.weight, config.max_epochs))
+        datasets.append(
+            Dataset(name, config.path, manifest, folder, config.weight, config.max_epochs)
+        )
     by_identity: dict[str, Dataset] = {}
     for dataset in datasets:
         if (other := by_identity.setdefault(dataset.identity, dataset)) is not dataset:
             raise ConfigError(
-                f"datasets {other.name} ({other.path}) and {dataset.name} ({dataset.path}) are the same data. "
-                "List it once; to see it more often, raise its weight."
+                f"datasets {other.name} ({other.path}) and {dataset.name} ({dataset.path}) are the "
+                "same data. List it once; to see it more often, raise its weight."
             )
     _check_one_tokenizer(datasets)
     return datasets
@@ -133,7 +148,10 @@ def _names(configs: Sequence[DatasetConfig]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     double = sorted({name for name in names if names.count(name) > 1})
-    raise ConfigError(f"two datasets are called {', '.join(double)}: give each a name of its own (data.train[].name).")
+    raise ConfigError(
+        f"two datasets are called {', '.join(double)}: give each a name of its own "
+        "(data.train[].name)."
+    )
 
 
 def _check_tokenizer_file(dataset: Dataset) -> None:
@@ -143,9 +161,9 @@ def _check_tokenizer_file(dataset: Dataset) -> None:
         found = error.strerror or str(error)
     if found != dataset.manifest.tokenizer.sha256:
         raise DataError(
-            f"{dataset.path}/tokenizer.json is not the file the dataset was made with: its sha256 is {found[:12]}, "
-            f"the manifest says {dataset.manifest.tokenizer.sha256[:12]}. Copy the right one back, or prepare the data "
-            "again."
+            f"{dataset.path}/tokenizer.json is not the file the dataset was made with: its sha256 "
+            f"is {found[:12]}, the manifest says {dataset.manifest.tokenizer.sha256[:12]}. Copy "
+            "the right one back, or prepare the data again."
         )
 
 
@@ -153,9 +171,13 @@ def _check_one_tokenizer(datasets: Sequence[Dataset]) -> None:
     first = datasets[0]
     for other in datasets[1:]:
         if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
-            ours, theirs = first.manifest.tokenizer.sha256[:12], other.manifest.tokenizer.sha256[:12]
+            ours, theirs = (
+                first.manifest.tokenizer.sha256[:12],
+                other.manifest.tokenizer.sha256[:12],
+            )
             raise DataError(
-                f"datasets {first.name} ({first.path}) and {other.name} ({other.path}) were made with different "
-                f"tokenizers (sha256 {ours} and {theirs}): the same id means different text. Prepare one of them again "
-                "with the other's tokenizer.json (data_prep/tokenize.py tokenizer=...)."
+                f"datasets {first.name} ({first.path}) and {other.name} ({other.path}) were made "
+                f"with different tokenizers (sha256 {ours} and {theirs}): the same id means "
+                "different text. Prepare one of them again with the other's tokenizer.json "
+                "(data_prep/tokenize.py tokenizer=...)."
             )

@@ -3,8 +3,9 @@
     Position --Sampler.advance, share--> my samples --Reader.gather--> (n, seq_len + 1) ids
              --to device, cut--> num_micro_batches x Batch       all of it `prefetch_steps` ahead of the training
 
-Every number of a Batch is a function of (seed, datasets, weights, seq_len, global batch) and of which samples this rank
-reads; the state is the Position after the step that was handed out last, never after what was read ahead.
+Every number of a Batch is a function of (seed, datasets, weights, seq_len, global batch) and of
+which samples this rank reads; the state is the Position after the step that was handed out last,
+never after what was read ahead.
 """
 
 from __future__ import annotations
@@ -64,13 +65,19 @@ class Loader:
             data_rank: of this rank; its peers in other parallel dimensions get the same samples.
             device: where the tensors go.
             cache_dir: for remote shards.
-            reads_tokens: false on ranks that only pass activations on (middle pipeline stages): they get batches of
-                zeros in the right shape and read no shard. Loss masks are real everywhere.
+            reads_tokens: false on ranks that only pass activations on (middle pipeline stages):
+                they get batches of zeros in the right shape and read no shard. Loss masks are real
+                everywhere.
 
         Raises:
             ConfigError, DataError: settings and datasets do not fit together.
         """
-        self.cfg, self.shape, self.data_rank, self.device = cfg, shape, data_rank, torch.device(device)
+        self.cfg, self.shape, self.data_rank, self.device = (
+            cfg,
+            shape,
+            data_rank,
+            torch.device(device),
+        )
         self.datasets = open_datasets(cfg.train, cfg=cfg, cache_dir=cache_dir)
         self.sampler = Sampler(cfg, self.datasets, seq_len=shape.seq_len, seed=seed)
         skips = cfg.on_corrupt is OnCorrupt.skip
@@ -90,15 +97,19 @@ class Loader:
 
     @property
     def sample_hash(self) -> str:
-        """Hash of the last step's global samples; equal for every layout. Costs milliseconds: ask on logged steps."""
+        """Hash of the last step's global samples; equal for every layout. Costs milliseconds: ask
+        on logged steps.
+        """
         assert self._samples is not None, "no step was read yet"
         return self.sampler.hash(self._samples)
 
     def next_step(self) -> list[Batch]:
-        """The num_micro_batches of the next step, this rank's share; waits for data if none is ready.
+        """The num_micro_batches of the next step, this rank's share; waits for data if none is
+        ready.
 
         Raises:
-            DataError, ShardError: what the background thread met; the position stays before this step.
+            DataError, ShardError: what the background thread met; the position stays before this
+                step.
         """
         began = time.perf_counter()
         if self._thread is None and self.cfg.prefetch_steps > 0:
@@ -120,23 +131,34 @@ class Loader:
         return torch.cuda.Stream(self.device)
 
     def _take_over(self, step: _Step, ready: torch.cuda.Event) -> None:
-        """Make the training stream wait for the copy, and its tensors live until that stream is done with them."""
+        """Make the training stream wait for the copy, and its tensors live until that stream is
+        done with them.
+        """
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(ready)
         for batch in step.batches:
-            for field in (batch.tokens, batch.labels, batch.loss_mask, batch.document_ids, batch.positions):
+            for field in (
+                batch.tokens,
+                batch.labels,
+                batch.loss_mask,
+                batch.document_ids,
+                batch.positions,
+            ):
                 if field is not None:
                     field.record_stream(stream)
 
     def state(self) -> dict[str, Any]:
-        """JSON for the checkpoint: the place after the last next_step(), ledger, blends, dataset identities."""
+        """JSON for the checkpoint: the place after the last next_step(), ledger, blends, dataset
+        identities.
+        """
         return self.sampler.state(self._position)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue at a state of any layout; O(1).
 
         Raises:
-            DataError: other datasets or order settings than the checkpoint's, unless data.allow_dataset_change.
+            DataError: other datasets or order settings than the checkpoint's, unless
+                data.allow_dataset_change.
         """
         self.close()
         self._position = self.sampler.position(state)
@@ -147,7 +169,9 @@ class Loader:
         self._position = self.sampler.skip(self._position, num_samples)
 
     def close(self) -> None:
-        """Stop the background thread; the next next_step() starts another at the current position."""
+        """Stop the background thread; the next next_step() starts another at the current
+        position.
+        """
         if self._thread is not None:
             self._thread.close()
             self._thread = None
@@ -156,16 +180,22 @@ class Loader:
         """Read this rank's share of the step at `position`; called on the background thread."""
         shape = self.shape.at(position.step)
         samples, after = self.sampler.advance(position, shape.num_samples)
-        mine = self.sampler.share(samples, data_rank=self.data_rank, data_parallel_size=self.shape.data_parallel_size)
+        mine = self.sampler.share(
+            samples, data_rank=self.data_rank, data_parallel_size=self.shape.data_parallel_size
+        )
         if self.reads_tokens:
             self.sampler.prefetch(mine)
-            windows = self.reader.gather(mine.source, *self.sampler.addresses(mine), documents=self.masks.documents)
+            windows = self.reader.gather(
+                mine.source, *self.sampler.addresses(mine), documents=self.masks.documents
+            )
         else:
             windows = self.reader.blank(len(mine.number), documents=self.masks.documents)
         batches, ready = self._batches(windows, mine.number, shape)
         return _Step(batches, samples, after, windows.num_corrupt, ready)
 
-    def _batches(self, windows: Windows, number: Ints, shape: StepShape) -> tuple[list[Batch], torch.cuda.Event | None]:
+    def _batches(
+        self, windows: Windows, number: Ints, shape: StepShape
+    ) -> tuple[list[Batch], torch.cuda.Event | None]:
         def make() -> list[Batch]:
             return make_batches(
                 windows, number, seq_len=shape.seq_len, micro_batch_size=self.shape.micro_batch_size,
@@ -185,7 +215,9 @@ class _Ahead:
     def __init__(self, loader: Loader, position: Position, *, depth: int) -> None:
         self.ready: queue.Queue[_Step | BaseException] = queue.Queue(maxsize=depth)
         self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(loader, position), name="loader", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(loader, position), name="loader", daemon=True
+        )
         self.thread.start()
 
     def _run(self, loader: Loader, position: Position) -> None:
@@ -209,11 +241,3 @@ class _Ahead:
             with contextlib.suppress(queue.Empty):
                 self.ready.get(timeout=0.05)
         self.thread.join()
-
-
-
-
-
-
-
-

@@ -1,11 +1,14 @@
-"""Which dataset each sample of the run comes from: a pure function of the weights and the sample number.
+"""Which dataset each sample of the run comes from: a pure function of the weights and the sample
+number.
 
-    weights --quantise--> slots of a period --spread--> table --Segment--> (dataset, its own sample number k)
+    weights --quantise--> slots of a period --spread--> table --Segment--> (dataset, its own sample
+    number k)
 
-A table of PERIOD slots is filled so that after any number of samples each dataset is within one sample of its share.
-A change of weights (a schedule, an edit on resume, a dataset that is used up) starts a new Segment, which remembers how
-many samples of each dataset were consumed before it: nothing is read twice before its epoch ends. A Position is the
-loader's whole state; `Mixture.advance` is the only thing that moves it.
+A table of PERIOD slots is filled so that after any number of samples each dataset is within one
+sample of its share. A change of weights (a schedule, an edit on resume, a dataset that is used up)
+starts a new Segment, which remembers how
+many samples of each dataset were consumed before it: nothing is read twice before its epoch ends. A
+Position is the loader's whole state; `Mixture.advance` is the only thing that moves it.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ PERIOD = 1 << 14  # weights are rounded to multiples of 1 / 16,384
 
 
 def quantise(weights: Sequence[float]) -> tuple[int, ...]:
-    """Slots of the period for each weight: they sum to PERIOD, and a positive weight gets at least one.
+    """Slots of the period for each weight: they sum to PERIOD, and a positive weight gets at least
+    one.
 
-    Largest remainders (Hamilton's method): no dataset is further than one slot from its exact share, except that tiny
-    positive weights are raised to one slot.
+    Largest remainders (Hamilton's method): no dataset is further than one slot from its exact
+    share, except that tiny positive weights are raised to one slot.
     """
     share = np.asarray(weights, dtype=np.float64)
     share = share / share.sum() * PERIOD
@@ -45,13 +49,15 @@ def quantise(weights: Sequence[float]) -> tuple[int, ...]:
 def spread(slots: tuple[int, ...]) -> tuple[Ints, Ints]:
     """(dataset of each slot, that dataset's slots before it), both (PERIOD,).
 
-    The j-th slot of a dataset with c slots may lie in [floor(j P / c), ceil((j + 1) P / c)): then its count is within
-    one of its share everywhere. Earliest deadline first meets all of these windows on one processor (Baruah et al.
-    1996, Proportionate progress, Algorithmica 15).
+    The j-th slot of a dataset with c slots may lie in [floor(j P / c), ceil((j + 1) P / c)): then
+    its count is within one of its share everywhere. Earliest deadline first meets all of these
+    windows on one processor (Baruah et al. 1996, Proportionate progress, Algorithmica 15).
     """
     source = np.empty(PERIOD, dtype=np.int64)
     nth = np.empty(PERIOD, dtype=np.int64)
-    waiting = [(0, -(-PERIOD // c), s, 0) for s, c in enumerate(slots) if c]  # (release, deadline, dataset, j)
+    waiting = [
+        (0, -(-PERIOD // c), s, 0) for s, c in enumerate(slots) if c
+    ]  # (release, deadline, dataset, j)
     heapq.heapify(waiting)
     ready: list[tuple[int, int, int]] = []
     for slot in range(PERIOD):
@@ -94,12 +100,18 @@ class Segment:
         return tuple(c + period * n + int(w) for c, n, w in zip(self.consumed, self.slots, within))
 
     def end(self, limits: Sequence[int | None]) -> int | None:
-        """Global number of the first sample that would exceed a dataset's limit; None: no limit is in the way."""
+        """Global number of the first sample that would exceed a dataset's limit; None: no limit is
+        in the way.
+        """
         ends = []
         for s, (limit, count) in enumerate(zip(limits, self.slots)):
             if limit is not None and count:
                 period, nth = divmod(max(limit - self.consumed[s], 0), count)
-                ends.append(self.start + period * PERIOD + int(np.flatnonzero(spread(self.slots)[0] == s)[nth]))
+                ends.append(
+                    self.start
+                    + period * PERIOD
+                    + int(np.flatnonzero(spread(self.slots)[0] == s)[nth])
+                )
         return min(ends, default=None)
 
 
@@ -148,10 +160,16 @@ class Mixture:
         """The blend asked for at a step."""
         return [weights for start, weights in self.stages if start <= step][-1]
 
-    def begin(self, *, step: int = 0, samples_seen: int = 0, consumed: tuple[int, ...] | None = None) -> Position:
-        """A position with one segment that begins here, after `consumed` samples of each dataset (default: none)."""
+    def begin(
+        self, *, step: int = 0, samples_seen: int = 0, consumed: tuple[int, ...] | None = None
+    ) -> Position:
+        """A position with one segment that begins here, after `consumed` samples of each dataset
+        (default: none).
+        """
         consumed = consumed or (0,) * len(self.names)
-        return Position(step, samples_seen, (self._segment(samples_seen, self.weights_at(step), consumed),))
+        return Position(
+            step, samples_seen, (self._segment(samples_seen, self.weights_at(step), consumed),)
+        )
 
     def advance(self, position: Position, num_samples: int) -> tuple[Samples, Position]:
         """The samples of the step at `position`, and the position after it.
@@ -169,8 +187,12 @@ class Mixture:
         """The position num_samples further on, the step unchanged; O(1)."""
         return self._spans(position, num_samples)[1] if num_samples else position
 
-    def _spans(self, position: Position, num_samples: int) -> tuple[list[tuple[Segment, int, int]], Position]:
-        """The stretches (segment, first sample, end) of the next num_samples, and the position after them."""
+    def _spans(
+        self, position: Position, num_samples: int
+    ) -> tuple[list[tuple[Segment, int, int]], Position]:
+        """The stretches (segment, first sample, end) of the next num_samples, and the position
+        after them.
+        """
         weights = self.weights_at(position.step)
         if weights != position.segments[-1].weights:
             position = self.change(position, weights)
@@ -187,21 +209,32 @@ class Mixture:
         return spans, position
 
     def change(self, position: Position, weights: tuple[float, ...]) -> Position:
-        """The same place with a new blend from here on; a segment in which nothing was read is replaced."""
+        """The same place with a new blend from here on; a segment in which nothing was read is
+        replaced.
+        """
         segment = self._segment(position.samples_seen, weights, position.ledger)
-        kept = position.segments[:-1] if position.segments[-1].start == segment.start else position.segments
+        kept = (
+            position.segments[:-1]
+            if position.segments[-1].start == segment.start
+            else position.segments
+        )
         return replace(position, segments=(*kept, segment))
 
-    def _segment(self, start: int, weights: tuple[float, ...], consumed: tuple[int, ...]) -> Segment:
+    def _segment(
+        self, start: int, weights: tuple[float, ...], consumed: tuple[int, ...]
+    ) -> Segment:
         live = [
             0.0 if limit is not None and count >= limit else weight
             for weight, count, limit in zip(weights, consumed, self.limits)
         ]
         if not any(live):
-            used = ", ".join(f"{name} ({count:,} samples)" for name, count in zip(self.names, consumed))
+            used = ", ".join(
+                f"{name} ({count:,} samples)" for name, count in zip(self.names, consumed)
+            )
             raise DataError(
-                f"the training data is used up at sample {start:,}: {used} reached data.train[].max_epochs. "
-                "Raise max_epochs, add a dataset, or shorten the run (training.total_steps)."
+                f"the training data is used up at sample {start:,}: {used} reached "
+                "data.train[].max_epochs. Raise max_epochs, add a dataset, or shorten the run "
+                "(training.total_steps)."
             )
         return Segment(start, weights, quantise(live), consumed)
 
@@ -209,7 +242,8 @@ class Mixture:
 def cut(samples: Samples, lane: Ints, *, data_rank: int, data_parallel_size: int) -> Samples:
     """The equal share of a step's samples that one data-parallel rank reads.
 
-    Sorted by lane first, so that a rank keeps its lanes from step to step and a remote shard stays on one node. Which
+    Sorted by lane first, so that a rank keeps its lanes from step to step and a remote shard stays
+    on one node. Which
     rank reads a sample changes speed only: the step's gradient is a sum over all of them.
     """
     mine = np.argsort(lane, kind="stable")

@@ -1,12 +1,15 @@
-"""The order of one dataset's sequences: a pure function from a sample number to (shard, sequence), O(1) anywhere.
+"""The order of one dataset's sequences: a pure function from a sample number to (shard, sequence),
+O(1) anywhere.
 
     k  --divmod epoch_size-->  epoch, r  --interleave-->  lane, t  --window, Feistel-->  shard, sequence
 
-Every epoch reads each sequence exactly once. Per epoch the shards are permuted and dealt to `lanes` like cards; a lane
-is cut into windows of `window` consecutive shards; inside a window a keyed Feistel permutation shuffles all sequences.
-Position r visits the lanes in turn (a lane that is used up drops out, so nothing is lost when lanes are uneven).
-Lanes bound traffic: while ranks own whole lanes, a shard is read on one node only, and `window` shards of a lane are
-live at a time. Nothing here depends on ranks, workers or restarts, and nothing is stored but a few numbers a shard.
+Every epoch reads each sequence exactly once. Per epoch the shards are permuted and dealt to `lanes`
+like cards; a lane is cut into windows of `window` consecutive shards; inside a window a keyed
+Feistel permutation shuffles all sequences. Position r visits the lanes in turn (a lane that is used
+up drops out, so nothing is lost when lanes are uneven).
+Lanes bound traffic: while ranks own whole lanes, a shard is read on one node only, and `window`
+shards of a lane are live at a time. Nothing here depends on ranks, workers or restarts, and nothing
+is stored but a few numbers a shard.
 """
 
 from __future__ import annotations
@@ -23,25 +26,31 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 ROUNDS = 6  # even, so that the two unequal halves of an odd width come back to their places
-MIN_BITS = 6  # smaller Feistel domains mix poorly; walking a 64-element cycle for a tiny one costs microseconds
+# Smaller Feistel domains mix poorly; walking a 64-element cycle for a tiny one costs microseconds
+MIN_BITS = 6
 
 
 def num_sequences(tokens: Any, seq_len: int) -> Ints:
-    """Sequences of each shard; one reads seq_len + 1 tokens (the last label), neighbours share that token."""
+    """Sequences of each shard; one reads seq_len + 1 tokens (the last label), neighbours share that
+    token.
+    """
     return np.maximum((np.asarray(tokens, dtype=np.int64) - 1) // seq_len, 0)
 
 
 def draw_keys(*tag: int) -> Words:
     """(ROUNDS,) round keys for a tuple of integers; equal on every machine and version."""
-    digest = hashlib.blake2b(repr(tuple(int(t) for t in tag)).encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b(
+        repr(tuple(int(t) for t in tag)).encode(), digest_size=8 * ROUNDS
+    ).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
 def permute(index: Any, size: Any, keys: Words) -> Ints:
     """A keyed permutation of range(size), applied to each index.
 
-    A Feistel network on the next power of two, walked along its cycle until the value falls below size again: the
-    walk starts inside, so it ends inside, and the map stays a bijection. At most 2 steps on average from size 33 up.
+    A Feistel network on the next power of two, walked along its cycle until the value falls below
+    size again: the walk starts inside, so it ends inside, and the map stays a bijection. At most 2
+        steps on average from size 33 up.
 
     Args:
         index: (n,) integers in [0, size).
@@ -52,7 +61,9 @@ def permute(index: Any, size: Any, keys: Words) -> Ints:
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
     keys = np.broadcast_to(keys, (ROUNDS, *index.shape))
     result = np.zeros(index.shape, dtype=np.uint64)
-    bits = np.maximum(np.frexp(np.maximum(size, 1).astype(np.float64) - 1)[1], MIN_BITS).astype(np.uint64)
+    bits = np.maximum(np.frexp(np.maximum(size, 1).astype(np.float64) - 1)[1], MIN_BITS).astype(
+        np.uint64
+    )
     todo = np.flatnonzero(size > 1)
     value = index[todo]
     while todo.size:
@@ -96,8 +107,12 @@ class _Epoch:
 class Order:
     """Sample number k of one dataset, over all epochs, to (shard, sequence)."""
 
-    def __init__(self, shard_tokens: Any, *, seq_len: int, seed: int, lanes: int = 1, window: int = 64) -> None:
-        """Prepare for shards of shard_tokens tokens (num_shards,); the arguments after it are the whole state."""
+    def __init__(
+        self, shard_tokens: Any, *, seq_len: int, seed: int, lanes: int = 1, window: int = 64
+    ) -> None:
+        """Prepare for shards of shard_tokens tokens (num_shards,); the arguments after it are the
+        whole state.
+        """
         self.seq_len, self.seed, self.lanes, self.window = seq_len, seed, lanes, window
         self.sequences = num_sequences(shard_tokens, seq_len)
         self.epoch_size = int(self.sequences.sum())
@@ -125,13 +140,17 @@ class Order:
         return lane
 
     def upcoming_shards(self, k: Any) -> list[int]:
-        """Shards worth fetching around samples k: the windows they lie in, then the windows after those."""
+        """Shards worth fetching around samples k: the windows they lie in, then the windows after
+        those.
+        """
         number, last = divmod(int(np.max(k)), self.epoch_size)
         lanes = np.unique(self.lane(k))
         epoch = self._epoch(number)
         # A lane's turn at the newest sample: how many of its sequences the epoch has read by then.
         phase = int(np.searchsorted(epoch.phase_first, last, "right")) - 1
-        rounds = epoch.phase_round[phase] + (last - epoch.phase_first[phase]) // (self.lanes - phase)
+        rounds = epoch.phase_round[phase] + (last - epoch.phase_first[phase]) // (
+            self.lanes - phase
+        )
         lengths = np.diff(epoch.first[epoch.lane_start])[lanes]
         start, stop = self._window(epoch, lanes, np.clip(rounds, 0, np.maximum(lengths - 1, 0)))
         end = epoch.lane_start[lanes + 1]
@@ -139,8 +158,15 @@ class Order:
         if np.any(stop == end):  # the next window is the first one of the next epoch
             following, lanes = self._epoch(number + 1), lanes[stop == end]
             start = following.lane_start[lanes]
-            spans.append((following, start, np.minimum(start + self.window, following.lane_start[lanes + 1])))
-        found = [int(s) for deal, starts, stops in spans for a, b in zip(starts, stops) for s in deal.shards[a:b]]
+            spans.append(
+                (following, start, np.minimum(start + self.window, following.lane_start[lanes + 1]))
+            )
+        found = [
+            int(s)
+            for deal, starts, stops in spans
+            for a, b in zip(starts, stops)
+            for s in deal.shards[a:b]
+        ]
         return list(dict.fromkeys(found))
 
     def _deal(self, number: int) -> _Epoch:
@@ -152,14 +178,17 @@ class Order:
         first = np.concatenate([[0], np.cumsum(self.sequences[shards])])
         length = np.diff(first[lane_start])
         by_length = np.argsort(length, kind="stable")
-        # Phase p lasts from the round where p lanes are used up to the round where p + 1 are; lanes - p take part.
+        # Phase p lasts from the round where p lanes are used up to the round where p + 1 are; lanes
+        # - p take part.
         phase_round = np.concatenate([[0], length[by_length][:-1]])
         rounds = np.diff(np.append(phase_round, length[by_length][-1]))
         phase_first = np.concatenate([[0], np.cumsum(rounds * (lanes - np.arange(lanes)))[:-1]])
         return _Epoch(number, shards, first, lane_start, by_length, phase_round, phase_first)
 
     def _interleave(self, epoch: _Epoch, position: Ints) -> tuple[Ints, Ints]:
-        """(lane, turn within the lane) of positions in the epoch: the lanes that still have sequences, in turn."""
+        """(lane, turn within the lane) of positions in the epoch: the lanes that still have
+        sequences, in turn.
+        """
         phase = np.searchsorted(epoch.phase_first, position, "right") - 1
         turn, nth = np.divmod(position - epoch.phase_first[phase], self.lanes - phase)
         return epoch.by_length[phase + nth], epoch.phase_round[phase] + turn
@@ -175,7 +204,9 @@ class Order:
         """(shard, sequence): the turn, permuted inside its window."""
         start, stop = self._window(epoch, lane, turn)
         windows, which = np.unique(start, return_inverse=True)
-        keys = np.stack([draw_keys(self.seed, 1, epoch.number, int(w)) for w in windows], axis=1)[:, which]
+        keys = np.stack([draw_keys(self.seed, 1, epoch.number, int(w)) for w in windows], axis=1)[
+            :, which
+        ]
         base = epoch.first[start]
         place = epoch.first[epoch.lane_start[lane]] + turn - base
         drawn = base + permute(place, epoch.first[stop] - base, keys)

@@ -1,9 +1,11 @@
 """Token windows out of mapped shards; the first touch of a block checks it.
 
-    (dataset, shard, sequence) --open, map--> shard --check once--> block --slice--> (n, seq_len + 1) ids
+    (dataset, shard, sequence) --open, map--> shard --check once--> block --slice--> (n, seq_len +
+    1) ids
 
-A shard is mapped, never read whole: the page cache is the only copy, shared by all ranks of a node. Size is checked
-when a shard is opened, crc32 when a block is first touched; errors name shard, place and the command that verifies.
+A shard is mapped, never read whole: the page cache is the only copy, shared by all ranks of a node.
+Size is checked when a shard is opened, crc32 when a block is first touched; errors name shard,
+place and the command that verifies.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from pipeline.errors import ShardError
 from pipeline.log import logger
 
 _NONE = np.empty(0, np.int64)
-MAX_OPEN_SHARDS = 512  # mapped at a time in one process; far below the usual limit of 1,024 files or 65,530 maps
+# mapped at a time in one process; far below the usual limit of 1,024 files or 65,530 maps
+MAX_OPEN_SHARDS = 512
 
 
 @dataclass
@@ -34,9 +37,13 @@ class Windows:
     ids: np.ndarray
     """(n, seq_len + 1) token ids in the type they have on disk; 0 where there is no token."""
     num_labels: Ints
-    """(n,) labels that exist: fewer than seq_len past the end of a shard, none in corrupt blocks."""
+    """(n,) labels that exist: fewer than seq_len past the end of a shard, none in corrupt
+    blocks.
+    """
     starts: list[np.ndarray] | None
-    """For each sequence the places in [0, seq_len) where a document begins, ascending; None: not asked for."""
+    """For each sequence the places in [0, seq_len) where a document begins, ascending; None: not
+    asked for.
+    """
     num_corrupt: int
     """Sequences that were left out because their block is damaged."""
 
@@ -46,13 +53,17 @@ class _Shard:
     """One mapped shard."""
 
     data: mmap.mmap
-    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # checked (tokens, document starts)
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict
+    )  # checked (tokens, document starts)
 
 
 class Reader:
     """Windows of seq_len + 1 tokens from a list of datasets that share a tokenizer."""
 
-    def __init__(self, datasets: Sequence[Dataset], *, seq_len: int, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], *, seq_len: int, skip_corrupt: bool = False
+    ) -> None:
         self.datasets, self.seq_len, self.skip_corrupt = list(datasets), seq_len, skip_corrupt
         self._block_tokens = np.array([dataset.manifest.block_tokens for dataset in self.datasets])
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
@@ -64,15 +75,21 @@ class Reader:
         """Id of the token that ends a document."""
         return self.datasets[0].manifest.tokenizer.eod
 
-    def gather(self, source: Ints, shard: Ints, sequence: Ints, *, documents: bool = False) -> Windows:
+    def gather(
+        self, source: Ints, shard: Ints, sequence: Ints, *, documents: bool = False
+    ) -> Windows:
         """The windows at these places, (n,) each; a window past the end of its shard is padded.
 
         Raises:
             ShardError: a shard is missing, truncated or corrupt, unless skip_corrupt.
         """
-        windows = self.blank(len(source), documents=documents, make=np.empty)  # every row is filled below
+        windows = self.blank(
+            len(source), documents=documents, make=np.empty
+        )  # every row is filled below
         block, offset = np.divmod(sequence * self.seq_len, self._block_tokens[source])
-        for row, place in enumerate(zip(source.tolist(), shard.tolist(), block.tolist(), offset.tolist())):
+        for row, place in enumerate(
+            zip(source.tolist(), shard.tolist(), block.tolist(), offset.tolist())
+        ):
             try:
                 self._read(windows, row, *place)
             except ShardError as error:
@@ -85,7 +102,9 @@ class Reader:
                 windows.num_corrupt += 1
         return windows
 
-    def blank(self, count: int, *, documents: bool = False, make: Callable[..., np.ndarray] = np.zeros) -> Windows:
+    def blank(
+        self, count: int, *, documents: bool = False, make: Callable[..., np.ndarray] = np.zeros
+    ) -> Windows:
         """Windows of zeros that read nothing."""
         return Windows(
             ids=make((count, self.seq_len + 1), dtype=self.datasets[0].manifest.dtype),
@@ -94,7 +113,9 @@ class Reader:
             num_corrupt=0,
         )
 
-    def _read(self, windows: Windows, row: int, source: int, shard: int, block: int, offset: int) -> None:
+    def _read(
+        self, windows: Windows, row: int, source: int, shard: int, block: int, offset: int
+    ) -> None:
         """Fill one row; a window may run over block borders, never past its shard."""
         tokens, documents = self._block(source, shard, block)
         stop = offset + self.seq_len
@@ -118,7 +139,9 @@ class Reader:
             windows.starts[row] = np.concatenate([_NONE, *starts])
 
     def _block(self, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, document starts) of a block, empty past the shard's end; the longest open map makes room."""
+        """(tokens, document starts) of a block, empty past the shard's end; the longest open map
+        makes room.
+        """
         opened = self._open.get((source, shard))
         if opened is None:
             opened = self._open[source, shard] = self._map(source, shard)
@@ -140,8 +163,8 @@ class Reader:
                 size = os.fstat(file.fileno()).st_size
                 if size != expected:
                     raise ShardError(
-                        f"{path} has {size} bytes, the manifest says {expected}: it is truncated or another file. "
-                        + _way_out(dataset)
+                        f"{path} has {size} bytes, the manifest says {expected}: it is truncated "
+                        "or another file. " + _way_out(dataset)
                     )
                 return _Shard(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as error:
@@ -151,7 +174,9 @@ class Reader:
         self._failed[source, shard] = failure
         raise failure
 
-    def _check(self, opened: _Shard, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _check(
+        self, opened: _Shard, source: int, shard: int, block: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The arrays of a block that is touched for the first time.
 
         Raises:
@@ -163,13 +188,17 @@ class Reader:
         if at >= manifest.block_starts[shard + 1]:
             return np.empty(0, manifest.dtype), np.empty(0, DOCS_DTYPE)
         row, views = manifest.index[at], []
-        for kind, dtype, count in (("tokens", manifest.dtype, "num_tokens"), ("docs", DOCS_DTYPE, "num_docs")):
+        for kind, dtype, count in (
+            ("tokens", manifest.dtype, "num_tokens"),
+            ("docs", DOCS_DTYPE, "num_docs"),
+        ):
             offset = int(row[f"{kind}_offset"])
             view = np.frombuffer(opened.data, dtype, int(row[count]), offset)
             if (found := crc32(view)) != row[f"{kind}_crc32"]:
                 raise ShardError(
-                    f"{dataset.shard_path(shard)}, block {block}: the {kind} at byte {offset} are corrupt "
-                    f"(crc32 {found:08x}, the index has {int(row[f'{kind}_crc32']):08x}). {_way_out(dataset)}"
+                    f"{dataset.shard_path(shard)}, block {block}: the {kind} at byte {offset} are "
+                    f"corrupt (crc32 {found:08x}, the index has {int(row[f'{kind}_crc32']):08x}). "
+                    f"{_way_out(dataset)}"
                 )
             views.append(view)
         return views[0], views[1]
@@ -177,6 +206,6 @@ class Reader:
 
 def _way_out(dataset: Dataset) -> str:
     return (
-        f"Check the whole dataset with `python -m data_prep.verify {dataset.path}` and copy what is damaged again, or "
-        "set data.on_corrupt=skip to train without it."
+        f"Check the whole dataset with `python -m data_prep.verify {dataset.path}` and copy what "
+        "is damaged again, or set data.on_corrupt=skip to train without it."
     )

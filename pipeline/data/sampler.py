@@ -1,9 +1,12 @@
-"""From config and datasets to the samples of any step: who reads what, and the state that goes into a checkpoint.
+"""From config and datasets to the samples of any step: who reads what, and the state that goes into
+a checkpoint.
 
-    Position --advance--> Samples of the step --share--> this rank's --addresses--> (dataset, shard, sequence)
+    Position --advance--> Samples of the step --share--> this rank's --addresses--> (dataset, shard,
+    sequence)
 
-No file is read and no torch is needed here: the audit proves the order of a run on a laptop. Datasets are kept in the
-order of their identities, so the order they are listed in the config changes nothing.
+No file is read and no torch is needed here: the audit proves the order of a run on a laptop.
+Datasets are kept in the order of their identities, so the order they are listed in the config
+changes nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +30,17 @@ from pipeline.log import logger
 class Sampler:
     """The order of a whole run over all of its datasets."""
 
-    def __init__(self, cfg: DataConfig, datasets: Sequence[Dataset], *, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, cfg: DataConfig, datasets: Sequence[Dataset], *, seq_len: int, seed: int
+    ) -> None:
         self.datasets = sorted(datasets, key=lambda dataset: dataset.identity)
         self.identities = [dataset.identity for dataset in self.datasets]
         self.allow_change = cfg.allow_dataset_change
         self.facts = {"seed": seed, "seq_len": seq_len, "lanes": cfg.lanes, "window": cfg.window}
-        self.orders = [_order(dataset, i, cfg, seq_len=seq_len, seed=seed) for i, dataset in enumerate(self.datasets)]
+        self.orders = [
+            _order(dataset, i, cfg, seq_len=seq_len, seed=seed)
+            for i, dataset in enumerate(self.datasets)
+        ]
         self.mixture = Mixture(
             names=tuple(dataset.name for dataset in self.datasets),
             stages=_stages(cfg, self.datasets),
@@ -41,7 +49,9 @@ class Sampler:
                 for d, order in zip(self.datasets, self.orders)
             ),
         )
-        self._former: dict[str, int] = {}  # ledger of datasets that were dropped; they continue when they come back
+        self._former: dict[
+            str, int
+        ] = {}  # ledger of datasets that were dropped; they continue when they come back
 
     def start(self) -> Position:
         """The position before the first step."""
@@ -56,9 +66,15 @@ class Sampler:
         return self.mixture.skip(position, num_samples)
 
     def seek(self, step: int, shape: RunShape) -> Position:
-        """The position before a step of a run that was never interrupted; O(1) a stage of ramp and blends."""
+        """The position before a step of a run that was never interrupted; O(1) a stage of ramp and
+        blends.
+        """
         position = self.start()
-        edges = {step, *(until for until, _ in shape.ramp), *(first for first, _ in self.mixture.stages)}
+        edges = {
+            step,
+            *(until for until, _ in shape.ramp),
+            *(first for first, _ in self.mixture.stages),
+        }
         for edge in sorted(edge for edge in edges if 0 < edge <= step):
             num_samples = (edge - position.step) * shape.at(position.step).num_samples
             position = replace(self.skip(position, num_samples), step=edge)
@@ -85,10 +101,12 @@ class Sampler:
                 self.datasets[index].prefetch(self.orders[index].upcoming_shards(samples.index[at]))
 
     def hash(self, samples: Samples) -> str:
-        """16 hex digits that stand for exactly these sequences in this order; equal for every layout."""
+        """16 hex digits that stand for exactly these sequences in this order; equal for every
+        layout.
+        """
         return hash_addresses(self.identities, samples, *self.addresses(samples))
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def state(self, position: Position) -> dict[str, Any]:
         """`position` as JSON: counts by dataset identity."""
@@ -108,7 +126,8 @@ class Sampler:
                 for segment in position.segments
             ],
             "datasets": {
-                d.identity: {"name": d.name, "path": d.path, "tokens": int(d.manifest.tokens)} for d in self.datasets
+                d.identity: {"name": d.name, "path": d.path, "tokens": int(d.manifest.tokens)}
+                for d in self.datasets
             },
         }
 
@@ -116,8 +135,8 @@ class Sampler:
         """The position a checkpoint's state stands for; O(1).
 
         Raises:
-            DataError: other datasets, seed, seq_len, lanes or window than those of the checkpoint, and
-                data.allow_dataset_change is false.
+            DataError: other datasets, seed, seq_len, lanes or window than those of the checkpoint,
+                and data.allow_dataset_change is false.
         """
         same_order = self._accept(_differences(state["order"], self.facts))
         same_datasets = self._accept(self._dataset_changes(state["datasets"]))
@@ -126,16 +145,23 @@ class Sampler:
         if same_order and same_datasets:
             segments = tuple(
                 Segment(
-                    int(s["start"]), self._column(s["weights"]), self._column(s["slots"]), self._column(s["consumed"])
+                    int(s["start"]),
+                    self._column(s["weights"]),
+                    self._column(s["slots"]),
+                    self._column(s["consumed"]),
                 )
                 for s in state["segments"]
             )
             return Position(step, seen, segments)
         consumed = tuple(int(ledger.get(identity, 0)) for identity in self.identities)
-        if not same_order:  # another order cannot go on inside an epoch: each dataset begins its next one
+        if (
+            not same_order
+        ):  # another order cannot go on inside an epoch: each dataset begins its next one
             old = int(state["order"]["seq_len"])
             sizes = [max(int(num_sequences(d.shard_tokens, old).sum()), 1) for d in self.datasets]
-            consumed = tuple(-(-n // size) * o.epoch_size for n, size, o in zip(consumed, sizes, self.orders))
+            consumed = tuple(
+                -(-n // size) * o.epoch_size for n, size, o in zip(consumed, sizes, self.orders)
+            )
         return self.mixture.begin(step=step, samples_seen=seen, consumed=consumed)
 
     def _column(self, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -145,22 +171,33 @@ class Sampler:
         """True when nothing changed, False when the user allowed the changes."""
         if changes and not self.allow_change:
             raise DataError(
-                f"the checkpoint was made with other data: {'; '.join(changes)}. Restore the settings, or set "
-                "data.allow_dataset_change=true to continue with what the config says now."
+                f"the checkpoint was made with other data: {'; '.join(changes)}. Restore the "
+                "settings, or set data.allow_dataset_change=true to continue with what the config "
+                "says now."
             )
         for change in changes:
             logger.warning("resuming with changed data: %s", change)
         return not changes
 
     def _dataset_changes(self, saved: dict[str, Any]) -> list[str]:
-        gone = [f"{v['name']} ({v['path']}, sha256 {i[:12]})" for i, v in saved.items() if i not in self.identities]
-        new = [f"{d.name} ({d.path}, sha256 {d.identity[:12]})" for d in self.datasets if d.identity not in saved]
+        gone = [
+            f"{v['name']} ({v['path']}, sha256 {i[:12]})"
+            for i, v in saved.items()
+            if i not in self.identities
+        ]
+        new = [
+            f"{d.name} ({d.path}, sha256 {d.identity[:12]})"
+            for d in self.datasets
+            if d.identity not in saved
+        ]
         changes = [f"dataset {dataset} is not in the config" for dataset in gone]
         return changes + [f"dataset {dataset} is not in the checkpoint" for dataset in new]
 
 
 def hash_addresses(identities: Sequence[str], samples: Samples, shard: Ints, sequence: Ints) -> str:
-    """16 hex digits for samples in the order of their numbers; independent of the order of the datasets."""
+    """16 hex digits for samples in the order of their numbers; independent of the order of the
+    datasets.
+    """
     digest = hashlib.blake2b(" ".join(identities).encode(), digest_size=8)
     by_number = np.argsort(samples.number, kind="stable")
     for column in (samples.number, samples.source, shard, sequence):
@@ -170,45 +207,64 @@ def hash_addresses(identities: Sequence[str], samples: Samples, shard: Ints, seq
 
 def _order(dataset: Dataset, index: int, cfg: DataConfig, *, seq_len: int, seed: int) -> Order:
     # Each dataset draws its own permutations, keyed by what it is, not by its place in the config.
-    key = int.from_bytes(hashlib.blake2b(f"{seed} {dataset.identity}".encode(), digest_size=8).digest(), "little")
+    key = int.from_bytes(
+        hashlib.blake2b(f"{seed} {dataset.identity}".encode(), digest_size=8).digest(), "little"
+    )
     for name in ("lanes", "window"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"data.{name} ({getattr(cfg, name)}) must be at least 1.")
-    order = Order(dataset.shard_tokens, seq_len=seq_len, seed=key, lanes=cfg.lanes, window=cfg.window)
+    order = Order(
+        dataset.shard_tokens, seq_len=seq_len, seed=key, lanes=cfg.lanes, window=cfg.window
+    )
     if not order.epoch_size:
         raise DataError(
-            f"dataset {dataset.name} ({dataset.path}) has no sequence of {seq_len + 1} tokens: its longest shard has "
-            f"{int(max(dataset.shard_tokens, default=0))}. Set a smaller training.seq_len, or prepare more text."
+            f"dataset {dataset.name} ({dataset.path}) has no sequence of {seq_len + 1} tokens: its "
+            f"longest shard has {int(max(dataset.shard_tokens, default=0))}. Set a smaller "
+            "training.seq_len, or prepare more text."
         )
     if dataset.max_epochs is not None and int(dataset.max_epochs * order.epoch_size) < 1:
-        raise ConfigError(f"max_epochs ({dataset.max_epochs}) of dataset {dataset.name} is less than one sequence.")
+        raise ConfigError(
+            f"max_epochs ({dataset.max_epochs}) of dataset {dataset.name} is less than one "
+            "sequence."
+        )
     return order
 
 
-def _stages(cfg: DataConfig, datasets: Sequence[Dataset]) -> tuple[tuple[int, tuple[float, ...]], ...]:
+def _stages(
+    cfg: DataConfig, datasets: Sequence[Dataset]
+) -> tuple[tuple[int, tuple[float, ...]], ...]:
     """(first step, normalised weights) of data.train and of each entry of data.blend_schedule."""
     given = {d.name: d.weight for d in datasets}
     unset = [name for name, weight in given.items() if weight is None]
     if unset and len(unset) < len(given):
-        raise ConfigError(f"data.train: give every dataset a weight, or none; {', '.join(unset)} has none.")
-    base = {d.name: float(d.manifest.tokens) if d.weight is None else float(d.weight) for d in datasets}
+        raise ConfigError(
+            f"data.train: give every dataset a weight, or none; {', '.join(unset)} has none."
+        )
+    base = {
+        d.name: float(d.manifest.tokens) if d.weight is None else float(d.weight) for d in datasets
+    }
     stages, last = [(0, _normalise(base, cfg.temperature, "data.train"))], 0
     for index, stage in enumerate(cfg.blend_schedule):
         where = f"data.blend_schedule[{index}]"
         if unknown := sorted(set(stage.weights) - set(base)):
             raise ConfigError(
-                f"{where}.weights names {', '.join(unknown)}; the datasets are {', '.join(sorted(base))}."
+                f"{where}.weights names {', '.join(unknown)}; the datasets are "
+                f"{', '.join(sorted(base))}."
             )
         if stage.start_step <= last:
             raise ConfigError(f"{where}.start_step ({stage.start_step}) must be above {last}.")
         last = stage.start_step
-        stages.append((last, _normalise({n: stage.weights.get(n, 0.0) for n in base}, cfg.temperature, where)))
+        stages.append(
+            (last, _normalise({n: stage.weights.get(n, 0.0) for n in base}, cfg.temperature, where))
+        )
     return tuple(stages)
 
 
 def _normalise(weights: dict[str, float], temperature: float, where: str) -> tuple[float, ...]:
     if temperature <= 0:
-        raise ConfigError(f"data.temperature ({temperature}) must be above 0; 1 leaves the weights as they are.")
+        raise ConfigError(
+            f"data.temperature ({temperature}) must be above 0; 1 leaves the weights as they are."
+        )
     if min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise ConfigError(f"{where}: weights must not be negative and not all 0: {weights}.")
     total = sum(weights.values())
@@ -217,7 +273,11 @@ def _normalise(weights: dict[str, float], temperature: float, where: str) -> tup
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{key} is {now[key]}, the checkpoint has {saved[key]}" for key in now if saved[key] != now[key]]
+    return [
+        f"{key} is {now[key]}, the checkpoint has {saved[key]}"
+        for key in now
+        if saved[key] != now[key]
+    ]
 
 
 def _by_source(samples: Samples) -> Iterator[tuple[int, Ints]]:

@@ -1,4 +1,5 @@
-"""The datasets on disk: the only contract between data_prep, which writes them, and pipeline, which reads them.
+"""The datasets on disk: the only contract between data_prep, which writes them, and pipeline, which
+reads them.
 
     DATASET/manifest.json                    written last, atomically; its sha256 is the dataset's identity
     DATASET/index.npy                        one INDEX_DTYPE row a block, shard by shard
@@ -8,9 +9,10 @@
         KKKKKKKK-0000.tokens.npy             uint16 (vocab_size <= 65,536) or uint32; one sample = one block; K: key
         KKKKKKKK-0000.docs.npy               uint32 starts, inside the block, of the documents that start in it
 
-Every block of a shard but its last holds exactly block_tokens tokens. A document ends with EOD and may run over
-blocks and shards; where it runs on it has no entry in docs. Stock `webdataset` reads the tars. Offsets in the index
-point at the raw array, past the tar and npy headers, so a block is one np.memmap. Only numpy and the standard library.
+Every block of a shard but its last holds exactly block_tokens tokens. A document ends with EOD and
+may run over blocks and shards; where it runs on it has no entry in docs. Stock `webdataset` reads
+the tars. Offsets in the index point at the raw array, past the tar and npy headers, so a block is
+one np.memmap. Only numpy and the standard library.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ class Manifest:
         """The manifest of a dataset folder: a local path or an address that fsspec understands.
 
         Raises:
-            DataError: no manifest there, not one of ours, of a later version, or its numbers contradict each other.
+            DataError: no manifest there, not one of ours, of a later version, or its numbers
+                contradict each other.
         """
         path = f"{str(folder).rstrip('/')}/manifest.json"
         raw = read_bytes(path)
@@ -113,11 +116,18 @@ class Manifest:
     def _parse(cls, raw: bytes, content: Any, *, folder: str) -> Manifest:
         path = f"{folder}/manifest.json"
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DataError(f"{path} is not the manifest of a token dataset: its format is not '{FORMAT}'.")
+            raise DataError(
+                f"{path} is not the manifest of a token dataset: its format is not '{FORMAT}'."
+            )
         if content.get("version") != VERSION:
-            raise DataError(f"{path} has version {content.get('version')}; this release reads version {VERSION}.")
+            raise DataError(
+                f"{path} has version {content.get('version')}; this release reads version "
+                f"{VERSION}."
+            )
         try:
-            paths, tokens, sizes, documents, sha256, sources, shard_keys = _columns(raw, content["shards"])
+            paths, tokens, sizes, documents, sha256, sources, shard_keys = _columns(
+                raw, content["shards"]
+            )
             manifest = cls(
                 folder=folder,
                 identity=hashlib.sha256(raw).hexdigest(),
@@ -137,12 +147,15 @@ class Manifest:
                 shard_keys=shard_keys.tolist(),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is incomplete ({error!r}). Prepare the dataset again.") from error
+            raise DataError(
+                f"{path} is incomplete ({error!r}). Prepare the dataset again."
+            ) from error
         sums = int(manifest.shard_tokens.sum()), int(manifest.shard_documents.sum())
         if sums != (manifest.tokens, manifest.documents):
             raise DataError(
-                f"{path} contradicts itself: its shards add up to {sums[0]} tokens and {sums[1]} documents, its "
-                f"totals are {manifest.tokens} and {manifest.documents}. Prepare the dataset again."
+                f"{path} contradicts itself: its shards add up to {sums[0]} tokens and {sums[1]} "
+                f"documents, its totals are {manifest.tokens} and {manifest.documents}. Prepare "
+                "the dataset again."
             )
         return manifest
 
@@ -153,7 +166,9 @@ class Manifest:
 
     @cached_property
     def block_starts(self) -> np.ndarray:
-        """(shards + 1,) int64: rows block_starts[s] to block_starts[s + 1] of the index belong to shard s."""
+        """(shards + 1,) int64: rows block_starts[s] to block_starts[s + 1] of the index belong to
+        shard s.
+        """
         blocks = -(-self.shard_tokens // self.block_tokens)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
 
@@ -171,13 +186,19 @@ class Manifest:
 
                 index = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
             else:
-                index = np.load(path, mmap_mode="r" if self.num_shards else None, allow_pickle=False)
-        except Exception as error:  # numpy parses a damaged header as Python and raises whatever that gives
-            raise DataError(f"{path} cannot be read ({error}). Copy or prepare the dataset again.") from error
+                index = np.load(
+                    path, mmap_mode="r" if self.num_shards else None, allow_pickle=False
+                )
+        except (
+            Exception
+        ) as error:  # numpy parses a damaged header as Python and raises whatever that gives
+            raise DataError(
+                f"{path} cannot be read ({error}). Copy or prepare the dataset again."
+            ) from error
         if index.dtype != INDEX_DTYPE or index.shape != (int(self.block_starts[-1]),):
             raise DataError(
-                f"{path} holds {index.shape} rows of {index.dtype}, the manifest asks for {int(self.block_starts[-1])} "
-                "rows of 32 bytes. Copy or prepare the dataset again."
+                f"{path} holds {index.shape} rows of {index.dtype}, the manifest asks for "
+                f"{int(self.block_starts[-1])} rows of 32 bytes. Copy or prepare the dataset again."
             )
         return index
 
@@ -191,12 +212,15 @@ class Manifest:
         return map_block(f"{self.folder}/{self.paths[shard]}", row, self.dtype)
 
 
-# The writer puts one row on a line between these. 300,000 rows parsed at once would be 250 MB of Python objects.
+# The writer puts one row on a line between these. 300,000 rows parsed at once would be 250 MB of
+# Python objects.
 _ROWS_BEGIN, _ROWS_END, _PIECE_BYTES = b'"shards": [\n', b"\n ]\n", 1 << 16
 
 
 def _rows_span(raw: bytes) -> tuple[int, int]:
-    """[begin, end) of the rows in a manifest as our writer makes it; (0, 0): it has another layout."""
+    """[begin, end) of the rows in a manifest as our writer makes it; (0, 0): it has another
+    layout.
+    """
     begin, end = raw.find(_ROWS_BEGIN) + len(_ROWS_BEGIN), raw.rfind(_ROWS_END)
     return (begin, end) if len(_ROWS_BEGIN) <= begin <= end else (0, 0)
 
@@ -207,8 +231,12 @@ def _without_rows(raw: bytes) -> tuple[bytes, bytes]:
 
 
 def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
-    """The shards' rows as columns, a piece of the file at a time; `rows` where they were parsed already."""
-    columns: list[Any] = [[] if name in ("path", "sha256", "source") else array("q") for name in SHARD_COLUMNS]
+    """The shards' rows as columns, a piece of the file at a time; `rows` where they were parsed
+    already.
+    """
+    columns: list[Any] = [
+        [] if name in ("path", "sha256", "source") else array("q") for name in SHARD_COLUMNS
+    ]
     at, end = _rows_span(raw)
     while rows or at < end:
         if not rows:
@@ -223,7 +251,8 @@ def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
 
 
 def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its row of the index.
+    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its row of the
+    index.
 
     Raises:
         ShardError: the tar is missing or shorter than the row says.
@@ -232,9 +261,13 @@ def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.
         tokens = np.memmap(path, dtype, "r", int(row["tokens_offset"]), (int(row["num_tokens"]),))
         if not row["num_docs"]:  # an empty map is an error
             return tokens, np.empty(0, DOCS_DTYPE)
-        return tokens, np.memmap(path, DOCS_DTYPE, "r", int(row["docs_offset"]), (int(row["num_docs"]),))
+        return tokens, np.memmap(
+            path, DOCS_DTYPE, "r", int(row["docs_offset"]), (int(row["num_docs"]),)
+        )
     except (OSError, ValueError) as error:
-        raise ShardError(f"{path} is missing or truncated ({error}). Copy or prepare the dataset again.") from error
+        raise ShardError(
+            f"{path} is missing or truncated ({error}). Copy or prepare the dataset again."
+        ) from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -250,8 +283,8 @@ def shard_path(number: int) -> str:
 def member_names(key: int, block: int) -> tuple[str, str]:
     """Names of a block's two members in the shard with this key.
 
-    The key is not the shard's number: that is known only when all shards are written, and would have to be written
-    into them then.
+    The key is not the shard's number: that is known only when all shards are written, and would
+    have to be written into them then.
     """
     return f"{key:08d}-{block:04d}.tokens.npy", f"{key:08d}-{block:04d}.docs.npy"
 
@@ -262,7 +295,12 @@ def npy_header(dtype: np.dtype, count: int) -> bytes:
     Ours and not numpy's, so that the bytes of a shard do not depend on numpy's release.
     """
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", NPY_HEADER_BYTES - 10) + text.ljust(117).encode() + b"\n"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", NPY_HEADER_BYTES - 10)
+        + text.ljust(117).encode()
+        + b"\n"
+    )
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -280,7 +318,9 @@ UNSEALED = "0" * 64
 
 
 def seal(manifest: bytes) -> bytes:
-    """The bytes of a manifest.json with, in `checksum`, the sha256 of them all while `checksum` was UNSEALED."""
+    """The bytes of a manifest.json with, in `checksum`, the sha256 of them all while `checksum` was
+    UNSEALED.
+    """
     blank = f'"checksum": "{UNSEALED}"'
     assert manifest.count(blank.encode()) == 1, "the manifest has one unsealed checksum"
     sealed = blank.replace(UNSEALED, hashlib.sha256(manifest).hexdigest())
@@ -309,8 +349,12 @@ def read_bytes(path: str) -> bytes:
 
         return bytes(fsspec.open(path, "rb").open().read())
     except Exception as error:  # every fsspec file system raises its own
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        reason = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"{type(error).__name__}: {error}"
+        )
         raise DataError(
-            f"{path} cannot be read: {reason}. A dataset is a folder that data_prep/tokenize.py has written; its "
-            "manifest.json appears when the last piece of work is done."
+            f"{path} cannot be read: {reason}. A dataset is a folder that data_prep/tokenize.py "
+            "has written; its manifest.json appears when the last piece of work is done."
         ) from error

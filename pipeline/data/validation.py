@@ -27,10 +27,12 @@ def validation_batches(
     device: torch.device,
     masks: Masks = NO_MASKS,
 ) -> Iterator[Batch]:
-    """The first num_sequences windows of a dataset in their order on disk (0: all), the same for every layout.
+    """The first num_sequences windows of a dataset in their order on disk (0: all), the same for
+    every layout.
 
-    Every rank yields the same number of batches; sequences that only fill the last ones have loss_mask 0, and so has
-    what a shard's last window lacks: every token but each shard's first is a label once.
+    Every rank yields the same number of batches; sequences that only fill the last ones have
+    loss_mask 0, and so has what a shard's last window lacks: every token but each shard's first is
+    a label once.
 
     Args:
         dataset: of facts.open_datasets(cfg.validation, ...).
@@ -48,13 +50,18 @@ def validation_batches(
     first = np.concatenate([[0], np.cumsum(per_shard)])
     total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
     if not total:
-        raise DataError(f"dataset {dataset.name} ({dataset.path}) has nothing to predict: no shard has two tokens.")
+        raise DataError(
+            f"dataset {dataset.name} ({dataset.path}) has nothing to predict: no shard has two "
+            "tokens."
+        )
     stride = micro_batch_size * data_parallel_size
     for start in range(0, total, stride):
         number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)
         inside = np.minimum(number, total - 1)
         shard = np.searchsorted(first, inside, "right") - 1
-        windows = reader.gather(np.zeros_like(shard), shard, inside - first[shard], documents=masks.documents)
+        windows = reader.gather(
+            np.zeros_like(shard), shard, inside - first[shard], documents=masks.documents
+        )
         windows.num_labels[number >= total] = 0
         yield from make_batches(
             windows, number, seq_len=seq_len, micro_batch_size=micro_batch_size,

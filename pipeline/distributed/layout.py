@@ -2,7 +2,8 @@
 
     Ranks -> connect() -> ParallelLayout
 
-Ranks are laid out tensor fastest, then data, then pipeline: tensor-parallel peers are neighbours and so share a node.
+Ranks are laid out tensor fastest, then data, then pipeline: tensor-parallel peers are neighbours
+    and so share a node.
 """
 
 from __future__ import annotations
@@ -16,12 +17,6 @@ from pipeline.distributed.ranks import Ranks, export_to_environment
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,11 @@ class ParallelLayout:
 
 
 def connect(
-    ranks: Ranks, *, tensor_parallel_size: int, pipeline_parallel_size: int, timeout_s: float = 1800.0
+    ranks: Ranks,
+    *,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    timeout_s: float = 1800.0,
 ) -> ParallelLayout:
     """Form every process group. Collective: call on every rank.
 
@@ -80,7 +79,9 @@ def connect(
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_parallel_size, pipeline_parallel_size, distributed_timeout_minutes=max(1, int(timeout_s / 60))
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            distributed_timeout_minutes=max(1, int(timeout_s / 60)),
         )
     return ParallelLayout(
         ranks=ranks,
@@ -108,11 +109,3 @@ def disconnect() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-
-
-
-
-
-

@@ -1,7 +1,8 @@
 """Let megatron-core run where no CUDA device is; does nothing where one is.
 
-megatron-core 0.16 takes three things from CUDA without asking: the current device for new tensors, the generator
-state behind its dropout streams, and a Transformer Engine symbol in its router. Each gets its CPU meaning here.
+megatron-core 0.16 takes three things from CUDA without asking: the current device for new tensors,
+the generator state behind its dropout streams, and a Transformer Engine symbol in its router. Each
+gets its CPU meaning here.
 """
 
 from __future__ import annotations

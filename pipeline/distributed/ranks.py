@@ -41,18 +41,29 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         default_local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    elif "SLURM_STEP_ID" in environment and environment.get("SLURM_PROCID"):  # under srun, not in the batch script
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    elif "SLURM_STEP_ID" in environment and environment.get(
+        "SLURM_PROCID"
+    ):  # under srun, not in the batch script
+        names = (
+            "SLURM_PROCID",
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_LOCALID",
+            "SLURM_STEP_TASKS_PER_NODE",
+        )
         default_local = {"SLURM_STEP_TASKS_PER_NODE": "1"}
     else:
         return Ranks(0, 1, 0, 1, node)
     try:
         # tasks per node may read "2(x3)": the first number is this node's when nodes are alike
-        values = [int(environment.get(n, default_local.get(n, "")).split("(")[0].split(",")[0]) for n in names]
+        values = [
+            int(environment.get(n, default_local.get(n, "")).split("(")[0].split(",")[0])
+            for n in names
+        ]
     except ValueError:
         shown = ", ".join(f"{n}={environment.get(n)}" for n in names)
         raise ConfigError(
-            f"the launcher's environment is incomplete: {shown}. Start with launch/local.sh or srun."
+            f"the launcher's environment is incomplete: {shown}. Start with launch/local.sh or "
+            "srun."
         ) from None
     rank, world_size, local_rank, local_world_size = values
     if not 0 <= rank < world_size:
@@ -65,18 +76,23 @@ def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
 
     Peers are neighbours in rank order, and launchers fill one node before the next.
     """
-    if ranks.local_world_size >= ranks.world_size or ranks.local_world_size % tensor_parallel_size == 0:
+    if (
+        ranks.local_world_size >= ranks.world_size
+        or ranks.local_world_size % tensor_parallel_size == 0
+    ):
         return None
     return (
-        f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the {ranks.local_world_size} ranks "
-        "of a node: "
-        "tensor-parallel peers on different nodes exchange activations in every block over the network. "
-        f"Use a divisor of {ranks.local_world_size}, and parallel.pipeline_parallel_size between nodes."
+        f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the "
+        f"{ranks.local_world_size} ranks of a node: tensor-parallel peers on different nodes "
+        "exchange activations in every block over the network. Use a divisor of "
+        f"{ranks.local_world_size}, and parallel.pipeline_parallel_size between nodes."
     )
 
 
 def export_to_environment(ranks: Ranks) -> None:
-    """Set the variables torch and DeepSpeed read, so that srun, torchrun and one process look alike to them."""
+    """Set the variables torch and DeepSpeed read, so that srun, torchrun and one process look alike
+    to them.
+    """
     values = {
         "RANK": ranks.global_rank,
         "WORLD_SIZE": ranks.world_size,
@@ -86,7 +102,9 @@ def export_to_environment(ranks: Ranks) -> None:
     os.environ.update({key: str(value) for key, value in values.items()})
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")  # never opened: one process uses an in-memory store
+        os.environ.setdefault(
+            "MASTER_PORT", "29500"
+        )  # never opened: one process uses an in-memory store
     elif "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             f"{ranks.world_size} ranks need MASTER_ADDR and MASTER_PORT to find each other. "

@@ -1,8 +1,9 @@
 """One gloo transport a process instead of one per process group.
 
-torch gives every gloo group a transport of its own, whose thread wakes a hundred times a second for as long as the
-process lives. megatron-core and DeepSpeed form twenty groups in each process: 1.6 % of a CPU training step went there
-(docs/performance.md). Groups work the same over a shared transport.
+torch gives every gloo group a transport of its own, whose thread wakes a hundred times a second for
+as long as the process lives. megatron-core and DeepSpeed form twenty groups in each process: 1.6 %
+of a CPU training step went there (docs/performance.md). Groups work the same over a shared
+transport.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 @cache
 def _transports() -> list[Any]:
-    # As torch chooses them (ProcessGroupGloo's constructor): the interfaces named, else the host name's address.
+    # As torch chooses them (ProcessGroupGloo's constructor): the interfaces named, else the host
+    # name's address.
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     if names:
         return [ProcessGroupGloo.create_device(interface=name) for name in names]
@@ -30,7 +32,9 @@ class _AlsoPlain(type(ProcessGroupGloo)):  # type: ignore[misc]
 
 
 class _SharedGloo(ProcessGroupGloo, metaclass=_AlsoPlain):
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30)
+    ) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _transports(), timeout
         super().__init__(store, rank, size, options)

@@ -2,10 +2,12 @@
 
     batches of one step -> forward, backward, reduce, clip, update -> StepResult
 
-pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with ZeRO-1, under the 1F1B
-or the DualPipeV schedule. Both give the same losses and gradient norms; `Engine` hides which one runs. Every DeepSpeed
-key that matters is written in `deepspeed_config`: its defaults have changed between releases. The host launches a step
-and reads nothing back: clipping and leaving a bad step out happen in the optimizer's kernel (update.py).
+pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with
+ZeRO-1, under the 1F1B or the DualPipeV schedule. Both give the same losses and gradient norms;
+`Engine` hides which one runs. Every DeepSpeed key that matters is written in `deepspeed_config`:
+its defaults have changed between releases. The host launches a step
+and reads nothing back: clipping and leaving a bad step out happen in the optimizer's kernel
+    (update.py).
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
 from pipeline.engine import optimizer as optimizer_module
 from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
-from pipeline.engine.deepspeed.changes import HostAdam, is_split, keep_decisions_on_device, reduce_tied_sums
+from pipeline.engine.deepspeed.changes import (
+    HostAdam,
+    is_split,
+    keep_decisions_on_device,
+    reduce_tied_sums,
+)
 from pipeline.engine.deepspeed.mpu import Mpu
 from pipeline.engine.deepspeed.settings import deepspeed_config
 from pipeline.engine.deepspeed.staged import micro_batch_stream, pipeline_module
@@ -64,7 +71,9 @@ class StepResult:
     """0-dim fp32: global gradient norm before clipping; not finite where a gradient was not."""
     lr: float
     skipped: Tensor
-    """0-dim bool: the update was left out, for a gradient that was not finite or a loss above train_step's max_loss."""
+    """0-dim bool: the update was left out, for a gradient that was not finite or a loss above
+    train_step's max_loss.
+    """
 
 
 class Engine:
@@ -73,12 +82,18 @@ class Engine:
     def __init__(self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -> None:
         self.cfg, self.shape, self.layout = cfg, shape, layout
         self.is_pipeline = shape.pipeline_parallel_size > 1
-        if cfg.training.precision is Precision.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        if (
+            cfg.training.precision is Precision.fp16
+            and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
+        ):
             raise ConfigError(
-                "training.precision=fp16 is not supported on this device. Set training.precision=bf16 or fp32."
+                "training.precision=fp16 is not supported on this device. Set "
+                "training.precision=bf16 or fp32."
             )
         pin_attention_kernels()
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)  # takes over torch's process group
+        deepspeed.init_distributed(
+            dist_init_required=False, verbose=False
+        )  # takes over torch's process group
         self.architecture = Architecture(
             cfg.model, cfg.parallel, cfg.training, shape.vocab_size, shape.padded_vocab_size
         )
@@ -99,8 +114,12 @@ class Engine:
         self._all_parameters = list(module.parameters())
         has_peers = shape.tensor_parallel_size > 1
         self._split_parameters = [p for p in self._all_parameters if has_peers and is_split(p)]
-        self._whole_parameters = [p for p in self._all_parameters if not (has_peers and is_split(p))]
-        self.loss_scale = LossScale(layout.device) if cfg.training.precision is Precision.fp16 else None
+        self._whole_parameters = [
+            p for p in self._all_parameters if not (has_peers and is_split(p))
+        ]
+        self.loss_scale = (
+            LossScale(layout.device) if cfg.training.precision is Precision.fp16 else None
+        )
         self._adapt_deepspeed()
         self.optimizer.register_step_pre_hook(self._before_update)
 
@@ -127,9 +146,11 @@ class Engine:
         wrapper = self.deepspeed.optimizer
         return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
 
-    # ---- one optimizer step -------------------------------------------------------------------------------------
+    # ---- one optimizer step ----------------------------------------------------------------------
 
-    def train_step(self, batches: list[Batch], *, step: int, max_loss: float = math.inf) -> StepResult:
+    def train_step(
+        self, batches: list[Batch], *, step: int, max_loss: float = math.inf
+    ) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of optimizer step `step`.
 
         Args:
@@ -148,7 +169,11 @@ class Engine:
         )  # fmt: skip
         optimizer_module.set_lr(self.deepspeed.optimizer, lr)
         weights = self._token_weights(batches)
-        loss = self._pipeline_step(batches, weights) if self.is_pipeline else self._plain_step(batches, weights)
+        loss = (
+            self._pipeline_step(batches, weights)
+            if self.is_pipeline
+            else self._plain_step(batches, weights)
+        )
         assert self._verdict is not None, "the optimizer made no step"
         return StepResult(loss, self._verdict.grad_norm, lr, self._verdict.left_out)
 
@@ -156,10 +181,15 @@ class Engine:
         if not self.deepspeed.training:
             self.deepspeed.train()
         self._loss_sum = torch.zeros((), device=self.layout.device)
-        for number, (batch, token_weights) in enumerate(zip(batches, weights, strict=True), start=1):
-            # DeepSpeed's own count runs over the whole run: a ramp of batch sizes would put its step amid a batch.
+        for number, (batch, token_weights) in enumerate(
+            zip(batches, weights, strict=True), start=1
+        ):
+            # DeepSpeed's own count runs over the whole run: a ramp of batch sizes would put its
+            # step amid a batch.
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches))
-            loss = self.deepspeed(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
+            loss = self.deepspeed(
+                batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions
+            )
             self.deepspeed.backward(loss)
             self._loss_sum += loss.detach()
             self.deepspeed.step()
@@ -168,7 +198,11 @@ class Engine:
     def _step_loss(self) -> Tensor:
         """Mean loss of the step, after its last forward pass."""
         if self._loss is None:
-            self._loss = self.deepspeed._aggregate_total_loss() if self.is_pipeline else self._mean_over_ranks()
+            self._loss = (
+                self.deepspeed._aggregate_total_loss()
+                if self.is_pipeline
+                else self._mean_over_ranks()
+            )
         return self._loss
 
     def _mean_over_ranks(self) -> Tensor:
@@ -178,7 +212,9 @@ class Engine:
         return total / self.layout.data_parallel_size
 
     def _before_update(self, optimizer: Any, *_: Any) -> None:
-        """Hand the step's verdict to the optimizer; DeepSpeed calls it once a step, or once a parameter group."""
+        """Hand the step's verdict to the optimizer; DeepSpeed calls it once a step, or once a
+        parameter group.
+        """
         verdict = self._verdict = self._verdict or self._judge()
         optimizer.grad_scale, optimizer.found_inf = verdict.grad_scale, verdict.left_out.float()
 
@@ -199,15 +235,18 @@ class Engine:
         return self.deepspeed.train_batch(micro_batch_stream(batches, weights))
 
     def _token_weights(self, batches: list[Batch]) -> list[Tensor | None]:
-        """Weights that make the engine's mean over micro-batches and ranks the mean over the global batch's tokens.
+        """Weights that make the engine's mean over micro-batches and ranks the mean over the global
+        batch's tokens.
 
-        A micro-batch's loss is sum(w * ce), the engine averages num_micro_batches * data_parallel_size of them:
-        w = mask * num_micro_batches * data_parallel_size / (unmasked tokens of the global batch).
+        A micro-batch's loss is sum(w * ce), the engine averages num_micro_batches *
+        data_parallel_size of them: w = mask * num_micro_batches * data_parallel_size / (unmasked
+            tokens of the global batch).
         """
         if all(batch.loss_mask is None for batch in batches):
             return [None] * len(batches)
         masks = [
-            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask for b in batches
+            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
+            for b in batches
         ]
         count = torch.stack([mask.sum() for mask in masks]).sum()
         dist.all_reduce(count, group=self.layout.data_group)
@@ -215,12 +254,19 @@ class Engine:
         return [mask * scale for mask in masks]
 
     def _set_micro_batches(self, count: int) -> None:
-        one = torch.ones((), device=self.layout.device) if self.loss_scale is None else self.loss_scale.cur_scale
+        one = (
+            torch.ones((), device=self.layout.device)
+            if self.loss_scale is None
+            else self.loss_scale.cur_scale
+        )
         set_moe_loss_scale(one / count)
         if count != self._num_micro_batches:
             self._num_micro_batches = count
-            self.deepspeed.set_train_batch_size(self.shape.micro_batch_size * count * self.layout.data_parallel_size)
-            self.deepspeed.optimizer.gradient_accumulation_steps = count  # read where gradients are offloaded
+            self.deepspeed.set_train_batch_size(
+                self.shape.micro_batch_size * count * self.layout.data_parallel_size
+            )
+            # read where gradients are offloaded
+            self.deepspeed.optimizer.gradient_accumulation_steps = count
 
     @property
     def is_unsharded(self) -> bool:
@@ -233,21 +279,30 @@ class Engine:
             parameter.grad = None
 
     def _whole_norm(self) -> Tensor:
-        """Gradient norm at ZeRO-0, which DeepSpeed does not tell: every data-parallel rank has all gradients."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._whole_parameters if p.grad is not None])
+        """Gradient norm at ZeRO-0, which DeepSpeed does not tell: every data-parallel rank has all
+        gradients.
+        """
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self._whole_parameters if p.grad is not None]
+        )
         if not self._split_parameters:
             return norm
-        split = torch.nn.utils.get_total_norm([p.grad for p in self._split_parameters if p.grad is not None]).square()
+        split = torch.nn.utils.get_total_norm(
+            [p.grad for p in self._split_parameters if p.grad is not None]
+        ).square()
         dist.all_reduce(split, group=self.layout.tensor_group)
         return (split + norm.square()).sqrt()
 
-    # ---- evaluation ---------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """(sum of the cross entropy, number of tokens) over the unmasked tokens of these batches on all ranks."""
+        """(sum of the cross entropy, number of tokens) over the unmasked tokens of these batches on
+        all ranks.
+        """
         masks = [
-            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask for b in batches
+            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
+            for b in batches
         ]
         count = torch.stack([mask.sum() for mask in masks]).sum()
         dist.all_reduce(count, group=self.layout.data_group)
@@ -256,19 +311,25 @@ class Engine:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.layout.device)
         for batch, mask in zip(batches, masks, strict=True):
-            total += self.deepspeed(batch.tokens, batch.labels, mask, batch.document_ids, batch.positions)
+            total += self.deepspeed(
+                batch.tokens, batch.labels, mask, batch.document_ids, batch.positions
+            )
         dist.all_reduce(total, group=self.layout.data_group)
         return total, count
 
     def _pipeline_evaluate(self, batches: list[Batch], masks: list[Tensor]) -> Tensor:
         self._expect_shape(batches[0])
-        missing = max(0, 2 * self.shape.pipeline_parallel_size - len(batches))  # DualPipeV needs that many in flight
+        missing = max(
+            0, 2 * self.shape.pipeline_parallel_size - len(batches)
+        )  # DualPipeV needs that many in flight
         weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
         batches = [*batches, *[batches[0]] * missing]
-        mean = self.deepspeed.eval_batch(micro_batch_stream(batches, weights), num_micro_batches=len(batches))
+        mean = self.deepspeed.eval_batch(
+            micro_batch_stream(batches, weights), num_micro_batches=len(batches)
+        )
         return mean.reshape(()) * (len(batches) * self.layout.data_parallel_size)
 
-    # ---- parameters ---------------------------------------------------------------------------------------------
+    # ---- parameters ------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
         """Canonical name -> (parameter, its partition) of this rank's stage, without the later copy of a tied one."""
@@ -280,11 +341,17 @@ class Engine:
 
     def all_parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
         """As `parameters`, with tied copies."""
-        return {name: (parameter, self.partitions[name]) for name, parameter in self._named(self.deepspeed.module)}
+        return {
+            name: (parameter, self.partitions[name])
+            for name, parameter in self._named(self.deepspeed.module)
+        }
 
     def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         num_layers = self.cfg.model.num_layers
-        return [(canonical_name(name, num_layers=num_layers), p) for name, p in module.named_parameters()]
+        return [
+            (canonical_name(name, num_layers=num_layers), p)
+            for name, p in module.named_parameters()
+        ]
 
     def _initial_weights(self, module: nn.Module) -> dict[str, Partition]:
         partitions = {}
@@ -301,7 +368,7 @@ class Engine:
             initialize(parameter, name, partitions[name], model=self.cfg.model, seed=self.cfg.seed)
         return partitions
 
-    # ---- construction -------------------------------------------------------------------------------------------
+    # ---- construction ----------------------------------------------------------------------------
 
     def _module(self) -> nn.Module:
         if not self.is_pipeline:

@@ -10,9 +10,11 @@ GROWTH_INTERVAL = 1000  # steps without an overflow after which the loss scale d
 
 
 class LossScale:
-    """Dynamic loss scale of fp16: halved at an overflow, doubled after GROWTH_INTERVAL steps without one, at least 1.
+    """Dynamic loss scale of fp16: halved at an overflow, doubled after GROWTH_INTERVAL steps
+    without one, at least 1.
 
-    Takes the place of DeepSpeed's scaler, which asks the host at every step whether the gradients overflowed.
+    Takes the place of DeepSpeed's scaler, which asks the host at every step whether the gradients
+    overflowed.
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
     """
 
@@ -24,7 +26,9 @@ class LossScale:
 
     def update(self, overflowed: Tensor) -> None:
         """Take in whether the step's gradients overflowed."""
-        torch._amp_update_scale_(self.cur_scale, self._good_steps, overflowed.float(), 2.0, 0.5, GROWTH_INTERVAL)
+        torch._amp_update_scale_(
+            self.cur_scale, self._good_steps, overflowed.float(), 2.0, 0.5, GROWTH_INTERVAL
+        )
         self.cur_scale.clamp_(min=1.0)
 
     def state(self) -> dict[str, float]:
@@ -36,7 +40,7 @@ class LossScale:
         self.cur_scale.fill_(state["scale"])
         self._good_steps.fill_(int(state["good_steps"]))
 
-    # ---- what DeepSpeed calls -----------------------------------------------------------------------------------
+    # ---- what DeepSpeed calls --------------------------------------------------------------------
 
     @property
     def loss_scale(self) -> Tensor:

@@ -8,12 +8,15 @@ from pipeline.config.choices import Decay
 from pipeline.config.training import ScheduleConfig
 
 
-def lr_at(step: int, *, lr: float, schedule: ScheduleConfig, warmup_steps: int, total_steps: int) -> float:
+def lr_at(
+    step: int, *, lr: float, schedule: ScheduleConfig, warmup_steps: int, total_steps: int
+) -> float:
     """Learning rate of optimizer step `step` (0 is the first).
 
-    Warm-up is linear and ends at `lr`; then cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), linear, or wsd:
-    constant
-    and a linear descent over the last decay_steps (Hu et al. 2024, arXiv:2404.06395), each ending at min_lr.
+    Warm-up is linear and ends at `lr`; then cosine (Loshchilov & Hutter 2017, arXiv:1608.03983),
+    linear, or wsd: constant
+    and a linear descent over the last decay_steps (Hu et al. 2024, arXiv:2404.06395), each ending
+    at min_lr.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

@@ -20,8 +20,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups with `params`, `weight_decay` and `lr_scale`, in an order that depends on names only.
 
-    Matrices decay, norms and biases do not (Brown et al. 2020, appendix B, decays all; excluding vectors is GPT-2's
-    later practice). lr_scale comes from cfg.lr_scale patterns and, under muP, 1 / width for hidden matrices.
+    Matrices decay, norms and biases do not (Brown et al. 2020, appendix B, decays all; excluding
+    vectors is GPT-2's later practice). lr_scale comes from cfg.lr_scale patterns and, under muP, 1
+    / width for hidden matrices.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     unused = set(cfg.lr_scale)
@@ -35,7 +36,9 @@ def parameter_groups(
         is_embedding = name.startswith(("embedding.", "head."))
         decays = is_matrix and (cfg.decay_embeddings or not is_embedding)
         groups.setdefault((cfg.weight_decay if decays else 0.0, scale), []).append(parameter)
-    if unused and torch.distributed.get_world_size() == 1:  # a stage of a pipeline need not hold every name
+    if (
+        unused and torch.distributed.get_world_size() == 1
+    ):  # a stage of a pipeline need not hold every name
         raise ConfigError(f"optimizer.lr_scale names no parameter: {', '.join(sorted(unused))}.")
     return [
         {"params": members, "weight_decay": decay, "lr_scale": scale}
@@ -44,8 +47,12 @@ def parameter_groups(
 
 
 def build(groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """Torch's AdamW with its fused kernel, on CPU and CUDA (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    """Torch's AdamW with its fused kernel, on CPU and CUDA (Loshchilov & Hutter 2019,
+    arXiv:1711.05101).
+    """
+    return torch.optim.AdamW(
+        groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+    )
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

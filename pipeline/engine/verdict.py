@@ -1,11 +1,13 @@
-"""What the optimizer's kernel is told about a step, decided on the device: clip it, leave it out, undo the loss scale.
+"""What the optimizer's kernel is told about a step, decided on the device: clip it, leave it out,
+undo the loss scale.
 
     gradient norm, loss --decide_update--> Verdict --> fused AdamW (optimizer.grad_scale, optimizer.found_inf)
                                            --> LossScale.update (fp16)
 
-The host launches a step and goes on with the next; it learns what was decided when it reads the numbers. Both decisions
-travel as tensors, by the protocol of torch.amp.GradScaler: the kernel divides every gradient by grad_scale and, where
-found_inf is 1, changes neither weights nor moments nor its step count.
+The host launches a step and goes on with the next; it learns what was decided when it reads the
+numbers. Both decisions travel as tensors, by the protocol of torch.amp.GradScaler: the kernel
+divides every gradient by grad_scale and, where found_inf is 1, changes neither weights nor moments
+nor its step count.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ class Verdict:
 
 
 def decide_update(
-    grad_norm: Tensor, *, clip_grad: float, loss: Tensor | None, max_loss: float, loss_scale: Tensor | None
+    grad_norm: Tensor,
+    *,
+    clip_grad: float,
+    loss: Tensor | None,
+    max_loss: float,
+    loss_scale: Tensor | None,
 ) -> Verdict:
     """Decide about a step.
 
@@ -45,11 +52,11 @@ def decide_update(
         loss_scale: 0-dim factor that the gradients still carry; None: 1.
     """
     overflowed = (grad_norm < math.inf).logical_not()  # true of NaN too
-    left_out = overflowed if loss is None or max_loss == math.inf else overflowed | ~(loss <= max_loss)
+    left_out = (
+        overflowed if loss is None or max_loss == math.inf else overflowed | ~(loss <= max_loss)
+    )
     grad_scale = loss_scale
     if clip_grad:
         excess = ((grad_norm + CLIP_EPSILON) / clip_grad).clamp(min=1.0)
         grad_scale = excess if loss_scale is None else excess * loss_scale
     return Verdict(grad_norm, overflowed, left_out, grad_scale)
-
-

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
     from pipeline.engine.engine import Engine
 
-# Micro-batches of one call of the engine: a pipeline's start and end cost little, a sign of life comes often.
+# Micro-batches of one call of the engine: a pipeline's start and end cost little, a sign of life
+# comes often.
 MICRO_BATCHES = 16
 
 
@@ -34,7 +35,9 @@ class EvalResult:
     ppl: float
     """exp(loss); depends on the tokenizer."""
     bits_per_byte: float
-    """Cross entropy of all tokens in bits, over the UTF-8 bytes they stand for; comparable between tokenizers."""
+    """Cross entropy of all tokens in bits, over the UTF-8 bytes they stand for; comparable between
+    tokenizers.
+    """
     tokens: int
     """Labels that were scored."""
 
@@ -56,7 +59,9 @@ class Evaluator:
         self.cfg, self.run_shape, self.engine = cfg, shape, engine
         cache_dir = Path(cfg.data.cache_dir or Path(cfg.runs_dir) / cfg.name / "cache")
         self.datasets = (
-            open_datasets(cfg.data.validation, cfg=cfg.data, cache_dir=cache_dir) if cfg.data.validation else []
+            open_datasets(cfg.data.validation, cfg=cfg.data, cache_dir=cache_dir)
+            if cfg.data.validation
+            else []
         )
         self._bytes_of: torch.Tensor | None = None
         if self.datasets:
@@ -80,12 +85,19 @@ class Evaluator:
 
         assert self._bytes_of is not None
         layout = self.engine.layout
-        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)  # nats, tokens; bytes of this rank's labels
+        totals = torch.zeros(
+            3, dtype=torch.float64, device=layout.device
+        )  # nats, tokens; bytes of this rank's labels
         batches = self._batches(dataset)
         while group := list(islice(batches, MICRO_BATCHES)):
             nats, tokens = self.engine.evaluate(group)
-            size = sum((self._bytes_of[batch.labels] * batch.loss_mask).sum(dtype=torch.float64) for batch in group)
-            totals += torch.stack([nats.double(), tokens.double(), torch.as_tensor(size, device=layout.device)])
+            size = sum(
+                (self._bytes_of[batch.labels] * batch.loss_mask).sum(dtype=torch.float64)
+                for batch in group
+            )
+            totals += torch.stack(
+                [nats.double(), tokens.double(), torch.as_tensor(size, device=layout.device)]
+            )
             alive()
         size_bytes = totals[2].clone()
         dist.all_reduce(size_bytes, group=layout.data_group)
@@ -93,7 +105,10 @@ class Evaluator:
         loss = nats_total / token_total
         ppl = math.exp(loss) if loss < 700 else math.inf
         return EvalResult(
-            loss, ppl, nats_total / math.log(2) / byte_total if byte_total else math.nan, round(token_total)
+            loss,
+            ppl,
+            nats_total / math.log(2) / byte_total if byte_total else math.nan,
+            round(token_total),
         )
 
     def _batches(self, dataset: Dataset) -> Iterator[Any]:

@@ -2,9 +2,10 @@
 
     mapping_for(model) -> Mapping(class, config.json, one Rule a parameter)   export.py writes, hf_import.py reads by it
 
-Layouts that differ: our qkv rows are [group][queries of the group, key, value][head_dim], theirs three matrices (GPT-2:
-one [q; k; v]); GPT-2's Conv1D holds transposed matrices; our gated fc1 is [gate; up], theirs two matrices. Rotary
-positions are rotate-half in both. A model that no class computes is refused with the reason.
+Layouts that differ: our qkv rows are [group][queries of the group, key, value][head_dim], theirs
+three matrices (GPT-2: one [q; k; v]); GPT-2's Conv1D holds transposed matrices; our gated fc1 is
+[gate; up], theirs two matrices. Rotary positions are rotate-half in both. A model that no class
+computes is refused with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.choices import Activation, Init, Normalization, NormPlacement, Position, RopeScaling
+from pipeline.config.choices import (
+    Activation,
+    Init,
+    Normalization,
+    NormPlacement,
+    Position,
+    RopeScaling,
+)
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import ffn_width, head_width
 from pipeline.errors import ConfigError
@@ -21,7 +29,11 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ACTIVATIONS = {Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new", Activation.squared_relu: "relu2"}
+ACTIVATIONS = {
+    Activation.gelu: "gelu",
+    Activation.gelu_tanh: "gelu_new",
+    Activation.squared_relu: "relu2",
+}
 Split = Callable[["Tensor"], "list[Tensor]"]
 Join = Callable[["list[Tensor]"], "Tensor"]
 # What transformers calls llama3 scaling's constants; ours are in model/rope.py.
@@ -62,8 +74,8 @@ def mapping_for(model: ModelConfig) -> Mapping:
     reasons = list(_obstacles(model, is_gpt2=is_gpt2))
     if reasons:
         raise ConfigError(
-            f"no transformers class computes this model: {'; '.join(reasons)}. It can be trained, evaluated and "
-            "sampled (python -m pipeline.generate), but not exported."
+            f"no transformers class computes this model: {'; '.join(reasons)}. It can be trained, "
+            "evaluated and sampled (python -m pipeline.generate), but not exported."
         )
     if is_gpt2:
         return _gpt2(model)
@@ -142,11 +154,17 @@ def _gpt2(model: ModelConfig) -> Mapping:
     zeros: dict[str, tuple[int, ...]] = {}
     for i in range(model.num_layers):
         at, there = f"layers.{i}", f"transformer.h.{i}"
-        rules += _norms(f"{at}.input_layernorm", f"{there}.ln_1") + _norms(f"{at}.pre_mlp_layernorm", f"{there}.ln_2")
+        rules += _norms(f"{at}.input_layernorm", f"{there}.ln_1") + _norms(
+            f"{at}.pre_mlp_layernorm", f"{there}.ln_2"
+        )
         for ours, theirs, size, to_parts, from_parts in layers:
-            rules.append(_conv1d(f"{at}.{ours}.weight", f"{there}.{theirs}.weight", to_parts, from_parts))
+            rules.append(
+                _conv1d(f"{at}.{ours}.weight", f"{there}.{theirs}.weight", to_parts, from_parts)
+            )
             if _has_bias(model, ours):
-                rules.append(_conv1d(f"{at}.{ours}.bias", f"{there}.{theirs}.bias", to_parts, from_parts))
+                rules.append(
+                    _conv1d(f"{at}.{ours}.bias", f"{there}.{theirs}.bias", to_parts, from_parts)
+                )
             else:
                 zeros[f"{there}.{theirs}.bias"] = (size,)
     return Mapping("GPT2LMHeadModel", config | _tie(model), rules + _head(model), zeros)
@@ -182,7 +200,9 @@ def _llama(model: ModelConfig) -> Mapping:
 
 
 def _moe(model: ModelConfig) -> Mapping:
-    """MixtralForCausalLM, or Qwen3MoeForCausalLM with q/k-norm; several chosen experts' weights are renormalised."""
+    """MixtralForCausalLM, or Qwen3MoeForCausalLM with q/k-norm; several chosen experts' weights are
+    renormalised.
+    """
     ffn = model.moe.ffn_hidden_size or ffn_width(model)
     is_qwen = model.qk_norm
     config = {
@@ -200,7 +220,9 @@ def _moe(model: ModelConfig) -> Mapping:
     else:
         config |= {"num_local_experts": model.moe.num_experts, "sliding_window": None}
     block, gate, up, down = (
-        ("mlp", "gate_proj", "up_proj", "down_proj") if is_qwen else ("block_sparse_moe", "w1", "w3", "w2")
+        ("mlp", "gate_proj", "up_proj", "down_proj")
+        if is_qwen
+        else ("block_sparse_moe", "w1", "w3", "w2")
     )
     rules = _decoder_rules(model)
     for i in range(model.num_layers):
@@ -249,16 +271,26 @@ def _decoder_rules(model: ModelConfig) -> list[Rule]:
     for i in range(model.num_layers):
         at, there = f"layers.{i}", f"model.layers.{i}"
         rules.append(Rule(f"{at}.input_layernorm.weight", (f"{there}.input_layernorm.weight",)))
-        rules.append(Rule(f"{at}.pre_mlp_layernorm.weight", (f"{there}.post_attention_layernorm.weight",)))
+        rules.append(
+            Rule(f"{at}.pre_mlp_layernorm.weight", (f"{there}.post_attention_layernorm.weight",))
+        )
         for kind in ("weight", "bias"):
             if kind == "weight" or _has_bias(model, "self_attention.linear_qkv"):
                 theirs = tuple(f"{there}.self_attn.{part}_proj.{kind}" for part in "qkv")
                 rules.append(Rule(f"{at}.self_attention.linear_qkv.{kind}", theirs, *_qkv(model)))
             if kind == "weight" or model.bias:
-                rules.append(Rule(f"{at}.self_attention.linear_proj.{kind}", (f"{there}.self_attn.o_proj.{kind}",)))
+                rules.append(
+                    Rule(
+                        f"{at}.self_attention.linear_proj.{kind}",
+                        (f"{there}.self_attn.o_proj.{kind}",),
+                    )
+                )
         if model.qk_norm:
             rules += [
-                Rule(f"{at}.self_attention.{part}_layernorm.weight", (f"{there}.self_attn.{part}_norm.weight",))
+                Rule(
+                    f"{at}.self_attention.{part}_layernorm.weight",
+                    (f"{there}.self_attn.{part}_norm.weight",),
+                )
                 for part in "qk"
             ]
     return rules
@@ -285,7 +317,11 @@ def _conv1d(ours: str, theirs: str, split: Split, join: Join) -> Rule:
 
     def back(parts: list[Tensor]) -> Tensor:
         rows = parts[0].t()
-        return join(list(rows.chunk(3)) if ours.endswith(("linear_qkv.weight", "linear_qkv.bias")) else [rows])
+        return join(
+            list(rows.chunk(3))
+            if ours.endswith(("linear_qkv.weight", "linear_qkv.bias"))
+            else [rows]
+        )
 
     return Rule(ours, (theirs,), lambda whole: [_cat(split(whole)).t()], back)
 
@@ -305,14 +341,17 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _qkv(model: ModelConfig) -> tuple[Split, Join]:
-    """(our rows [group][queries, key, value][head_dim] to [q, k, v], and back), for a weight or a bias."""
+    """(our rows [group][queries, key, value][head_dim] to [q, k, v], and back), for a weight or a
+    bias.
+    """
     groups = model.num_query_groups or model.num_attention_heads
     queries, width = model.num_attention_heads // groups, head_width(model)
 
     def split(whole: Tensor) -> list[Tensor]:
         grouped = whole.reshape(groups, queries + 2, width, *whole.shape[1:])
         return [
-            part.reshape(-1, *whole.shape[1:]) for part in (grouped[:, :queries], grouped[:, queries], grouped[:, -1])
+            part.reshape(-1, *whole.shape[1:])
+            for part in (grouped[:, :queries], grouped[:, queries], grouped[:, -1])
         ]
 
     def join(parts: list[Tensor]) -> Tensor:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that say how to train, not what is computed.
-FREE = {"name", "init", "init_std", "mup_base_hidden_size", "hidden_dropout", "attention_dropout", "backend", "compile"}
+FREE = {
+    "name",
+    "init",
+    "init_std",
+    "mup_base_hidden_size",
+    "hidden_dropout",
+    "attention_dropout",
+    "backend",
+    "compile",
+}
 FREE |= {"z_loss_coeff", "moe"}
 
 
@@ -38,18 +47,23 @@ def read_model_config(folder: Path) -> ModelConfig:
     if kind in ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"):
         return _from_llama(config, name, folder)
     raise CheckpointError(
-        f"{folder} holds a model of type '{kind}'. Weights can be taken from gpt2, llama, qwen2, qwen3, mixtral and "
-        "qwen3_moe."
+        f"{folder} holds a model of type '{kind}'. Weights can be taken from gpt2, llama, qwen2, "
+        "qwen3, mixtral and qwen3_moe."
     )
 
 
 def _from_gpt2(config: dict[str, Any], name: str, folder: Path) -> ModelConfig:
-    spellings = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": Activation.gelu_tanh}
+    spellings = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
+        "gelu_pytorch_tanh": Activation.gelu_tanh
+    }
     activation = spellings.get(config.get("activation_function", "gelu_new"))
-    unlike = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if config.get(key)]
+    unlike = [
+        key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if config.get(key)
+    ]
     if activation is None or unlike or config.get("scale_attn_weights", True) is not True:
         raise CheckpointError(
-            f"{folder} is a GPT-2 variant that this program does not compute ({unlike or 'activation'})."
+            f"{folder} is a GPT-2 variant that this program does not compute "
+            f"({unlike or 'activation'})."
         )
     return ModelConfig(
         name=name,
@@ -73,30 +87,45 @@ def _from_llama(config: dict[str, Any], name: str, folder: Path) -> ModelConfig:
         **(config.get("rope_scaling") or {}),
     }
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in ("default", "linear", "llama3") or any(rope.get(k, v) != v for k, v in LLAMA3.items()):
+    if scaling not in ("default", "linear", "llama3") or any(
+        rope.get(k, v) != v for k, v in LLAMA3.items()
+    ):
         raise CheckpointError(
-            f"{folder} stretches its rotary positions in a way that this program does not compute: {rope}."
+            f"{folder} stretches its rotary positions in a way that this program does not compute: "
+            f"{rope}."
         )
     if config.get("hidden_act", "silu") != "silu" or (
         config.get("use_sliding_window", kind == "mixtral") and config.get("sliding_window")
     ):
         raise CheckpointError(
-            f"{folder} has another activation than silu, or a sliding window; this program computes neither."
+            f"{folder} has another activation than silu, or a sliding window; this program "
+            "computes neither."
         )
     if kind == "mixtral" and config["num_experts_per_tok"] == 1:
-        raise CheckpointError(f"{folder} gives a single chosen expert the weight 1; this program does not.")
+        raise CheckpointError(
+            f"{folder} gives a single chosen expert the weight 1; this program does not."
+        )
     if kind == "qwen3_moe":
-        renormalises, several = config.get("norm_topk_prob", False), config["num_experts_per_tok"] > 1
-        if renormalises != several or config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        renormalises, several = (
+            config.get("norm_topk_prob", False),
+            config["num_experts_per_tok"] > 1,
+        )
+        if (
+            renormalises != several
+            or config.get("decoder_sparse_step", 1) != 1
+            or config.get("mlp_only_layers")
+        ):
             raise CheckpointError(
-                f"{folder} has layers without experts, or norm_topk_prob={renormalises} with num_experts_per_tok="
-                f"{config['num_experts_per_tok']}; this program computes neither."
+                f"{folder} has layers without experts, or norm_topk_prob={renormalises} with "
+                f"num_experts_per_tok={config['num_experts_per_tok']}; this program computes "
+                "neither."
             )
     bias = bool(config.get("mlp_bias", False))
     attention_bias = bool(config.get("attention_bias", kind == "qwen2"))
     if bias and not attention_bias:
         raise CheckpointError(
-            f"{folder} has biases in its MLP but not in its attention; this program computes neither or both."
+            f"{folder} has biases in its MLP but not in its attention; this program computes "
+            "neither or both."
         )
     return ModelConfig(
         name=name,
@@ -127,10 +156,16 @@ def _from_llama(config: dict[str, Any], name: str, folder: Path) -> ModelConfig:
 def _experts(config: dict[str, Any]) -> MoeConfig:
     kind = config["model_type"]
     if kind == "mixtral":
-        return MoeConfig(num_experts=config["num_local_experts"], top_k=config["num_experts_per_tok"])
+        return MoeConfig(
+            num_experts=config["num_local_experts"], top_k=config["num_experts_per_tok"]
+        )
     if kind == "qwen3_moe":
         width = config["moe_intermediate_size"]
-        return MoeConfig(num_experts=config["num_experts"], top_k=config["num_experts_per_tok"], ffn_hidden_size=width)
+        return MoeConfig(
+            num_experts=config["num_experts"],
+            top_k=config["num_experts_per_tok"],
+            ffn_hidden_size=width,
+        )
     return MoeConfig()
 
 
@@ -148,19 +183,24 @@ class HuggingFaceWeights:
         here, there = _comparable(model), _comparable(theirs)
         differ = [key for key in there if here.get(key) != there[key]]
         if differ:
-            wanted = " ".join(f"model.{key}={_spelt(operator.attrgetter(key)(theirs))}" for key in differ)
+            wanted = " ".join(
+                f"model.{key}={_spelt(operator.attrgetter(key)(theirs))}" for key in differ
+            )
             raise CheckpointError(
-                f"{folder} holds a model with other sizes. To train on with its weights, set {wanted}"
+                f"{folder} holds a model with other sizes. To train on with its weights, set "
+                f"{wanted}"
             )
         mapping = mapping_for(theirs)
         self._rules = {rule.name: rule for rule in mapping.rules}
         self._files = _index(folder)
-        # OpenAI's GPT-2 folders were written from the bare model, without the prefix of the one with a head.
+        # OpenAI's GPT-2 folders were written from the bare model, without the prefix of the one
+        # with a head.
         self._is_bare = not any(name.startswith(("transformer.", "model.")) for name in self._files)
         for name in mapping.zeros:
             if name in self._files and bool(self._read(name).any()):
                 raise CheckpointError(
-                    f"{folder} has a bias {name} that this model has not: its weights cannot be taken over."
+                    f"{folder} has a bias {name} that this model has not: its weights cannot be "
+                    "taken over."
                 )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -168,7 +208,8 @@ class HuggingFaceWeights:
 
         Args:
             name: canonical name.
-            shape: what our model expects. Rows of the vocabulary or position table beyond it are left out.
+            shape: what our model expects. Rows of the vocabulary or position table beyond it are
+                left out.
 
         Raises:
             CheckpointError: it is missing or smaller.
@@ -180,7 +221,9 @@ class HuggingFaceWeights:
         if name.startswith(("embedding.", "head.")) and whole.shape[0] >= shape[0]:
             whole = whole[: shape[0]]
         if tuple(whole.shape) != shape:
-            raise CheckpointError(f"{name} is {tuple(whole.shape)} in {self.folder} and {shape} in this model.")
+            raise CheckpointError(
+                f"{name} is {tuple(whole.shape)} in {self.folder} and {shape} in this model."
+            )
         return whole
 
     def _read(self, name: str) -> Tensor:
@@ -206,7 +249,10 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
         del values["moe.top_k"]
     if model.rope_scaling is not RopeScaling.llama3:
         del values["rope_original_max_seq_len"]
-    for key in ("vocab_size", "max_seq_len"):  # tables are cut, or the shape check says what is missing
+    for key in (
+        "vocab_size",
+        "max_seq_len",
+    ):  # tables are cut, or the shape check says what is missing
         del values[key]
     return values
 
@@ -224,8 +270,8 @@ def _index(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder} has no *.safetensors. Convert pytorch_model.bin with transformers' from_pretrained and "
-            "save_pretrained."
+            f"{folder} has no *.safetensors. Convert pytorch_model.bin with transformers' "
+            "from_pretrained and save_pretrained."
         )
     index = {}
     for path in files:
@@ -235,9 +281,3 @@ def _index(folder: Path) -> dict[str, Path]:
         except Exception as error:  # safetensors' own error type is not public
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
     return index
-
-
-
-
-
-

@@ -1,7 +1,8 @@
-"""A checkpoint as a Hugging Face folder that loads without remote code, and the proof that it computes the same.
+"""A checkpoint as a Hugging Face folder that loads without remote code, and the proof that it
+computes the same.
 
-    checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json, tokenizer, README.md
-    FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
+    checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
+    tokenizer, README.md FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
 
 Memory: one parameter, and for the check the model twice.
 """
@@ -14,6 +15,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +31,14 @@ if TYPE_CHECKING:
 
 DType = Enum("DType", ["fp32", "bf16", "fp16"])
 # safetensors' names
-DTYPES = {DType.fp32: ("F32", "float32"), DType.bf16: ("BF16", "bfloat16"), DType.fp16: ("F16", "float16")}
+DTYPES = {
+    DType.fp32: ("F32", "float32"),
+    DType.bf16: ("BF16", "bfloat16"),
+    DType.fp16: ("F16", "float16"),
+}
 SHARD_BYTES = 5 * 10**9
 # Largest |difference| of fp32 logits, given the same rounded weights.
 TOLERANCE = 1e-4
-
-
-
-
 
 
 def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
@@ -65,14 +67,21 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
         }  # fmt: skip
         _write_json(output / "tokenizer_config.json", settings)
     ends = {"bos_token_id": eod, "eos_token_id": eod}
-    config = {"architectures": [mapping.architecture], **mapping.config, **ends, "torch_dtype": DTYPES[dtype][1]}
+    config = {
+        "architectures": [mapping.architecture],
+        **mapping.config,
+        **ends,
+        "torch_dtype": DTYPES[dtype][1],
+    }
     _write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
     (output / "README.md").write_text(_model_card(record, model, mapping, dtype))
     _write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
 
 
-def write_weights(tensors: CheckpointTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
+def write_weights(
+    tensors: CheckpointTensors, mapping: Mapping, output: Path, *, dtype: DType
+) -> None:
     """Write the safetensors files and their index, holding one parameter at a time."""
     shards = list(_shards(tensors, mapping, dtype))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -81,7 +90,9 @@ def write_weights(tensors: CheckpointTensors, mapping: Mapping, output: Path, *,
     index: dict[str, str] = {}
     total = 0
     for name, rules in zip(names, shards, strict=True):
-        shapes = {theirs: shape for rule in rules for theirs, shape in _shapes(tensors, rule).items()}
+        shapes = {
+            theirs: shape for rule in rules for theirs, shape in _shapes(tensors, rule).items()
+        }
         total += _write_safetensors(output / name, shapes, _values(tensors, rules), dtype)
         index |= dict.fromkeys(shapes, name)
     if len(shards) > 1:
@@ -90,7 +101,9 @@ def write_weights(tensors: CheckpointTensors, mapping: Mapping, output: Path, *,
 
 
 def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
-    """The rules in files of at most SHARD_BYTES, unless one parameter is larger; absent biases in the last one."""
+    """The rules in files of at most SHARD_BYTES, unless one parameter is larger; absent biases in
+    the last one.
+    """
     current: list[Rule] = []
     size = 0
     for rule in mapping.rules:
@@ -100,7 +113,10 @@ def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Itera
             current, size = [], 0
         current.append(rule)
         size += more
-    zeros = [Rule("", (name,), split=lambda _, shape=shape: [_zeros(shape)]) for name, shape in mapping.zeros.items()]  # type: ignore[misc]
+    zeros = [
+        Rule("", (name,), split=partial(_only_zeros, shape))
+        for name, shape in mapping.zeros.items()
+    ]
     yield current + zeros
 
 
@@ -109,12 +125,18 @@ def _shapes(tensors: CheckpointTensors, rule: Rule) -> dict[str, tuple[int, ...]
     import torch
 
     whole = torch.empty(tensors.shape(f"weights/{rule.name}") if rule.name else (0,), device="meta")
-    return {name: tuple(part.shape) for name, part in zip(rule.theirs, rule.split(whole), strict=True)}
+    return {
+        name: tuple(part.shape) for name, part in zip(rule.theirs, rule.split(whole), strict=True)
+    }
 
 
 def _values(tensors: CheckpointTensors, rules: list[Rule]) -> Iterator[Tensor]:
     for rule in rules:
         yield from rule.split(tensors.tensor(f"weights/{rule.name}") if rule.name else _zeros((0,)))
+
+
+def _only_zeros(shape: tuple[int, ...], _: Tensor) -> list[Tensor]:
+    return [_zeros(shape)]
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
@@ -127,7 +149,9 @@ def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
     return sum(map(math.prod, shapes.values())) * (4 if dtype is DType.fp32 else 2)
 
 
-def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], values: Iterator[Tensor], dtype: DType) -> int:
+def _write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], values: Iterator[Tensor], dtype: DType
+) -> int:
     """Bytes of tensor data. The format: header length (u64), JSON header, data.
 
     By hand, because safetensors' own writer holds a whole file in memory.
@@ -139,7 +163,11 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], values: I
     offset = 0
     for name, shape in shapes.items():
         size = _num_bytes({name: shape}, dtype)
-        header[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": DTYPES[dtype][0],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -152,18 +180,25 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], values: I
 
 
 def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
-    """Largest |difference| between the fp32 logits of the folder and of our forward pass on equally rounded weights."""
+    """Largest |difference| between the fp32 logits of the folder and of our forward pass on equally
+    rounded weights.
+    """
     import torch
 
     from pipeline.checkpoint.tensors import CheckpointTensors
     from pipeline.model.local_model import LocalModel
 
-    tensors, model = CheckpointTensors(checkpoint), folders.saved_model(folders.read_record(checkpoint))
+    tensors, model = (
+        CheckpointTensors(checkpoint),
+        folders.saved_model(folders.read_record(checkpoint)),
+    )
     rounded = getattr(torch, DTYPES[dtype][1])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
     theirs = load_transformers(output, torch.float32, ours.device)
     length = min(model.max_seq_len, 64)
-    tokens = torch.randint(0, model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         logits = theirs(input_ids=tokens.to(ours.device)).logits.float()
     return float((logits - ours.logits(tokens)).abs().max())
@@ -196,17 +231,19 @@ def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dt
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {config['name']}\n\nA language model that continues text; it has had no instruction tuning.\n\n"
+        f"# {config['name']}\n\nA language model that continues text; it has had no instruction "
+        "tuning.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 
 
 def _identities(record: dict[str, Any]) -> str:
     datasets = record.get("loader", {}).get("datasets", {})
-    return ", ".join(f"{facts['name']} {identity[:16]}..." for identity, facts in datasets.items()) or "unknown"
+    return (
+        ", ".join(f"{facts['name']} {identity[:16]}..." for identity, facts in datasets.items())
+        or "unknown"
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-

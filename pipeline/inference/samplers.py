@@ -1,7 +1,8 @@
 """Text from a model: transformers' sampler on an exported folder, or our own forward pass.
 
-transformers samples with its key/value cache; a checkpoint is exported to a temporary folder first. A model that no
-transformers class computes is sampled through our own forward pass, which computes the whole prefix for every token.
+transformers samples with its key/value cache; a checkpoint is exported to a temporary folder first.
+A model that no transformers class computes is sampled through our own forward pass, which computes
+the whole prefix for every token.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
             export(folder, Path(scratch), dtype=DType.fp32)
         except (ConfigError, ImportError) as error:
             logger.warning(
-                "%s Sampling with our own forward pass, which is slower.", str(error).partition(". It can be")[0] + "."
+                "%s Sampling with our own forward pass, which is slower.",
+                str(error).partition(". It can be")[0] + ".",
             )
             yield LocalSampler(folder, cfg)
             return
@@ -94,7 +96,9 @@ class TransformersSampler:
         self.cfg = cfg
         on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if on_cuda else "cpu")
-        self.model = load_transformers(folder, torch.bfloat16 if on_cuda else torch.float32, self.device)
+        self.model = load_transformers(
+            folder, torch.bfloat16 if on_cuda else torch.float32, self.device
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -142,7 +146,8 @@ class LocalSampler:
         self.cfg = cfg
         self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
         self.model = LocalModel(
-            record.saved_model(record.read_record(folder)), lambda name: tensors.tensor(f"weights/{name}")
+            record.saved_model(record.read_record(folder)),
+            lambda name: tensors.tensor(f"weights/{name}"),
         )
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
@@ -157,7 +162,9 @@ class LocalSampler:
         while len(tokens) < cfg.max_new_tokens:
             window = torch.tensor([[*prefix, *tokens][-self.model.model.max_seq_len :]])
             logits = self.model.logits(window)[0, -1]
-            token = int(choose(logits, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p))
+            token = int(
+                choose(logits, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+            )
             if token == self.tokenizer.eod:
                 break
             tokens.append(token)
@@ -174,7 +181,8 @@ class LocalSampler:
 def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
     """0-dim id drawn from (V,) logits.
 
-    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751: the smallest set of tokens whose probability reaches it.
+    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751: the smallest set of tokens whose
+    probability reaches it.
     """
     import torch
 
@@ -195,7 +203,9 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
-    """Stopping criterion that reads the text; transformers' own one fails on some tokenizers (transformers 5.23)."""
+    """Stopping criterion that reads the text; transformers' own one fails on some tokenizers
+    (transformers 5.23).
+    """
     import torch
     from transformers import StoppingCriteria
 

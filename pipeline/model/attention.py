@@ -1,4 +1,5 @@
-"""Self-attention: megatron-core's projections around our own core, torch's scaled_dot_product_attention.
+"""Self-attention: megatron-core's projections around our own core, torch's
+scaled_dot_product_attention.
 
 B micro-batch, S sequence, G key/value heads here, Q query heads per group, D head width.
 """
@@ -20,8 +21,8 @@ from pipeline.model import cpu_attention
 from pipeline.model.recompute import recompute
 from pipeline.model.rope import apply_rope
 
-# In which order torch tries its CUDA kernels. Its own order has changed between releases; plain attention, which holds
-# all S x S scores, comes last, for what no other kernel takes.
+# In which order torch tries its CUDA kernels. Its own order has changed between releases; plain
+# attention, which holds all S x S scores, comes last, for what no other kernel takes.
 ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,  # document masks
@@ -38,7 +39,9 @@ def pin_attention_kernels() -> None:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention or, where it is faster, cpu_attention'."""
+    """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention or, where it is faster,
+    cpu_attention'.
+    """
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -60,7 +63,9 @@ class CoreAttention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         if drops:
-            with get_cuda_rng_tracker().fork():  # heads are split: every tensor-parallel rank its own stream
+            with (
+                get_cuda_rng_tracker().fork()
+            ):  # heads are split: every tensor-parallel rank its own stream
                 return attend(q, k, v, dropout_p=self.dropout)
         return attend(q, k, v)
 
@@ -72,17 +77,26 @@ class Attention(McoreSelfAttention):
         super().__init__(*args, **kwargs)
         self.recompute_core = recompute_core
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attention output in the layout of `hidden`; rope: cos and sin, (S, 1, 1, 1, D) or (1, S, 1, 1, D)."""
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attention output in the layout of `hidden`; rope: cos and sin, (S, 1, 1, 1, D) or (1, S,
+        1, 1, D).
+        """
         groups = self.num_query_groups_per_partition
-        queries, width = self.num_attention_heads_per_partition // groups, self.hidden_size_per_attention_head
+        queries, width = (
+            self.num_attention_heads_per_partition // groups,
+            self.hidden_size_per_attention_head,
+        )
         sequence_first = self.config.sequence_parallel
         qkv = self.linear_qkv(hidden)[0]
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2, width)
         # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
         if queries == 1 and (rope is None or self.q_layernorm is not None):
             q, k, v = qkv.unbind(3)
-        elif self.q_layernorm is None and rope is not None:  # queries and keys turn alike: rotate them in one go
+        elif (
+            self.q_layernorm is None and rope is not None
+        ):  # queries and keys turn alike: rotate them in one go
             qk, v = qkv.split((queries + 1, 1), dim=3)
             q, k = apply_rope(qk, *rope).split((queries, 1), dim=3)
             q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
@@ -96,6 +110,8 @@ class Attention(McoreSelfAttention):
                 q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         to_heads = (1, 2, 0, 3) if sequence_first else (0, 2, 1, 3)  # -> (B, heads, S, D)
         q, k, v = q.permute(to_heads), k.permute(to_heads), v.permute(to_heads)
-        core = partial(recompute, self.core_attention) if self.recompute_core else self.core_attention
+        core = (
+            partial(recompute, self.core_attention) if self.recompute_core else self.core_attention
+        )
         context = core(q, k, v, mask).permute((2, 0, 1, 3) if sequence_first else (0, 2, 1, 3))
         return self.linear_proj(context.reshape(*context.shape[:2], -1))[0]

@@ -2,8 +2,8 @@
 
     tokens (B, S) -> Embedding -> hidden -> Block x num_layers -> Head -> hidden
 
-hidden is (S / tensor_parallel_size, B, H) under sequence parallelism, as megatron-core's collectives want it, and
-(B, S, H) otherwise, which spares every block its transposes.
+hidden is (S / tensor_parallel_size, B, H) under sequence parallelism, as megatron-core's
+collectives want it, and (B, S, H) otherwise, which spares every block its transposes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ class MLP(McoreMLP):
 class Block(nn.Module):
     """One transformer block: attention and MLP with their norms and residual sums."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, training: TrainingConfig, *, layer: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, training: TrainingConfig, *, layer: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.is_post_norm = model.norm_placement is NormPlacement.post
         self.is_parallel = model.parallel_residual
-        self.recompute = training.recompute is Recompute.full and layer % training.recompute_every == 0
+        self.recompute = (
+            training.recompute is Recompute.full and layer % training.recompute_every == 0
+        )
         self.uses_rope = model.position is Position.rope
         if self.uses_rope:
             self.rope = rope_table(model)
@@ -96,7 +100,9 @@ class Block(nn.Module):
             )
             rope = self.rope.tables(sequence, hidden, sequence_first=self.config.sequence_parallel)
         if self.is_post_norm:
-            hidden = self.input_layernorm(hidden + self._dropout(self.self_attention(hidden, mask, rope)))
+            hidden = self.input_layernorm(
+                hidden + self._dropout(self.self_attention(hidden, mask, rope))
+            )
             return self.pre_mlp_layernorm(hidden + self._dropout(self._mlp(hidden)))
         attended = self._dropout(self.self_attention(self.input_layernorm(hidden), mask, rope))
         if self.is_parallel:
@@ -111,10 +117,8 @@ class Block(nn.Module):
         return dropout(x, self.config, self.training)
 
 
-
-
-
-
 def set_moe_loss_scale(scale: Tensor) -> None:
-    """0-dim weight of the router losses in the backward pass: they ride on activations past the engine's scaling."""
+    """0-dim weight of the router losses in the backward pass: they ride on activations past the
+    engine's scaling.
+    """
     MoEAuxLossAutoScaler.set_loss_scale(scale)

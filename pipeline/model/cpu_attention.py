@@ -1,8 +1,10 @@
-"""Causal attention for a rank with one CPU thread, where torch's kernel is slow; equal to it within rounding.
+"""Causal attention for a rank with one CPU thread, where torch's kernel is slow; equal to it within
+rounding.
 
-As in flash attention the scores are fp32, exist a block at a time, small enough for the cache, and are computed again
-in the backward pass; here by batched matrix products and softmax, which torch does fast. With more threads each of
-these operators ends in a barrier, and torch's kernel, which spreads whole heads over the threads, is the faster one.
+As in flash attention the scores are fp32, exist a block at a time, small enough for the cache, and
+are computed again in the backward pass; here by batched matrix products and softmax, which torch
+does fast. With more threads each of these operators ends in a barrier, and torch's kernel, which
+spreads whole heads over the threads, is the faster one.
 Figures: docs/performance.md.
 
 B batch, G key/value heads, Q query heads of each, S sequence, D head width.
@@ -63,10 +65,16 @@ class _CausalAttention(Function):
             q_here, grad_here = _of(q, part, rows), _of(grad, part, rows)
             _add_product(grad_v[part, seen], probability.to(v.dtype).transpose(1, 2), grad_here)
             grad_scores = torch.bmm(grad_here, v[part, seen].transpose(1, 2)).float()
-            grad_scores = torch._softmax_backward_data(grad_scores, probability, -1, torch.float32).to(q.dtype)
+            grad_scores = torch._softmax_backward_data(
+                grad_scores, probability, -1, torch.float32
+            ).to(q.dtype)
             _add_product(grad_k[part, seen], grad_scores.transpose(1, 2), q_here)
             torch.bmm(grad_scores, k[part, seen], out=_of(grad_q, part, rows))
-        grads = _by_head(grad_q.mul_(scale), ctx.batch), grad_k.mul_(scale).to(k.dtype), grad_v.to(v.dtype)
+        grads = (
+            _by_head(grad_q.mul_(scale), ctx.batch),
+            grad_k.mul_(scale).to(k.dtype),
+            grad_v.to(v.dtype),
+        )
         return grads[0], *(g.unflatten(0, (ctx.batch, -1)) for g in grads[1:]), None
 
 
@@ -87,7 +95,9 @@ def _of(x: Tensor, part: slice, rows: slice) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(heads, rows, probability (heads, rows * Q, keys) fp32) of every block; q as of `_by_group`, k (B * G, S, D)."""
+    """(heads, rows, probability (heads, rows * Q, keys) fp32) of every block; q as of `_by_group`,
+    k (B * G, S, D).
+    """
     heads, size, queries, _ = q.shape
     q, k = q.float() * scale, k.float()
     later = _later(min(BLOCK_ROWS, size))

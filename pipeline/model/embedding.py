@@ -1,4 +1,6 @@
-"""The two ends of the model: token and position tables, and the final norm with the output projection's weight."""
+"""The two ends of the model: token and position tables, and the final norm with the output
+projection's weight.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ class Embedding(nn.Module):
     """Word embedding, plus the position table where there is one."""
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, *, padded_vocab_size: int, with_positions: bool
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        *,
+        padded_vocab_size: int,
+        with_positions: bool,
     ) -> None:
         super().__init__()
         self.config = config
@@ -25,26 +32,42 @@ class Embedding(nn.Module):
             self.position = nn.Embedding(model.max_seq_len, model.hidden_size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Hidden of `tokens` (B, S), in the layout of the module docstring; positions: (B, S), None counts from 0."""
+        """Hidden of `tokens` (B, S), in the layout of the module docstring; positions: (B, S), None
+        counts from 0.
+        """
         hidden = self.word(tokens)
         if self.position is not None:
-            rows = self.position.weight[: tokens.shape[1]] if positions is None else self.position(positions)
+            rows = (
+                self.position.weight[: tokens.shape[1]]
+                if positions is None
+                else self.position(positions)
+            )
             hidden = hidden + rows
         if self.config.sequence_parallel:
             # The scatter's backward gathers, so the tables' gradients are whole on every rank.
-            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden.transpose(0, 1).contiguous())
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(
+                hidden.transpose(0, 1).contiguous()
+            )
         return dropout(hidden, self.config, self.training)
 
 
 class Head(nn.Module):
     """Final norm and, unless it is tied to the embedding, the weight of the output projection."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, *, padded_vocab_size: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, *, padded_vocab_size: int
+    ) -> None:
         super().__init__()
         has_norm = model.norm_placement is NormPlacement.pre
-        self.norm = Norm(config, config.hidden_size, config.layernorm_epsilon) if has_norm else nn.Identity()
+        self.norm = (
+            Norm(config, config.hidden_size, config.layernorm_epsilon)
+            if has_norm
+            else nn.Identity()
+        )
         self.word = (
-            None if model.tied_embeddings else VocabEmbedding(padded_vocab_size, model.hidden_size, config=config)
+            None
+            if model.tied_embeddings
+            else VocabEmbedding(padded_vocab_size, model.hidden_size, config=config)
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""What a rank updates, as runs of named parameters, and the same memory as rectangles of whole tensors.
+"""What a rank updates, as runs of named parameters, and the same memory as rectangles of whole
+tensors.
 
     Fragment(name, partition, start, views)  --chunks_of-->  Chunk(entry name, whole shape, offsets, view)
 
-Entry names: weights/<parameter>, and <optimizer state>/<parameter>, such as exp_avg/layers.0.mlp.linear_fc1.weight.
+Entry names: weights/<parameter>, and <optimizer state>/<parameter>, such as
+    exp_avg/layers.0.mlp.linear_fc1.weight.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 from pipeline.model.partition import Partition
 
 WEIGHT = "weight"
-# Largest rectangle: a reader that needs a part of one reads all of it, and each reading thread holds one.
+# Largest rectangle: a reader that needs a part of one reads all of it, and each reading thread
+# holds one.
 CHUNK_ELEMENTS = 16 * 2**20
 
 
@@ -29,7 +32,9 @@ class Fragment:
     start: int
     """First element, counted in the row-major tensor of this tensor-parallel rank."""
     views: dict[str, Tensor]
-    """`weight` and, once the optimizer has stepped, its element-wise state: flat fp32, the optimizer's own memory."""
+    """`weight` and, once the optimizer has stepped, its element-wise state: flat fp32, the
+    optimizer's own memory.
+    """
     is_owned: bool
     """Whether this rank writes it; false for copies that another rank writes too."""
 
@@ -58,7 +63,9 @@ def entry_name(key: str, parameter: str) -> str:
 def chunks_of(fragment: Fragment, keys: Iterable[str]) -> Iterator[Chunk]:
     """The fragment's memory as rectangles of whole tensors; views, padding rows left out."""
     partition, start = fragment.partition, fragment.start
-    for first, shape, offsets in partition.rectangles(start, start + fragment.numel, largest=CHUNK_ELEMENTS):
+    for first, shape, offsets in partition.rectangles(
+        start, start + fragment.numel, largest=CHUNK_ELEMENTS
+    ):
         for key in keys:
             view = fragment.views[key].narrow(0, first - start, math.prod(shape)).view(shape)
             yield Chunk(entry_name(key, fragment.name), partition.global_shape, offsets, view)

@@ -1,6 +1,7 @@
 """The whole GPT of one tensor-parallel rank, as the plain engine runs it: tokens, labels -> loss.
 
-A pipeline runs the same layers from stage_layers.py; parameter names are the canonical ones of names.py.
+A pipeline runs the same layers from stage_layers.py; parameter names are the canonical ones of
+names.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Loss:
             group=tensor_group if tensor_group.size() > 1 else None,
         )
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None
+    ) -> Tensor:
         """0-dim fp32; arguments as in `linear_cross_entropy`, hidden in the model's layout."""
         hidden = enter_output_projection(hidden, self.config)
         return linear_cross_entropy(hidden, weight, labels, token_weights, self.projection)
@@ -41,7 +44,9 @@ class GPT(nn.Module):
     def __init__(self, architecture: Architecture, tensor_group: dist.ProcessGroup) -> None:
         super().__init__()
         self.embedding = StageEmbedding(architecture)
-        self.layers = nn.ModuleList(StageBlock(architecture, i) for i in range(architecture.model.num_layers))
+        self.layers = nn.ModuleList(
+            StageBlock(architecture, i) for i in range(architecture.model.num_layers)
+        )
         self.head = StageHead(architecture)
         self.loss = Loss(architecture, tensor_group)
 
@@ -65,13 +70,3 @@ class GPT(nn.Module):
     def output_weight(self) -> nn.Parameter:
         """(V / tensor_parallel_size, H): the head's own weight, or the word embedding's."""
         return self.embedding.word.weight if self.head.word is None else self.head.word.weight
-
-
-
-
-
-
-
-
-
-

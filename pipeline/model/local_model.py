@@ -1,4 +1,6 @@
-"""Our own forward pass over a whole model in one process, fp32: yardstick of exports, sampling without transformers."""
+"""Our own forward pass over a whole model in one process, fp32: yardstick of exports, sampling
+without transformers.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class LocalModel:
             Ranks(0, 1, 0, 1, os.uname().nodename), tensor_parallel_size=1, pipeline_parallel_size=1
         )
         model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
-        architecture = Architecture(model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size)
+        architecture = Architecture(
+            model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
+        )
         self.model, self.device = model, layout.device
         self.gpt = GPT(architecture, layout.tensor_group).to(layout.device).eval()
         for name, parameter in self.gpt.named_parameters():
@@ -50,4 +54,8 @@ class LocalModel:
         for layer in gpt.layers:
             hidden = layer(hidden)
         logits = F.linear(gpt.head(hidden), gpt.output_weight) * projection.scale
-        return projection.softcap * torch.tanh(logits / projection.softcap) if projection.softcap else logits
+        return (
+            projection.softcap * torch.tanh(logits / projection.softcap)
+            if projection.softcap
+            else logits
+        )

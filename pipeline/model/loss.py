@@ -1,10 +1,12 @@
-"""Output projection and cross entropy in one function, so that the logits of a micro-batch never exist at once.
+"""Output projection and cross entropy in one function, so that the logits of a micro-batch never
+exist at once.
 
     hidden (B, S, H), weight (V / tensor_parallel_size, H), labels (B, S)  ->  sum of weights * cross entropy
 
-Tokens go through in chunks: logits of a chunk, their loss, and in training at once the gradients of hidden and weight,
-as in Liger's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989). The backward pass only scales them, so
-the projection costs its three matrix products and nothing is recomputed.
+Tokens go through in chunks: logits of a chunk, their loss, and in training at once the gradients of
+hidden and weight, as in Liger's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989). The
+backward pass only scales them, so the projection costs its three matrix products and nothing is
+recomputed.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ class Projection:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, projection: Projection
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    projection: Projection,
 ) -> Tensor:
     """Weighted sum over tokens of the cross entropy of hidden @ weight^T.
 
@@ -52,7 +58,8 @@ def linear_cross_entropy(
         token_weights: (B, S) fp32; None: 1 / (B S) each, the mean.
 
     Returns:
-        0-dim fp32, equal on every tensor-parallel rank. The gradient of `hidden` is this rank's part of the sum.
+        0-dim fp32, equal on every tensor-parallel rank. The gradient of `hidden` is this rank's
+        part of the sum.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     weights = None if token_weights is None else token_weights.reshape(-1).float()
@@ -96,14 +103,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss * ctx.scale
-        # In place: the copy would be as large as the embedding, and there is no second backward pass.
+        # In place: the copy would be as large as the embedding, and there is no second backward
+        # pass.
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
 def _cross_entropy(
     logits: Tensor, labels: Tensor, projection: Projection, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(losses (N,) fp32, their gradient by the logits in the logits' dtype) of one chunk; logits: (N, V / ranks)."""
+    """(losses (N,) fp32, their gradient by the logits in the logits' dtype) of one chunk; logits:
+    (N, V / ranks).
+    """
     raw_dtype, first = logits.dtype, projection.rank * logits.shape[1]
     slope: Tensor | float = projection.scale
     if projection.scale != 1.0:
@@ -120,10 +130,15 @@ def _cross_entropy(
     target = logits.gather(1, columns).float()
     if projection.group is None:
         # The largest probability is 1 / sum(exp(logits - maximum)): no exponential is taken twice.
-        probability, maximum = logits.softmax(dim=-1, dtype=torch.float32), logits.amax(dim=1, keepdim=True).float()
+        probability, maximum = (
+            logits.softmax(dim=-1, dtype=torch.float32),
+            logits.amax(dim=1, keepdim=True).float(),
+        )
         log_z = maximum - probability.amax(dim=1, keepdim=True).log()
     else:
-        target = torch.where(is_here, target, 0.0)  # not times 0: a rank of padding only has -inf there
+        target = torch.where(
+            is_here, target, 0.0
+        )  # not times 0: a rank of padding only has -inf there
         probability, log_z, target = _parallel_softmax(logits, target, projection.group)
     losses = (log_z - target).squeeze(1)
     if projection.z_loss_coeff:
@@ -139,8 +154,11 @@ def _cross_entropy(
     return losses, gradient.to(raw_dtype)
 
 
-def _parallel_softmax(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmax (N, V / ranks) fp32, log of its normaliser (N, 1), sum of `target` (N, 1)) over a split vocabulary.
+def _parallel_softmax(
+    logits: Tensor, target: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax (N, V / ranks) fp32, log of its normaliser (N, 1), sum of `target` (N, 1)) over a
+    split vocabulary.
 
     Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3: only (N,) numbers travel.
     """

@@ -31,14 +31,17 @@ ACTIVATIONS = {
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """megatron-core's configuration of one block. Its own initialisation is off: model/init.py fills the weights."""
+    """megatron-core's configuration of one block. Its own initialisation is off: model/init.py
+    fills the weights.
+    """
     on_cpu = not torch.cuda.is_available()
     moe: dict[str, Any] = {}
     if model.moe.num_experts:
         moe = {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
-            # The softmax over one chosen expert is always 1: nothing would teach the router (arXiv:2101.03961).
+            # The softmax over one chosen expert is always 1: nothing would teach the router
+            # (arXiv:2101.03961).
             "moe_router_pre_softmax": model.moe.top_k == 1,
             "moe_ffn_hidden_size": ffn_width(model),
             "moe_shared_expert_intermediate_size": model.moe.shared_expert_ffn_hidden_size or None,
@@ -49,7 +52,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             "moe_router_dtype": "fp32",
         }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about Transformer Engine and fusions that we do not use
+        warnings.simplefilter(
+            "ignore"
+        )  # advice about Transformer Engine and fusions that we do not use
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -61,7 +66,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             gated_linear_unit=is_gated(model),
             add_bias_linear=model.bias,
             add_qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
-            normalization="RMSNorm" if model.normalization is Normalization.rmsnorm else "LayerNorm",
+            normalization="RMSNorm"
+            if model.normalization is Normalization.rmsnorm
+            else "LayerNorm",
             layernorm_epsilon=model.norm_eps,
             qk_layernorm=model.qk_norm,
             hidden_dropout=model.hidden_dropout,

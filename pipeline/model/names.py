@@ -1,7 +1,7 @@
 """Canonical parameter names: the same in every layout, in checkpoints, in settings and in the logs.
 
-They are embedding.word.weight, embedding.position.weight, layers.<i>.<module>.<parameter>, final_norm.weight,
-head.weight.
+They are embedding.word.weight, embedding.position.weight, layers.<i>.<module>.<parameter>,
+final_norm.weight, head.weight.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 def canonical_name(name: str, *, num_layers: int) -> str:
     """The layout-free name of a parameter of a GPT or of a pipeline module.
 
-    PipelineModule numbers its layers: 0 embedding, 1 .. num_layers blocks, num_layers + 1 head; tied modules have
-    names of their own.
+    PipelineModule numbers its layers: 0 embedding, 1 .. num_layers blocks, num_layers + 1 head;
+    tied modules have names of their own.
     """
     name = name.removeprefix("tied_modules.")
     first, _, rest = name.partition(".")

@@ -1,9 +1,10 @@
 """Which rectangles of a whole parameter one tensor-parallel rank holds; pure arithmetic, no torch.
 
-    local shape, partition_dim, partition_stride, rank, size --Partition.of--> [(local slices, global slices), ...]
+    local shape, partition_dim, partition_stride, rank, size --Partition.of--> [(local slices,
+    global slices), ...]
 
-The global shape is the layout-free one: what checkpoints, initial weights and exports are written in. It has no
-vocabulary padding; local rows without a place in it (padding) are in no piece.
+The global shape is the layout-free one: what checkpoints, initial weights and exports are written
+in. It has no vocabulary padding; local rows without a place in it (padding) are in no piece.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ Shape = tuple[int, ...]
 class Partition:
     """One rank's share of a parameter.
 
-    A split dimension is cut into `stride` equal runs and each run into `tensor_size` equal pieces; rank r holds the
-    r-th piece of every run, one after another. Gated fc1 has stride 2 (global rows [gate; up], local rows
-    [gate_r; up_r]), everything else 1. This is megatron-core's partition_dim and partition_stride.
+    A split dimension is cut into `stride` equal runs and each run into `tensor_size` equal pieces;
+    rank r holds the r-th piece of every run, one after another. Gated fc1 has stride 2 (global rows
+    [gate; up], local rows [gate_r; up_r]), everything else 1. This is megatron-core's partition_dim
+    and partition_stride.
     """
 
     global_shape: tuple[int, ...]
@@ -48,7 +50,8 @@ class Partition:
         Args:
             local_shape: shape of the rank's tensor, padding included.
             dim: the split dimension; None when the parameter is not split.
-            real_size: rows of the whole parameter along `dim` without padding (vocabulary); None: nothing is padding.
+            real_size: rows of the whole parameter along `dim` without padding (vocabulary); None:
+                nothing is padding.
 
         Raises:
             ValueError: the sizes contradict each other.
@@ -59,10 +62,14 @@ class Partition:
                 raise ValueError(f"real_size={real_size} needs the dimension that is padded")
             return cls(tuple(shape), tuple(shape), None, 1, tensor_rank, tensor_size)
         if shape[dim] % stride:
-            raise ValueError(f"dimension {dim} of {tuple(shape)} is not a multiple of stride {stride}")
+            raise ValueError(
+                f"dimension {dim} of {tuple(shape)} is not a multiple of stride {stride}"
+            )
         padded = shape[dim] * tensor_size
         if real_size is not None and not (stride == 1 and 0 < real_size <= padded):
-            raise ValueError(f"{real_size} real rows need stride 1 (not {stride}) and at most {padded} rows")
+            raise ValueError(
+                f"{real_size} real rows need stride 1 (not {stride}) and at most {padded} rows"
+            )
         shape[dim] = padded if real_size is None else real_size
         return cls(tuple(shape), tuple(local_shape), dim, stride, tensor_rank, tensor_size)
 
@@ -77,7 +84,9 @@ class Partition:
         return sum(_volume(held) for held, _ in self.pieces()) < _product(self.local_shape)
 
     def pieces(self) -> list[tuple[Slices, Slices]]:
-        """[(slices of the local tensor, slices of the whole parameter)]: rectangles of equal shape, in local order."""
+        """[(slices of the local tensor, slices of the whole parameter)]: rectangles of equal shape,
+        in local order.
+        """
         if self.dim is None:
             whole = tuple(slice(0, n) for n in self.global_shape)
             return [(whole, whole)]
@@ -90,17 +99,23 @@ class Partition:
             start = (run * self.tensor_size + self.tensor_rank) * width
             stop = min(start + width, real)
             if start < stop:
-                found.append((self._rows(run * width, run * width + stop - start), self._rows(start, stop)))
+                found.append(
+                    (self._rows(run * width, run * width + stop - start), self._rows(start, stop))
+                )
         return found
 
-    def rectangles(self, start: int, stop: int, *, largest: int) -> Iterator[tuple[int, Shape, Shape]]:
-        """(first element, shape, offsets in the whole parameter) of rectangles that tile a run of the local tensor.
+    def rectangles(
+        self, start: int, stop: int, *, largest: int
+    ) -> Iterator[tuple[int, Shape, Shape]]:
+        """(first element, shape, offsets in the whole parameter) of rectangles that tile a run of
+        the local tensor.
 
-        ZeRO cuts the flattened local tensor anywhere. A run of a matrix is at most a part of a row, whole rows, and a
-        part of a row, and each of these is contiguous in memory.
+        ZeRO cuts the flattened local tensor anywhere. A run of a matrix is at most a part of a row,
+        whole rows, and a part of a row, and each of these is contiguous in memory.
 
         Args:
-            start, stop: the run, elements of the row-major local tensor; first elements are counted from 0, not start.
+            start, stop: the run, elements of the row-major local tensor; first elements are counted
+                from 0, not start.
             largest: elements of a rectangle, rounded up to one row.
         """
         for first, shape, offsets in _tiles(self.local_shape, start, stop, largest):
@@ -115,12 +130,17 @@ class Partition:
                 cut, place = list(shape), list(offsets)
                 cut[self.dim] = high - low
                 place[self.dim] = low - held[self.dim].start + whole[self.dim].start
-                assert self.dim == 0 or cut[self.dim] == shape[self.dim], "columns are split without stride or padding"
+                assert self.dim == 0 or cut[self.dim] == shape[self.dim], (
+                    "columns are split without stride or padding"
+                )
                 step = _product(self.local_shape[self.dim + 1 :])
                 yield first + (low - offsets[self.dim]) * step, tuple(cut), tuple(place)
 
     def _rows(self, start: int, stop: int) -> Slices:
-        return tuple(slice(start, stop) if i == self.dim else slice(0, n) for i, n in enumerate(self.global_shape))
+        return tuple(
+            slice(start, stop) if i == self.dim else slice(0, n)
+            for i, n in enumerate(self.global_shape)
+        )
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -131,7 +151,9 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _tiles(shape: Shape, start: int, stop: int, largest: int) -> Iterator[tuple[int, Shape, Shape]]:
-    """(first element, shape, offsets) of rectangles that tile elements start..stop of a row-major vector or matrix."""
+    """(first element, shape, offsets) of rectangles that tile elements start..stop of a row-major
+    vector or matrix.
+    """
     if len(shape) == 1:
         for first in range(start, stop, largest):
             yield first, (min(largest, stop - first),), (first,)

@@ -9,10 +9,11 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
 def recompute(function: Any, *args: Any) -> Any:
-    """function(*args), recomputed in the backward pass under the random streams of the forward pass.
+    """function(*args), recomputed in the backward pass under the random streams of the forward
+    pass.
 
-    torch's own checkpoint restores the default generator but not megatron-core's tracked streams, which gives wrong
-    dropout masks.
+    torch's own checkpoint restores the default generator but not megatron-core's tracked streams,
+    which gives wrong dropout masks.
     """
     tracker = get_cuda_rng_tracker()
     at_forward = {name: state.clone() for name, state in tracker.get_states().items()}

@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half form as in Hugging Face's Llama."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half form as in Hugging
+Face's Llama.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,20 @@ class RopeTable:
         self._cached: tuple | None = None
 
     def tables(self, seq_len: int, like: Tensor, *, sequence_first: bool) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (S, 1, 1, 1, D) or (1, S, 1, 1, D), in the dtype and on the device of `like`."""
+        """(cos, sin), each (S, 1, 1, 1, D) or (1, S, 1, 1, D), in the dtype and on the device of
+        `like`.
+        """
         key = (seq_len, like.dtype, like.device, sequence_first)
         if self._cached is None or self._cached[0] != key:
-            angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), self.inverse_frequencies)
+            angles = torch.outer(
+                torch.arange(seq_len, dtype=torch.float32), self.inverse_frequencies
+            )
             angles = torch.cat([angles, angles], dim=-1)
             shape = (seq_len, 1, 1, 1, -1) if sequence_first else (1, seq_len, 1, 1, -1)
-            self._cached = (key, *(t.view(shape).to(like.device, like.dtype) for t in (angles.cos(), angles.sin())))
+            self._cached = (
+                key,
+                *(t.view(shape).to(like.device, like.dtype) for t in (angles.cos(), angles.sin())),
+            )
         return self._cached[1], self._cached[2]
 
 
@@ -39,17 +48,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_table(model: ModelConfig) -> RopeTable:
     """The table of a model, with its frequency scaling.
 
-    Source of `llama3`: the Llama 3.1 release; wavelengths beyond the original context are stretched by the factor,
-    short ones kept, with a linear blend between original / 1 and original / 4.
+    Source of `llama3`: the Llama 3.1 release; wavelengths beyond the original context are stretched
+    by the factor, short ones kept, with a linear blend between original / 1 and original / 4.
     """
     width = head_width(model)
-    frequencies = 1.0 / model.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    frequencies = 1.0 / model.rope_theta ** (
+        torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    )
     if model.rope_scaling is RopeScaling.linear:
         frequencies = frequencies / model.rope_scaling_factor
     elif model.rope_scaling is RopeScaling.llama3:
         low_factor, high_factor = 1.0, 4.0
         wavelengths = 2 * math.pi / frequencies
-        blend = (model.rope_original_max_seq_len / wavelengths - low_factor) / (high_factor - low_factor)
+        blend = (model.rope_original_max_seq_len / wavelengths - low_factor) / (
+            high_factor - low_factor
+        )
         blend = blend.clamp(0.0, 1.0)
         frequencies = (1 - blend) * frequencies / model.rope_scaling_factor + blend * frequencies
     return RopeTable(frequencies)

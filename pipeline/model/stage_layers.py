@@ -1,7 +1,7 @@
 """The layers of a GPT as a pipeline cuts them: StageEmbedding -> StageBlock x num_layers -> StageHead.
 
-Between them travels hidden, or (hidden, document_ids) when attention stays inside documents; model/stages.py says which
-stage holds which layers.
+Between them travels hidden, or (hidden, document_ids) when attention stays inside documents;
+model/stages.py says which stage holds which layers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class StageBlock(Block):
     """Block that also takes (hidden, document_ids) and passes the ids on."""
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
-        super().__init__(architecture.transformer, architecture.model, architecture.training, layer=layer)
+        super().__init__(
+            architecture.transformer, architecture.model, architecture.training, layer=layer
+        )
         if architecture.model.compile:
             self.compile()
 
@@ -53,7 +55,11 @@ class StageHead(Head):
     """Head that also takes (hidden, document_ids)."""
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__(architecture.transformer, architecture.model, padded_vocab_size=architecture.padded_vocab_size)
+        super().__init__(
+            architecture.transformer,
+            architecture.model,
+            padded_vocab_size=architecture.padded_vocab_size,
+        )
 
     def forward(self, hidden: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Hidden, normalised."""

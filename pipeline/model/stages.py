@@ -1,7 +1,8 @@
 """Which layers each pipeline stage holds: pure arithmetic.
 
-The list of layers is [embedding, block 0, ..., block n-1, head]. Stages are contiguous; their costs, in units of one
-block's multiply-adds per token, are as equal as contiguity allows, the most loaded stage as light as possible.
+The list of layers is [embedding, block 0, ..., block n-1, head]. Stages are contiguous; their
+costs, in units of one block's multiply-adds per token, are as equal as contiguity allows, the most
+loaded stage as light as possible.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pipeline.config.model_shape import ffn_width, head_width, is_gated
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
-    """Relative cost of [embedding, blocks..., head]; a lookup costs next to nothing, the head a matrix product."""
+    """Relative cost of [embedding, blocks..., head]; a lookup costs next to nothing, the head a
+    matrix product.
+    """
     hidden, heads = model.hidden_size, model.num_attention_heads
     width = head_width(model)
     projections = hidden * width * (2 * heads + 2 * (model.num_query_groups or heads))
@@ -26,9 +29,11 @@ def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> 
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Boundaries b with stage s = layers [b[s], b[s + 1]), every stage non-empty, largest stage cost minimal.
+    """Boundaries b with stage s = layers [b[s], b[s + 1]), every stage non-empty, largest stage
+    cost minimal.
 
-    Among equal partitions the one with the smallest sum of squares is taken, so the result is unique.
+    Among equal partitions the one with the smallest sum of squares is taken, so the result is
+    unique.
     """
     count = len(costs)
     if not 1 <= num_stages <= count:

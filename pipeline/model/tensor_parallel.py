@@ -1,7 +1,9 @@
-"""What tensor parallelism touches: split linears and embeddings, norms, random streams, partial gradients.
+"""What tensor parallelism touches: split linears and embeddings, norms, random streams, partial
+gradients.
 
-Every parameter that is split carries megatron-core's `tensor_model_parallel`, `partition_dim`, `partition_stride`. With
-tensor_parallel_size 1 the parallel linears are plain F.linear: there is nothing to communicate, and the bias is fused.
+Every parameter that is split carries megatron-core's `tensor_model_parallel`, `partition_dim`,
+`partition_stride`. With tensor_parallel_size 1 the parallel linears are plain F.linear: there is
+nothing to communicate, and the bias is fused.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from pipeline.config.choices import Backend
 
 def _mark_split(parameter: Any, dim: int, stride: int) -> None:
     if isinstance(parameter, nn.Parameter):
-        vars(parameter).update(tensor_model_parallel=True, partition_dim=dim, partition_stride=stride)
+        vars(parameter).update(
+            tensor_model_parallel=True, partition_dim=dim, partition_stride=stride
+        )
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
@@ -42,7 +46,9 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """Columns of the weight are split over the tensor-parallel ranks; the bias is added once, after the sum."""
+    """Columns of the weight are split over the tensor-parallel ranks; the bias is added once, after
+    the sum.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("is_expert"):
@@ -58,10 +64,15 @@ class RowLinear(tensor_parallel.RowParallelLinear):
 
 
 def linear_classes(backend: Backend) -> tuple[type, type]:
-    """(column-parallel, row-parallel) linear of a backend; both add their own bias and return (output, None)."""
+    """(column-parallel, row-parallel) linear of a backend; both add their own bias and return
+    (output, None).
+    """
     if backend is Backend.local:
         return ColumnLinear, RowLinear
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+    )
 
     class TransformerEngineColumnLinear(TEColumnParallelLinear):
         def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
@@ -86,18 +97,27 @@ class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Rows of `tokens`, the same on every rank."""
-        return F.embedding(tokens, self.weight) if self.tp_group.size() == 1 else super().forward(tokens)
+        return (
+            F.embedding(tokens, self.weight)
+            if self.tp_group.size() == 1
+            else super().forward(tokens)
+        )
 
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
         self.shape, self.eps = (hidden_size,), eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = None if config.normalization == "RMSNorm" else nn.Parameter(torch.zeros(hidden_size))
-        # Per-head norms see only this rank's heads, the others only this rank's slice of the sequence.
+        self.bias = (
+            None if config.normalization == "RMSNorm" else nn.Parameter(torch.zeros(hidden_size))
+        )
+        # Per-head norms see only this rank's heads, the others only this rank's slice of the
+        # sequence.
         is_per_head = hidden_size != config.hidden_size
         for parameter in self.parameters():
             vars(parameter)["has_partial_gradient"] = is_per_head or config.sequence_parallel
@@ -110,7 +130,9 @@ class Norm(nn.Module):
 
 
 def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor:
-    """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums the ranks' gradients."""
+    """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums the ranks'
+    gradients.
+    """
     if config.sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
     if config.tensor_model_parallel_size == 1:
@@ -119,7 +141,9 @@ def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor
 
 
 def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
-    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each under sequence parallelism."""
+    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each under
+    sequence parallelism.
+    """
     if not (config.hidden_dropout and training):
         return x
     if config.sequence_parallel:
@@ -128,13 +152,12 @@ def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
     return F.dropout(x, config.hidden_dropout)
 
 
-
-
 def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Sum over the tensor-parallel ranks every gradient of which each rank computes a part.
 
-    These are the norms and row-parallel biases under sequence parallelism, and the per-head norms always. A tensor hook
-    runs before the gradient is accumulated, so it is right for every ZeRO stage and both engines.
+    These are the norms and row-parallel biases under sequence parallelism, and the per-head norms
+    always. A tensor hook runs before the gradient is accumulated, so it is right for every ZeRO
+    stage and both engines.
     """
     if group.size() == 1:
         return
@@ -145,5 +168,7 @@ def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> Non
         return gradient
 
     for parameter in module.parameters():
-        if getattr(parameter, "has_partial_gradient", False) or getattr(parameter, "sequence_parallel", False):
+        if getattr(parameter, "has_partial_gradient", False) or getattr(
+            parameter, "sequence_parallel", False
+        ):
             parameter.register_hook(reduce)

@@ -1,4 +1,5 @@
-"""How large a model is, how much arithmetic a token costs, and how much of the device that uses (MFU).
+"""How large a model is, how much arithmetic a token costs, and how much of the device that uses
+(MFU).
 
     ModelConfig, vocab_size --> num_parameters, flops_per_token --with tokens/s and a peak--> mfu
 
@@ -11,8 +12,8 @@ from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import ffn_width, head_width, is_gated
 
-# Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the device's name
-# contains counts, so longer names come first.
+# Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the
+# device's name contains counts, so longer names come first.
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -56,7 +57,8 @@ def peak_tflops(device_name: str) -> float | None:
 def mfu(
     *, tokens_per_sec_per_device: float, flops_per_token: float, peak_tflops: float | None
 ) -> float | None:
-    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the device could do in the time.
+    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the device could do in
+    the time.
 
     Recomputed activations do not count as work. None where the peak is not known.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
@@ -69,13 +71,15 @@ def mfu(
 def flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> float:
     """Floating-point operations that one training token costs, forward and backward.
 
-        6 * (weights of the matrices a token passes) + 12 * num_layers * num_heads * head_dim * seq_len
+        6 * (weights of the matrices a token passes) + 12 * num_layers * num_heads * head_dim *
+        seq_len
 
-    6: a multiply and an add, once forward and twice backward. The output head counts, the embedding lookup does not; of
-    a mixture's experts the top_k count. Attention counts the whole seq_len x seq_len square although half is masked, as
-    both sources do, so that numbers compare.
-    Sources: PaLM, arXiv:2204.02311, appendix B; Narayanan et al. 2021 (Megatron), arXiv:2104.04473, section 3, whose
-    formula without recomputation, 72 B s l h^2 (1 + s / 6h + V / 12lh), this equals for a GPT-3 layer.
+    6: a multiply and an add, once forward and twice backward. The output head counts, the embedding
+    lookup does not; of a mixture's experts the top_k count. Attention counts the whole seq_len x
+    seq_len square although half is masked, as both sources do, so that numbers compare.
+    Sources: PaLM, arXiv:2204.02311, appendix B; Narayanan et al. 2021 (Megatron), arXiv:2104.04473,
+    section 3, whose formula without recomputation, 72 B s l h^2 (1 + s / 6h + V / 12lh), this
+    equals for a GPT-3 layer.
     """
     weights = model.num_layers * (_attention_weights(model) + _mlp_weights(model, active=True))
     weights += vocab_size * model.hidden_size
@@ -113,7 +117,9 @@ def _attention_weights(model: ModelConfig) -> int:
 
 
 def _mlp_weights(model: ModelConfig, *, active: bool) -> int:
-    """Weights of one layer's MLP, or of its router and experts; active: of those one token passes."""
+    """Weights of one layer's MLP, or of its router and experts; active: of those one token
+    passes.
+    """
     matrices, moe = 3 if is_gated(model) else 2, model.moe
     one = matrices * model.hidden_size * ffn_width(model)
     if not moe.num_experts:

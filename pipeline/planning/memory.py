@@ -2,8 +2,9 @@
 
     PretrainConfig, RunShape --> estimate --> GiB of weights, gradients, optimizer, activations on the fullest rank
 
-Printed by the preflight, and when a device runs out of memory. Pure arithmetic, good to about 15 %: allocator slack,
-communication buffers (1 to 2 GiB) and the CUDA context are not in it. Imports no torch.
+Printed by the preflight, and when a device runs out of memory. Pure arithmetic, good to about 15 %:
+allocator slack, communication buffers (1 to 2 GiB) and the CUDA context are not in it. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from pipeline.planning.flops import num_parameters
 
 GIB = 2**30
 # Bytes of element-wise optimizer state per parameter, fp32.
-STATE_BYTES = {OptimizerName.adamw: 8, OptimizerName.lion: 4, OptimizerName.adafactor: 0, OptimizerName.muon: 4}
+STATE_BYTES = {
+    OptimizerName.adamw: 8,
+    OptimizerName.lion: 4,
+    OptimizerName.adafactor: 0,
+    OptimizerName.muon: 4,
+}
 
 
 @dataclass(frozen=True)
@@ -42,18 +48,23 @@ class Memory:
     def __str__(self) -> str:
         """Such as `41.2 GiB: weights 12.1, gradients 12.1, optimizer 9.0, activations 8.0`."""
         parts = ", ".join(
-            f"{name} {getattr(self, name):.1f}" for name in ("weights", "gradients", "optimizer", "activations")
+            f"{name} {getattr(self, name):.1f}"
+            for name in ("weights", "gradients", "optimizer", "activations")
         )
         return f"{self.total:.1f} GiB: {parts}"
 
 
 def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
-    """What the first pipeline stage needs at its peak; it holds most: the embedding and the most micro-batches."""
+    """What the first pipeline stage needs at its peak; it holds most: the embedding and the most
+    micro-batches.
+    """
     parallel, wide = cfg.parallel, 4 if cfg.training.precision is Precision.fp32 else 2
     model, stage, shards = cfg.model, parallel.zero_stage, shape.data_parallel_size
     layers = math.ceil(model.num_layers / shape.pipeline_parallel_size)
     whole = num_parameters(model, shape.padded_vocab_size)
-    one_layer = (whole - num_parameters(replace(model, num_layers=0), shape.padded_vocab_size)) / model.num_layers
+    one_layer = (
+        whole - num_parameters(replace(model, num_layers=0), shape.padded_vocab_size)
+    ) / model.num_layers
     parameters = (whole - (model.num_layers - layers) * one_layer) / shape.tensor_parallel_size
     # Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     optimizer = STATE_BYTES[cfg.optimizer.name] + (4 if stage > 0 else 0)
@@ -61,7 +72,9 @@ def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
     return Memory(
         weights=parameters * wide / (shards if stage == 3 else 1) / GIB,
         gradients=parameters * 4 / (shards if stage >= 2 else 1) / GIB,
-        optimizer=0.0 if parallel.offload_optimizer else parameters * optimizer / (shards if stage > 0 else 1) / GIB,
+        optimizer=0.0
+        if parallel.offload_optimizer
+        else parameters * optimizer / (shards if stage > 0 else 1) / GIB,
         activations=_activations(cfg, shape, layers=layers, in_flight=in_flight) / GIB,
     )
 
@@ -69,18 +82,29 @@ def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
 def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight: int) -> float:
     """Bytes kept for the backward pass, attention scores never (flash attention).
 
-    Per layer and token: 10 h that tensor parallelism alone does not split (inputs, norms, residuals), and qkv, context
-    and the MLP's inner width that it does. Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4 (34 s b h).
+    Per layer and token: 10 h that tensor parallelism alone does not split (inputs, norms,
+    residuals), and qkv, context and the MLP's inner width that it does. Source: Korthikanti et al.
+    2022, arXiv:2205.05198, section 4 (34 s b h).
     """
     model, tensor = cfg.model, shape.tensor_parallel_size
     wide = 4 if cfg.training.precision is Precision.fp32 else 2
-    tokens, hidden, width = shape.micro_batch_size * shape.seq_len, model.hidden_size, head_width(model)
+    tokens, hidden, width = (
+        shape.micro_batch_size * shape.seq_len,
+        model.hidden_size,
+        head_width(model),
+    )
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    inner = ffn_width(model) * (3 if is_gated(model) else 2) * (model.moe.top_k if model.moe.num_experts else 1)
+    inner = (
+        ffn_width(model)
+        * (3 if is_gated(model) else 2)
+        * (model.moe.top_k if model.moe.num_experts else 1)
+    )
     common = 5 * hidden / (tensor if cfg.parallel.sequence_parallel else 1)
     split = ((2 * heads + 2 * groups) * width + inner) / tensor
     layer = tokens * wide * (common + split)
-    if cfg.training.recompute is Recompute.full:  # every n-th block keeps its input only, and lives again one at a time
+    if (
+        cfg.training.recompute is Recompute.full
+    ):  # every n-th block keeps its input only, and lives again one at a time
         kept = tokens * wide * hidden
         again = math.ceil(layers / cfg.training.recompute_every)
         return in_flight * (again * kept + (layers - again) * layer) + layer
@@ -93,24 +117,44 @@ def advice(cfg: PretrainConfig, shape: RunShape) -> str:
     """The breakdown, and the settings that would lower it, best first; lines for the log."""
     now = estimate(cfg, shape)
     better = sorted(
-        ((memory.total, change) for change, memory in _changes(cfg, shape) if memory.total < 0.97 * now.total)
+        (
+            (memory.total, change)
+            for change, memory in _changes(cfg, shape)
+            if memory.total < 0.97 * now.total
+        )
     )
     ways = [f"  {change}: {total:.1f} GiB" for total, change in better[:5]]
-    return "\n".join([f"estimated need of a device: {now}", *(["settings that lower it:"] if ways else []), *ways])
+    return "\n".join(
+        [
+            f"estimated need of a device: {now}",
+            *(["settings that lower it:"] if ways else []),
+            *ways,
+        ]
+    )
 
 
 def _changes(cfg: PretrainConfig, shape: RunShape) -> Iterator[tuple[str, Memory]]:
     """(setting as one writes it, memory with it) for single changes that are legal."""
     training, parallel = cfg.training, cfg.parallel
     changes: list[tuple[str, PretrainConfig]] = [
-        (f"training.micro_batch_size={n}", replace(cfg, training=replace(training, micro_batch_size=n)))
+        (
+            f"training.micro_batch_size={n}",
+            replace(cfg, training=replace(training, micro_batch_size=n)),
+        )
         for n in {training.micro_batch_size // 2, 1}
         if 0 < n < training.micro_batch_size
     ]
     if training.recompute is not Recompute.full:
-        changes.append(("training.recompute=full", replace(cfg, training=replace(training, recompute=Recompute.full))))
+        changes.append(
+            (
+                "training.recompute=full",
+                replace(cfg, training=replace(training, recompute=Recompute.full)),
+            )
+        )
     parallels: dict[str, dict[str, Any]] = {
-        f"parallel.zero_stage={stage}": {"zero_stage": stage} for stage in (2, 3) if stage > parallel.zero_stage
+        f"parallel.zero_stage={stage}": {"zero_stage": stage}
+        for stage in (2, 3)
+        if stage > parallel.zero_stage
     }
     parallels["parallel.offload_optimizer=true"] = {"offload_optimizer": True}
     if parallel.tensor_parallel_size > 1:
@@ -118,10 +162,15 @@ def _changes(cfg: PretrainConfig, shape: RunShape) -> Iterator[tuple[str, Memory
     parallels[f"parallel.tensor_parallel_size={2 * parallel.tensor_parallel_size}"] = {
         "tensor_parallel_size": 2 * parallel.tensor_parallel_size
     }
-    changes += [(name, replace(cfg, parallel=replace(parallel, **change))) for name, change in parallels.items()]
+    changes += [
+        (name, replace(cfg, parallel=replace(parallel, **change)))
+        for name, change in parallels.items()
+    ]
     for name, changed in changes:
         try:
-            changed_shape = derive(changed, world_size=shape.world_size, tokenizer_vocab_size=shape.vocab_size)
+            changed_shape = derive(
+                changed, world_size=shape.world_size, tokenizer_vocab_size=shape.vocab_size
+            )
         except ConfigError:
             continue
         yield name, estimate(changed, changed_shape)

@@ -1,4 +1,6 @@
-"""One clock for the phases of a process; the watchdog sees in it how long the present phase lasts."""
+"""One clock for the phases of a process; the watchdog sees in it how long the present phase
+lasts.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase begins; the time since the last call belongs to the one before. Also a sign of life."""
+        """A phase begins; the time since the last call belongs to the one before. Also a sign of
+        life.
+        """
         assert phase in PHASES, phase
         before, now = self.now, time.monotonic()
         self.seconds[before.phase] += now - before.since

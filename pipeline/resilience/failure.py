@@ -1,10 +1,12 @@
-"""The end of a job that failed, in ten lines: the first rank that fails speaks, the others keep to their files.
+"""The end of a job that failed, in ten lines: the first rank that fails speaks, the others keep to
+their files.
 
-    exception on a rank --claim a file--> first: message and the last frames of our code, on standard error
+    exception on a rank --claim a file--> first: message and the last frames of our code, on
+    standard error
                                           others: logs/failures/<launch>/00012.txt only
 
-A crash on one rank makes every other rank fail in a collective; without the claim a job log ends in as many
-interleaved tracebacks as there are ranks.
+A crash on one rank makes every other rank fail in a collective; without the claim a job log ends in
+as many interleaved tracebacks as there are ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MAX_FRAMES = 4
 
 
-def report(error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | None, advice: str = "") -> int:
-    """Exit code of the process, after the report is on disk and, from the first failing rank, on standard error.
+def report(
+    error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | None, advice: str = ""
+) -> int:
+    """Exit code of the process, after the report is on disk and, from the first failing rank, on
+    standard error.
 
     Args:
         error: what ended the training.
@@ -46,13 +51,23 @@ def report(error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | Non
         print(f"(no report in {folder}: {problem})", file=sys.stderr)
         if not ranks.is_main:
             return code
-    print(short_report(error, ranks=ranks, step=step, path=path, advice=advice), file=sys.stderr, flush=True)
+    print(
+        short_report(error, ranks=ranks, step=step, path=path, advice=advice),
+        file=sys.stderr,
+        flush=True,
+    )
     return code
 
 
-def short_report(error: BaseException, *, ranks: Ranks, step: int | None, path: Path, advice: str) -> str:
-    """At most ten lines (and the advice): who, when, what, the last frames in this package, where the rest is."""
-    where = f"rank {ranks.global_rank} on {ranks.node}" + ("" if step is None else f" after step {step}")
+def short_report(
+    error: BaseException, *, ranks: Ranks, step: int | None, path: Path, advice: str
+) -> str:
+    """At most ten lines (and the advice): who, when, what, the last frames in this package, where
+    the rest is.
+    """
+    where = f"rank {ranks.global_rank} on {ranks.node}" + (
+        "" if step is None else f" after step {step}"
+    )
     if isinstance(error, PipelineError):
         return f"error: {error}" + (f" ({where})" if ranks.world_size > 1 else "")
     stack = traceback.extract_tb(error.__traceback__)

@@ -1,9 +1,12 @@
 """Where the time of a run goes: one file per start of the run, and the account over all of them.
 
-    clock.Clock --enter("data", step)--> seconds per phase --Goodput.write--> logs/attempts/0003.json
+    clock.Clock --enter("data", step)--> seconds per phase --Goodput.write-->
+    logs/attempts/0003.json
 
-Goodput is the share of wall time, queueing between two starts included, that became training progress which was not
-lost again: steps done after the last checkpoint before a crash count as lost. Standard library only.
+Goodput is the share of wall time, queueing between two starts included, that became training
+progress which was not
+lost again: steps done after the last checkpoint before a crash count as lost. Standard library
+    only.
 """
 
 from __future__ import annotations
@@ -42,13 +45,16 @@ class Goodput:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(attempt))
         os.replace(temporary, self.path)
-        return {f"goodput/{name}": value for name, value in summary([*self.earlier, attempt]).items()}
+        return {
+            f"goodput/{name}": value for name, value in summary([*self.earlier, attempt]).items()
+        }
 
 
 def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Goodput over the starts of a run, in order.
 
-    lost_steps: steps that a later start had to do again. lost_<phase>_s: seconds not spent on training.
+    lost_steps: steps that a later start had to do again. lost_<phase>_s: seconds not spent on
+        training.
     """
     productive, lost_steps = 0.0, 0
     lost: dict[str, float] = defaultdict(float)

@@ -1,9 +1,11 @@
 """Bad numbers and loss spikes: what every rank decides alike after each step.
 
-    StepResult --step_agreement: one tiny all-reduce--> StepSummary --Guard.judge--> Action (+ an entry in the ledger)
+    StepResult --step_agreement: one tiny all-reduce--> StepSummary --Guard.judge--> Action (+ an
+    entry in the ledger)
 
-`Guard` is pure: the same summaries give the same actions on every rank and on every replay. Its state (history, ledger)
-lives in the checkpoint, so a resumed run judges as the undisturbed one does.
+`Guard` is pure: the same summaries give the same actions on every rank and on every replay. Its
+state (history, ledger) lives in the checkpoint, so a resumed run judges as the undisturbed one
+does.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from pipeline.config.choices import OnSpike
 from pipeline.config.operation import ResilienceConfig
 from pipeline.resilience.step_agreement import StepSummary
 
-# continue: nothing to do; rollback: load the newest checkpoint of a step <= the entry's and jump over the samples
-# read since; stop: give up with a report.
+# continue: nothing to do; rollback: load the newest checkpoint of a step <= the entry's and jump
+# over the samples read since; stop: give up with a report.
 Action = Enum("Action", ["continue_", "rollback", "stop"])
 # A spike that comes back after this many rollbacks to one checkpoint is not the data's fault.
 MAX_ROLLBACKS = 3
 # Median absolute deviation times this estimates the standard deviation of a normal distribution.
 MAD_TO_SIGMA = 1.4826
-# Gradients that overflow after so many halvings of the loss scale in a row do not overflow because of it.
+# Gradients that overflow after so many halvings of the loss scale in a row do not overflow because
+# of it.
 LOSS_SCALE_HALVINGS = 20
-# Losses that hardly move have a deviation near 0; below this share of the median nothing is a spike.
+# Losses that hardly move have a deviation near 0; below this share of the median nothing is a
+# spike.
 MIN_SIGMA = 0.002
-
-
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Event:
 class Guard:
     """Judge of every step; history of good losses; ledger of what was done.
 
-    A spike is a loss above median + spike_sigmas robust standard deviations of the last spike_window good losses;
-    nothing is one until half the window is filled.
+    A spike is a loss above median + spike_sigmas robust standard deviations of the last
+    spike_window good losses; nothing is one until half the window is filled.
     """
 
     def __init__(self, cfg: ResilienceConfig, *, loss_scaling: bool) -> None:
@@ -61,7 +63,8 @@ class Guard:
 
         Args:
             cfg: the resilience section.
-            loss_scaling: fp16, where a gradient overflow is how the loss scale is found, not a bad number.
+            loss_scaling: fp16, where a gradient overflow is how the loss scale is found, not a bad
+                number.
         """
         self.cfg = cfg
         self.overflows_allowed = LOSS_SCALE_HALVINGS if loss_scaling else 0
@@ -74,8 +77,12 @@ class Guard:
 
     @property
     def limit(self) -> float:
-        """Loss above which the next step is a spike; inf while the policy is none or the history is short."""
-        if self.cfg.on_spike is OnSpike.none or len(self.history) < max(2, self.cfg.spike_window // 2):
+        """Loss above which the next step is a spike; inf while the policy is none or the history is
+        short.
+        """
+        if self.cfg.on_spike is OnSpike.none or len(self.history) < max(
+            2, self.cfg.spike_window // 2
+        ):
             return math.inf
         median = statistics.median(self.history)
         deviation = MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in self.history)
@@ -83,7 +90,9 @@ class Guard:
 
     @property
     def max_loss(self) -> float:
-        """Loss above which the engine must not apply the step: `limit` under the policy skip, else inf."""
+        """Loss above which the engine must not apply the step: `limit` under the policy skip, else
+        inf.
+        """
         return self.limit if self.cfg.on_spike is OnSpike.skip else math.inf
 
     def judge(self, summary: StepSummary) -> Action:
@@ -130,7 +139,9 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any], *, keep_ledger: bool = False) -> None:
-        """Take up a checkpoint's state; keep_ledger: after a rollback, what has happened stays on record."""
+        """Take up a checkpoint's state; keep_ledger: after a rollback, what has happened stays on
+        record.
+        """
         self.history = deque(state["history"], maxlen=self.cfg.spike_window)
         self.bad_in_a_row = state["bad_in_a_row"]
         self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
@@ -141,23 +152,21 @@ class Guard:
     def report(self) -> str:
         """Why training ends, with the last entries of the ledger and the ways out."""
         lines = [
-            f"  step {e.step}: {e.kind}, {e.action}, loss {e.loss}" + (f" above {e.limit:.4f}" if e.limit else "")
+            f"  step {e.step}: {e.kind}, {e.action}, loss {e.loss}"
+            + (f" above {e.limit:.4f}" if e.limit else "")
             for e in self.ledger[-max(self.cfg.max_bad_steps, MAX_ROLLBACKS + 1) :]
         ]
         last = self.ledger[-1]
         why = (
-            f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to one checkpoint (step {last.step})"
+            f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to one checkpoint (step "
+            f"{last.step})"
             if self.rollbacks > MAX_ROLLBACKS
             else f"{self.bad_in_a_row} steps in a row could not be applied (resilience.max_bad_steps)"
         )
         return "\n".join([
             f"{why}.", *lines,
-            "The newest checkpoint is from before the last of them. Lower optimizer.lr, raise schedule.warmup_steps,",
-            "or set model.qk_norm=true or model.z_loss_coeff=1e-4. tracking.sample_hash=true: which data it was.",
+            "The newest checkpoint is from before the last of them. Lower optimizer.lr, raise "
+            "schedule.warmup_steps,",
+            "or set model.qk_norm=true or model.z_loss_coeff=1e-4. tracking.sample_hash=true: "
+            "which data it was.",
         ])  # fmt: skip
-
-
-
-
-
-

@@ -2,8 +2,8 @@
 
     Sighting of every rank that still runs --guilty--> (ranks, why) --hang_page--> Markdown
 
-Who writes a sighting is judged by the number of phases it has been through, then by what its stack shows; who writes
-none is named by its silence.
+Who writes a sighting is judged by the number of phases it has been through, then by what its stack
+shows; who writes none is named by its silence.
 """
 
 from __future__ import annotations
@@ -69,8 +69,12 @@ def guilty(seen: list[Sighting], hosts: list[RankHost]) -> tuple[list[int], str]
         return [s.global_rank for s in behind], f"behind the others, in {_doings(behind)}"
     busy = [s for s in seen if not s.doing.startswith("collective")]
     if busy and len(busy) < len(seen):
-        return [s.global_rank for s in busy], f"in {_doings(busy)} while the others wait in a collective"
-    return sorted(speaking), f"all in {_doings(seen)}: a link between nodes, or NCCL, rather than one rank"
+        return [
+            s.global_rank for s in busy
+        ], f"in {_doings(busy)} while the others wait in a collective"
+    return sorted(
+        speaking
+    ), f"all in {_doings(seen)}: a link between nodes, or NCCL, rather than one rank"
 
 
 def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) -> str:
@@ -98,24 +102,37 @@ def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) 
     lines += ["", "## What to do", "", *_advice(who, nodes, hosts, sightings), ""]
     innocent = [rank for rank in sightings if rank not in who]
     for rank in [*[r for r in who if r in sightings], *innocent][:MAX_STACKS]:
-        lines += [f"## Stacks of rank {rank} on {hosts[rank].node}", "", "```", sightings[rank].stacks, "```", ""]
+        lines += [
+            f"## Stacks of rank {rank} on {hosts[rank].node}",
+            "",
+            "```",
+            sightings[rank].stacks,
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 
-def _advice(who: list[int], nodes: list[str], hosts: list[RankHost], sightings: dict[int, Sighting]) -> list[str]:
+def _advice(
+    who: list[int], nodes: list[str], hosts: list[RankHost], sightings: dict[int, Sighting]
+) -> list[str]:
     away = [rank for rank in who if rank not in sightings]
     names = ",".join(nodes)
     if away:
         pids = ", ".join(f"{hosts[rank].pid} on {hosts[rank].node}" for rank in away[:8])
         return [
-            f"- Look at process {pids}: `ps -o pid,stat,wchan,cmd`; T: stopped by somebody, D: disk or driver.",
-            f"- Look at the node: `scontrol show node {names}`, `dmesg`, `nvidia-smi -q | grep -i xid`.",
-            f"- The job goes on at its newest checkpoint; elsewhere: `scontrol update jobid=ID ExcNodeList={names}`.",
+            f"- Look at process {pids}: `ps -o pid,stat,wchan,cmd`; T: stopped by somebody, D: "
+            "disk or driver.",
+            f"- Look at the node: `scontrol show node {names}`, `dmesg`, `nvidia-smi -q | grep -i "
+            "xid`.",
+            "- The job goes on at its newest checkpoint; elsewhere: `scontrol update jobid=ID "
+            f"ExcNodeList={names}`.",
         ]
     doings = {sightings[rank].doing.split(" ")[0] for rank in who}
     return [
         *[way for place, way in WAYS_OUT.items() if place in doings],
-        "- The stacks below show the line. If the step is right but slow, raise resilience.hang_timeout_s.",
+        "- The stacks below show the line. If the step is right but slow, raise "
+        "resilience.hang_timeout_s.",
     ]
 
 
@@ -136,7 +153,8 @@ def all_stacks() -> str:
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
     return "\n".join(
-        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)) for ident, frame in frames
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+        for ident, frame in frames
     )
 
 

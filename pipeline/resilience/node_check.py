@@ -1,6 +1,8 @@
-"""Every device computes, every link carries, every clock agrees, or the bad node is named. A few seconds.
+"""Every device computes, every link carries, every clock agrees, or the bad node is named. A few
+seconds.
 
-A GEMM of small integers has one right answer on any hardware: a device is judged by itself, not by the majority.
+A GEMM of small integers has one right answer on any hardware: a device is judged by itself, not by
+    the majority.
 """
 
 from __future__ import annotations
@@ -51,14 +53,20 @@ def check(host: RankHost, device: torch.device) -> list[RankHost]:
             logger.warning(line)
     if bad:
         nodes = ",".join(sorted({hosts[rank].node for rank in bad}))
-        lines = [f"rank {rank} on {hosts[rank].node}: {why}" for rank, why in sorted(bad.items())[:16]]
+        lines = [
+            f"rank {rank} on {hosts[rank].node}: {why}" for rank, why in sorted(bad.items())[:16]
+        ]
         raise MachineError(
-            "the node check failed:\n  " + "\n  ".join(lines) + f"\nLeave the node out: sbatch --exclude={nodes} ..."
+            "the node check failed:\n  "
+            + "\n  ".join(lines)
+            + f"\nLeave the node out: sbatch --exclude={nodes} ..."
         )
     return hosts
 
 
-def find_bad_ranks(findings: list[Finding], hosts: list[RankHost]) -> tuple[dict[int, str], list[str]]:
+def find_bad_ranks(
+    findings: list[Finding], hosts: list[RankHost]
+) -> tuple[dict[int, str], list[str]]:
     """(bad rank to reason, warnings about slow ranks); pure."""
     bad, slow = {}, []
     typical_clock = _median([f.clock for f in findings])
@@ -71,14 +79,17 @@ def find_bad_ranks(findings: list[Finding], hosts: list[RankHost]) -> tuple[dict
         elif not f.sum_ok:
             bad[rank] = "an all-reduce over all ranks gave a wrong sum"
         elif abs(f.clock - typical_clock) > MAX_CLOCK_SKEW_S:
-            bad[rank] = f"the clock is {f.clock - typical_clock:+.0f} s off; start chrony or ntpd there"
+            bad[rank] = (
+                f"the clock is {f.clock - typical_clock:+.0f} s off; start chrony or ntpd there"
+            )
     for what, values in (
         ("GEMM", [f.gemm_ms for f in findings]),
         ("link from the rank before", [f.left_ms for f in findings]),
     ):
         typical = _median(values)
         slow += [
-            f"node check: rank {rank} on {hosts[rank].node}: {what} took {ms:.1f} ms, median {typical:.1f} ms"
+            f"node check: rank {rank} on {hosts[rank].node}: {what} took {ms:.1f} ms, median "
+            f"{typical:.1f} ms"
             for rank, ms in enumerate(values)
             if len(values) > 2 and ms > SLOW * typical and ms - typical > 5.0
         ]
@@ -86,7 +97,9 @@ def find_bad_ranks(findings: list[Finding], hosts: list[RankHost]) -> tuple[dict
 
 
 def _compute(device: torch.device) -> tuple[bool, float]:
-    """(right?, milliseconds) of a product of small integers, checked as (A B) v = A (B v) in int64 on the host."""
+    """(right?, milliseconds) of a product of small integers, checked as (A B) v = A (B v) in int64
+    on the host.
+    """
     size = 2048 if device.type == "cuda" else 256
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-3, 4, (size, size), generator=generator) for _ in range(2))
@@ -101,7 +114,9 @@ def _compute(device: torch.device) -> tuple[bool, float]:
 
 
 def _link(device: torch.device) -> tuple[bool, float]:
-    """(whole?, milliseconds) of a block passed round the ring of all ranks: every link of neighbours is used."""
+    """(whole?, milliseconds) of a block passed round the ring of all ranks: every link of
+    neighbours is used.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return True, 0.0
@@ -129,7 +144,3 @@ def _sum(device: torch.device) -> bool:
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-
-

@@ -1,12 +1,13 @@
-"""Notice: a signal that asks the run to save and leave, heard by any rank, obeyed by all after the same step.
+"""Notice: a signal that asks the run to save and leave, heard by any rank, obeyed by all after the
+same step.
 
     Slurm --USR2 (time limit) / TERM (preemption, requeue, scancel)--> flag of the process
     flag --with the step's numbers, anomaly.StepAgreement--> every rank knows --> save, exit 0
 
-`install_handlers()` runs before torch is imported: a notice during the seconds of start-up would kill the process
-otherwise. launch/pretrain.slurm starts ranks with the signals blocked, so one that comes even before that waits. The
-flag is looked at after a step, so a run that has time for one step always makes progress.
-Imports the standard library only.
+`install_handlers()` runs before torch is imported: a notice during the seconds of start-up would
+kill the process otherwise. launch/pretrain.slurm starts ranks with the signals blocked, so one that
+comes even before that waits. The flag is looked at after a step, so a run that has time for one
+step always makes progress. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _received: list[int] = []
 
 
 def install_handlers() -> None:
-    """Turn USR2, TERM and the first Ctrl-C into a request to save and leave; a second Ctrl-C interrupts."""
+    """Turn USR2, TERM and the first Ctrl-C into a request to save and leave; a second Ctrl-C
+    interrupts.
+    """
     for number in NOTICES:
         signal.signal(number, _on_notice)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
@@ -31,7 +34,8 @@ def received() -> signal.Signals | None:
 
 
 def _on_notice(number: int, _: FrameType | None) -> None:
-    # Appending to a list is all that happens here: a handler may run between any two bytecodes, in any library.
+    # Appending to a list is all that happens here: a handler may run between any two bytecodes, in
+    # any library.
     _received.append(number)
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,6 @@
-"""One tiny all-reduce a step, after which every rank knows the same about it: loss, norm, left out, notice given."""
+"""One tiny all-reduce a step, after which every rank knows the same about it: loss, norm, left out,
+notice given.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class StepSummary:
 class StepAgreement:
     """One all-reduce a step that makes notice, loss and skip known to every rank alike.
 
-    On CUDA the answer for step k is read when step k + 1 is launched: the host stays at most a step ahead, and the
-    device always has a whole step before it. On the CPU the answer is read at once.
+    On CUDA the answer for step k is read when step k + 1 is launched: the host stays at most a step
+    ahead, and the device always has a whole step before it. On the CPU the answer is read at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +48,8 @@ class StepAgreement:
         skipped: torch.Tensor,
         notice: bool,
     ) -> StepSummary | None:
-        """The newest summary that all ranks know; late ones: of the call before, None at the first call.
+        """The newest summary that all ranks know; late ones: of the call before, None at the first
+        call.
 
         Collective: call on every rank of the world, after each step.
 

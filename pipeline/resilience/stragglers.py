@@ -1,8 +1,8 @@
 """Which rank holds the others up: own work, measured apart from waiting.
 
-In synchronous training every rank's step takes as long as the slowest one's: wall time names nobody. So every n steps
-each rank times a fixed piece of arithmetic on its device, which no other rank can delay, and reports it with the time
-its own loader made it wait.
+In synchronous training every rank's step takes as long as the slowest one's: wall time names
+nobody. So every n steps each rank times a fixed piece of arithmetic on its device, which no other
+rank can delay, and reports it with the time its own loader made it wait.
 """
 
 from __future__ import annotations
@@ -42,25 +42,31 @@ class Report:
     def warning(self, hosts: list[RankHost]) -> str:
         """One line for the log, with the node."""
         return (
-            f"{describe_ranks(self.stragglers, hosts)}: {self.slowest_ms / self.median_ms:.1f} times slower than the "
-            f"median in {PATIENCE} reports in a row (data wait + a fixed GEMM: {self.slowest_ms:.1f} ms, median "
-            f"{self.median_ms:.1f} ms)"
+            f"{describe_ranks(self.stragglers, hosts)}: {self.slowest_ms / self.median_ms:.1f} "
+            f"times slower than the median in {PATIENCE} reports in a row (data wait + a fixed "
+            f"GEMM: {self.slowest_ms:.1f} ms, median {self.median_ms:.1f} ms)"
         )
 
 
 class Stragglers:
     """Counts, on every rank alike, how often a rank was slow."""
 
-    def __init__(self, *, ratio: float, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, *, ratio: float, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.ratio, self.device, self.group = ratio, device, group
         size = 4096 if device.type == "cuda" else 256
         self._matrix = torch.ones(
-            size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+            size,
+            size,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )
         self._slow: Counter[int] = Counter()
 
     def report(self, *, data_wait_ms: float) -> Report:
-        """The slowest rank since the last report. Collective: call on every rank of `group`, every n steps.
+        """The slowest rank since the last report. Collective: call on every rank of `group`, every
+        n steps.
 
         Args:
             data_wait_ms: time this rank's last step waited for its loader.

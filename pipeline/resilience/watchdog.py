@@ -1,10 +1,12 @@
-"""No run hangs for ever: a rank without progress leads to one page that says who and where, and to the job's end.
+"""No run hangs for ever: a rank without progress leads to one page that says who and where, and to
+the job's end.
 
     each rank, a thread: Clock.now is old --> logs/.hang-<start>/00003.json   what this rank was doing, its stacks
     lowest rank that writes one: waits for the others' --> logs/hang-<step>.md, exit code 4 on every rank
 
-While all goes well nothing is written and nothing is sent. A rank that is stopped, dead, or cut off writes no page:
-its silence names it. Who writes is judged by the number of phases it has been through, then by what its stack shows.
+While all goes well nothing is written and nothing is sent. A rank that is stopped, dead, or cut off
+writes no page: its silence names it. Who writes is judged by the number of phases it has been
+    through, then by what its stack shows.
 """
 
 from __future__ import annotations
@@ -22,14 +24,27 @@ from pathlib import Path
 from pipeline.distributed.ranks import RankHost, describe_ranks
 from pipeline.errors import EXIT_HANG
 from pipeline.resilience.clock import Beat, Clock
-from pipeline.resilience.hang_page import Sighting, all_stacks, doing, guilty, hang_page, process_state
+from pipeline.resilience.hang_page import (
+    Sighting,
+    all_stacks,
+    doing,
+    guilty,
+    hang_page,
+    process_state,
+)
 
 
 class Watchdog:
     """A daemon thread that ends a run which makes no progress; a context manager."""
 
     def __init__(
-        self, clock: Clock, *, run_dir: Path, hosts: list[RankHost], global_rank: int, timeout_s: float
+        self,
+        clock: Clock,
+        *,
+        run_dir: Path,
+        hosts: list[RankHost],
+        global_rank: int,
+        timeout_s: float,
     ) -> None:
         """Watch `clock`.
 
@@ -38,7 +53,8 @@ class Watchdog:
             run_dir: the page goes to its logs/.
             hosts: where all ranks live, from gather_hosts.
             global_rank: this rank.
-            timeout_s: the page is on disk and the process gone this long after the last sign of life.
+            timeout_s: the page is on disk and the process gone this long after the last sign of
+                life.
         """
         self.clock, self.hosts, self.global_rank = clock, hosts, global_rank
         self.describe_step: Callable[[], str] = str
@@ -66,13 +82,18 @@ class Watchdog:
             beat = self.clock.now
             if self._age_s(beat) < self.timeout_s - self.grace_s:
                 continue
-            # The disk may be what hangs: the report has a thread of its own, and the end does not wait for it.
-            threading.Thread(target=self._report, args=(beat,), name="watchdog-report", daemon=True).start()
+            # The disk may be what hangs: the report has a thread of its own, and the end does not
+            # wait for it.
+            threading.Thread(
+                target=self._report, args=(beat,), name="watchdog-report", daemon=True
+            ).start()
             if self._stays(beat, until_s=self.timeout_s):
                 os._exit(EXIT_HANG)
 
     def _report(self, beat: Beat) -> None:
-        """Write down what this rank is doing; if it lasts, and this is the lowest rank that did so, write the page."""
+        """Write down what this rank is doing; if it lasts, and this is the lowest rank that did so,
+        write the page.
+        """
         path = self._write_sighting()
         if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4):
             self._write_page()
@@ -80,7 +101,9 @@ class Watchdog:
             path.unlink(missing_ok=True)  # it went on
 
     def _stays(self, beat: Beat, *, until_s: float) -> bool:
-        """Whether `beat` is still the last sign of life when it is `until_s` old; waits until that is known."""
+        """Whether `beat` is still the last sign of life when it is `until_s` old; waits until that
+        is known.
+        """
         while self.clock.now is beat and self._age_s(beat) < until_s and not self._closed.is_set():
             self._closed.wait(self.grace_s / 20)
         return self.clock.now is beat and not self._closed.is_set()
@@ -127,24 +150,9 @@ class Watchdog:
         self.folder.rename(self.logs / f"hang-{step}")
         who, why = guilty(seen, self.hosts)
         print(
-            f"error: no progress for {self.timeout_s:.0f} s at step {step}: {describe_ranks(who, self.hosts)}: {why}\n"
+            f"error: no progress for {self.timeout_s:.0f} s at step {step}: "
+            f"{describe_ranks(who, self.hosts)}: {why}\n"
             f"       the page {page} says what each rank was doing",
             file=sys.stderr,
             flush=True,
         )
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

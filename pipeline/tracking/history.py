@@ -42,8 +42,16 @@ class History:
             for key in row:
                 if key.startswith("val/") and key.endswith("/loss"):
                     name = key.removeprefix("val/").removesuffix("/loss")
-                    values = {k.rpartition("/")[2]: v for k, v in row.items() if k.startswith(f"val/{name}/")}
-                    evaluations[name, row["step"]] = {"step": row["step"], "tokens": row["tokens"], **values}
+                    values = {
+                        k.rpartition("/")[2]: v
+                        for k, v in row.items()
+                        if k.startswith(f"val/{name}/")
+                    }
+                    evaluations[name, row["step"]] = {
+                        "step": row["step"],
+                        "tokens": row["tokens"],
+                        **values,
+                    }
         if not steps:
             raise DataError(f"{path} holds no logged step yet.")
         history.steps = [steps[step] for step in sorted(steps)]
@@ -60,7 +68,9 @@ class History:
     @property
     def tokens_per_sec(self) -> float:
         """Median over the logged steps, without each process's first, which warms up."""
-        rates = sorted(self.column("throughput/tokens_per_sec")[1:] or self.column("throughput/tokens_per_sec"))
+        rates = sorted(
+            self.column("throughput/tokens_per_sec")[1:] or self.column("throughput/tokens_per_sec")
+        )
         return rates[len(rates) // 2]
 
 

@@ -1,4 +1,5 @@
-"""What a run tells the world: metrics.jsonl, one console line a logged step, a progress bar, Weights & Biases.
+"""What a run tells the world: metrics.jsonl, one console line a logged step, a progress bar,
+Weights & Biases.
 
     trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl          the record; history.py reads it
                                                              --> console, progress bar
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pipeline.evaluation.perplexity import EvalResult
 
 
-
 class State(Protocol):
     """What is read of the trainer's state."""
 
@@ -50,7 +50,9 @@ class State(Protocol):
 
 
 class Metrics:
-    """Keeps, prints and sends the numbers of a run; does nothing on ranks that are not the main one."""
+    """Keeps, prints and sends the numbers of a run; does nothing on ranks that are not the main
+    one.
+    """
 
     def __init__(
         self,
@@ -72,21 +74,33 @@ class Metrics:
             shape: derived numbers.
             flops_per_token: from flops.flops_per_token.
             is_main: whether this rank speaks.
-            facts: recorded at the start beside `environment()`: dataset identities, number of parameters.
+            facts: recorded at the start beside `environment()`: dataset identities, number of
+                parameters.
         """
-        self.cfg, self.shape, self.flops_per_token, self.is_main = cfg, shape, flops_per_token, is_main
+        self.cfg, self.shape, self.flops_per_token, self.is_main = (
+            cfg,
+            shape,
+            flops_per_token,
+            is_main,
+        )
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
         self.restart_clock()
         if not is_main:
             return
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+        device = (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else platform.processor() or "cpu"
+        )
         self.peak_tflops = cfg.peak_tflops or peak_tflops(device)
         facts = {"device": device, **environment(), **facts}
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         logger.info("commit %s on %s; %s", facts["git_commit"] or "unknown", device, versions)
         self._file = _open_lines(run_dir / "metrics.jsonl")
-        self._write({"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts})
+        self._write(
+            {"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts}
+        )
         self._wandb = None
         if cfg.wandb is not WandbMode.disabled:
             self._wandb = WandbRun(cfg, run_dir=run_dir, config={**config, "facts": facts})
@@ -94,7 +108,9 @@ class Metrics:
         self._cleanup = contextlib.ExitStack()
 
     def restart_clock(self) -> None:
-        """Leave the time since the last record out of the throughput: it went into something other than steps."""
+        """Leave the time since the last record out of the throughput: it went into something other
+        than steps.
+        """
         self._mark = time.perf_counter()
 
     def record(
@@ -111,14 +127,16 @@ class Metrics:
             state: after the step.
             result: of the step.
             data_wait_ms: time the step waited for its batch.
-            extra: more values of the step, by metric name; 0-dim tensors are read on logged steps only.
+            extra: more values of the step, by metric name; 0-dim tensors are read on logged steps
+                only.
         """
         if not self.is_main:
             return
         self._interval_steps += 1
         self._interval_tokens += self.shape.at(state.step - 1).tokens
         self._interval_wait_ms += data_wait_ms
-        # The first step of a process shows at once whether it works; the last one is what a run has reached.
+        # The first step of a process shows at once whether it works; the last one is what a run has
+        # reached.
         is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
         if is_due or not self._logged_steps:
             values = self._values(state, result, extra or {})
@@ -133,14 +151,22 @@ class Metrics:
         """Pass on loss, perplexity and bits per byte of each validation dataset."""
         if self.is_main:
             for name, result in results.items():
-                values = {"loss": result.loss, "ppl": result.ppl, "bits_per_byte": result.bits_per_byte}
-                self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
+                values = {
+                    "loss": result.loss,
+                    "ppl": result.ppl,
+                    "bits_per_byte": result.bits_per_byte,
+                }
+                self._send(
+                    state, {f"val/{name}/{key}": float(value) for key, value in values.items()}
+                )
                 text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())
                 logger.info("step %d | val/%s | %s", state.step, name, text)
         self.restart_clock()
 
     def event(self, state: State, values: Mapping[str, Any]) -> None:
-        """Pass on values that belong to no logged step, e.g. {"resilience/checkpoint_stall_ms": 12.0}."""
+        """Pass on values that belong to no logged step, e.g. {"resilience/checkpoint_stall_ms":
+        12.0}.
+        """
         if self.is_main:
             self._send(state, dict(values))
         self.restart_clock()
@@ -213,7 +239,11 @@ class Metrics:
         if self._bar is None:
             wanted = self.cfg.progress and sys.stderr.isatty()
             self._bar = tqdm(
-                total=self.shape.total_steps, initial=state.step, disable=not wanted, unit="step", dynamic_ncols=True
+                total=self.shape.total_steps,
+                initial=state.step,
+                disable=not wanted,
+                unit="step",
+                dynamic_ncols=True,
             )
             self._cleanup.callback(self._bar.close)
             if wanted:  # log lines go above the bar
@@ -222,18 +252,10 @@ class Metrics:
             self._bar.update(state.step - self._bar.n)
 
 
-
-
-
-
-
-
-
-
-
-
 def _open_lines(path: Path) -> Any:
-    """The file, open for appending at the start of a line: a killed process may have left half of one."""
+    """The file, open for appending at the start of a line: a killed process may have left half of
+    one.
+    """
     file = path.open("ab+", buffering=0)
     if file.tell():
         file.seek(-1, os.SEEK_END)

@@ -13,7 +13,10 @@ from pipeline.tracking.history import History
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAIN_COLOR, VAL_COLORS = "#4477aa", ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")  # told apart by everyone
+TRAIN_COLOR, VAL_COLORS = (
+    "#4477aa",
+    ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee"),
+)  # told apart by everyone
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -47,12 +50,16 @@ def draw(history: History, path: Path, *, title: str) -> None:
     (loss, rate), (lr, norm) = figure.subplots(2, 2)
     steps = history.column("step")
     _curve(loss, steps, history.column("train/loss"), "Loss, nats per token", label="training")
-    for (name, rows), color in zip(history.evaluations.items(), VAL_COLORS * len(history.evaluations)):
+    for (name, rows), color in zip(
+        history.evaluations.items(), VAL_COLORS * len(history.evaluations)
+    ):
         held_out = [row["step"] for row in rows], [row["loss"] for row in rows]
         loss.plot(*held_out, "o-", color=color, markersize=4, label=f"held out: {name}")
     loss.legend(frameon=False)
     _limit(loss, history.column("train/loss"))
-    _curve(rate, steps, history.column("throughput/tokens_per_sec"), "Throughput, tokens per second")
+    _curve(
+        rate, steps, history.column("throughput/tokens_per_sec"), "Throughput, tokens per second"
+    )
     rate.set_ylim(bottom=0)
     _curve(lr, steps, history.column("train/lr"), "Learning rate")
     _curve(norm, steps, history.column("train/grad_norm"), "Gradient norm, before clipping")
@@ -64,10 +71,10 @@ def page(history: History, run_dir: Path, picture: Path) -> str:
     """The web page; needs no other file."""
     last, facts = history.steps[-1], history.facts
     summary = (
-        f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} parameters, "
-        f"{history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x {facts.get('device')}; "
-        f"training loss {_text(last['train/loss'])}, {last['resilience/restarts']} restarts, "
-        f"{last['resilience/skipped_steps']} skipped steps."
+        f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} "
+        f"parameters, {history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x "
+        f"{facts.get('device')}; training loss {_text(last['train/loss'])}, "
+        f"{last['resilience/restarts']} restarts, {last['resilience/skipped_steps']} skipped steps."
     )
     if "goodput/goodput" in last:
         summary += f" Goodput {100 * last['goodput/goodput']:.0f} %, {last['goodput/lost_steps']:.0f} steps done twice."
@@ -76,7 +83,10 @@ def page(history: History, run_dir: Path, picture: Path) -> str:
         for name, found in history.evaluations.items()
         for row in found
     ]
-    rows += [[name, "evaluation.json", r["loss"], r["ppl"], r["bits_per_byte"]] for name, r in history.final.items()]
+    rows += [
+        [name, "evaluation.json", r["loss"], r["ppl"], r["bits_per_byte"]]
+        for name, r in history.final.items()
+    ]
     config = run_dir / "config.yaml"
     return PAGE.format(
         title=html.escape(run_dir.resolve().name),

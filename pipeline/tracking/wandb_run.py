@@ -23,12 +23,16 @@ WANDB_QUEUE = 10_000  # values kept for a W&B that does not take them
 
 
 class WandbRun:
-    """A W&B run that a thread of its own opens and feeds; whatever happens there ends in one warning."""
+    """A W&B run that a thread of its own opens and feeds; whatever happens there ends in one
+    warning.
+    """
 
     def __init__(self, cfg: TrackingConfig, *, run_dir: Path, config: dict[str, Any]):
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(WANDB_QUEUE)
         self._broken = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(cfg, run_dir, config), daemon=True, name="wandb")
+        self._thread = threading.Thread(
+            target=self._work, args=(cfg, run_dir, config), daemon=True, name="wandb"
+        )
         self._thread.start()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -54,15 +58,19 @@ class WandbRun:
 
             mode: Any = _wandb_mode(cfg.wandb)
             settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_INIT_TIMEOUT_S)
-            # One run for the job's whole life. Offline every restart writes a folder of its own with this id, and
-            # `wandb sync` joins them; `resume` means nothing there.
+            # One run for the job's whole life. Offline every restart writes a folder of its own
+            # with this id, and `wandb sync` joins them; `resume` means nothing there.
             run = wandb.init(
                 project=cfg.project, entity=cfg.entity, group=cfg.group, tags=cfg.tags, name=run_dir.name, dir=run_dir,
                 id=_wandb_id(run_dir), resume="allow" if mode == "online" else None, mode=mode, config=config,
                 settings=settings,
             )  # fmt: skip
-            logger.info("wandb: %s", run.url if mode == "online" else f"{mode}; kept in {run_dir}/wandb")
-            run.define_metric("*", step_metric="step")  # after a restart steps repeat: W&B's own step cannot
+            logger.info(
+                "wandb: %s", run.url if mode == "online" else f"{mode}; kept in {run_dir}/wandb"
+            )
+            run.define_metric(
+                "*", step_metric="step"
+            )  # after a restart steps repeat: W&B's own step cannot
             while isinstance(row := self._queue.get(), dict):
                 run.log(row)
             run.finish(exit_code=row)
@@ -72,14 +80,18 @@ class WandbRun:
     def _give_up(self, reason: str) -> None:
         if not self._broken.is_set():
             self._broken.set()
-            logger.warning("W&B is given up, training goes on and metrics.jsonl has everything: %s", reason)
+            logger.warning(
+                "W&B is given up, training goes on and metrics.jsonl has everything: %s", reason
+            )
 
 
 def _wandb_mode(mode: WandbMode) -> str:
     """Online or offline: the setting, else WANDB_MODE, else online where there is a key."""
     if mode is not WandbMode.auto:
         return mode.name
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    return os.environ.get("WANDB_MODE") or (
+        "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    )
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -1,4 +1,6 @@
-"""Everything a run can know before it touches a device: its numbers, its folder, whether its checkpoints fit."""
+"""Everything a run can know before it touches a device: its numbers, its folder, whether its
+checkpoints fit.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
     from pipeline.planning import memory
 
     vocab_size = describe(cfg.data).vocab_size
-    return memory.advice(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size))
+    return memory.advice(
+        cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+    )
 
 
 def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
@@ -57,15 +61,16 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
         probe.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise MachineError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}). Choose another with runs_dir=... or "
-            "name=..."
+            f"the run folder {run_dir} cannot be written ({error.strerror}). Choose another with "
+            "runs_dir=... or name=..."
         ) from None
     size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(cfg.model, shape.vocab_size)
     free = shutil.disk_usage(run_dir).free
     if free < 2 * size:  # the newest checkpoint and the one being written
         raise MachineError(
-            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model need "
-            f"{2 * size / 2**30:.2f} GiB. Free some space or choose another disk with runs_dir=..."
+            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model "
+            f"need {2 * size / 2**30:.2f} GiB. Free some space or choose another disk with "
+            "runs_dir=..."
         )
 
 
@@ -73,7 +78,10 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     """Raise CheckpointError where the run folder holds a run of another model."""
     from pipeline.checkpoint import folder as folders
 
-    records = (_record_if_whole(path) for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints")))
+    records = (
+        _record_if_whole(path)
+        for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints"))
+    )
     newest = next((record for record in records if record), None)
     if newest is None or not cfg.checkpoint.resume:
         return
@@ -86,8 +94,8 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"{run_dir} holds a run of another model ({'; '.join(changed)}). Give this run another name=..., or "
-            "delete that folder."
+            f"{run_dir} holds a run of another model ({'; '.join(changed)}). Give this run another "
+            "name=..., or delete that folder."
         )
 
 

@@ -86,7 +86,9 @@ class Trainer:
             run_dir=run_dir,
             config=cli.to_dict(cfg),
             shape=shape,
-            flops_per_token=flops_per_token(cfg.model, vocab_size=shape.vocab_size, seq_len=shape.seq_len),
+            flops_per_token=flops_per_token(
+                cfg.model, vocab_size=shape.vocab_size, seq_len=shape.seq_len
+            ),
             is_main=layout.ranks.is_main,
             facts={
                 "num_parameters": num_parameters(cfg.model, shape.vocab_size),
@@ -98,22 +100,30 @@ class Trainer:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
         self.restore()
         self.goodput = (
-            Goodput(self.run_dir, self.clock, first_step=self.state.step) if self.layout.ranks.is_main else None
+            Goodput(self.run_dir, self.clock, first_step=self.state.step)
+            if self.layout.ranks.is_main
+            else None
         )
         while self.state.step < self.shape.total_steps:
             self.clock.enter("data", self.state.step)
             batches = self.loader.next_step()  # num_micro_batches x (micro_batch_size, seq_len)
             self.clock.enter("train", self.state.step)
             # forward, backward, clip, update
-            result = self.engine.train_step(batches, step=self.state.step, max_loss=self.guard.max_loss)
+            result = self.engine.train_step(
+                batches, step=self.state.step, max_loss=self.guard.max_loss
+            )
             self.state.advance(self.shape.at(self.state.step))
-            self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=self.logged_extras())
+            self.metrics.record(
+                self.state, result, data_wait_ms=self.loader.wait_ms, extra=self.logged_extras()
+            )
             summaries = self.agree_on(result)
             if any(self.react(summary) is Action.rollback for summary in summaries):
                 continue
             if self.is_due(self.cfg.training.eval_every):
                 self.evaluate()
-            if any(summary.notice for summary in summaries):  # some rank was asked to leave, all know
+            if any(
+                summary.notice for summary in summaries
+            ):  # some rank was asked to leave, all know
                 break
             if self.is_due(self.cfg.checkpoint.save_every):
                 self.save()
@@ -122,7 +132,7 @@ class Trainer:
             self.collect_garbage()
         self.finish()
 
-    # ---- parts of a step ----------------------------------------------------------------------------------------
+    # ---- parts of a step -------------------------------------------------------------------------
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one."""
@@ -137,7 +147,11 @@ class Trainer:
         if self.goodput is None:
             return values
         values |= self.goodput.write(self.state.step)
-        return values | {"data/sample_hash": self.loader.sample_hash} if self.cfg.tracking.sample_hash else values
+        return (
+            values | {"data/sample_hash": self.loader.sample_hash}
+            if self.cfg.tracking.sample_hash
+            else values
+        )
 
     def corrupt_samples(self) -> int:
         """Samples left out so far by data.on_corrupt=skip, all data-parallel ranks. Collective."""
@@ -150,9 +164,11 @@ class Trainer:
         return f"Sample hash of the step: {self.loader.sample_hash}."
 
     def agree_on(self, result: StepResult) -> list[StepSummary]:
-        """What all ranks know alike of steps that nobody has judged, and whether one of them was given notice.
+        """What all ranks know alike of steps that nobody has judged, and whether one of them was
+        given notice.
 
-        On CUDA that is the step before; at a checkpoint and at the end also the newest, so that what is kept is judged.
+        On CUDA that is the step before; at a checkpoint and at the end also the newest, so that
+        what is kept is judged.
         """
         step = self.state.step
         known = [
@@ -176,7 +192,10 @@ class Trainer:
         action = self.guard.judge(summary)
         for event in self.guard.ledger[known:]:
             self.warn(f"step {event.step}: {event.kind} (loss {event.loss}): {event.action}")
-            self.metrics.event(self.state, {f"resilience/{event.kind}": event.step, "resilience/action": event.action})
+            self.metrics.event(
+                self.state,
+                {f"resilience/{event.kind}": event.step, "resilience/action": event.action},
+            )
         if action is Action.stop:
             raise DivergedError(self.guard.report())
         if action is Action.rollback:
@@ -184,7 +203,9 @@ class Trainer:
         return action
 
     def roll_back(self, *, before: int) -> None:
-        """Return to the newest checkpoint without step `before` and go on behind the samples that were read since."""
+        """Return to the newest checkpoint without step `before` and go on behind the samples that
+        were read since.
+        """
         reached = self.state.samples_seen
         record = self.checkpoints.restore(self.engine, not_after=before)
         if record is None:
@@ -194,7 +215,10 @@ class Trainer:
         self.state = TrainState(**record["state"])
         self.loader.restore(record["loader"])
         self.loader.skip_samples(reached - self.state.samples_seen)
-        self.warn(f"rolled back to step {self.state.step}; {reached - self.state.samples_seen} samples are skipped")
+        self.warn(
+            f"rolled back to step {self.state.step}; {reached - self.state.samples_seen} samples "
+            "are skipped"
+        )
         self.state.samples_seen = reached
 
     def evaluate(self) -> None:
@@ -215,11 +239,13 @@ class Trainer:
             logger.warning(message)
 
     def collect_garbage(self) -> None:
-        """Collect on all ranks after the same step: one rank that collects alone stalls every all-reduce."""
+        """Collect on all ranks after the same step: one rank that collects alone stalls every
+        all-reduce.
+        """
         if self.is_due(self.cfg.training.gc_every):
             gc.collect()
 
-    # ---- start and end ------------------------------------------------------------------------------------------
+    # ---- start and end ---------------------------------------------------------------------------
 
     def restore(self) -> None:
         """Continue at the newest good checkpoint, or begin."""
@@ -241,7 +267,10 @@ class Trainer:
         self.clock.enter("save", self.state.step)
         stall_ms = self.checkpoints.save(self.engine, step=self.state.step, record=self.record())
         self.guard.checkpoint_saved()
-        values = {"resilience/checkpoint_stall_ms": stall_ms, "resilience/failed_saves": self.checkpoints.failed_saves}
+        values = {
+            "resilience/checkpoint_stall_ms": stall_ms,
+            "resilience/failed_saves": self.checkpoints.failed_saves,
+        }
         self.metrics.event(self.state, values)
 
     def record(self) -> dict[str, Any]:
@@ -268,14 +297,17 @@ class Trainer:
         self.loader.close()
         if not self.checkpoints.wait():
             raise CheckpointError(
-                f"the checkpoint of step {self.state.step} could not be written (see above); the run ends with "
-                "the one before. "
-                "Free the disk, or whatever the message says, and start the same command again."
+                f"the checkpoint of step {self.state.step} could not be written (see above); the "
+                "run ends with the one before. Free the disk, or whatever the message says, and "
+                "start the same command again."
             )
         self.clock.enter("end", self.state.step)
         if self.layout.ranks.is_main and is_done:
             (self.run_dir / "DONE").write_text(f"{self.state.step}\n")
         self.metrics.close(0)
         logger.info(
-            "%s at step %d of %d", "done" if is_done else "leaving on notice", self.state.step, self.shape.total_steps
+            "%s at step %d of %d",
+            "done" if is_done else "leaving on notice",
+            self.state.step,
+            self.shape.total_steps,
         )

@@ -44,12 +44,16 @@ SAVED, LAST = 3, 5
 
 def four_ranks(model: str, precision: str, folder: Path) -> dict[str, list]:
     """Save at TP2 x PP2, go on; then resume the same and other layouts of four ranks."""
-    source = config(model, tp=2, pp=2, precision=precision, dropout=0.1 if precision == "bf16" else 0.0)
+    source = config(
+        model, tp=2, pp=2, precision=precision, dropout=0.1 if precision == "bf16" else 0.0
+    )
     histories = {"source": train_and_save(source, folder, [SAVED], LAST)[SAVED:]}
     histories["same"] = resume(source, folder, LAST)
     if precision == "fp32":
         histories["pp4"] = resume(config(model, pp=4), folder, LAST)
-        histories["tp2 dp2 zero3"] = resume(config(model, tp=2, zero=3), folder, LAST, save_to=folder / "zero3")
+        histories["tp2 dp2 zero3"] = resume(
+            config(model, tp=2, zero=3), folder, LAST, save_to=folder / "zero3"
+        )
     return histories
 
 
@@ -57,7 +61,10 @@ def two_ranks(model: str, folder: Path) -> dict[str, list]:
     """Resume on two ranks."""
     return {
         "dualpipev": resume(
-            config(model, pp=2, schedule="dualpipev", micro_batch_size=1), folder, LAST, save_to=folder / "dualpipev"
+            config(model, pp=2, schedule="dualpipev", micro_batch_size=1),
+            folder,
+            LAST,
+            save_to=folder / "dualpipev",
         ),
         "dp2 zero2 from zero3": resume(config(model, zero=2), folder / "zero3", LAST),
     }
@@ -150,7 +157,9 @@ def test_steps_after_an_asynchronous_save_are_not_in_it(tmp_path: Path) -> None:
     for name in ("background", "foreground"):
         run_on_ranks(save_then_train, 1, name == "background", tmp_path / name)
     for step in (1, 2):
-        paths = [str(tmp_path / name / folders.name_of(step)) for name in ("background", "foreground")]
+        paths = [
+            str(tmp_path / name / folders.name_of(step)) for name in ("background", "foreground")
+        ]
         assert main(ToolConfig("diff", *paths)) == 0
 
 
@@ -170,7 +179,9 @@ def small_chunks(step: int, size: int = 40) -> list[Chunk]:
     """This rank's rows of a matrix that says which step it is of."""
     world, rank = dist.get_world_size(), dist.get_rank()
     rows = size // world
-    data = torch.full((rows, 30), float(step)) + torch.arange(rows * rank, rows * (rank + 1))[:, None]
+    data = (
+        torch.full((rows, 30), float(step)) + torch.arange(rows * rank, rows * (rank + 1))[:, None]
+    )
     return [Chunk("weights/a", (size, 30), (rows * rank, 0), data)]
 
 
@@ -190,20 +201,28 @@ def test_checkpoint_is_read_without_a_process_group(small: Path) -> None:
     """Export, generation and people's own scripts read it in one plain process."""
     tensors = CheckpointTensors(small / folders.name_of(2))
     assert tensors.names == ["weights/a"] and (small / "latest").read_text() == "step-00000002\n"
-    assert torch.equal(tensors.tensor("weights/a"), 2.0 + torch.arange(40.0)[:, None].expand(40, 30))
+    assert torch.equal(
+        tensors.tensor("weights/a"), 2.0 + torch.arange(40.0)[:, None].expand(40, 30)
+    )
     assert set(folders.read_sums(small / folders.name_of(2))) == {
         "__0_0.distcp",
         "__1_0.distcp",
         ".metadata",
         "checkpoint.json",
     }
-    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=small / folders.name_of(2), check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"],
+        cwd=small / folders.name_of(2),
+        check=True,
+    )
 
 
 def test_any_rectangle_is_read(small: Path) -> None:
     """Another layout asks for rectangles that cross those of the writers."""
     data = torch.zeros(7, 4)
-    CheckpointTensors(small / folders.name_of(1)).read_into([Chunk("weights/a", (40, 30), (17, 9), data)])
+    CheckpointTensors(small / folders.name_of(1)).read_into(
+        [Chunk("weights/a", (40, 30), (17, 9), data)]
+    )
     assert torch.equal(data, 1.0 + torch.arange(17.0, 24.0)[:, None].expand(7, 4))
 
 
@@ -220,7 +239,13 @@ def test_damage_to_any_file_is_found(how: str, small: Path, tmp_path: Path) -> N
             content = bytearray((copy / name).read_bytes())
             if how == "flip":
                 content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-            content = content[:-1] if how == "truncate" else content + b" " if how == "append" else content
+            content = (
+                content[:-1]
+                if how == "truncate"
+                else content + b" "
+                if how == "append"
+                else content
+            )
             (copy / name).unlink()
             if how != "delete":
                 (copy / name).write_bytes(content)
@@ -249,7 +274,9 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_pa
     newest.write_bytes(newest.read_bytes()[:-1000])
     record, messages, resumed = run_on_ranks(restore_after_damage, 1, tmp_path)[0]
     assert record["step"] == 2 and resumed == history[2:]
-    assert any("step-00000003 is DAMAGED" in message and "__0_0.distcp" in message for message in messages)
+    assert any(
+        "step-00000003 is DAMAGED" in message and "__0_0.distcp" in message for message in messages
+    )
     assert (tmp_path / "damaged-step-00000003").is_dir()
     assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [2, 4]
 
@@ -269,7 +296,10 @@ def test_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path: 
     wider.model.ffn_hidden_size = 128
     message = run_on_ranks(expect_refusal, 2, wider, tmp_path)[1]
     assert "mlp.linear_fc1.bias is (256,)" in message and "(128,) in this model" in message
-    assert "has no head.weight and 8 more" in run_on_ranks(expect_refusal, 1, config("modern"), tmp_path)[0]
+    assert (
+        "has no head.weight and 8 more"
+        in run_on_ranks(expect_refusal, 1, config("modern"), tmp_path)[0]
+    )
 
 
 # ---- failing saves ----------------------------------------------------------------------------------------------
@@ -284,12 +314,17 @@ def save_under_trouble(folder: Path) -> dict[str, Any]:
     run.save(1)
     assert run.checkpointer.wait()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # what a full disk does in mid-file
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+    )  # what a full disk does in mid-file
     run.train(1, 2)
     run.save(2)
     write_failed = not run.checkpointer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    usage, shutil.disk_usage = shutil.disk_usage, lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
+    usage, shutil.disk_usage = (
+        shutil.disk_usage,
+        lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000),
+    )  # type: ignore[attr-defined]
     run.train(2, 3)
     run.save(3)
     space_failed = not run.checkpointer.wait()
@@ -314,7 +349,9 @@ def test_training_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
         assert "step-00000001" in found["left"] and "step-00000002" not in found["left"]
     assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [1, 4]
     assert (tmp_path / "latest").read_text() == "step-00000004\n"
-    assert not list(tmp_path.glob(".step-*")) and folders.damage(tmp_path / folders.name_of(4)) == []
+    assert (
+        not list(tmp_path.glob(".step-*")) and folders.damage(tmp_path / folders.name_of(4)) == []
+    )
 
 
 def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
@@ -323,7 +360,9 @@ def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     root = Path(folder)
     first = max([step for step, _ in folders.list_checkpoints(root)], default=0) + 1
-    checkpointer = Checkpointer(CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=None)  # type: ignore[arg-type]
+    checkpointer = Checkpointer(
+        CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=None
+    )  # type: ignore[arg-type]
     for step in range(first, first + 10_000):
         checkpointer._write(small_chunks(step, size=4000), step, facts(step))
         if rank == 0 and checkpointer._outcome is None:
@@ -335,7 +374,10 @@ def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = str(root / f"store-{number}")
-    ranks = [context.Process(target=save_for_ever, args=(r, 2, str(root), store), daemon=True) for r in range(2)]
+    ranks = [
+        context.Process(target=save_for_ever, args=(r, 2, str(root), store), daemon=True)
+        for r in range(2)
+    ]
     for process in ranks:
         process.start()
     before = read_completed(root)
@@ -376,7 +418,9 @@ def test_kill_at_any_moment_leaves_the_last_completed_save(kills: int, tmp_path:
 # ---- keeping ----------------------------------------------------------------------------------------------------
 
 
-@given(steps=st.sets(st.integers(1, 60), max_size=20), last=st.integers(0, 5), every=st.integers(0, 7))
+@given(
+    steps=st.sets(st.integers(1, 60), max_size=20), last=st.integers(0, 5), every=st.integers(0, 7)
+)
 def test_pruning_keeps_the_newest_and_the_multiples(steps: set[int], last: int, every: int) -> None:
     """The newest checkpoint is never deleted, whatever the settings."""
     gone = folders.to_prune(steps, keep_last=last, keep_every=every)
@@ -384,7 +428,9 @@ def test_pruning_keeps_the_newest_and_the_multiples(steps: set[int], last: int, 
     assert set(gone) == {s for s in steps if s not in newest and not (every and s % every == 0)}
 
 
-def test_tools_list_verify_show_and_diff(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tools_list_verify_show_and_diff(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """What a person sees, and the exit codes a script sees."""
     assert main(ToolConfig("verify", str(small))) == 0
     assert capsys.readouterr().out.count(": good") == 2
@@ -400,7 +446,10 @@ def test_tools_list_verify_show_and_diff(small: Path, tmp_path: Path, capsys: py
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         main(ToolConfig("show", str(tmp_path / "nowhere")))
     output = subprocess.run(
-        [sys.executable, "-m", "pipeline.checkpoint", "list", str(small)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pipeline.checkpoint", "list", str(small)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert str(small / folders.name_of(2)) in output
     assert main(ToolConfig("show", str(small))) == 0

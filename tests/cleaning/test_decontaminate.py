@@ -6,7 +6,9 @@ import pytest
 from data_prep.cleaning.decontaminate import decontaminate
 from pipeline.errors import ConfigError, DataError
 
-QUESTION = "Which of the following planets of our solar system has the largest number of known moons today"
+QUESTION = (
+    "Which of the following planets of our solar system has the largest number of known moons today"
+)
 SHORT = "name the capital city of the french republic"
 
 
@@ -43,7 +45,9 @@ def test_the_same_words_in_another_order_are_no_overlap(evals: list[str]) -> Non
     assert find(evals, " ".join(reversed(QUESTION.split()))) is None
 
 
-def test_short_texts_must_agree_as_a_whole_and_very_short_ones_are_ignored(evals: list[str]) -> None:
+def test_short_texts_must_agree_as_a_whole_and_very_short_ones_are_ignored(
+    evals: list[str],
+) -> None:
     assert find(evals, f"Please {SHORT}, quickly") == "planets"
     assert find(evals, SHORT.removesuffix(" republic")) is None
     assert find(evals, "Why? Saturn. Why?") is None

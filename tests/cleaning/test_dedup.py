@@ -15,7 +15,12 @@ def text_of(seed: int, length: int = 400) -> list[str]:
     return random.Random(seed).choices([f"w{i}" for i in range(5000)], k=length)
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(lambda e: e[0] != e[1]), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(lambda e: e[0] != e[1]),
+        max_size=60,
+    )
+)
 def test_clusters_are_the_connected_components(edges: list[tuple[int, int]]) -> None:
     """Reference: union-find in plain Python."""
     parent = {d: d for e in edges for d in e}
@@ -39,7 +44,9 @@ def test_a_long_chain_of_links_is_one_cluster() -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=30), st.randoms())
-def test_links_point_at_the_first_document_whatever_the_order(keys: list[int], rng: random.Random) -> None:
+def test_links_point_at_the_first_document_whatever_the_order(
+    keys: list[int], rng: random.Random
+) -> None:
     expected = {(d, keys.index(k)) for d, k in enumerate(keys) if keys.index(k) != d}
     pairs = list(enumerate(keys))
     rng.shuffle(pairs)
@@ -60,7 +67,9 @@ def test_bands_match_as_often_as_theory_says() -> None:
     cfg, trials = MinHashDedup(), 300
     for similarity, tolerance in ((0.55, 0.08), (0.75, 0.08), (0.9, 0.04)):
         texts = []
-        for trial in range(trials):  # 400 words in common, then unlike tails, give the wanted Jaccard similarity
+        for trial in range(
+            trials
+        ):  # 400 words in common, then unlike tails, give the wanted Jaccard similarity
             tail = round(396 * (1 - similarity) / (2 * similarity))
             common = text_of(trial)
             texts += [" ".join(common + text_of(10_000 + 2 * trial + i, tail)) for i in (0, 1)]
@@ -78,7 +87,9 @@ def test_minhash_keys_do_not_depend_on_the_batch() -> None:
 
 
 def test_case_and_punctuation_do_not_matter_but_short_texts_must_be_equal() -> None:
-    a, b, c, d = hashing.minhash_keys(["One two, three.", "one two three", "one two four", "..."], MinHashDedup())
+    a, b, c, d = hashing.minhash_keys(
+        ["One two, three.", "one two three", "one two four", "..."], MinHashDedup()
+    )
     assert (a == b).all()
     assert (a != c).all()
     assert (a != d).all()
@@ -86,4 +97,7 @@ def test_case_and_punctuation_do_not_matter_but_short_texts_must_be_equal() -> N
 
 def test_other_seeds_give_other_keys() -> None:
     text = " ".join(text_of(1))
-    assert (hashing.minhash_keys([text], MinHashDedup()) != hashing.minhash_keys([text], MinHashDedup(seed=2))).all()
+    assert (
+        hashing.minhash_keys([text], MinHashDedup())
+        != hashing.minhash_keys([text], MinHashDedup(seed=2))
+    ).all()

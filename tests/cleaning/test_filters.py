@@ -66,7 +66,9 @@ def test_a_broken_rule_is_named(step: str, text: str, reason: str | None) -> Non
 
 
 def test_c4_removes_lines_and_keeps_the_rest() -> None:
-    text = PROSE + "\nPlease enable Javascript to go on.\nRead our privacy policy, it is long.\nmenu"
+    text = (
+        PROSE + "\nPlease enable Javascript to go on.\nRead our privacy policy, it is long.\nmenu"
+    )
     assert judge("c4", text) == PROSE
 
 
@@ -80,9 +82,7 @@ def test_settings_reach_the_published_rule() -> None:
 def test_word_splitter_counts_as_spacy_does_within_a_percent() -> None:
     """The published thresholds were set with a linguistic splitter."""
     spacy = pytest.importorskip("spacy")
-    marks = (
-        '"Really?" she asked (twice); it costs 4.20 - see https://shop.example/a?b=1 or /usr/share/x.txt, me@here.org!'
-    )
+    marks = '"Really?" she asked (twice); it costs 4.20 - see https://shop.example/a?b=1 or /usr/share/x.txt, me@here.org!'
     text = " ".join([PROSE, marks, "-----", PROSE])
     theirs = [token for token in spacy.blank("en")(text) if not token.is_space]
     assert len(words(text)) == pytest.approx(len(theirs), rel=0.03)
@@ -92,17 +92,27 @@ def test_word_splitter_counts_as_spacy_does_within_a_percent() -> None:
 def test_addresses_on_a_list_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "domains").write_text("# ours\nspam-example.com\n\nads.shop-example.com\n")
     (tmp_path / "words").write_text("casino\n")
-    lists = {"integrated_lists": False, "domains": str(tmp_path / "domains"), "banned_words": str(tmp_path / "words")}
+    lists = {
+        "integrated_lists": False,
+        "domains": str(tmp_path / "domains"),
+        "banned_words": str(tmp_path / "words"),
+    }
     assert judge("url", "text", "https://www.spam-example.com/a", **lists) == Drop("domain")
     assert judge("url", "text", "https://ads.shop-example.com/", **lists) == Drop("subdomain")
-    assert judge("url", "text", "https://good-example.com/casino/now", **lists) == Drop("hard_blacklisted")
+    assert judge("url", "text", "https://good-example.com/casino/now", **lists) == Drop(
+        "hard_blacklisted"
+    )
     assert judge("url", "text", "https://good-example.com/", **lists) == "text"
     assert judge("url", "text", None, **lists) == "text"
     assert judge("url", "text", None, require=True, **lists) == Drop("no_url")
 
 
-@pytest.mark.parametrize("step, package", [("language", "fasttext"), ("minhash_dedup", "rensa"), ("c4", "datatrove")])
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, step: str, package: str) -> None:
+@pytest.mark.parametrize(
+    "step, package", [("language", "fasttext"), ("minhash_dedup", "rensa"), ("c4", "datatrove")]
+)
+def test_a_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, step: str, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"step {step} needs .*{package}.*pretrain\[clean\]"):
         check_packages(recipes.Recipe(steps=["exact_dedup", step]))
@@ -112,7 +122,10 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, step
     "steps, expected",
     [
         (["language"], [(("language",), ())]),
-        (["c4", "exact_dedup", "minhash_dedup", "pii"], [(("c4",), ("exact_dedup", "minhash_dedup")), (("pii",), ())]),
+        (
+            ["c4", "exact_dedup", "minhash_dedup", "pii"],
+            [(("c4",), ("exact_dedup", "minhash_dedup")), (("pii",), ())],
+        ),
         (["exact_dedup"], [((), ("exact_dedup",)), ((), ())]),
         (
             ["exact_dedup", "c4", "minhash_dedup"],
@@ -142,7 +155,15 @@ def test_impossible_recipes_are_refused(changes: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a-" * 200_000, "a." * 200_000, "x" * 500_000, "a@" * 200_000, "a://" * 100_000, "-/" * 200_000]
+    "text",
+    [
+        "a-" * 200_000,
+        "a." * 200_000,
+        "x" * 500_000,
+        "a@" * 200_000,
+        "a://" * 100_000,
+        "-/" * 200_000,
+    ],
 )
 def test_word_splitter_gets_through_hostile_text(text: str) -> None:
     with cpu_limit(minutes=1):

@@ -56,10 +56,21 @@ def test_emails_and_addresses_agree_with_datatrove_on_prose() -> None:
     formatters = pytest.importorskip("datatrove.pipeline.formatters.pii")
     theirs = formatters.PIIFormatter(email_replacement=EMAIL, ip_replacement=IP)
     rng = random.Random(0)
-    words = ["see", "bob@uni.edu", "a.b-c@x.y.co,", "(8.8.4.4)", "host 10.1.1.1", "end.", "1.2", "@home"]
+    words = [
+        "see",
+        "bob@uni.edu",
+        "a.b-c@x.y.co,",
+        "(8.8.4.4)",
+        "host 10.1.1.1",
+        "end.",
+        "1.2",
+        "@home",
+    ]
     for _ in range(200):
         text = " ".join(rng.choices(words, k=30))
-        assert remove_pii(text, emails=True, ips=True, phones=False, secrets=False) == theirs.format(text)
+        assert remove_pii(
+            text, emails=True, ips=True, phones=False, secrets=False
+        ) == theirs.format(text)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,26 @@ from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 
-GROUPS = ["data", "experiment", "model", "optimizer", "parallel", "schedule", "tracking"]  # of pretrain.yaml
+GROUPS = [
+    "data",
+    "experiment",
+    "model",
+    "optimizer",
+    "parallel",
+    "schedule",
+    "tracking",
+]  # of pretrain.yaml
 OPTIONS = [path for group in GROUPS for path in sorted((cli.CONF_DIR / group).glob("*.yaml"))]
 RECIPES = [path for path in OPTIONS if path.parent.name == "experiment"]
 SECTIONS = [path for path in OPTIONS if path.parent.name != "experiment"]
 # Devices each recipe names in its comment.
-RECIPE_WORLD_SIZE = {"quickstart": 1, "gpt2-124m": 8, "modern-1.3b": 8, "gpt3-6.7b": 64, "gpt3-175b": 1024}
+RECIPE_WORLD_SIZE = {
+    "quickstart": 1,
+    "gpt2-124m": 8,
+    "modern-1.3b": 8,
+    "gpt3-6.7b": 64,
+    "gpt3-175b": 1024,
+}
 
 
 def compose(*overrides: str) -> PretrainConfig:
@@ -54,7 +68,9 @@ def test_model_presets_are_named_as_their_files():
 def test_all_published_sizes_are_there():
     """The presets the README promises."""
     expected = {"gpt1-117m", *(f"gpt2-{s}" for s in ("124m", "355m", "774m", "1558m")), "tiny"}
-    expected |= {f"gpt3-{s}" for s in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b")}
+    expected |= {
+        f"gpt3-{s}" for s in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b")
+    }
     expected |= {f"modern-{s}" for s in ("125m", "350m", "1.3b", "7b")}
     assert {path.stem for path in OPTIONS if path.parent.name == "model"} == expected
 

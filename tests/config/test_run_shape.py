@@ -12,7 +12,13 @@ from pipeline.config.data import DataConfig
 from pipeline.config.model import MoeConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
-from pipeline.config.training import OptimizerConfig, ParallelConfig, RampStage, ScheduleConfig, TrainingConfig
+from pipeline.config.training import (
+    OptimizerConfig,
+    ParallelConfig,
+    RampStage,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from pipeline.errors import ConfigError
 from tests.support.layouts import config
 
@@ -23,14 +29,21 @@ def shape_of(cfg: PretrainConfig, world_size: int = 1) -> Any:
 
 def test_sizes_follow_from_config_and_world_size() -> None:
     shape = shape_of(config(tp=2, pp=2), world_size=8)
-    assert (shape.data_parallel_size, shape.at(0).num_micro_batches, shape.at(0).tokens) == (2, 4, 16 * 32)
+    assert (shape.data_parallel_size, shape.at(0).num_micro_batches, shape.at(0).tokens) == (
+        2,
+        4,
+        16 * 32,
+    )
     assert (shape.vocab_size, shape.padded_vocab_size) == (250, 256)
     assert (shape.total_steps, shape.total_tokens) == (10, 10 * 16 * 32)
 
 
 def test_token_budget_is_rounded_up_to_whole_steps() -> None:
     cfg = replace(
-        config(), training=TrainingConfig(total_tokens=1000.0, global_batch_size=16, precision=Precision.fp32)
+        config(),
+        training=TrainingConfig(
+            total_tokens=1000.0, global_batch_size=16, precision=Precision.fp32
+        ),
     )
     assert shape_of(cfg).total_steps == 2  # 512 tokens a step
     assert shape_of(cfg).total_tokens == 1024
@@ -43,7 +56,12 @@ def test_ramp_shapes_each_step_and_counts_toward_the_budget() -> None:
     )  # fmt: skip
     shape = shape_of(replace(config(), training=training))
     first, last = shape.at(3), shape.at(4)
-    assert (first.global_batch_size, first.seq_len, first.num_samples, first.tokens) == (8, 16, 4, 128)
+    assert (first.global_batch_size, first.seq_len, first.num_samples, first.tokens) == (
+        8,
+        16,
+        4,
+        128,
+    )
     assert (last.global_batch_size, last.seq_len, last.num_samples) == (16, 32, 16)
     assert shape.total_steps == 6
 
@@ -67,7 +85,9 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("what, change, world_size, message", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    "what, change, world_size, message", CASES, ids=[case[0] for case in CASES]
+)
 def test_impossible_runs_are_refused_with_the_way_out(
     what: str, change: dict[str, Any], world_size: int, message: str
 ) -> None:
@@ -77,13 +97,17 @@ def test_impossible_runs_are_refused_with_the_way_out(
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused() -> None:
     cfg = config()
-    with pytest.raises(ConfigError, match=r"vocab_size \(100\) is smaller than the datasets' tokenizer \(250 ids\)"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size \(100\) is smaller than the datasets' tokenizer \(250 ids\)"
+    ):
         shape_of(replace(cfg, model=replace(cfg.model, vocab_size=100)))
 
 
 def test_more_experts_a_token_than_experts_is_refused() -> None:
     cfg = config("modern")
-    with pytest.raises(ConfigError, match=r"top_k \(4\) must be between 1 and model.moe.num_experts \(2\)"):
+    with pytest.raises(
+        ConfigError, match=r"top_k \(4\) must be between 1 and model.moe.num_experts \(2\)"
+    ):
         shape_of(replace(cfg, model=replace(cfg.model, moe=MoeConfig(num_experts=2, top_k=4))))
 
 

@@ -56,12 +56,16 @@ EXPECTED = [1000 * s + 100 * i for s in range(6) for i in range(9)]
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["with ranges", "server ignores ranges"])
-def test_http_shards_are_fetched_once_and_read_like_local_ones(server, tmp_path, ranges, monkeypatch):
+def test_http_shards_are_fetched_once_and_read_like_local_ones(
+    server, tmp_path, ranges, monkeypatch
+):
     monkeypatch.setattr(dataset_folder, "CHUNK_BYTES", 1000)
     server.ranges = ranges
     assert read_all(opened(server.url, tmp_path / "cache")) == EXPECTED
     before = len(server.requests)
-    assert read_all(opened(server.url, tmp_path / "cache")) == EXPECTED  # another process of the node, later
+    assert (
+        read_all(opened(server.url, tmp_path / "cache")) == EXPECTED
+    )  # another process of the node, later
     assert server.requests[before:] == ["/manifest.json"]
     assert describe(DataConfig(train=[DatasetConfig(path=server.url)])).tokens == sum(SIZES)
 
@@ -98,14 +102,18 @@ def test_a_server_that_never_recovers_is_named_with_the_last_error(server, tmp_p
     monkeypatch.setattr(dataset_folder, "ATTEMPTS", 3)
     dataset = opened(server.url, tmp_path / "cache")
     server.fault = lambda path, nth: "error"
-    with pytest.raises(DataError, match="could not be read in 3 attempts; the last error was .*503"):
+    with pytest.raises(
+        DataError, match="could not be read in 3 attempts; the last error was .*503"
+    ):
         read_all(dataset)
 
 
 def test_a_server_that_stops_sending_is_given_up_and_asked_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_folder, "READ_TIMEOUT_S", 0.2)
     release = threading.Event()
-    server.fault = lambda path, nth: release.wait(5) and None if path == TAR.format(0) and nth == 0 else None
+    server.fault = lambda path, nth: (
+        release.wait(5) and None if path == TAR.format(0) and nth == 0 else None
+    )
     began = time.monotonic()
     assert read_all(opened(server.url, tmp_path / "cache")) == EXPECTED
     release.set()
@@ -122,7 +130,10 @@ def test_the_cache_stays_within_its_size_and_the_data_stay_right(server, tmp_pat
             files = list((tmp_path / "cache").glob("*/shards/*/*"))
             largest = max(largest, sum(file.stat().st_size for file in files))
     assert largest == 2 * size
-    assert sorted(file.name for file in files) == ["tok-00000004.tar", "tok-00000005.tar"]  # the most recently used
+    assert sorted(file.name for file in files) == [
+        "tok-00000004.tar",
+        "tok-00000005.tar",
+    ]  # the most recently used
     assert read_all(dataset) == EXPECTED  # maps outlive the deletion of their files
 
 
@@ -141,7 +152,9 @@ def test_a_cache_smaller_than_a_shard_is_refused(server, tmp_path):
         read_all(opened(server.url, tmp_path / "cache", size_gib=1e-6))
 
 
-def test_a_changed_dataset_at_the_same_url_does_not_mix_with_the_cached_one(server, tmp_path, folder):
+def test_a_changed_dataset_at_the_same_url_does_not_mix_with_the_cached_one(
+    server, tmp_path, folder
+):
     read_all(opened(server.url, tmp_path / "cache"))
     write_dataset(folder, counting_shards(SIZES, base=7), block_tokens=256)
     assert read_all(opened(server.url, tmp_path / "cache")) == [token + 7 for token in EXPECTED]
@@ -155,7 +168,10 @@ def test_ranks_of_a_node_download_each_shard_once_between_them(server, tmp_path)
     server.fault = lambda path, nth: "slow"  # long enough for all to meet
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(server.url, tmp_path / "cache", results)) for _ in range(3)]
+    ranks = [
+        context.Process(target=_rank, args=(server.url, tmp_path / "cache", results))
+        for _ in range(3)
+    ]
     for rank in ranks:
         rank.start()
     assert [results.get(timeout=60) for _ in ranks] == [EXPECTED] * 3
@@ -164,8 +180,14 @@ def test_ranks_of_a_node_download_each_shard_once_between_them(server, tmp_path)
     assert [server.requests.count(TAR.format(n)) for n in range(6)] == [1] * 6
 
 
-def test_what_a_killed_process_left_behind_blocks_nobody_and_is_cleared_away(server, tmp_path, folder):
-    dataset = opened(server.url, tmp_path / "cache", size_gib=2.5 * (folder / TAR.format(0)[1:]).stat().st_size / 2**30)
+def test_what_a_killed_process_left_behind_blocks_nobody_and_is_cleared_away(
+    server, tmp_path, folder
+):
+    dataset = opened(
+        server.url,
+        tmp_path / "cache",
+        size_gib=2.5 * (folder / TAR.format(0)[1:]).stat().st_size / 2**30,
+    )
     shards = dataset.folder.local / "shards/00000"
     shards.mkdir(parents=True)
     (shards / "tok-00000000.tar.part").write_bytes(b"half")
@@ -183,7 +205,9 @@ def test_the_next_windows_are_fetched_ahead(server, tmp_path):
     upcoming = sampler.orders[0].upcoming_shards(samples.index)
     assert len(upcoming) == 4
     deadline = time.monotonic() + 10
-    while len(list((tmp_path / "cache").glob("*/shards/*/*.tar"))) < 4 and time.monotonic() < deadline:
+    while (
+        len(list((tmp_path / "cache").glob("*/shards/*/*.tar"))) < 4 and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     found = {path.name for path in (tmp_path / "cache").glob("*/shards/*/*.tar")}
     assert found == {f"tok-0000000{shard}.tar" for shard in upcoming}

@@ -27,7 +27,11 @@ from tests.support.token_dataset import counting_shards, write_dataset
 CPU = torch.device("cpu")
 SEQ_LEN = 16
 SIZES = [300, 170, 65, 17, 3, 999]
-BASE = {"a": 0, "b": 10_000, "c": 20_000}  # tokens count up from here, so that a token says where it comes from
+BASE = {
+    "a": 0,
+    "b": 10_000,
+    "c": 20_000,
+}  # tokens count up from here, so that a token says where it comes from
 DOCUMENTS = [np.arange(0, n, 7) for n in SIZES]
 
 
@@ -43,21 +47,39 @@ def data(tmp_path_factory) -> Path:
 
 def config(data: Path, weights: dict[str, float | None] | None = None, **settings) -> DataConfig:
     weights = weights or {"a": 0.7, "b": 0.3}
-    return DataConfig(train=[DatasetConfig(path=str(data / n), weight=w) for n, w in weights.items()], **settings)
+    return DataConfig(
+        train=[DatasetConfig(path=str(data / n), weight=w) for n, w in weights.items()], **settings
+    )
 
 
-def shape_of(ranks: int, micro_batch_size: int = 1, *, batch: int = 16, ramp: tuple[RampStage, ...] = ()) -> RunShape:
-    model = ModelConfig(name="t", num_layers=1, hidden_size=8, num_attention_heads=1, max_seq_len=SEQ_LEN)
+def shape_of(
+    ranks: int, micro_batch_size: int = 1, *, batch: int = 16, ramp: tuple[RampStage, ...] = ()
+) -> RunShape:
+    model = ModelConfig(
+        name="t", num_layers=1, hidden_size=8, num_attention_heads=1, max_seq_len=SEQ_LEN
+    )
     training = TrainingConfig(
-        total_steps=1000, global_batch_size=batch, micro_batch_size=micro_batch_size, ramp=list(ramp)
+        total_steps=1000,
+        global_batch_size=batch,
+        micro_batch_size=micro_batch_size,
+        ramp=list(ramp),
     )
     cfg = PretrainConfig(name="t", model=model, training=training)
     return derive(cfg, world_size=ranks, tokenizer_vocab_size=60000)
 
 
-def loaders(cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: int = 3) -> list[Loader]:
+def loaders(
+    cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: int = 3
+) -> list[Loader]:
     made = [
-        Loader(cfg, shape=shape, seed=seed, data_rank=rank, device=CPU, cache_dir=Path(cfg.train[0].path))
+        Loader(
+            cfg,
+            shape=shape,
+            seed=seed,
+            data_rank=rank,
+            device=CPU,
+            cache_dir=Path(cfg.train[0].path),
+        )
         for rank in range(shape.data_parallel_size)
     ]
     for loader in made:
@@ -66,7 +88,9 @@ def loaders(cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: i
     return made
 
 
-def read(cfg: DataConfig, shape: RunShape, steps: int, state: dict | None = None) -> tuple[list, dict]:
+def read(
+    cfg: DataConfig, shape: RunShape, steps: int, state: dict | None = None
+) -> tuple[list, dict]:
     """([(hash, {sample: its sequences}) a step], state): what all ranks together saw, and that they agree."""
     made, seen = loaders(cfg, shape, state), []
     for _ in range(steps):
@@ -74,7 +98,11 @@ def read(cfg: DataConfig, shape: RunShape, steps: int, state: dict | None = None
         for loader in made:
             batches = loader.next_step()
             for batch in batches:
-                assert batch.tokens.shape == batch.labels.shape == (shape.micro_batch_size, batch.tokens.shape[1])
+                assert (
+                    batch.tokens.shape
+                    == batch.labels.shape
+                    == (shape.micro_batch_size, batch.tokens.shape[1])
+                )
                 assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
                 for sample, tokens in zip(batch.sample_ids.tolist(), batch.tokens.tolist()):
                     rows.setdefault(sample, []).append(tokens)
@@ -123,7 +151,9 @@ def test_an_epoch_reads_every_sequence_once_and_the_next_one_in_another_order(da
     seen, _ = read(config(data, {"a": None}), shape_of(1, batch=5), 2 * size // 5)
     tokens = consumed(seen)["a"]
     first = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
-    expected = sorted(f + i * SEQ_LEN for f, n in zip(first, SIZES) for i in range((n - 1) // SEQ_LEN))
+    expected = sorted(
+        f + i * SEQ_LEN for f, n in zip(first, SIZES) for i in range((n - 1) // SEQ_LEN)
+    )
     assert sorted(tokens[:size]) == sorted(tokens[size:]) == expected
     assert tokens[:size] != tokens[size:]
 
@@ -137,7 +167,9 @@ def test_state_is_what_was_consumed_not_what_was_read_ahead(data):
 
 
 def test_reading_ahead_and_reading_in_the_loop_give_the_same(data):
-    assert read(config(data, prefetch_steps=3), shape_of(2), 5) == read(config(data, prefetch_steps=0), shape_of(2), 5)
+    assert read(config(data, prefetch_steps=3), shape_of(2), 5) == read(
+        config(data, prefetch_steps=0), shape_of(2), 5
+    )
 
 
 def test_a_ramp_cuts_samples_into_sequences_and_keeps_the_position(data):
@@ -170,7 +202,10 @@ def test_skipped_samples_are_left_out_and_the_step_number_stays(data):
 
 
 def test_a_blend_schedule_changes_shares_and_repeats_nothing(data):
-    schedule = [BlendStage(start_step=3, weights={"b": 1.0}), BlendStage(start_step=5, weights={"a": 0.5, "b": 0.5})]
+    schedule = [
+        BlendStage(start_step=3, weights={"b": 1.0}),
+        BlendStage(start_step=5, weights={"a": 0.5, "b": 0.5}),
+    ]
     seen, state = read(config(data, blend_schedule=schedule), shape_of(2), 8)
     shares = [len(consumed([step])["a"]) for step in seen]
     assert shares == [pytest.approx(11, abs=1)] * 3 + [0] * 2 + [8] * 3
@@ -204,7 +239,8 @@ def test_swapped_data_is_refused_naming_both_and_the_override(data, tmp_path):
     loader = loaders(config(tmp_path, {"a": 1.0}), shape_of(1))[0]
     old, new = (next(iter(s["datasets"]))[:12] for s in (state, loader.state()))
     with pytest.raises(
-        DataError, match=f"{old}.*not in the config.*{new}.*not in the checkpoint.*allow_dataset_change"
+        DataError,
+        match=f"{old}.*not in the config.*{new}.*not in the checkpoint.*allow_dataset_change",
     ):
         loader.restore(state)
 
@@ -215,7 +251,12 @@ def test_another_order_on_resume_is_refused_or_begins_the_next_epoch(data, chang
     _, state = read(config(data, {"a": 1.0}), shape_of(1), 2)
     with pytest.raises(DataError, match="the checkpoint has .*data.allow_dataset_change=true"):
         loaders(config(data, {"a": 1.0}, **settings), shape_of(1), state, seed=seed)
-    allowed = loaders(config(data, {"a": 1.0}, allow_dataset_change=True, **settings), shape_of(1), state, seed=seed)[0]
+    allowed = loaders(
+        config(data, {"a": 1.0}, allow_dataset_change=True, **settings),
+        shape_of(1),
+        state,
+        seed=seed,
+    )[0]
     assert list(allowed.state()["ledger"].values()) == [95]
     assert (allowed.state()["step"], allowed.state()["samples_seen"]) == (2, 32)
 
@@ -234,7 +275,9 @@ def test_max_epochs_ends_a_dataset_and_then_the_run_with_a_clear_error(data):
 
 def test_temperature_flattens_the_blend_and_sizes_are_the_default(data):
     sizes = {"a": None, "tiny": None}
-    plain, flat = (loaders(config(data, sizes, temperature=t), shape_of(1))[0].state() for t in (1.0, 2.0))
+    plain, flat = (
+        loaders(config(data, sizes, temperature=t), shape_of(1))[0].state() for t in (1.0, 2.0)
+    )
     names = {v["name"]: k for k, v in plain["datasets"].items()}
     ratio = sum(SIZES) / (SEQ_LEN + 1)
     weights = [s["segments"][0]["weights"] for s in (plain, flat)]
@@ -249,8 +292,14 @@ def test_temperature_flattens_the_blend_and_sizes_are_the_default(data):
         ({"weights": {"a": 0.0}}, "not all 0"),
         ({"lanes": 0}, r"data.lanes \(0\) must be at least 1"),
         ({"temperature": 0.0}, r"data.temperature \(0.0\) must be above 0"),
-        ({"blend_schedule": [BlendStage(start_step=5, weights={"x": 1.0})]}, "names x; the datasets are a, b"),
-        ({"blend_schedule": [BlendStage(start_step=0, weights={"a": 1.0})]}, r"start_step \(0\) must be above 0"),
+        (
+            {"blend_schedule": [BlendStage(start_step=5, weights={"x": 1.0})]},
+            "names x; the datasets are a, b",
+        ),
+        (
+            {"blend_schedule": [BlendStage(start_step=0, weights={"a": 1.0})]},
+            r"start_step \(0\) must be above 0",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name(data, settings, said):
@@ -270,7 +319,8 @@ def test_one_sequence_feeds_any_number_of_ranks_and_lanes(data, ranks, lanes):
 
 def test_a_dataset_without_a_whole_sequence_is_refused(data):
     with pytest.raises(
-        DataError, match="no sequence of 17 tokens: its longest shard has 16. Set a smaller training.seq_len"
+        DataError,
+        match="no sequence of 17 tokens: its longest shard has 16. Set a smaller training.seq_len",
     ):
         loaders(config(data, {"short": None}), shape_of(1))
 
@@ -326,9 +376,13 @@ def test_document_ids_and_positions_follow_the_documents(data):
     loader = loaders(cfg, shape_of(1, 4))[0]
     shard_first = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
     for batch in loader.next_step():
-        for tokens, ids, positions in zip(batch.tokens.numpy(), batch.document_ids.numpy(), batch.positions.numpy()):
+        for tokens, ids, positions in zip(
+            batch.tokens.numpy(), batch.document_ids.numpy(), batch.positions.numpy()
+        ):
             shard = np.searchsorted(shard_first, tokens[0], "right") - 1
-            place = tokens - shard_first[shard]  # tokens count, so they say where in the shard they are
+            place = (
+                tokens - shard_first[shard]
+            )  # tokens count, so they say where in the shard they are
             document = place // 7
             assert ids.tolist() == (document - document[0]).tolist()
             expected = np.where(document == document[0], np.arange(SEQ_LEN), place % 7)
@@ -354,7 +408,9 @@ def test_ranks_that_only_pass_activations_on_read_no_shard(data, tmp_path):
     reads.close()
     for tar in tmp_path.glob("a/shards/*/*.tar"):
         tar.unlink()
-    loader = Loader(cfg, shape=shape, seed=3, data_rank=0, device=CPU, cache_dir=data, reads_tokens=False)
+    loader = Loader(
+        cfg, shape=shape, seed=3, data_rank=0, device=CPU, cache_dir=data, reads_tokens=False
+    )
     for got, real in zip(loader.next_step(), expected, strict=True):
         assert got.tokens.shape == real.tokens.shape == got.document_ids.shape
         assert got.sample_ids.tolist() == real.sample_ids.tolist()
@@ -388,9 +444,18 @@ def test_validation_covers_every_label_once_at_any_layout(data):
 @pytest.mark.gpu
 def test_batches_on_a_device_equal_those_on_the_cpu(data):
     """Copies run on a stream of their own; what the training stream reads must be complete."""
-    cfg = config(data, mask_documents=True, reset_positions=True, mask_eod_loss=True, prefetch_steps=3)
+    cfg = config(
+        data, mask_documents=True, reset_positions=True, mask_eod_loss=True, prefetch_steps=3
+    )
     host = loaders(cfg, shape_of(1, 4))[0]
-    device = Loader(cfg, shape=shape_of(1, 4), seed=3, data_rank=0, device=torch.device("cuda", 0), cache_dir=data)
+    device = Loader(
+        cfg,
+        shape=shape_of(1, 4),
+        seed=3,
+        data_rank=0,
+        device=torch.device("cuda", 0),
+        cache_dir=data,
+    )
     for _ in range(20):
         for one, other in zip(host.next_step(), device.next_step()):
             for field in dataclasses.fields(Batch)[:-1]:

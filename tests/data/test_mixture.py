@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from pipeline.data.mixture import PERIOD, Mixture, Position, Samples, Segment, cut, quantise, spread
 from pipeline.errors import DataError
 
-weights = st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=12).filter(lambda w: sum(w) > 0.01)
+weights = st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=12).filter(
+    lambda w: sum(w) > 0.01
+)
 
 
-def mixture(*stages: tuple[int, tuple[float, ...]], limits: tuple[int | None, ...] | None = None) -> Mixture:
+def mixture(
+    *stages: tuple[int, tuple[float, ...]], limits: tuple[int | None, ...] | None = None
+) -> Mixture:
     count = len(stages[0][1])
     return Mixture(tuple("abcdef"[:count]), stages, limits or (None,) * count)
 
@@ -62,7 +66,10 @@ def test_locate_and_consumed_at_are_closed_forms_of_counting_through(w, sample, 
     assert segment.consumed_at(start + sample) == tuple(before.tolist())
     assert k[sample] == before[source[sample]]
     some = np.array([sample])
-    assert [c.tolist() for c in segment.locate(start + some)] == [source[some].tolist(), k[some].tolist()]
+    assert [c.tolist() for c in segment.locate(start + some)] == [
+        source[some].tolist(),
+        k[some].tolist(),
+    ]
 
 
 def test_a_change_of_weights_goes_on_where_each_dataset_stood():
@@ -93,7 +100,9 @@ def test_a_dataset_stops_at_its_limit_in_the_middle_of_a_step_and_the_others_kee
 def test_used_up_data_is_an_error_that_names_the_ways_out():
     blend = mixture((0, (0.5, 0.5)), limits=(40, 30))
     _, position = read(blend, 4, size=16)
-    with pytest.raises(DataError, match=r"used up at sample 70: a \(40 samples\), b \(30 samples\).*max_epochs"):
+    with pytest.raises(
+        DataError, match=r"used up at sample 70: a \(40 samples\), b \(30 samples\).*max_epochs"
+    ):
         read(blend, 1, size=16, at=position)
 
 
@@ -102,10 +111,16 @@ def test_used_up_data_is_an_error_that_names_the_ways_out():
 def test_resuming_anywhere_equals_running_through(w, size, stop, data):
     """The position is all there is: a copy rebuilt from its numbers continues with the same samples."""
     other = data.draw(st.permutations(w))
-    blend = mixture((0, tuple(w[:6])), (7, tuple(other[:6]))) if sum(w[:6]) * sum(other[:6]) else mixture((0, (1.0,)))
+    blend = (
+        mixture((0, tuple(w[:6])), (7, tuple(other[:6])))
+        if sum(w[:6]) * sum(other[:6])
+        else mixture((0, (1.0,)))
+    )
     through, end = read(blend, 40, size)
     first, middle = read(blend, stop, size)
-    rebuilt = Position(middle.step, middle.samples_seen, tuple(Segment(**vars(s)) for s in middle.segments))
+    rebuilt = Position(
+        middle.step, middle.samples_seen, tuple(Segment(**vars(s)) for s in middle.segments)
+    )
     second, end_too = read(blend, 40 - stop, size, rebuilt)
     assert first + second == through
     assert end_too == end

@@ -95,7 +95,9 @@ def test_epochs_and_seeds_differ():
 
 
 def test_a_lane_reads_window_after_window_and_lanes_share_no_shard():
-    order = Order([161] * 64, seq_len=16, seed=1, lanes=4, window=4)  # 10 sequences a shard, 16 shards a lane
+    order = Order(
+        [161] * 64, seq_len=16, seed=1, lanes=4, window=4
+    )  # 10 sequences a shard, 16 shards a lane
     k = np.arange(order.epoch_size)
     shard, lane = order(k)[0], order.lane(k)
     owners = {s: set(lane[shard == s].tolist()) for s in range(64)}
@@ -130,5 +132,7 @@ def test_ten_trillion_tokens_are_held_in_200_mb():
         status = open("/proc/self/status").read()  # ru_maxrss would count the parent of before exec
         print(status.split("VmHWM:")[1].split()[0])
     """
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     assert int(out.stdout) / 1024 < 200

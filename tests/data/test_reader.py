@@ -42,7 +42,9 @@ def everywhere(seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 def test_windows_equal_slices_of_the_tokens_across_blocks(made, seq_len):
     path, shards, starts = made
     shard, sequence = everywhere(seq_len)
-    windows = Reader(opened(path), seq_len=seq_len).gather(shard * 0, shard, sequence, documents=True)
+    windows = Reader(opened(path), seq_len=seq_len).gather(
+        shard * 0, shard, sequence, documents=True
+    )
     assert (windows.num_labels == seq_len).all()
     for row, (s, i) in enumerate(zip(shard, sequence)):
         begin = i * seq_len
@@ -70,7 +72,9 @@ def test_few_open_shards_read_the_same(made, monkeypatch):
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
     shard, sequence = (np.tile(x, 3) for x in everywhere(16))
     shuffled = np.random.default_rng(1).permutation(len(shard))
-    windows = Reader(opened(path), seq_len=16).gather(shard * 0, shard[shuffled], sequence[shuffled])
+    windows = Reader(opened(path), seq_len=16).gather(
+        shard * 0, shard[shuffled], sequence[shuffled]
+    )
     for ids, s, i in zip(windows.ids, shard[shuffled], sequence[shuffled]):
         assert ids.tolist() == shards[s][i * 16 : i * 16 + 17].tolist()
 
@@ -93,7 +97,10 @@ def damage(path: Path, *, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("flipped token", r"tok-00000000.tar, block 0: the tokens at byte 640 are corrupt \(crc32 "),
+        (
+            "flipped token",
+            r"tok-00000000.tar, block 0: the tokens at byte 640 are corrupt \(crc32 ",
+        ),
         ("flipped document", "block 0: the docs at byte 1664 are corrupt"),
         ("truncated", "has 2000 bytes, the manifest says"),
         ("missing", "tok-00000000.tar cannot be read .No such file"),
@@ -113,7 +120,9 @@ def test_skip_leaves_out_the_damaged_block_and_nothing_else(made, caplog):
     path, shards, _ = made
     damage(path, kind="flipped token")
     shard, sequence = everywhere(16)
-    windows = Reader(opened(path), seq_len=16, skip_corrupt=True).gather(shard * 0, shard, sequence, documents=True)
+    windows = Reader(opened(path), seq_len=16, skip_corrupt=True).gather(
+        shard * 0, shard, sequence, documents=True
+    )
     hit = (shard == 0) & (sequence * 16 < 64)  # windows that begin in block 0
     assert windows.num_corrupt == hit.sum() == 4
     assert not windows.num_labels[hit].any()
@@ -126,7 +135,11 @@ def test_skip_leaves_out_the_damaged_block_and_nothing_else(made, caplog):
 
 def test_describe_gives_what_the_model_needs(made):
     path, _, _ = made
-    facts = describe(DataConfig(train=[DatasetConfig(path=str(path))], validation=[DatasetConfig(path=str(path))]))
+    facts = describe(
+        DataConfig(
+            train=[DatasetConfig(path=str(path))], validation=[DatasetConfig(path=str(path))]
+        )
+    )
     assert (facts.vocab_size, facts.eod, facts.tokens) == (60000, 0, sum(SIZES))
     assert list(facts.identities) == [str(path)]
 
@@ -156,5 +169,10 @@ def test_no_dataset_one_twice_and_a_wrong_folder_are_refused(made, tmp_path):
 def test_names_come_from_as_many_folders_as_keep_them_apart(tmp_path):
     for name in ("web/train", "code/train"):
         write_dataset(tmp_path / name, [np.arange(len(name) * 10)])
-    cfg = DataConfig(train=[DatasetConfig(path=str(tmp_path / n)) for n in ("web/train", "code/train")])
-    assert [d.name for d in open_datasets(cfg.train, cfg=cfg, cache_dir=tmp_path)] == ["web/train", "code/train"]
+    cfg = DataConfig(
+        train=[DatasetConfig(path=str(tmp_path / n)) for n in ("web/train", "code/train")]
+    )
+    assert [d.name for d in open_datasets(cfg.train, cfg=cfg, cache_dir=tmp_path)] == [
+        "web/train",
+        "code/train",
+    ]

@@ -13,7 +13,10 @@ from pipeline.errors import DataError, ShardError
 
 
 def manifest_content(num_shards, **changes):
-    rows = [[shard_format.shard_path(s), 2**25 - s, 2**26, 7, f"{s:064x}", "web", 1000 * s] for s in range(num_shards)]
+    rows = [
+        [shard_format.shard_path(s), 2**25 - s, 2**26, 7, f"{s:064x}", "web", 1000 * s]
+        for s in range(num_shards)
+    ]
     return {
         "format": "gpt-shards", "version": 1, "dtype": "<u2", "block_tokens": 2**20,
         "tokenizer": {"sha256": "0" * 64, "vocab_size": 100, "eod": 0},
@@ -23,7 +26,9 @@ def manifest_content(num_shards, **changes):
 
 
 def write(folder, content):
-    (folder / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (folder / "manifest.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
     return folder
 
 
@@ -60,7 +65,9 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_dataset_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere/manifest.json cannot be read: there is no such file"):
+    with pytest.raises(
+        DataError, match="nowhere/manifest.json cannot be read: there is no such file"
+    ):
         Manifest.load(tmp_path / "nowhere")
 
 
@@ -82,10 +89,20 @@ def test_headers_are_those_of_numpy_and_tar():
     array = np.arange(5, dtype="<u2")
     member = shard_format.npy_header(array.dtype, 5) + array.tobytes()
     assert np.array_equal(np.load(io.BytesIO(member)), array)
-    tar = shard_format.tar_header("00000000-0000.tokens.npy", len(member)) + member.ljust(512, b"\0") + bytes(1024)
+    tar = (
+        shard_format.tar_header("00000000-0000.tokens.npy", len(member))
+        + member.ljust(512, b"\0")
+        + bytes(1024)
+    )
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         (info,) = archive.getmembers()
-    assert (info.name, info.size, info.mtime, info.uid, info.gid) == ("00000000-0000.tokens.npy", 138, 0, 0, 0)
+    assert (info.name, info.size, info.mtime, info.uid, info.gid) == (
+        "00000000-0000.tokens.npy",
+        138,
+        0,
+        0,
+        0,
+    )
 
 
 def test_dtype_holds_every_id():

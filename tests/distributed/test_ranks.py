@@ -35,6 +35,8 @@ def test_a_half_set_environment_is_refused() -> None:
     "world, local, tensor, warns",
     [(16, 8, 8, False), (16, 8, 2, False), (16, 8, 16, True), (12, 6, 4, True), (6, 6, 4, False)],
 )
-def test_tensor_parallel_across_nodes_warns(world: int, local: int, tensor: int, warns: bool) -> None:
+def test_tensor_parallel_across_nodes_warns(
+    world: int, local: int, tensor: int, warns: bool
+) -> None:
     warning = placement_warning(Ranks(0, world, 0, local, "n"), tensor_parallel_size=tensor)
     assert (warning is not None) == warns

@@ -21,7 +21,9 @@ def transports_of_many_groups() -> tuple[int, float]:
         dist.all_reduce(value, group=group)
     from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-    assert isinstance(groups[0]._get_backend(torch.device("cpu")), ProcessGroupGloo)  # as torch asks for time limits
+    assert isinstance(
+        groups[0]._get_backend(torch.device("cpu")), ProcessGroupGloo
+    )  # as torch asks for time limits
     return transport_threads() - before, float(value)
 
 

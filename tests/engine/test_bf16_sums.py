@@ -37,7 +37,10 @@ def histories(model: str) -> list[list[tuple[float, float]]]:
         cfg = replace(cfg, model=replace(cfg.model, moe=moe))
     spared, found = [], []
     ours, reduction = engine_module.sum_in_place, engine_module.Reduction
-    for change, reduce in ((lambda *a: spared.append(ours(*a)), reduction), (lambda *_: None, ReductionAfterwards)):
+    for change, reduce in (
+        (lambda *a: spared.append(ours(*a)), reduction),
+        (lambda *_: None, ReductionAfterwards),
+    ):
         engine_module.sum_in_place, engine_module.Reduction = change, reduce
         found.append(train(cfg, batches()[:6])["history"])
     assert len(spared) == 1
@@ -80,4 +83,6 @@ def test_gradients_are_reduced_while_the_backward_pass_goes_on() -> None:
         last = len(found) - 1 - found[::-1].index("embedding.word.weight")
         before = [i for i, event in enumerate(found[:last]) if event == "reduce"]
         assert len(names) % per_micro_batch == 0 and found.count("reduce") - len(before) <= 3
-        assert len(before) >= 10 and min(before) >= len(names) - per_micro_batch, "not the last micro-batch"
+        assert len(before) >= 10 and min(before) >= len(names) - per_micro_batch, (
+            "not the last micro-batch"
+        )

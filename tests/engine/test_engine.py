@@ -58,7 +58,9 @@ def deepspeed_facts(cfg: Any) -> dict[str, Any]:
 
 def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
     """Its defaults have changed between releases, and two of them corrupt results."""
-    facts = run_on_ranks(deepspeed_facts, 2, config("gpt2", pp=2, precision="bf16", clip_grad=0.7))[0]
+    facts = run_on_ranks(deepspeed_facts, 2, config("gpt2", pp=2, precision="bf16", clip_grad=0.7))[
+        0
+    ]
     assert facts == {
         "stage": 1, "clipping": 0.0, "throughput_timer": False, "micro_batches": 8, "accumulation": "torch.float32",
         "pipe_partitioned": False, "grad_partitioned": False, "bf16": True, "fused": True,
@@ -87,7 +89,9 @@ def overflow_step(cfg: Any) -> list[tuple[float, bool, float]]:
     results = []
     for number, step in enumerate(batches()):
         result = engine.train_step(rank_batches(step, engine.shape, engine.layout), step=number)
-        results.append((float(engine.loss_scale.cur_scale), bool(result.skipped), float(result.grad_norm)))
+        results.append(
+            (float(engine.loss_scale.cur_scale), bool(result.skipped), float(result.grad_norm))
+        )
     return results
 
 
@@ -108,7 +112,10 @@ def refuse_fp16(cfg: Any) -> None:
     from pipeline.errors import ConfigError
 
     get_accelerator().is_fp16_supported = lambda: False
-    with pytest.raises(ConfigError, match="fp16 is not supported on this device. Set training.precision=bf16 or fp32"):
+    with pytest.raises(
+        ConfigError,
+        match="fp16 is not supported on this device. Set training.precision=bf16 or fp32",
+    ):
         engine_of(cfg)
 
 
@@ -130,7 +137,9 @@ def nan_step(cfg: Any) -> list[tuple[bool, float]]:
     return results
 
 
-@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    "zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")]
+)
 def test_a_nan_batch_is_left_out_and_training_goes_on(zero: int, precision: str) -> None:
     cfg = config("gpt2", zero=zero, precision=precision)
     for results in run_on_ranks(nan_step, 2, cfg):
@@ -158,7 +167,9 @@ def test_learning_rates_follow_groups() -> None:
     cfg = config("gpt2")
     cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr_scale={"embedding.*": 0.5}))
     rates = run_on_ranks(group_rates, 1, cfg)[0]
-    assert rates == pytest.approx([0.5 * 1.5e-3, 1.5e-3, 1.5e-3])  # first of two warm-up steps of 3e-3
+    assert rates == pytest.approx(
+        [0.5 * 1.5e-3, 1.5e-3, 1.5e-3]
+    )  # first of two warm-up steps of 3e-3
 
 
 def group_rates(cfg: Any) -> list[float]:
@@ -174,7 +185,9 @@ def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
     histories = []
     for cfg in cfgs:
         engine = engine_of(cfg)
-        parts = [rank_batches(step, engine.shape, engine.layout)[:n] for step, n in zip(batches(), RAMP)]
+        parts = [
+            rank_batches(step, engine.shape, engine.layout)[:n] for step, n in zip(batches(), RAMP)
+        ]
         results = [engine.train_step(part, step=number) for number, part in enumerate(parts)]
         histories.append([(float(result.loss), float(result.grad_norm)) for result in results])
         reset_parallel_state()
@@ -183,14 +196,25 @@ def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
 
 @pytest.mark.parametrize(
     "world_size, layouts",
-    [(1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]), (2, [dict(pp=2), dict(tp=2)])],
+    [
+        (1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]),
+        (2, [dict(pp=2), dict(tp=2)]),
+    ],
 )
-def test_a_ramp_may_change_the_number_of_micro_batches(world_size: int, layouts: list[dict[str, Any]]) -> None:
+def test_a_ramp_may_change_the_number_of_micro_batches(
+    world_size: int, layouts: list[dict[str, Any]]
+) -> None:
     """DeepSpeed counts micro-batches over the whole run: after a change it would make its step amid a batch."""
     cfg = config("gpt2")
-    steps = [{name: rows[: 2 * n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)]
+    steps = [
+        {name: rows[: 2 * n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)
+    ]
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
     expected = ReferenceGPT(cfg, VOCAB).train(steps, shape, cfg.training.micro_batch_size)
-    for layout, found in zip(layouts, run_on_ranks(ramped, world_size, [config("gpt2", **x) for x in layouts])[0]):
+    for layout, found in zip(
+        layouts, run_on_ranks(ramped, world_size, [config("gpt2", **x) for x in layouts])[0]
+    ):
         tolerance = 3e-2 if "precision" in layout else 1e-5
-        assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], rel=tolerance)
+        assert [x for pair in found for x in pair] == pytest.approx(
+            [x for pair in expected for x in pair], rel=tolerance
+        )

@@ -42,7 +42,11 @@ FAST: dict[int, list[Case]] = {
     ],
 }
 ALL: dict[int, list[Case]] = {
-    1: [dict(model=m, zero=z) for m in ("gpt2", "modern", "gpt2-untied", "parallel", "mqa") for z in (0, 1, 3)]
+    1: [
+        dict(model=m, zero=z)
+        for m in ("gpt2", "modern", "gpt2-untied", "parallel", "mqa")
+        for z in (0, 1, 3)
+    ]
     + [dict(model="gpt2", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")]
     + [dict(model="modern", recompute=r) for r in ("selective", "full")]
     + [dict(model="gpt2", clip_grad=0.0, zero=z) for z in (0, 1)],
@@ -53,10 +57,22 @@ ALL: dict[int, list[Case]] = {
         for sp in (False, True)
     ]
     + [dict(model=m, zero=z) for m in ("gpt2", "modern") for z in (0, 1, 2, 3)]
-    + [dict(model=m, pp=2, schedule=s) for m in ("gpt2", "modern", "gpt2-untied") for s in ("1f1b", "dualpipev")]
-    + [dict(model="gpt2", pp=2, schedule=s, precision=p) for s in ("1f1b", "dualpipev") for p in ("bf16", "fp16")]
+    + [
+        dict(model=m, pp=2, schedule=s)
+        for m in ("gpt2", "modern", "gpt2-untied")
+        for s in ("1f1b", "dualpipev")
+    ]
+    + [
+        dict(model="gpt2", pp=2, schedule=s, precision=p)
+        for s in ("1f1b", "dualpipev")
+        for p in ("bf16", "fp16")
+    ]
     + [dict(model="modern", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")],
-    4: [dict(model=m, pp=2, zero=1, schedule=s) for m in ("gpt2", "modern") for s in ("1f1b", "dualpipev")]
+    4: [
+        dict(model=m, pp=2, zero=1, schedule=s)
+        for m in ("gpt2", "modern")
+        for s in ("1f1b", "dualpipev")
+    ]
     + [
         dict(model=m, tp=2, pp=2, sp=sp, schedule=s)
         for m in ("gpt2", "modern")
@@ -95,20 +111,27 @@ def test_every_layout_matches_plain_torch(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size, layout", [(1, dict()), (2, dict(tp=2, sp=True)), (2, dict(pp=2)), (2, dict(tp=2, zero=3))]
+    "world_size, layout",
+    [(1, dict()), (2, dict(tp=2, sp=True)), (2, dict(pp=2)), (2, dict(tp=2, zero=3))],
 )
 def test_recompute_is_exact_with_dropout(world_size: int, layout: Case) -> None:
     """Recomputed blocks must draw the masks of the forward pass, also from megatron-core's tracked streams."""
-    cases = [config("modern", dropout=0.2, recompute=r, **layout) for r in ("none", "full", "selective")]
+    cases = [
+        config("modern", dropout=0.2, recompute=r, **layout) for r in ("none", "full", "selective")
+    ]
     stored, full, selective = run_on_ranks(train_all, world_size, cases, [{}] * 3)[0]
     assert stored["history"] == full["history"] == selective["history"]
 
 
-@pytest.mark.parametrize("sabotage", ["sequence_parallel_reduction", "gradient_scale", "pipe_partitioned"])
+@pytest.mark.parametrize(
+    "sabotage", ["sequence_parallel_reduction", "gradient_scale", "pipe_partitioned"]
+)
 def test_sabotage_turns_the_comparison_red(sabotage: str) -> None:
     """A suite that cannot fail proves nothing."""
     cfg = config("modern", tp=2, pp=2 if sabotage == "pipe_partitioned" else 1, sp=True)
-    history = run_on_ranks(train_sabotaged, 4 if sabotage == "pipe_partitioned" else 2, cfg, sabotage)[0]["history"]
+    history = run_on_ranks(
+        train_sabotaged, 4 if sabotage == "pipe_partitioned" else 2, cfg, sabotage
+    )[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
         compare({"history": history}, reference(cfg), "fp32", sabotage)
 
@@ -126,17 +149,24 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
         )
     else:
         written = engine.deepspeed_config
-        engine.deepspeed_config = lambda *a: {k: v for k, v in written(*a).items() if k != "pipeline"}
+        engine.deepspeed_config = lambda *a: {
+            k: v for k, v in written(*a).items() if k != "pipeline"
+        }
     return train(cfg, batches())
 
 
 def check(world_size: int, cases: list[Case]) -> None:
     """Run all cases of one world size in one set of processes and compare each."""
     kinds = [{k: case[k] for k in ("documents", "masked") if k in case} for case in cases]
-    configs = [config(**{k: v for k, v in case.items() if k not in ("documents", "masked")}) for case in cases]
+    configs = [
+        config(**{k: v for k, v in case.items() if k not in ("documents", "masked")})
+        for case in cases
+    ]
     results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
     for ranks in zip(*results):
-        assert all(r["history"] == ranks[0]["history"] for r in ranks), "ranks disagree about loss or gradient norm"
+        assert all(r["history"] == ranks[0]["history"] for r in ranks), (
+            "ranks disagree about loss or gradient norm"
+        )
     expected: dict[str, Any] = {}
     for case, kind, cfg, got in zip(cases, kinds, configs, results[0]):
         key = f"{case['model']} {kind} {cfg.optimizer.clip_grad}"
@@ -146,8 +176,12 @@ def check(world_size: int, cases: list[Case]) -> None:
         compare(got, expected[key], case.get("precision", "fp32"), str(case))
 
 
-def compare(got: dict[str, Any], expected: list[tuple[float, float]], precision: str, what: str) -> None:
+def compare(
+    got: dict[str, Any], expected: list[tuple[float, float]], precision: str, what: str
+) -> None:
     """Assert that every loss and gradient norm is within the tolerance of the precision."""
     for step, (have, want) in enumerate(zip(got["history"], expected, strict=True)):
         for name, a, b, tolerance in zip(("loss", "grad_norm"), have, want, TOLERANCE[precision]):
-            assert abs(a - b) <= tolerance * abs(b), f"{what}: {name} of step {step} differs: {a} instead of {b}"
+            assert abs(a - b) <= tolerance * abs(b), (
+                f"{what}: {name} of step {step} differs: {a} instead of {b}"
+            )

@@ -94,7 +94,14 @@ def test_the_watch_sees_reads_and_copies() -> None:
     """A check that cannot fail proves nothing."""
     number = torch.ones(())
     with watched() as found:
-        for read in (float, bool, int, torch.Tensor.item, torch.Tensor.tolist, lambda n: 1.0 if n > 0 else 2.0):
+        for read in (
+            float,
+            bool,
+            int,
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+            lambda n: 1.0 if n > 0 else 2.0,
+        ):
             before = len(found)
             read(number)
             assert len(found) > before
@@ -138,7 +145,9 @@ def streams_of_stage(stage: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     reductions = SimpleNamespace(synchronize=lambda: waited.append("the host"))
     kernels = SimpleNamespace(wait_stream=waited.append)
     monkeypatch.setattr(get_accelerator(), "current_stream", lambda: kernels)
-    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waited.append("the host"))
+    monkeypatch.setattr(
+        type(get_accelerator()), "synchronize", lambda *_: waited.append("the host")
+    )
     if stage == 3:
         optimizer: Any = object.__new__(DeepSpeedZeroOptimizer_Stage3)
         optimizer.reduce_and_partition_stream = reductions
@@ -154,6 +163,8 @@ def streams_of_stage(stage: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_kernels_wait_for_reductions_instead_of_the_host(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_wait_for_reductions_instead_of_the_host(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What DeepSpeed waits for on the host at the end of a backward pass; elsewhere its waits stay as they are."""
     assert streams_of_stage(stage, monkeypatch) == ["the reductions", "the host"]

@@ -9,7 +9,9 @@ from pipeline.config.training import ScheduleConfig
 from pipeline.engine.lr_schedule import lr_at
 
 
-def at(step: int, decay: str, *, warmup: int = 10, total: int = 110, decay_steps: int | None = None) -> float:
+def at(
+    step: int, decay: str, *, warmup: int = 10, total: int = 110, decay_steps: int | None = None
+) -> float:
     schedule = ScheduleConfig(decay=Decay[decay], min_lr=0.1, decay_steps=decay_steps)
     return lr_at(step, lr=1.0, schedule=schedule, warmup_steps=warmup, total_steps=total)
 
@@ -28,8 +30,12 @@ def test_linear_ends_at_min_lr() -> None:
 
 
 def test_wsd_stays_at_the_peak_and_descends_over_the_last_fifth() -> None:
-    assert [at(s, "wsd") for s in (10, 87, 88, 99, 110)] == pytest.approx([1.0, 1.0, 1.0, 0.55, 0.1])
-    assert [at(s, "wsd", decay_steps=10) for s in (100, 105, 110)] == pytest.approx([1.0, 0.55, 0.1])
+    assert [at(s, "wsd") for s in (10, 87, 88, 99, 110)] == pytest.approx(
+        [1.0, 1.0, 1.0, 0.55, 0.1]
+    )
+    assert [at(s, "wsd", decay_steps=10) for s in (100, 105, 110)] == pytest.approx(
+        [1.0, 0.55, 0.1]
+    )
 
 
 def test_constant_never_falls() -> None:

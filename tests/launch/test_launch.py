@@ -14,7 +14,9 @@ from tests.support.slurm_cluster import REPO
 
 LAUNCH = REPO / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".slurm"))
-PROGRAMS = r"(launch/pretrain\.slurm|launch/local\.sh \d+|-m pipeline\.train|-m pipeline\.preflight)"
+PROGRAMS = (
+    r"(launch/pretrain\.slurm|launch/local\.sh \d+|-m pipeline\.train|-m pipeline\.preflight)"
+)
 
 
 def documented_settings() -> list[tuple[str, list[str]]]:
@@ -35,23 +37,40 @@ def test_every_documented_command_composes():
     commands = documented_settings()
     assert len(commands) >= 6
     for program, settings in commands:
-        cli.compose(PreflightConfig if "preflight" in program else PretrainConfig, settings, config="pretrain")
+        cli.compose(
+            PreflightConfig if "preflight" in program else PretrainConfig,
+            settings,
+            config="pretrain",
+        )
 
 
 def test_env_keeps_what_the_user_has_set_and_explains_each_variable():
     text = (LAUNCH / "env.sh").read_text()
     names = re.findall(r"^export (\w+)=", text, re.MULTILINE)
     ours = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER"}
-    values = {name: "mine" for name in names if name not in ours} | {"REPO": str(REPO), "PYTHON": "mine"}
-    show = 'source "$REPO/launch/env.sh"; for name in ' + " ".join(values) + '; do echo "$name=${!name}"; done'
+    values = {name: "mine" for name in names if name not in ours} | {
+        "REPO": str(REPO),
+        "PYTHON": "mine",
+    }
+    show = (
+        'source "$REPO/launch/env.sh"; for name in '
+        + " ".join(values)
+        + '; do echo "$name=${!name}"; done'
+    )
     printed = subprocess.run(
-        ["bash", "-c", show], env=values | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        ["bash", "-c", show],
+        env=values | {"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert dict(line.split("=", 1) for line in printed.stdout.splitlines()) == values
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("export "):
-            block = next(lines[i] for i in range(number - 1, -1, -1) if not lines[i].startswith("export "))
+            block = next(
+                lines[i] for i in range(number - 1, -1, -1) if not lines[i].startswith("export ")
+            )
             assert block.startswith("#") or block == "fi", f"{line} has no reason above it"
 
 

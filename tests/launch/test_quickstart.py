@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["training.total_steps=4", "schedule.warmup_steps=1", "training.eval_every=2", "training.eval_sequences=8"]
+SMALL = [
+    "training.total_steps=4",
+    "schedule.warmup_steps=1",
+    "training.eval_every=2",
+    "training.eval_sequences=8",
+]
 
 
 def quickstart(folder: Path, *settings: str) -> subprocess.CompletedProcess:
@@ -37,7 +42,15 @@ def test_quickstart_makes_a_gpt_and_reuses_it(tmp_path):
     ]  # fmt: skip
     last_lines = first.stdout.strip().splitlines()[-9:]
     text = "\n".join(last_lines)
-    words = ("held out", "loss", "bits per byte", "tokens/s", "curves.png", "checkpoints", "data/quickstart/tokens")
+    words = (
+        "held out",
+        "loss",
+        "bits per byte",
+        "tokens/s",
+        "curves.png",
+        "checkpoints",
+        "data/quickstart/tokens",
+    )
     assert [word for word in words if word not in text] == [], text
     run = tmp_path / "runs" / "quickstart"
     assert (run / "report" / "index.html").exists()

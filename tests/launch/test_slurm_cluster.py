@@ -14,7 +14,9 @@ from tests.support.slurm_cluster import REPO, SlurmCluster
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"),
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
+    ),
 ]
 
 
@@ -38,7 +40,9 @@ def test_nodes_are_machines_of_their_own(tmp_path):
         options = ["--array=0-5", "--cpus-per-task=1", f"--output={tmp_path}/out-%a"]
         cluster.run("sbatch", *options, str(script))
         outputs = [tmp_path / f"out-{i}" for i in range(6)]
-        cluster.wait_for(lambda: all(p.exists() and p.read_text() for p in outputs), "six outputs", 30)
+        cluster.wait_for(
+            lambda: all(p.exists() and p.read_text() for p in outputs), "six outputs", 30
+        )
         assert {p.read_text().strip() for p in outputs} == {"n1", "n2", "n3"}
 
         reach = ["timeout", "2", "bash", "-c", "</dev/tcp/n3/6818"]
@@ -63,7 +67,9 @@ def test_cluster_dies_with_the_process_that_started_it(tmp_path):
         "import sys, time; from pathlib import Path; from tests.support.slurm_cluster import SlurmCluster\n"
         f"with SlurmCluster(Path({str(tmp_path / 'box')!r}), num_nodes=1): print('up', flush=True); time.sleep(60)\n"
     )
-    starter = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, text=True
+    )
     assert starter.stdout is not None and starter.stdout.readline() == "up\n"
     assert processes_mentioning(str(tmp_path / "box"))
     starter.send_signal(signal.SIGKILL)

@@ -27,7 +27,9 @@ from tests.support.token_dataset import write_dataset
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"),
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
+    ),
 ]
 STEPS = 40
 SETTINGS = [
@@ -49,19 +51,38 @@ class Lab:
         # Each token is one of four that may follow the one before: there is something to learn.
         steps = rng.integers(0, 4, 8192)
         tokens = np.cumsum(steps * 5 + 1) % 64
-        write_dataset(folder / "data" / "train", np.split(tokens, 2), block_tokens=1024, vocab_size=64)
+        write_dataset(
+            folder / "data" / "train", np.split(tokens, 2), block_tokens=1024, vocab_size=64
+        )
         self.settings = [f"data.path={folder / 'data'}", *SETTINGS]
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pipeline.train", "name=alone", *self.settings, "tracking.wandb=disabled"]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.train",
+            "name=alone",
+            *self.settings,
+            "tracking.wandb=disabled",
+        ]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         self.alone = self.rows("alone")
         assert [row["step"] for row in self.alone] == list(range(1, STEPS + 1))
 
     def submit(
-        self, name: str, *settings: str, options: tuple[str, ...] = ("--nodes=2",), plant: str = "step_s=0.2"
+        self,
+        name: str,
+        *settings: str,
+        options: tuple[str, ...] = ("--nodes=2",),
+        plant: str = "step_s=0.2",
     ) -> Job:
-        environment = {"PYTHON": f"{sys.executable} {REPO}/tests/support/plant.py", "PLANT": plant, "OMP_NUM_THREADS": "1"}
+        environment = {
+            "PYTHON": f"{sys.executable} {REPO}/tests/support/plant.py",
+            "PLANT": plant,
+            "OMP_NUM_THREADS": "1",
+        }
         # Jobs of several tests share the nodes.
         options = ("--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none", *options)
         arguments = [f"name={name}", *self.settings, *settings]
@@ -97,7 +118,9 @@ class Lab:
             expected = self.alone[row["step"] - 1]
             assert row["data/sample_hash"] == expected["data/sample_hash"], row
             assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-5), row
-            assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3), row
+            assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3), (
+                row
+            )
 
     def expect_one_wandb_run(self, name: str, *, starts: int) -> None:
         folders = [path.name for path in (self.run_dir(name) / "wandb").glob("offline-run-*")]
@@ -140,7 +163,12 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
     lab.wait_for_step(job, "notice", lab.rows("notice")[-1]["step"] + 3)
     (lab.folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     lab.cluster.run(
-        "sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", str(lab.folder / "urgent.sh")
+        "sbatch",
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        str(lab.folder / "urgent.sh"),
     )
     assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
     assert job.log().count("leaving on notice") == 3
@@ -150,8 +178,12 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
 
 def test_time_limit_resumes_without_losing_a_step(lab):
     """Notice comes 75 s before the end of two minutes, or up to a minute earlier: before step 40 in any case."""
-    job = lab.submit("limit", options=("--nodes=1", "--time=2", "--signal=USR2@75"), plant="step_s=1.0")
-    lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", START_S, job=job)
+    job = lab.submit(
+        "limit", options=("--nodes=1", "--time=2", "--signal=USR2@75"), plant="step_s=1.0"
+    )
+    lab.cluster.wait_for(
+        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", START_S, job=job
+    )
     lab.cluster.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")  # once is enough
     assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
     assert job.fact("Restarts") == "1"
@@ -168,11 +200,15 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     (rank,) = lab.cluster.tasks(job, node)
     lab.cluster.run("kill", "-9", rank, node=node)
     lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", 60, job=job)
-    assert len(job.log().split("requeued (start 2 comes)")[0].split("step 12/")[1].splitlines()) < 40  # one screen
+    assert (
+        len(job.log().split("requeued (start 2 comes)")[0].split("step 12/")[1].splitlines()) < 40
+    )  # one screen
     lab.wait_for_step(job, "breaks", 22)
     dead = job.nodes()[1]
     lab.cluster.power_off(dead)
-    lab.cluster.wait_for(lambda: int(job.fact("Restarts")) == 2, "a requeue after the node's end", 90, job=job)
+    lab.cluster.wait_for(
+        lambda: int(job.fact("Restarts")) == 2, "a requeue after the node's end", 90, job=job
+    )
     lab.wait_for_step(job, "breaks", 32)
     assert dead not in job.nodes() and len(job.nodes()) == 2
     cut = next(node for node in job.nodes() if node != job.fact("BatchHost"))
@@ -208,7 +244,9 @@ def test_planted_nan_and_spike_are_handled_the_same_way_twice(lab):
         )  # fmt: skip
         assert job.wait_for_end(START_S) == "COMPLETED", job.log()
         newest = (lab.run_dir(name) / "checkpoints" / "latest").read_text().strip()
-        record = json.loads((lab.run_dir(name) / "checkpoints" / newest / "checkpoint.json").read_text())
+        record = json.loads(
+            (lab.run_dir(name) / "checkpoints" / newest / "checkpoint.json").read_text()
+        )
         return [
             record["guard"]["ledger"],
             [(row["step"], row["train/loss"], row["data/sample_hash"]) for row in lab.rows(name)],
@@ -242,7 +280,9 @@ def test_torchrun_on_two_hosts_equals_one_machine(lab):
         place = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node_rank}", "--master-addr=n1"]
         environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", *place, *train]
-        return lab.cluster.run(*command, node=f"n{1 + node_rank}", env=environment, cwd=lab.folder, timeout_s=START_S)
+        return lab.cluster.run(
+            *command, node=f"n{1 + node_rank}", env=environment, cwd=lab.folder, timeout_s=START_S
+        )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(host, range(2)))
@@ -258,7 +298,11 @@ def test_soak_twenty_random_kills_leave_no_trace(lab):
         return job.fact("Restarts") != restarts or job.fact("JobState") in ("FAILED", "COMPLETED")
 
     def submit() -> Job:
-        settings = ("checkpoint.save_every=2", "checkpoint.asynchronous=false", "resilience.collective_timeout_s=60")
+        settings = (
+            "checkpoint.save_every=2",
+            "checkpoint.asynchronous=false",
+            "resilience.collective_timeout_s=60",
+        )
         return lab.submit("soak", *settings, plant="step_s=1.0")
 
     job = submit()
@@ -273,7 +317,9 @@ def test_soak_twenty_random_kills_leave_no_trace(lab):
         print(f"{number}: step {lab.rows('soak')[-1]['step']}, {kind} {node}", flush=True)
         restarts = job.fact("Restarts")
         if kind == "kill":
-            lab.cluster.run("sh", "-c", f"kill -9 {' '.join(lab.cluster.tasks(job, node))} || true", node=node)
+            lab.cluster.run(
+                "sh", "-c", f"kill -9 {' '.join(lab.cluster.tasks(job, node))} || true", node=node
+            )
         elif kind == "USR2":
             lab.cluster.run("scancel", "-s", "USR2", job.id)
         elif kind == "requeue":
@@ -283,7 +329,9 @@ def test_soak_twenty_random_kills_leave_no_trace(lab):
         lab.cluster.wait_for(partial(is_over, job, restarts), "the end of this start", 120, job=job)
         if kind == "power off":
             lab.cluster.boot(node)
-        if job.fact("JobState") == "FAILED":  # killed before the first save of this start: a person submits it again
+        if (
+            job.fact("JobState") == "FAILED"
+        ):  # killed before the first save of this start: a person submits it again
             job = submit()
     assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
     lab.expect_undisturbed("soak", repeated=True)
@@ -296,18 +344,38 @@ def test_from_text_to_model_in_one_command(lab):
     for number in range(6):
         write_jsonl(folder / "text" / f"{number}.jsonl", make_texts(60 + number))
     one_node_each = ["--array=0-2", "--cpus-per-task=8", "--mem=1G"]
-    data = [f"input={folder}/text/*.jsonl", f"output={folder}/out", f"tokenizer={tokenizer}", "workers=1"]
+    data = [
+        f"input={folder}/text/*.jsonl",
+        f"output={folder}/out",
+        f"tokenizer={tokenizer}",
+        "workers=1",
+    ]
     two_nodes = ["--nodes=2", "--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none"]
     small = [word for word in SETTINGS if not word.startswith(("data.", "training.total_steps"))]
-    train = ["name=story", *small, "training.total_steps=6", "training.eval_sequences=8", "tracking.wandb=disabled"]
-    command = [str(REPO / "launch" / "text_to_model.sh"), *one_node_each, *data, "--", *two_nodes, *train]
+    train = [
+        "name=story",
+        *small,
+        "training.total_steps=6",
+        "training.eval_sequences=8",
+        "tracking.wandb=disabled",
+    ]
+    command = [
+        str(REPO / "launch" / "text_to_model.sh"),
+        *one_node_each,
+        *data,
+        "--",
+        *two_nodes,
+        *train,
+    ]
     environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     printed = lab.cluster.run(*command, env=environment, cwd=lab.folder)
     first, second = re.fullmatch(r"tokenize (\d+), pretrain (\d+)\n", printed).groups()
     pretrain = Job(lab.cluster, second, lab.folder / f"slurm-{second}.out")
     assert pretrain.fact("Reason") == "Dependency"
     assert pretrain.wait_for_end(2 * START_S) == "COMPLETED", pretrain.log()
-    tasks = [lab.cluster.run("scontrol", "-o", "show", "job", f"{first}_{task}") for task in range(3)]
+    tasks = [
+        lab.cluster.run("scontrol", "-o", "show", "job", f"{first}_{task}") for task in range(3)
+    ]
     assert {re.search(r" NodeList=(\S+)", task)[1] for task in tasks} == {"n1", "n2", "n3"}
     last = json.loads((lab.run_dir("story") / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6

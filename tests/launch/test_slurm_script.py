@@ -9,7 +9,9 @@ from tests.support.slurm_cluster import Job, SlurmCluster
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"),
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
+    ),
 ]
 
 # Called as `PYTHON -m pipeline.preflight ...` and `PYTHON -m pipeline.train ...`.
@@ -44,7 +46,9 @@ def submit(cluster: SlurmCluster, folder, mode: str, *arguments: str) -> Job:
     stand_in.chmod(0o755)
     options = ["--nodes=2", "--ntasks-per-node=2", "--gres=none"]
     environment = {"PYTHON": str(stand_in), "MODE": mode, "OMP_NUM_THREADS": ""}
-    return cluster.submit("launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=folder)
+    return cluster.submit(
+        "launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=folder
+    )
 
 
 def test_one_task_per_rank_gets_every_argument_as_it_was_written(cluster, tmp_path):
@@ -76,7 +80,9 @@ def test_a_job_that_fails_after_progress_goes_on_until_progress_ends(cluster, tm
 
 def test_notice_is_requeued_and_the_log_has_both_starts(cluster, tmp_path):
     job = submit(cluster, tmp_path, "wait")
-    cluster.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), "a step", 30, job=job)
+    cluster.wait_for(
+        lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), "a step", 30, job=job
+    )
     cluster.run("scancel", "-s", "USR2", job.id)
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.log().count("preflight: ") == 2

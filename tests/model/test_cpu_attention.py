@@ -26,7 +26,10 @@ def tensors(case: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     batch, groups, queries, size, width = case
     generator = torch.Generator().manual_seed(1)
     heads = [groups * queries, groups, groups, groups * queries]
-    return [torch.randn(batch, size, n, width, generator=generator).to(dtype).transpose(1, 2) for n in heads]
+    return [
+        torch.randn(batch, size, n, width, generator=generator).to(dtype).transpose(1, 2)
+        for n in heads
+    ]
 
 
 def results(attend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
@@ -62,7 +65,10 @@ def test_bf16_is_as_precise_as_torchs_kernel(case: tuple[int, ...]) -> None:
     expected = results(lambda *x: plain(*x, scale), *(x.double() for x in inputs))
     grouped = case[2] > 1
     torchs = results(
-        lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=grouped, scale=scale), *inputs
+        lambda *x: F.scaled_dot_product_attention(
+            *x, is_causal=True, enable_gqa=grouped, scale=scale
+        ),
+        *inputs,
     )
     ours = results(lambda *x: cpu_attention.causal_attention(*x, scale), *inputs)
     for have, theirs, want in zip(ours, torchs, expected, strict=True):

@@ -56,14 +56,21 @@ def test_norms_start_at_one_and_biases_at_zero() -> None:
 
 
 def test_residual_projections_are_scaled_by_depth() -> None:
-    assert initial_std("layers.0.mlp.linear_fc2.weight", MODEL) == pytest.approx(0.02 / math.sqrt(16))
+    assert initial_std("layers.0.mlp.linear_fc2.weight", MODEL) == pytest.approx(
+        0.02 / math.sqrt(16)
+    )
     assert initial_std("layers.0.mlp.linear_fc1.weight", MODEL) == 0.02
     assert shard(0, 1, dim=0).std() == pytest.approx(0.02, rel=0.02)
 
 
 def test_mup_shrinks_hidden_matrices_with_width() -> None:
     mup = ModelConfig(
-        name="t", num_layers=8, hidden_size=1024, num_attention_heads=8, init=Init.mup, mup_base_hidden_size=256
+        name="t",
+        num_layers=8,
+        hidden_size=1024,
+        num_attention_heads=8,
+        init=Init.mup,
+        mup_base_hidden_size=256,
     )
     assert initial_std("layers.0.mlp.linear_fc1.weight", mup) == pytest.approx(0.01)
     assert initial_std("embedding.word.weight", mup) == 0.02

@@ -48,16 +48,22 @@ def chunked(softcap: float, z: float, scale: float, chunk_bytes: int) -> list[An
     shard = weight.chunk(size)[rank].clone().requires_grad_()
     hidden.requires_grad_()
     group = dist.group.WORLD if size > 1 else None
-    total = linear_cross_entropy(hidden, shard, labels, weights, Projection(VOCAB, softcap, z, scale, group))
+    total = linear_cross_entropy(
+        hidden, shard, labels, weights, Projection(VOCAB, softcap, z, scale, group)
+    )
     (3.0 * total).backward()
     if size > 1:
         dist.all_reduce(hidden.grad)
     return [total.item(), hidden.grad.numpy(), shard.grad.numpy()]
 
 
-@pytest.mark.parametrize("softcap, z, scale", [(0, 0, 1), (5.0, 0, 1), (0, 1e-2, 1), (3.0, 1e-2, 0.5)])
+@pytest.mark.parametrize(
+    "softcap, z, scale", [(0, 0, 1), (5.0, 0, 1), (0, 1e-2, 1), (3.0, 1e-2, 0.5)]
+)
 @pytest.mark.parametrize("chunk_bytes", [2**10, 2**30])
-def test_chunks_equal_torch_on_one_rank(softcap: float, z: float, scale: float, chunk_bytes: int) -> None:
+def test_chunks_equal_torch_on_one_rank(
+    softcap: float, z: float, scale: float, chunk_bytes: int
+) -> None:
     """Padding columns count for nothing, and a chunk's size changes nothing."""
     for got, want in zip(chunked(softcap, z, scale, chunk_bytes), plain(softcap, z, scale)):
         torch.testing.assert_close(torch.as_tensor(got), want, rtol=2e-5, atol=2e-5)
@@ -71,7 +77,9 @@ def test_a_split_vocabulary_gives_the_same_loss_and_gradients(world_size: int) -
     for rank, (got, grad, shard_grad) in enumerate(results):
         assert got == pytest.approx(total.item(), rel=1e-5)
         torch.testing.assert_close(torch.as_tensor(grad), hidden_grad, rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(torch.as_tensor(shard_grad), weight_grad.chunk(world_size)[rank], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            torch.as_tensor(shard_grad), weight_grad.chunk(world_size)[rank], rtol=2e-5, atol=2e-5
+        )
 
 
 def test_the_mean_is_taken_without_weights() -> None:

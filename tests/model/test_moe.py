@@ -17,11 +17,15 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
-@pytest.mark.parametrize("model", ["moe", "moe-switch"], ids=["top-2 of 4 and a shared one", "top-1 of 4"])
+@pytest.mark.parametrize(
+    "model", ["moe", "moe-switch"], ids=["top-2 of 4 and a shared one", "top-1 of 4"]
+)
 def test_experts_match_plain_torch(world_size: int, model: str) -> None:
     configs = [config(model, **layout) for layout in LAYOUTS[world_size]]
     expected = reference(config(model))
-    for layout, got in zip(LAYOUTS[world_size], run_on_ranks(train_all, world_size, configs, [{}] * len(configs))[0]):
+    for layout, got in zip(
+        LAYOUTS[world_size], run_on_ranks(train_all, world_size, configs, [{}] * len(configs))[0]
+    ):
         compare(got, expected, "fp32", f"{model} {layout}")
 
 
@@ -30,7 +34,13 @@ def test_router_losses_reach_the_gradients_alike_in_every_layout() -> None:
     [one] = run_on_ranks(train_all, 1, [config("moe-aux")], [{}])[0]
     without = reference(config("moe-aux"))
     assert abs(one["history"][0][1] / without[0][1] - 1) > 1e-3, "the router losses changed nothing"
-    layouts: list[dict[str, Any]] = [dict(tp=2, sp=True), dict(pp=2), dict(zero=1, precision="fp16")]
-    results = run_on_ranks(train_all, 2, [config("moe-aux", **layout) for layout in layouts], [{}] * 3)[0]
+    layouts: list[dict[str, Any]] = [
+        dict(tp=2, sp=True),
+        dict(pp=2),
+        dict(zero=1, precision="fp16"),
+    ]
+    results = run_on_ranks(
+        train_all, 2, [config("moe-aux", **layout) for layout in layouts], [{}] * 3
+    )[0]
     for layout, got in zip(layouts, results):
         compare(got, one["history"], layout.get("precision", "fp32"), f"moe-aux {layout}")

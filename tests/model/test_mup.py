@@ -43,7 +43,10 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
             mup_base_hidden_size=WIDTHS[0],
         )
         cfg = replace(
-            cfg, model=model, optimizer=replace(cfg.optimizer, lr=1e-2), schedule=replace(cfg.schedule, warmup_steps=0)
+            cfg,
+            model=model,
+            optimizer=replace(cfg.optimizer, lr=1e-2),
+            schedule=replace(cfg.schedule, warmup_steps=0),
         )
         layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
         shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)

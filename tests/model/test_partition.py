@@ -54,7 +54,10 @@ def test_padding_rows_are_in_no_piece(rows: int, size: int, padding: int) -> Non
 def test_gated_fc1_rank_holds_its_gate_then_its_up() -> None:
     """Worked by hand: 8 global rows, gate 0-3, up 4-7; rank 1 of 2 holds gate 2,3 and up 6,7."""
     part = Partition.of((4, 1), dim=0, stride=2, tensor_rank=1, tensor_size=2)
-    rows = [(held[0].start, held[0].stop, whole[0].start, whole[0].stop) for held, whole in part.pieces()]
+    rows = [
+        (held[0].start, held[0].stop, whole[0].start, whole[0].stop)
+        for held, whole in part.pieces()
+    ]
     assert rows == [(0, 2, 2, 4), (2, 4, 6, 8)]
     assert part.is_split and part.global_shape == (8, 1)
 
@@ -68,7 +71,12 @@ def test_replicated_parameter_is_one_piece_on_every_rank() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"dim": 0, "stride": 2}, {"dim": 0, "real_size": 4}, {"real_size": 2}, {"dim": 0, "real_size": 0}],
+    [
+        {"dim": 0, "stride": 2},
+        {"dim": 0, "real_size": 4},
+        {"real_size": 2},
+        {"dim": 0, "real_size": 0},
+    ],
 )
 def test_contradicting_sizes_are_refused(arguments: dict) -> None:
     """Three rows: not a multiple of 2, not 4 real ones, and real rows need a dimension."""
@@ -82,7 +90,14 @@ def test_contradicting_sizes_are_refused(arguments: dict) -> None:
     largest=st.integers(1, 9),
 )  # fmt: skip
 def test_runs_of_all_ranks_rebuild_the_whole_parameter(
-    width: int, stride: int, size: int, dim: int | None, other: int, padding: int, cuts: list[int], largest: int
+    width: int,
+    stride: int,
+    size: int,
+    dim: int | None,
+    other: int,
+    padding: int,
+    cuts: list[int],
+    largest: int,
 ) -> None:
     """ZeRO cuts the flattened local tensor anywhere; every element of the whole is in exactly one rectangle."""
     stride = stride if dim == 0 else 1
@@ -92,7 +107,9 @@ def test_runs_of_all_ranks_rebuild_the_whole_parameter(
     real = width * size - padding if dim == 0 and stride == 1 and padding < width * size else None
     count = None
     for rank in range(size):
-        part = Partition.of(shape, dim=dim, stride=stride, tensor_rank=rank, tensor_size=size, real_size=real)
+        part = Partition.of(
+            shape, dim=dim, stride=stride, tensor_rank=rank, tensor_size=size, real_size=real
+        )
         whole = np.arange(np.prod(part.global_shape)).reshape(part.global_shape)
         local = np.full(shape, -1)
         for held, place in part.pieces():

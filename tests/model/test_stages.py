@@ -19,12 +19,20 @@ def test_partition_is_the_best_of_all_contiguous_cuts(costs: list[float], stages
             partition(costs, stages)
         return
     bounds = partition(costs, stages)
-    assert bounds[0] == 0 and bounds[-1] == len(costs) and bounds == sorted(set(bounds)) and len(bounds) == stages + 1
+    assert (
+        bounds[0] == 0
+        and bounds[-1] == len(costs)
+        and bounds == sorted(set(bounds))
+        and len(bounds) == stages + 1
+    )
 
     def heaviest(cut: tuple[int, ...]) -> float:
         return max(sum(costs[a:b]) for a, b in itertools.pairwise(cut))
 
-    best = min(heaviest((0, *inner, len(costs))) for inner in itertools.combinations(range(1, len(costs)), stages - 1))
+    best = min(
+        heaviest((0, *inner, len(costs)))
+        for inner in itertools.combinations(range(1, len(costs)), stages - 1)
+    )
     assert heaviest(tuple(bounds)) == pytest.approx(best)
 
 

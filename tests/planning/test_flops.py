@@ -42,12 +42,22 @@ def test_preset_states_its_parameter_count(path):
 VARIANTS = [
     [],
     ["model.norm_placement=post"],
-    ["model.position=rope", "model.normalization=rmsnorm", "model.activation=swiglu", "model.bias=false"],
+    [
+        "model.position=rope",
+        "model.normalization=rmsnorm",
+        "model.activation=swiglu",
+        "model.bias=false",
+    ],
     ["model.qk_norm=true", "model.num_query_groups=2", "model.tied_embeddings=false"],
     ["model.qk_norm=true", "model.normalization=rmsnorm", "model.head_dim=16"],
     ["model.bias=false", "model.qkv_bias=true", "model.activation=swiglu"],
     ["model.parallel_residual=true"],
-    ["model.bias=false", "model.moe.num_experts=4", "model.moe.ffn_hidden_size=64", "model.activation=swiglu"],
+    [
+        "model.bias=false",
+        "model.moe.num_experts=4",
+        "model.moe.ffn_hidden_size=64",
+        "model.activation=swiglu",
+    ],
     ["model.bias=false", "model.moe.num_experts=4", "model.moe.shared_expert_ffn_hidden_size=32"],
 ]
 
@@ -62,7 +72,9 @@ def count_built(models: list[tuple[ModelConfig, int]]) -> list[int]:
     layout = connect(ranks_from_environment({}), tensor_parallel_size=1, pipeline_parallel_size=1)
     counts = []
     for model, vocab_size in models:
-        architecture = Architecture(model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size)
+        architecture = Architecture(
+            model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
+        )
         with torch.device("meta"):
             gpt = GPT(architecture, layout.tensor_group)
         counts.append(sum(parameter.numel() for parameter in gpt.parameters()))
@@ -82,8 +94,12 @@ def test_every_preset_and_option_counts_what_is_built():
 def test_flops_equal_megatrons_formula_for_gpt3_175b():
     """Narayanan et al. 2021, section 3, without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12lh)."""
     layers, hidden, seq_len, vocab = 96, 12288, 2048, 51200
-    expected = 72 * layers * hidden**2 * (1 + seq_len / (6 * hidden) + vocab / (12 * layers * hidden))
-    assert flops_per_token(preset("gpt3-175b"), vocab_size=vocab, seq_len=seq_len) == pytest.approx(expected, rel=1e-12)
+    expected = (
+        72 * layers * hidden**2 * (1 + seq_len / (6 * hidden) + vocab / (12 * layers * hidden))
+    )
+    assert flops_per_token(preset("gpt3-175b"), vocab_size=vocab, seq_len=seq_len) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_mfu_of_megatron_gpt3_is_the_one_palm_published():
@@ -92,7 +108,9 @@ def test_mfu_of_megatron_gpt3_is_the_one_palm_published():
     105 layers of width 20,480; they leave attention out of the 29.7 % and count it in the 30.2 %.
     """
     layers, hidden, seq_len = 105, 20480, 2048
-    model = ModelConfig(name="mtnlg", num_layers=layers, hidden_size=hidden, num_attention_heads=128)
+    model = ModelConfig(
+        name="mtnlg", num_layers=layers, hidden_size=hidden, num_attention_heads=128
+    )
     flops = flops_per_token(model, vocab_size=51200, seq_len=seq_len)
     rate = 65.43e3 / 2240
     share = mfu(tokens_per_sec_per_device=rate, flops_per_token=flops, peak_tflops=312.0)

@@ -13,7 +13,13 @@ GIB = 2**30
 
 
 def run_of(*settings: str, world_size: int = 8):
-    words = ["data.path=x", "model=gpt3-6.7b", "model.vocab_size=50304", "training.global_batch_size=64", *settings]
+    words = [
+        "data.path=x",
+        "model=gpt3-6.7b",
+        "model.vocab_size=50304",
+        "training.global_batch_size=64",
+        *settings,
+    ]
     cfg = cli.compose(PretrainConfig, ["training.total_steps=1000", *words], config="pretrain")
     return cfg, derive(cfg, world_size=world_size, tokenizer_vocab_size=50257)
 
@@ -41,7 +47,9 @@ def test_activations_of_a_gpt_layer():
 def test_sequence_parallel_splits_all_of_a_layer():
     cfg, shape = run_of("parallel.tensor_parallel_size=4", "training.micro_batch_size=1")
     plain = memory.estimate(cfg, shape).activations
-    split = memory.estimate(replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=True)), shape).activations
+    split = memory.estimate(
+        replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=True)), shape
+    ).activations
     assert plain == pytest.approx(32 * 2 * 2048 * 4096 * (5 + 12 / 4) / GIB)
     assert split == pytest.approx(32 * 2 * 2048 * 4096 * 17 / 4 / GIB)
 

@@ -34,7 +34,9 @@ def disturbed(cases: list[dict[str, Any]]) -> list[list[tuple[bool, bool, bool]]
         rows = []
         for number, (step, max_loss) in enumerate(zip(steps, limits)):
             before = weights(engine)
-            result = engine.train_step(layouts.rank_batches(step, shape, layout), step=number, max_loss=max_loss)
+            result = engine.train_step(
+                layouts.rank_batches(step, shape, layout), step=number, max_loss=max_loss
+            )
             moved = not all(torch.equal(a, b) for a, b in zip(before, weights(engine)))
             rows.append((bool(result.skipped), moved, bool(torch.isfinite(result.loss))))
         found.append(rows)

@@ -23,7 +23,9 @@ def bug() -> AssertionError:
 def test_first_failing_rank_speaks_and_the_others_write_files(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert [failure.report(bug(), ranks=ranks(r), run_dir=tmp_path, step=120) for r in (9, 0, 63)] == [1, 1, 1]
+    assert [
+        failure.report(bug(), ranks=ranks(r), run_dir=tmp_path, step=120) for r in (9, 0, 63)
+    ] == [1, 1, 1]
     printed = capfd.readouterr().err
     assert len(printed.splitlines()) <= 10
     assert printed.startswith("error: rank 9 on n2 after step 120: AssertionError: no such phase")
@@ -42,7 +44,9 @@ def test_next_start_of_the_job_speaks_again(tmp_path, capfd, monkeypatch):
 
 
 def test_user_errors_are_one_message_with_their_exit_code(tmp_path, capfd):
-    code = failure.report(ConfigError("x must be even."), ranks=ranks(3), run_dir=tmp_path, step=None)
+    code = failure.report(
+        ConfigError("x must be even."), ranks=ranks(3), run_dir=tmp_path, step=None
+    )
     assert (code, capfd.readouterr().err) == (2, "error: x must be even. (rank 3 on n1)\n")
 
 

@@ -8,16 +8,29 @@ from pipeline.resilience.goodput import Goodput, summary
 
 def attempt(start, end, first, last, **seconds):
     named = {name.replace("_", "-"): value for name, value in seconds.items()}
-    return {"started_at": start, "updated_at": end, "first_step": first, "last_step": last, "seconds": named}
+    return {
+        "started_at": start,
+        "updated_at": end,
+        "first_step": first,
+        "last_step": last,
+        "seconds": named,
+    }
 
 
 def test_steps_done_again_count_as_lost():
     """Worked by hand: 100 steps in 100 s, of which 40 are done again; 50 s down; 60 steps more. 160 - 40 of 250 s."""
-    runs = [attempt(0, 110, 0, 100, train=100, start_up=10), attempt(160, 250, 60, 120, train=60, start_up=10, save=20)]
+    runs = [
+        attempt(0, 110, 0, 100, train=100, start_up=10),
+        attempt(160, 250, 60, 120, train=60, start_up=10, save=20),
+    ]
     numbers = summary(runs)
     assert numbers["goodput"] == pytest.approx((100 - 40 + 60) / 250)
     assert (numbers["lost_steps"], numbers["restarts"]) == (40, 1)
-    assert (numbers["lost_down_s"], numbers["lost_start_up_s"], numbers["lost_save_s"]) == (50, 20, 20)
+    assert (numbers["lost_down_s"], numbers["lost_start_up_s"], numbers["lost_save_s"]) == (
+        50,
+        20,
+        20,
+    )
     assert numbers["lost_repeated_s"] == pytest.approx(40)
 
 

@@ -19,7 +19,10 @@ def guard(policy: str = "none", *, loss_scaling: bool = False, **settings) -> Gu
 
 
 def feed(judge: Guard, losses: list[float], start: int = 0, grad_norm: float = 1.0) -> list[str]:
-    summaries = [StepSummary(start + i, loss, grad_norm, not math.isfinite(loss), False) for i, loss in enumerate(losses)]
+    summaries = [
+        StepSummary(start + i, loss, grad_norm, not math.isfinite(loss), False)
+        for i, loss in enumerate(losses)
+    ]
     return [judge.judge(summary).name for summary in summaries]
 
 
@@ -28,7 +31,9 @@ STEADY = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0, 3.1, 2.9]
 
 def test_training_stops_after_the_set_number_of_bad_steps_in_a_row():
     judge = guard()
-    assert feed(judge, [math.nan, math.nan, 3.0, math.nan, math.inf, math.nan]) == ["continue_"] * 5 + ["stop"]
+    assert feed(judge, [math.nan, math.nan, 3.0, math.nan, math.inf, math.nan]) == [
+        "continue_"
+    ] * 5 + ["stop"]
     assert [(e.step, e.action) for e in judge.ledger] == [
         (0, "skip"),
         (1, "skip"),
@@ -53,7 +58,10 @@ def test_overflows_that_no_loss_scale_explains_are_bad_numbers():
     actions = feed(judge, [3.0] * (LOSS_SCALE_HALVINGS + 2), grad_norm=math.inf)
     assert actions == ["continue_"] * (LOSS_SCALE_HALVINGS + 1) + ["stop"]
     assert [e.kind for e in judge.ledger] == ["bad_numbers"] * 2
-    assert feed(judge, [3.0], grad_norm=1.0) == ["continue_"] and judge.overflows_in_a_row == judge.bad_in_a_row == 0
+    assert (
+        feed(judge, [3.0], grad_norm=1.0) == ["continue_"]
+        and judge.overflows_in_a_row == judge.bad_in_a_row == 0
+    )
 
 
 def test_limit_is_median_plus_robust_deviations():
@@ -69,7 +77,9 @@ def test_nothing_is_a_spike_before_half_the_window_is_known():
     assert feed(guard("rollback"), [3.0, 100.0, 3.0, 3.0]) == ["continue_"] * 4
 
 
-@pytest.mark.parametrize("policy, expected", [("none", "continue_"), ("skip", "continue_"), ("rollback", "rollback")])
+@pytest.mark.parametrize(
+    "policy, expected", [("none", "continue_"), ("skip", "continue_"), ("rollback", "rollback")]
+)
 def test_policy_decides_what_a_spike_does(policy, expected):
     judge = guard(policy)
     assert feed(judge, [*STEADY, 9.0])[-1] == expected
@@ -99,7 +109,9 @@ def test_rollbacks_to_one_checkpoint_are_limited():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.1, 20.0) | st.just(math.nan), min_size=1, max_size=60), st.integers(0, 60))
+@given(
+    st.lists(st.floats(0.1, 20.0) | st.just(math.nan), min_size=1, max_size=60), st.integers(0, 60)
+)
 def test_a_resumed_guard_judges_as_the_undisturbed_one(losses, cut):
     whole, first, second = guard("skip"), guard("skip"), guard("skip")
     expected = feed(whole, losses)

@@ -29,7 +29,9 @@ def test_bad_nodes_are_named_and_slow_ones_are_mentioned():
         2: "data from rank 1 on n2 arrived damaged",
         3: "the clock is +100 s off; start chrony or ntpd there",
     }
-    assert slow == ["node check: rank 0 on n1: link from the rank before took 30.0 ms, median 1.0 ms"]
+    assert slow == [
+        "node check: rank 0 on n1: link from the rank before took 30.0 ms, median 1.0 ms"
+    ]
     assert find_bad_ranks([GOOD] * 4, RANKS) == ({}, [])
 
 
@@ -37,7 +39,9 @@ def _check(broken: bool) -> list[str]:
     rank = torch.distributed.get_rank()
     if broken and rank == 1:  # a device that gets one bit wrong
         true_mm = torch.mm
-        torch.mm = lambda a, b: true_mm(a, b).index_put((torch.tensor([3]), torch.tensor([5])), torch.tensor(1.0))
+        torch.mm = lambda a, b: true_mm(a, b).index_put(
+            (torch.tensor([3]), torch.tensor([5])), torch.tensor(1.0)
+        )
     fact = RankHost(rank, f"n{rank + 1}", os.getpid(), time.time())
     try:
         return [f.node for f in node_check.check(fact, torch.device("cpu"))]

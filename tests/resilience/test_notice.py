@@ -55,10 +55,18 @@ def start(folder: Path, phase: str, number: int) -> int:
 def test_notice_in_any_phase_is_obeyed_after_the_next_step(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "tokenizer.json", vocab_size=300).read_bytes()
     for split, stride in (("train", 7), ("validation", 11)):
-        write_dataset(tmp_path / "data" / split, [np.arange(2048) * stride % 300], vocab_size=300, tokenizer=tokenizer)
+        write_dataset(
+            tmp_path / "data" / split,
+            [np.arange(2048) * stride % 300],
+            vocab_size=300,
+            tokenizer=tokenizer,
+        )
     left = [run_on_ranks(start, 2, tmp_path, *when) for when in NOTICES]
     assert left == [[step, step] for _, _, step in EXPECTED]
-    rows = [json.loads(line) for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
     assert (tmp_path / "runs" / "a" / "DONE").read_text() == f"{STEPS}\n"
 

@@ -25,7 +25,11 @@ print(preemption.received().name)
 @pytest.mark.parametrize("first", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_second_notice_does_no_harm(first, second):
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(first)

@@ -18,7 +18,17 @@ RANKS = [RankHost(rank, f"n{1 + rank // 2}", 100 + rank, 0.0) for rank in range(
 
 
 def sighting(rank, *, beats=40, doing="collective (all_reduce)", phase="train", neighbours=None):
-    return Sighting(rank, beats, phase, 12, doing, 9.0, "samples c0ffee", neighbours or {}, "thread MainThread:\n  ...")
+    return Sighting(
+        rank,
+        beats,
+        phase,
+        12,
+        doing,
+        9.0,
+        "samples c0ffee",
+        neighbours or {},
+        "thread MainThread:\n  ...",
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,11 @@ with Watchdog(clock, run_dir=Path(sys.argv[1]), ranks=ranks, global_rank=0, time
 def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", HANGING, str(tmp_path)], cwd=REPO, capture_output=True, text=True, timeout=20
+        [sys.executable, "-c", HANGING, str(tmp_path)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
     assert done.returncode == EXIT_HANG
     assert time.monotonic() - started < 5
@@ -97,6 +111,10 @@ def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
 
 def test_a_disk_that_hangs_does_not_keep_the_job(tmp_path):
     """The report cannot be written when the file system is what hangs; the end must come all the same."""
-    program = HANGING.replace("clock = Clock()", "Watchdog._write_sighting = lambda _: time.sleep(60)\nclock = Clock()")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPO, capture_output=True, timeout=20)
+    program = HANGING.replace(
+        "clock = Clock()", "Watchdog._write_sighting = lambda _: time.sleep(60)\nclock = Clock()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=REPO, capture_output=True, timeout=20
+    )
     assert done.returncode == EXIT_HANG

@@ -138,7 +138,9 @@ def read(path, **settings):
     settings = {"on_error": OnError.quarantine, "max_document_mb": 0.001} | settings
     cfg = InputConfig(input=str(path), **settings)
     rejects = Rejects(cfg.on_error)
-    return [d.text for unit in find_units(cfg) for d in read_documents(unit, cfg, rejects)], rejects.rows
+    return [
+        d.text for unit in find_units(cfg) for d in read_documents(unit, cfg, rejects)
+    ], rejects.rows
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -201,7 +203,12 @@ def job(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     write_jsonl(tmp_path / "a.jsonl", [*make_texts(40), ""])
     (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes() + b"{\n")
-    words = [f"input={tmp_path}/a.jsonl", f"output={tmp_path}/out", f"tokenizer={tmp_path}/tokenizer.json", "workers=1"]
+    words = [
+        f"input={tmp_path}/a.jsonl",
+        f"output={tmp_path}/out",
+        f"tokenizer={tmp_path}/tokenizer.json",
+        "workers=1",
+    ]
     return lambda *more: main(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
 
 
@@ -209,12 +216,20 @@ def test_rejects_stand_beside_the_datasets(job, tmp_path):
     job("on_error=quarantine", "max_rejected_fraction=0.03")
     rows = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [(row["reason"], row["line"]) for row in rows] == [("empty", 41), ("broken_json", 42)]
-    assert json.loads((tmp_path / "out/summary.json").read_text())["rejects"] == {"broken_json": 1, "empty": 1}
-    assert sum(Manifest.load(tmp_path / "out" / split).documents for split in ("train", "validation")) == 40
+    assert json.loads((tmp_path / "out/summary.json").read_text())["rejects"] == {
+        "broken_json": 1,
+        "empty": 1,
+    }
+    assert (
+        sum(Manifest.load(tmp_path / "out" / split).documents for split in ("train", "validation"))
+        == 40
+    )
 
 
 def test_too_many_rejects_end_the_job_and_a_higher_ceiling_goes_on(job, tmp_path):
-    with pytest.raises(DataError, match="1 of 41 documents were rejected.*max_rejected_fraction=0.01"):
+    with pytest.raises(
+        DataError, match="1 of 41 documents were rejected.*max_rejected_fraction=0.01"
+    ):
         job("on_error=quarantine")
     assert not (tmp_path / "out/train").exists()
     job("on_error=quarantine", "max_rejected_fraction=0.05")
@@ -232,6 +247,11 @@ def test_after_a_failure_quarantine_may_go_on_in_the_same_folder(job, tmp_path):
 def test_an_input_of_empty_documents_only_is_an_error(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     path = write_jsonl(tmp_path / "a.jsonl", ["", ""])
-    words = [f"input={path}", f"output={tmp_path}/out", f"tokenizer={tmp_path}/tokenizer.json", "workers=1"]
+    words = [
+        f"input={path}",
+        f"output={tmp_path}/out",
+        f"tokenizer={tmp_path}/tokenizer.json",
+        "workers=1",
+    ]
     with pytest.raises(DataError, match="the input has no documents .*'empty': 2"):
         main(cli.compose(TokenizeConfig, words, config="tokenize"))

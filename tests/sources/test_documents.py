@@ -20,7 +20,13 @@ from data_prep.sources.inputs import Format, InputConfig, OnError, find_files, f
 from pipeline.errors import ConfigError
 from tests.support.corpus import TEXTS, make_texts, write_jsonl
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def read(path, **settings):
@@ -64,7 +70,9 @@ def test_each_format_is_read_plain_and_compressed(tmp_path, kind, suffix):
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
 def test_parquet_is_read_with_each_of_its_compressions(tmp_path, compression):
     texts = make_texts(600)
-    (tmp_path / "a.parquet").write_bytes(parquet(texts, compression=compression, row_group_size=100))
+    (tmp_path / "a.parquet").write_bytes(
+        parquet(texts, compression=compression, row_group_size=100)
+    )
     assert [d.text for d in read(tmp_path / "a.parquet")] == texts
 
 
@@ -88,7 +96,10 @@ def test_documents_have_an_id_that_finds_them_a_label_and_their_url(tmp_path):
         Document("two", f"{path}@35", "crawl", ""),
     ]
     (tmp_path / "b.parquet").write_bytes(parquet(["x", "y"]))
-    assert [d.id for d in read(tmp_path / "b.parquet")] == [f"{tmp_path}/b.parquet#0", f"{tmp_path}/b.parquet#1"]
+    assert [d.id for d in read(tmp_path / "b.parquet")] == [
+        f"{tmp_path}/b.parquet#0",
+        f"{tmp_path}/b.parquet#1",
+    ]
     (tmp_path / "c.tar").write_bytes(tar(["x"], "txt"))
     assert [d.id for d in read(tmp_path / "c.tar")] == [f"{tmp_path}/c.tar/0000"]
 
@@ -96,7 +107,9 @@ def test_documents_have_an_id_that_finds_them_a_label_and_their_url(tmp_path):
 def test_labels_are_given_or_taken_from_the_path(tmp_path):
     write_jsonl(tmp_path / "web" / "a.jsonl", ["x"])
     write_jsonl(tmp_path / "b.jsonl", ["y"])
-    found = find_files(InputConfig(input=f"{tmp_path}/web,books={tmp_path}/b.jsonl,{tmp_path}/b.jsonl"))
+    found = find_files(
+        InputConfig(input=f"{tmp_path}/web,books={tmp_path}/b.jsonl,{tmp_path}/b.jsonl")
+    )
     assert [label for label, _ in found] == ["web", "books", "b"]
 
 
@@ -151,7 +164,12 @@ def test_small_files_share_a_unit_and_labels_do_not(tmp_path):
         write_jsonl(tmp_path / "web" / f"{i}.jsonl", ["x" * 100])
     write_jsonl(tmp_path / "code" / "a.jsonl", ["y"])
     units = find_units(InputConfig(input=f"{tmp_path}/web,{tmp_path}/code", unit_mb=0.0005))
-    assert [(unit.source, len(unit.pieces)) for unit in units] == [("web", 4), ("web", 4), ("web", 2), ("code", 1)]
+    assert [(unit.source, len(unit.pieces)) for unit in units] == [
+        ("web", 4),
+        ("web", 4),
+        ("web", 2),
+        ("code", 1),
+    ]
     assert [unit.number for unit in units] == [0, 1, 2, 3]
 
 

@@ -35,14 +35,18 @@ def bucket(s3):
     client.create_bucket(Bucket="crawl")
     lines = [b'{"text": %s}\n' % orjson.dumps(text) for text in TEXTS]
     client.put_object(Bucket="crawl", Key="web/a.jsonl", Body=b"".join(lines[:40]))
-    client.put_object(Bucket="crawl", Key="web/b.jsonl.gz", Body=gzip.compress(b"".join(lines[40:])))
+    client.put_object(
+        Bucket="crawl", Key="web/b.jsonl.gz", Body=gzip.compress(b"".join(lines[40:]))
+    )
     client.put_object(Bucket="crawl", Key="web/notes.bin", Body=b"\0")
     return "s3://crawl"
 
 
 def read(address, **settings):
     cfg = InputConfig(input=address, **settings)
-    return [d.text for unit in find_units(cfg) for d in read_documents(unit, cfg, Rejects(OnError.fail))]
+    return [
+        d.text for unit in find_units(cfg) for d in read_documents(unit, cfg, Rejects(OnError.fail))
+    ]
 
 
 @pytest.mark.parametrize("place", ["web", "web/", "web/*.jsonl*"])
@@ -65,7 +69,11 @@ def test_tokenizing_from_s3_gives_the_bytes_of_the_local_file(bucket, tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     for name, address in (("local", tmp_path / "a.jsonl"), ("remote", f"{bucket}/web")):
-        words = [f"input=web={address}", f"output={tmp_path}/{name}", f"tokenizer={tmp_path}/tokenizer.json"]
+        words = [
+            f"input=web={address}",
+            f"output={tmp_path}/{name}",
+            f"tokenizer={tmp_path}/tokenizer.json",
+        ]
         main(cli.compose(TokenizeConfig, [*words, "workers=1", "unit_mb=1"], config="tokenize"))
     local, remote = (Manifest.load(tmp_path / name / "train") for name in ("local", "remote"))
     assert local.tokens == remote.tokens
@@ -78,7 +86,9 @@ def web_server(folder):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

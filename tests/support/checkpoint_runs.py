@@ -20,15 +20,22 @@ History = list[tuple[float, float]]
 class Run:
     """An engine and its checkpointer; ends with `close`, so that one process can hold several layouts in turn."""
 
-    def __init__(self, cfg: PretrainConfig, folder: Path, *, attachments: dict[str, Path] | None = None) -> None:
+    def __init__(
+        self, cfg: PretrainConfig, folder: Path, *, attachments: dict[str, Path] | None = None
+    ) -> None:
         from pipeline.engine.engine import Engine
 
         ranks, parallel = ranks_from_environment(), cfg.parallel
         tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         self.layout = connect(ranks, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
-        self.cfg, self.shape = cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
+        self.cfg, self.shape = (
+            cfg,
+            derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB),
+        )
         self.engine = Engine(cfg, self.shape, self.layout)
-        self.checkpointer = Checkpointer(cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments)
+        self.checkpointer = Checkpointer(
+            cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments
+        )
         self.steps = batches()
 
     def train(self, first: int, last: int) -> History:
@@ -42,7 +49,10 @@ class Run:
 
     def save(self, step: int) -> None:
         """Start writing a checkpoint."""
-        record = {"state": {"step": step, "tokens_seen": step * BATCH * SEQ_LEN}, "config": to_dict(self.cfg)}
+        record = {
+            "state": {"step": step, "tokens_seen": step * BATCH * SEQ_LEN},
+            "config": to_dict(self.cfg),
+        }
         self.checkpointer.save(self.engine, step=step, record=record)
 
     def close(self) -> None:
@@ -51,7 +61,9 @@ class Run:
         reset_parallel_state()
 
 
-def train_and_save(cfg: PretrainConfig, folder: Path, save_at: list[int], last: int, **kwargs: Any) -> History:
+def train_and_save(
+    cfg: PretrainConfig, folder: Path, save_at: list[int], last: int, **kwargs: Any
+) -> History:
     """Train from the start to `last`, saving at some steps. Collective."""
     run, history, done = Run(cfg, folder, **kwargs), [], 0
     for step in save_at:
@@ -70,7 +82,11 @@ def resume(cfg: PretrainConfig, folder: Path, last: int, *, save_to: Path | None
     assert record is not None
     if save_to is not None:
         again = Checkpointer(CheckpointConfig(), folder=save_to, layout=run.layout)
-        again.save(run.engine, step=record["step"], record={key: record[key] for key in ("state", "config")})
+        again.save(
+            run.engine,
+            step=record["step"],
+            record={key: record[key] for key in ("state", "config")},
+        )
         assert again.wait()
     history = run.train(record["step"], last)
     run.close()

@@ -19,7 +19,10 @@ TEXTS = [
 
 def make_texts(count: int) -> list[str]:
     """`count` different documents, 1 to 40 of TEXTS long."""
-    return [f"{i}: " + "".join(TEXTS[(i * 7 + k) % len(TEXTS)] for k in range(1 + i * i % 40)) for i in range(count)]
+    return [
+        f"{i}: " + "".join(TEXTS[(i * 7 + k) % len(TEXTS)] for k in range(1 + i * i % 40))
+        for i in range(count)
+    ]
 
 
 def make_tokenizer(path: Path, *, vocab_size: int = 400, pattern: str = "llama3") -> Path:
@@ -27,7 +30,11 @@ def make_tokenizer(path: Path, *, vocab_size: int = 400, pattern: str = "llama3"
     from data_prep.train_tokenizer import Pretokenizer, build
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(build(iter(make_texts(50)), vocab_size=vocab_size, pretokenizer=Pretokenizer[pattern]).to_str())
+    path.write_text(
+        build(
+            iter(make_texts(50)), vocab_size=vocab_size, pretokenizer=Pretokenizer[pattern]
+        ).to_str()
+    )
     return path
 
 

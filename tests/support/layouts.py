@@ -44,7 +44,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "modern": MODERN,
     "gpt2-untied": {**GPT2, "tied_embeddings": False},
     "gpt1": {**GPT2, "norm_placement": NormPlacement.post, "activation": Activation.gelu},
-    "parallel": {**MODERN, "parallel_residual": True, "num_query_groups": 4, "qk_norm": False, "tied_embeddings": True},
+    "parallel": {
+        **MODERN,
+        "parallel_residual": True,
+        "num_query_groups": 4,
+        "qk_norm": False,
+        "tied_embeddings": True,
+    },
     "capped": {
         **GPT2,
         "logit_softcap": 5.0,
@@ -52,7 +58,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation": Activation.squared_relu,
         "init": Init.fixed,
     },
-    "moe": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0, shared_expert_ffn_hidden_size=32)},
+    "moe": {
+        **MODERN,
+        "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0, shared_expert_ffn_hidden_size=32),
+    },
     "moe-switch": {**MODERN, "moe": MoeConfig(num_experts=4, top_k=1, aux_loss_coeff=0.0)},
     "moe-aux": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01)},
     "mqa": {
@@ -113,7 +122,10 @@ def rank_batches(step: dict[str, Tensor], shape: RunShape, layout: ParallelLayou
             tokens=step["tokens"][i : i + size],
             labels=step["labels"][i : i + size],
             positions=None,
-            **{field: step[key][i : i + size] if key in step else None for field, key in optional.items()},
+            **{
+                field: step[key][i : i + size] if key in step else None
+                for field, key in optional.items()
+            },
         )
         for i in starts
     ]
@@ -165,5 +177,7 @@ def reference(cfg: PretrainConfig, **kind: bool) -> list[tuple[float, float]]:
     """The same run in plain torch."""
     from tests.support.reference import ReferenceGPT
 
-    shape = derive(replace(cfg, parallel=ParallelConfig()), world_size=1, tokenizer_vocab_size=VOCAB)
+    shape = derive(
+        replace(cfg, parallel=ParallelConfig()), world_size=1, tokenizer_vocab_size=VOCAB
+    )
     return ReferenceGPT(cfg, VOCAB).train(batches(**kind), shape, cfg.training.micro_batch_size)

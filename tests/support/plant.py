@@ -32,7 +32,11 @@ def install(faults: dict[str, float]) -> None:
             if next(steps) == faults.get("crash") and layout.ranks.global_rank == 1:
                 raise RuntimeError("a planted crash")
             batches = next_step(self)
-            return [spoilt(batch, faults) for batch in batches] if {"nan", "spike"} & set(faults) else batches
+            return (
+                [spoilt(batch, faults) for batch in batches]
+                if {"nan", "spike"} & set(faults)
+                else batches
+            )
 
         loader.Loader.next_step = faulty_next_step
         return layout
@@ -45,7 +49,10 @@ def spoilt(batch: Any, faults: dict[str, float]) -> Any:
     import torch
 
     batch.loss_mask = torch.ones_like(batch.labels, dtype=torch.float32)
-    rows = {name: (torch.as_tensor(batch.sample_ids) == faults.get(name, -1)) for name in ("nan", "spike")}
+    rows = {
+        name: (torch.as_tensor(batch.sample_ids) == faults.get(name, -1))
+        for name in ("nan", "spike")
+    }
     batch.loss_mask[rows["nan"]] = float("nan")
     batch.labels[rows["spike"]] = torch.arange(batch.labels.shape[1]) * 7919 % 64
     batch.loss_mask[rows["spike"]] = 50.0  # so that one sample shows in the mean
@@ -55,7 +62,8 @@ def spoilt(batch: Any, faults: dict[str, float]) -> Any:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     planted = {
-        name: float(value) for name, _, value in (word.partition("=") for word in os.environ.get("PLANT", "").split())
+        name: float(value)
+        for name, _, value in (word.partition("=") for word in os.environ.get("PLANT", "").split())
     }
     assert sys.argv[1] == "-m", sys.argv
     module, sys.argv = sys.argv[2], sys.argv[2:]

@@ -16,7 +16,9 @@ from typing import Any
 PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
 
 
-def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_on_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0
+) -> list[Any]:
     """[fn(*args) on rank r for r in range(world_size)], each rank in a process of its own under one gloo group.
 
     Args:
@@ -30,7 +32,9 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s:
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(target=_rank_main, args=(fn, rank, world_size, folder, args, queue), daemon=True)
+            context.Process(
+                target=_rank_main, args=(fn, rank, world_size, folder, args, queue), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -56,8 +60,14 @@ def _collect(queue: Any, processes: list, world_size: int, timeout_s: float) -> 
         try:
             rank, error, value = queue.get(timeout=1.0)
         except queue_module.Empty:
-            dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results and p.exitcode != 0]
-            assert not dead, f"ranks {dead} died with exit codes {[processes[r].exitcode for r in dead]}"
+            dead = [
+                r
+                for r, p in enumerate(processes)
+                if not p.is_alive() and r not in results and p.exitcode != 0
+            ]
+            assert not dead, (
+                f"ranks {dead} died with exit codes {[processes[r].exitcode for r in dead]}"
+            )
             assert time.monotonic() < deadline, (
                 f"ranks {sorted(set(range(world_size)) - set(results))} ran over {timeout_s} s"
             )
@@ -67,7 +77,9 @@ def _collect(queue: Any, processes: list, world_size: int, timeout_s: float) -> 
     return results
 
 
-def _rank_main(fn: Callable, rank: int, world_size: int, folder: str, args: tuple, queue: Any) -> None:
+def _rank_main(
+    fn: Callable, rank: int, world_size: int, folder: str, args: tuple, queue: Any
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1",
@@ -77,7 +89,9 @@ def _rank_main(fn: Callable, rank: int, world_size: int, folder: str, args: tupl
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
         value = fn(*args)
         if dist.is_initialized():  # a whole training run tears its groups down itself
             dist.barrier()

@@ -34,9 +34,14 @@ def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[in
         at = f"layers.{i}."
         for name in ("input_layernorm", "pre_mlp_layernorm"):
             shapes |= {f"{at}{name}.{n}": (hidden,) for n in norm}
-        shapes[f"{at}self_attention.linear_qkv.weight"] = (groups * (heads // groups + 2) * width, hidden)
+        shapes[f"{at}self_attention.linear_qkv.weight"] = (
+            groups * (heads // groups + 2) * width,
+            hidden,
+        )
         if qkv_bias:
-            shapes[f"{at}self_attention.linear_qkv.bias"] = (groups * (heads // groups + 2) * width,)
+            shapes[f"{at}self_attention.linear_qkv.bias"] = (
+                groups * (heads // groups + 2) * width,
+            )
         shapes[f"{at}self_attention.linear_proj.weight"] = (hidden, heads * width)
         if model.qk_norm:
             for name in ("q_layernorm", "k_layernorm"):
@@ -73,7 +78,11 @@ class ReferenceGPT:
             self.weights[name] = tensor.requires_grad_()
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, document_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        document_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Mean cross entropy over the (unmasked) tokens."""
         model, w = self.model, self.weights
@@ -87,12 +96,16 @@ class ReferenceGPT:
         for i in range(model.num_layers):
             at = f"layers.{i}."
             if model.norm_placement is NormPlacement.post:
-                hidden = self._norm(hidden + self._attention(hidden, at, causal), f"{at}input_layernorm")
+                hidden = self._norm(
+                    hidden + self._attention(hidden, at, causal), f"{at}input_layernorm"
+                )
                 hidden = self._norm(hidden + self._mlp(hidden, at), f"{at}pre_mlp_layernorm")
                 continue
             attended = self._attention(self._norm(hidden, f"{at}input_layernorm"), at, causal)
             if model.parallel_residual:
-                hidden = hidden + attended + self._mlp(self._norm(hidden, f"{at}pre_mlp_layernorm"), at)
+                hidden = (
+                    hidden + attended + self._mlp(self._norm(hidden, f"{at}pre_mlp_layernorm"), at)
+                )
             else:
                 hidden = hidden + attended
                 hidden = hidden + self._mlp(self._norm(hidden, f"{at}pre_mlp_layernorm"), at)
@@ -116,9 +129,9 @@ class ReferenceGPT:
                 * self.weights[f"{name}.weight"]
             )
         mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-        return (x - mean) / torch.sqrt(var + self.model.norm_eps) * self.weights[f"{name}.weight"] + self.weights[
-            f"{name}.bias"
-        ]
+        return (x - mean) / torch.sqrt(var + self.model.norm_eps) * self.weights[
+            f"{name}.weight"
+        ] + self.weights[f"{name}.bias"]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -131,22 +144,35 @@ class ReferenceGPT:
             model.num_query_groups or model.num_attention_heads,
             head_width(model),
         )
-        qkv = self._linear(x, f"{at}self_attention.linear_qkv").view(batch, size, groups, heads // groups + 2, width)
+        qkv = self._linear(x, f"{at}self_attention.linear_qkv").view(
+            batch, size, groups, heads // groups + 2, width
+        )
         q = qkv[:, :, :, :-2].reshape(batch, size, heads, width)
         k, v = (qkv[:, :, :, j].repeat_interleave(heads // groups, dim=2) for j in (-2, -1))
         if model.qk_norm:
-            q, k = self._norm(q, f"{at}self_attention.q_layernorm"), self._norm(k, f"{at}self_attention.k_layernorm")
+            q, k = (
+                self._norm(q, f"{at}self_attention.q_layernorm"),
+                self._norm(k, f"{at}self_attention.k_layernorm"),
+            )
         if model.position is Position.rope:
             q, k = self._rotate(q), self._rotate(k)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width)
         weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
-        return self._linear(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2), f"{at}self_attention.linear_proj")
+        return self._linear(
+            torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2),
+            f"{at}self_attention.linear_proj",
+        )
 
     def _rotate(self, x: Tensor) -> Tensor:
         width, size = x.shape[-1], x.shape[1]
-        angles = torch.arange(size)[:, None] / self.model.rope_theta ** (torch.arange(0, width, 2) / width)
+        angles = torch.arange(size)[:, None] / self.model.rope_theta ** (
+            torch.arange(0, width, 2) / width
+        )
         turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
-        pairs = torch.complex(x[..., : width // 2].contiguous(), x[..., width // 2 :].contiguous()) * turn
+        pairs = (
+            torch.complex(x[..., : width // 2].contiguous(), x[..., width // 2 :].contiguous())
+            * turn
+        )
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
     def _experts(self, x: Tensor, at: str) -> Tensor:
@@ -159,7 +185,11 @@ class ReferenceGPT:
             share = share * scores.softmax(-1)
         every = [self._mlp(x, at, f"mlp.experts.local_experts.{e}") for e in range(moe.num_experts)]
         total = (torch.stack(every, dim=-1) * share[..., None, :]).sum(-1)
-        return total + self._mlp(x, at, "mlp.shared_experts") if moe.shared_expert_ffn_hidden_size else total
+        return (
+            total + self._mlp(x, at, "mlp.shared_experts")
+            if moe.shared_expert_ffn_hidden_size
+            else total
+        )
 
     def _mlp(self, x: Tensor, at: str, name: str = "mlp") -> Tensor:
         if self.model.moe.num_experts and name == "mlp":
@@ -171,10 +201,15 @@ class ReferenceGPT:
         elif self.model.activation is Activation.squared_relu:
             wide = F.relu(wide) ** 2
         else:
-            wide = F.gelu(wide, approximate="tanh" if self.model.activation is Activation.gelu_tanh else "none")
+            wide = F.gelu(
+                wide,
+                approximate="tanh" if self.model.activation is Activation.gelu_tanh else "none",
+            )
         return self._linear(wide, f"{at}{name}.linear_fc2")
 
-    def train(self, steps: list[dict[str, Tensor]], shape: RunShape, micro_batch: int) -> list[tuple[float, float]]:
+    def train(
+        self, steps: list[dict[str, Tensor]], shape: RunShape, micro_batch: int
+    ) -> list[tuple[float, float]]:
         """[(loss, gradient norm)] of AdamW over steps; each step holds whole-batch tokens, labels, optional ids, mask."""
         from pipeline.engine.lr_schedule import lr_at
 
@@ -195,7 +230,9 @@ class ReferenceGPT:
                     warmup_steps=shape.warmup_steps,
                     total_steps=shape.total_steps,
                 )
-            loss = self.loss(step["tokens"], step["labels"], step.get("document_ids"), step.get("mask"))
+            loss = self.loss(
+                step["tokens"], step["labels"], step.get("document_ids"), step.get("mask")
+            )
             optimizer.zero_grad()
             loss.backward()
             limit = cfg.clip_grad or float("inf")

@@ -12,7 +12,9 @@ import pytest
 def s3_server() -> Iterator[str]:
     """Address of a fresh server; skips the test where s3fs or moto is not installed."""
     s3fs = pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
     server.start()
     host, port = server.get_host_and_port()
     settings = {

@@ -76,7 +76,9 @@ def missing() -> str:
     absent = [tool for tool in tools if not shutil.which(tool)]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2)"
-    probe = subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True)
+    probe = subprocess.run(
+        ["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True
+    )
     return "" if probe.returncode == 0 else "this container may not create namespaces"
 
 
@@ -104,7 +106,9 @@ class Job:
     def wait_for_end(self, timeout_s: float = 120.0) -> str:
         """The final state: COMPLETED, FAILED, CANCELLED, TIMEOUT, ..."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"}
-        self.cluster.wait_for(lambda: self.fact("JobState") in over, "the job's end", timeout_s, job=self)
+        self.cluster.wait_for(
+            lambda: self.fact("JobState") in over, "the job's end", timeout_s, job=self
+        )
         return self.fact("JobState")
 
 
@@ -125,20 +129,30 @@ class SlurmCluster:
         (folder / "hosts").write_text("\n".join(hosts) + "\n")
         # No DNS: names resolve at once or not at all.
         (folder / "nsswitch").write_text("passwd: files\ngroup: files\nhosts: files\n")
-        conf = SLURM_CONF.format(dir=folder, kill_wait_s=kill_wait_s, grace_s=grace_s, requeue_hold_s=requeue_hold_s)
-        lines = "".join(f"NodeName=n{i} CPUs={cpus_per_node} RealMemory=8000 State=UNKNOWN\n" for i in nodes)
-        (folder / "etc" / "slurm.conf").write_text(conf.replace("PartitionName=main", lines + "PartitionName=main"))
+        conf = SLURM_CONF.format(
+            dir=folder, kill_wait_s=kill_wait_s, grace_s=grace_s, requeue_hold_s=requeue_hold_s
+        )
+        lines = "".join(
+            f"NodeName=n{i} CPUs={cpus_per_node} RealMemory=8000 State=UNKNOWN\n" for i in nodes
+        )
+        (folder / "etc" / "slurm.conf").write_text(
+            conf.replace("PartitionName=main", lines + "PartitionName=main")
+        )
 
     def __enter__(self) -> SlurmCluster:
         # setpriv: the cluster dies with this process. unshare --kill-child: its pid 1 dies with unshare.
-        isolate = "unshare --mount --uts --ipc --net --pid --fork --kill-child=KILL --mount-proc".split()
+        isolate = (
+            "unshare --mount --uts --ipc --net --pid --fork --kill-child=KILL --mount-proc".split()
+        )
         with (self.folder / "log" / "box.log").open("ab") as log:
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *isolate, BOX, "controller", self.folder, str(self.num_nodes)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
-            self.wait_for(lambda: self._idle() == self.num_nodes, f"{self.num_nodes} idle nodes", 60)
+            self.wait_for(
+                lambda: self._idle() == self.num_nodes, f"{self.num_nodes} idle nodes", 60
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -161,7 +175,9 @@ class SlurmCluster:
             [*self._enter(node), "/bin/sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", cwd or self.folder, *command],
             capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **(env or {})},
         )  # fmt: skip
-        assert done.returncode == 0, f"{' '.join(command)}: rc {done.returncode}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, (
+            f"{' '.join(command)}: rc {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done.stdout
 
     def submit(
@@ -170,18 +186,32 @@ class SlurmCluster:
     ) -> Job:  # fmt: skip
         """sbatch `script` (relative to the repository) with `arguments`."""
         log = self.folder / "log" / "job-%j.out"
-        command = ["sbatch", "--parsable", f"--output={log}", *options, str(REPO / script), *arguments]
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--output={log}",
+            *options,
+            str(REPO / script),
+            *arguments,
+        ]
         job_id = self.run(*command, env=env, cwd=cwd).strip()
         return Job(self, job_id, Path(str(log).replace("%j", job_id)))
 
     def wait_for(
-        self, claim: Callable[[], bool], what: str, timeout_s: float = 60.0, *, job: Job | None = None
+        self,
+        claim: Callable[[], bool],
+        what: str,
+        timeout_s: float = 60.0,
+        *,
+        job: Job | None = None,
     ) -> None:
         """Return once `claim()` holds; fail with the job's log (or the cluster's) after timeout_s."""
         deadline = time.monotonic() + timeout_s
         while not claim():
             if time.monotonic() > deadline:
-                raise AssertionError(f"no {what} within {timeout_s:.0f} s\n{job.log() if job else self._logs()}")
+                raise AssertionError(
+                    f"no {what} within {timeout_s:.0f} s\n{job.log() if job else self._logs()}"
+                )
             time.sleep(0.2)
 
     def cut(self, node: str) -> None:
@@ -236,7 +266,9 @@ class SlurmCluster:
         return [*enter, children[0], "--", *inner]
 
     def _children(self) -> list[str]:
-        return Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return (
+            Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        )
 
     def _idle(self) -> int:
         if self._process.poll() is not None:
@@ -249,5 +281,6 @@ class SlurmCluster:
     def _logs(self) -> str:
         logs = sorted((self.folder / "log").glob("*"))
         return "\n".join(
-            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]) for path in logs
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+            for path in logs
         )

@@ -32,7 +32,9 @@ def write_dataset(
         tar = bytearray()
         for block, at in enumerate(range(0, len(tokens), block_tokens)):
             part = np.asarray(tokens[at : at + block_tokens]).astype(dtype)
-            docs = np.asarray([b - at for b in begins if at <= b < at + len(part)]).astype(fmt.DOCS_DTYPE)
+            docs = np.asarray([b - at for b in begins if at <= b < at + len(part)]).astype(
+                fmt.DOCS_DTYPE
+            )
             row = []
             for name, array in zip(fmt.member_names(number, block), (part, docs)):
                 data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
@@ -60,7 +62,11 @@ def write_dataset(
         "version": fmt.VERSION,
         "dtype": dtype.str,
         "block_tokens": block_tokens,
-        "tokenizer": {"sha256": hashlib.sha256(tokenizer).hexdigest(), "vocab_size": vocab_size, "eod": 0},
+        "tokenizer": {
+            "sha256": hashlib.sha256(tokenizer).hexdigest(),
+            "vocab_size": vocab_size,
+            "eod": 0,
+        },
         "tokens": sum(row[1] for row in rows),
         "documents": sum(row[3] for row in rows),
         "text_bytes": 4 * sum(row[1] for row in rows),

@@ -17,7 +17,9 @@ ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 @pytest.fixture(scope="module", params=["llama3", "gpt2"])
 def tokenizer(request, tmp_path_factory):
-    path = make_tokenizer(tmp_path_factory.mktemp(request.param) / "tokenizer.json", pattern=request.param)
+    path = make_tokenizer(
+        tmp_path_factory.mktemp(request.param) / "tokenizer.json", pattern=request.param
+    )
     return Tokenizer.from_file(path)
 
 
@@ -39,7 +41,11 @@ def test_engines_give_the_ids_of_hugging_face(tokenizer, encoders, name):
 
 
 @settings(max_examples=300, deadline=None)
-@given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
+@given(
+    texts=st.lists(
+        st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5
+    )
+)
 def test_engines_agree_on_any_text(encoders, texts):
     expected = rows(encoders[EncoderName.hf], texts)
     assert rows(encoders[EncoderName.gigatoken], texts) == expected
@@ -82,7 +88,9 @@ def test_an_engine_that_cannot_read_the_tokenizer_is_passed_over(tmp_path):
     edit_tokenizer(path, normalizer={"type": "Lowercase"})
     tokenizer = Tokenizer.from_file(path)
     encoder = Encoder(tokenizer)
-    assert rows(encoder, ["The FOX"]) == [tokenizer.encode("The FOX")] == [tokenizer.encode("the fox")]
+    assert (
+        rows(encoder, ["The FOX"]) == [tokenizer.encode("The FOX")] == [tokenizer.encode("the fox")]
+    )
     with pytest.raises(ConfigError, match="encoder=tiktoken does not fit"):
         Encoder(tokenizer, EncoderName.tiktoken)
 
@@ -101,20 +109,26 @@ def test_an_engine_that_errs_at_start_up_is_not_used(tokenizer, monkeypatch):
     monkeypatch.setitem(encode.ENGINES, EncoderName.gigatoken, wrong_engine)
     monkeypatch.setattr(encode, "HARD_TEXTS", ("a zebra",))
     assert Encoder(tokenizer).name is EncoderName.tiktoken
-    with pytest.raises(ConfigError, match="it gives other ids than Hugging Face tokenizers for 'a zebra'"):
+    with pytest.raises(
+        ConfigError, match="it gives other ids than Hugging Face tokenizers for 'a zebra'"
+    ):
         Encoder(tokenizer, EncoderName.gigatoken)
 
 
 def test_an_engine_that_errs_later_ends_the_job(tokenizer, monkeypatch):
     monkeypatch.setitem(encode.ENGINES, EncoderName.gigatoken, wrong_engine)
     encoder = Encoder(tokenizer, EncoderName.gigatoken)
-    with pytest.raises(DataError, match="begins with 'a zebra'. Prepare into another folder with encoder=tiktoken"):
+    with pytest.raises(
+        DataError, match="begins with 'a zebra'. Prepare into another folder with encoder=tiktoken"
+    ):
         encoder.encode(["a zebra"])
 
 
 def test_engines_are_built_anew_so_that_their_caches_do_not_grow(tokenizer, monkeypatch):
     built = []
-    monkeypatch.setitem(encode.ENGINES, EncoderName.gigatoken, lambda t: built.append(1) or encode._gigatoken(t))
+    monkeypatch.setitem(
+        encode.ENGINES, EncoderName.gigatoken, lambda t: built.append(1) or encode._gigatoken(t)
+    )
     monkeypatch.setattr(encode, "RECYCLE_BYTES", 10**6)
     encoder = Encoder(tokenizer, EncoderName.gigatoken)
     text = "the quick brown fox " * 10_000

@@ -51,8 +51,12 @@ def read_back(folder, parts):
     return np.concatenate(tokens), np.concatenate(starts)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batches=st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=5), min_size=1, max_size=5))
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    batches=st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=5), min_size=1, max_size=5)
+)
 def test_tokens_and_document_starts_come_back(tiny_blocks, tmp_path_factory, batches):
     folder = tmp_path_factory.mktemp("parts")
     with PartWriter(folder, stem="a", key=0, source="x", dtype=U2) as writer:
@@ -90,7 +94,10 @@ def test_provenance_names_the_documents_that_start_in_each_part(tiny_blocks, tmp
 
 
 def test_an_error_leaves_no_unfinished_part(tmp_path):
-    with pytest.raises(RuntimeError), PartWriter(tmp_path, stem="a", key=0, source="x", dtype=U2) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        PartWriter(tmp_path, stem="a", key=0, source="x", dtype=U2) as writer,
+    ):
         writer.add(*stream([10]), ["a"])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,13 @@ RUN = RunShape(
 def make(run_dir: Path, *, is_main: bool = True, **tracking: object) -> Metrics:
     cfg = TrackingConfig(**{"wandb": WandbMode.disabled, "log_every": 5, **tracking})
     return Metrics(
-        cfg, run_dir=run_dir, config={"seed": 1}, shape=RUN, flops_per_token=1e6, is_main=is_main, facts={"dataset": "abc"}
+        cfg,
+        run_dir=run_dir,
+        config={"seed": 1},
+        shape=RUN,
+        flops_per_token=1e6,
+        is_main=is_main,
+        facts={"dataset": "abc"},
     )
 
 
@@ -60,7 +66,9 @@ def train(tracker: Metrics, state: State, num_steps: int, *, step_s: float = 0.0
         time.sleep(step_s)
         state.step += 1
         state.tokens_seen += 32
-        result = SimpleNamespace(loss=torch.tensor(1 / state.step), grad_norm=torch.tensor(2.0), lr=1e-3)
+        result = SimpleNamespace(
+            loss=torch.tensor(1 / state.step), grad_norm=torch.tensor(2.0), lr=1e-3
+        )
         tracker.record(state, result, data_wait_ms=2.0)
 
 
@@ -119,7 +127,9 @@ def test_unknown_peak_gives_no_mfu(tmp_path):
 def test_nan_loss_is_written_as_valid_json(tmp_path):
     """json has no NaN; a reader must not fail on the step that matters most."""
     tracker, state = make(tmp_path), State(step=1, tokens_seen=32)
-    tracker.record(state, SimpleNamespace(loss=torch.tensor(float("nan")), grad_norm=float("inf"), lr=0.0))
+    tracker.record(
+        state, SimpleNamespace(loss=torch.tensor(float("nan")), grad_norm=float("inf"), lr=0.0)
+    )
     tracker.close()
     assert rows(tmp_path)[-1]["train/loss"] is None
 
@@ -127,13 +137,19 @@ def test_nan_loss_is_written_as_valid_json(tmp_path):
 def test_evaluations_events_and_extra_values_are_recorded(tmp_path):
     """Everything that is shown is in metrics.jsonl too."""
     tracker, state = make(tmp_path), State(step=7, tokens_seen=224)
-    tracker.record_eval(state, {"wiki": SimpleNamespace(loss=2.0, ppl=7.4, bits_per_byte=0.9, tokens=10)})
+    tracker.record_eval(
+        state, {"wiki": SimpleNamespace(loss=2.0, ppl=7.4, bits_per_byte=0.9, tokens=10)}
+    )
     tracker.event(state, {"resilience/checkpoint_stall_ms": 12.5})
     result = SimpleNamespace(loss=torch.tensor(1.0), grad_norm=1.0, lr=0.0)
     tracker.record(state, result, extra={"moe/aux_loss": torch.tensor(0.5)})
     tracker.close()
     evaluation, event, step = rows(tmp_path)[1:]
-    assert (evaluation["val/wiki/loss"], evaluation["val/wiki/ppl"], evaluation["val/wiki/bits_per_byte"]) == (2, 7.4, 0.9)
+    assert (
+        evaluation["val/wiki/loss"],
+        evaluation["val/wiki/ppl"],
+        evaluation["val/wiki/bits_per_byte"],
+    ) == (2, 7.4, 0.9)
     assert event["resilience/checkpoint_stall_ms"] == 12.5
     assert step["moe/aux_loss"] == 0.5
 
@@ -164,7 +180,14 @@ def test_console_line_names_what_metrics_jsonl_names(tmp_path, monkeypatch, capl
         train(tracker, State(), 1)
     tracker.close()
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("step 1/20"))
-    for name in ("loss 1.0000", "lr 1.00e-03", "grad_norm 2.000", "tokens/s", "tokens_seen 32", "eta"):
+    for name in (
+        "loss 1.0000",
+        "lr 1.00e-03",
+        "grad_norm 2.000",
+        "tokens/s",
+        "tokens_seen 32",
+        "eta",
+    ):
         assert name in line
 
 
@@ -229,7 +252,9 @@ def test_wandb_server_that_accepts_and_never_answers(tmp_path):
         }
         root = Path(metrics.__file__).parents[2]
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=120
+        )
     assert (done.returncode, done.stdout.strip()) == (0, "done")
     assert rows(tmp_path)[-1]["step"] == 20
 

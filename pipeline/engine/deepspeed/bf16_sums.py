@@ -1,10 +1,12 @@
-"""The fp32 gradient sums of DeepSpeed's BF16_Optimizer: fewer passes, and reduced while the backward pass still runs.
+"""The fp32 gradient sums of DeepSpeed's BF16_Optimizer: fewer passes, and reduced while the
+backward pass still runs.
 
-DeepSpeed clears the sums twice a step, turns each bf16 gradient into an fp32 copy before it adds it, and reduces them
-after the backward pass, through a copy. Here the first gradient of a step is written over the old sum and later ones
-are added as they are; a sum is cleared only where a parameter got no gradient (an expert that saw no token); and in
-the last micro-batch a bucket of sums is reduced in place as soon as its last gradient is there. The numbers are the
-same; benchmarks/train_step.py: 2 % of a step of 124 M parameters, on one rank.
+DeepSpeed clears the sums twice a step, turns each bf16 gradient into an fp32 copy before it adds
+it, and reduces them after the backward pass, through a copy. Here the first gradient of a step is
+written over the old sum and later ones are added as they are; a sum is cleared only where a
+parameter got no gradient (an expert that saw no token); and in the last micro-batch a bucket of
+sums is reduced in place as soon as its last gradient is there. The numbers are the same;
+benchmarks/train_step.py: 2 % of a step of 124 M parameters, on one rank.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Gradients of one reduction, Megatron-LM's default: small enough to start early, large enough to fill a link.
+# Gradients of one reduction, Megatron-LM's default: small enough to start early, large enough to
+# fill a link.
 BUCKET_ELEMENTS = 40_000_000
 
 
@@ -45,7 +48,9 @@ def sum_in_place(optimizer: Any, reduction: Reduction | None) -> None:
             has_gradient[:] = [False] * len(has_gradient)
 
     def clear_what_is_left(**_: Any) -> None:
-        for totals, has_gradient in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients):
+        for totals, has_gradient in zip(
+            optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+        ):
             for index, has in enumerate(has_gradient):
                 if not has:
                     totals[index].zero_()
@@ -67,12 +72,15 @@ class _Bucket:
 
 
 class Reduction:
-    """Means of the gradient sums over data-parallel ranks, bucket by bucket, the last layers' first.
+    """Means of the gradient sums over data-parallel ranks, bucket by bucket, the last layers'
+    first.
 
     Every rank launches the buckets in the same order, whichever gradient is missing where.
     """
 
-    def __init__(self, optimizer: Any, group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self, optimizer: Any, group: dist.ProcessGroup, parameters: list[nn.Parameter]
+    ) -> None:
         """Cut the sums of `optimizer` into buckets.
 
         Args:
@@ -103,7 +111,9 @@ class Reduction:
                 stop, indices = end, []
 
     def arrived(self, group: int, index: int) -> None:
-        """A parameter's gradient of the last micro-batch is in its sum. Collective where it fills a bucket."""
+        """A parameter's gradient of the last micro-batch is in its sum. Collective where it fills a
+        bucket.
+        """
         self._bucket_of[group, index].num_missing -= 1
         while self._next < len(self.buckets) and self.buckets[self._next].num_missing == 0:
             self._launch()

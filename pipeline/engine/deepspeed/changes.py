@@ -31,13 +31,16 @@ from torch import Tensor
 from pipeline.engine.loss_scale import LossScale
 
 
-def keep_decisions_on_device(optimizer: Any, loss_scale: LossScale | None, *, is_offloaded: bool) -> None:
+def keep_decisions_on_device(
+    optimizer: Any, loss_scale: LossScale | None, *, is_offloaded: bool
+) -> None:
     """Let one of DeepSpeed's optimizers leave every decision to engine/verdict.py.
 
     Args:
         optimizer: of an initialised engine, any stage.
         loss_scale: of fp16; None: there is none.
-        is_offloaded: gradients, norm and update are the host's, which therefore waits for the gradients.
+        is_offloaded: gradients, norm and update are the host's, which therefore waits for the
+            gradients.
     """
     for module in (bf16_optimizer, stage_1_and_2, stage3):
         module.is_invalid_grad_norm = lambda _: False
@@ -58,7 +61,8 @@ def keep_decisions_on_device(optimizer: Any, loss_scale: LossScale | None, *, is
 def reduce_tied_sums(engine: Any) -> None:
     """Let a pipeline of fp16 reduce the fp32 sums of a tied weight's gradients.
 
-    PipelineEngine reduces weight.grad, which is None where the sums are kept apart (grad_accum_dtype), and says
+    PipelineEngine reduces weight.grad, which is None where the sums are kept apart
+    (grad_accum_dtype), and says
     nothing: the copies of the weight drift apart.
     """
     weights = engine.module.get_tied_weights_and_groups
@@ -81,7 +85,9 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).float()
 
 
-def _norm_over_model_parallel_ranks(input_tensors: Any, norm_type: float = 2, mpu: Any = None) -> Tensor:
+def _norm_over_model_parallel_ranks(
+    input_tensors: Any, norm_type: float = 2, mpu: Any = None
+) -> Tensor:
     """BF16_Optimizer's: every data-parallel rank has all gradients of its model-parallel rank."""
     total = _total_norm(list(input_tensors)).square()
     if mpu is not None:
@@ -89,8 +95,12 @@ def _norm_over_model_parallel_ranks(input_tensors: Any, norm_type: float = 2, mp
     return total.sqrt()
 
 
-def _norm_over_all_ranks(self: Any, gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
-    """ZeRO's: a rank has its partition of the gradients. What several ranks hold whole counts once."""
+def _norm_over_all_ranks(
+    self: Any, gradients: list[Tensor], params: list[Any], norm_type: float = 2
+) -> Tensor:
+    """ZeRO's: a rank has its partition of the gradients. What several ranks hold whole counts
+    once.
+    """
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     counted = [
         gradient
@@ -105,7 +115,9 @@ def _norm_over_all_ranks(self: Any, gradients: list[Tensor], params: list[Any], 
 
 
 def _order_by_streams(optimizer: Any) -> None:
-    """Let the device, not the host, wait for gradient reductions that run on a stream of their own."""
+    """Let the device, not the host, wait for gradient reductions that run on a stream of their
+    own.
+    """
     accelerator = get_accelerator()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         stream = optimizer.reduce_and_partition_stream
@@ -114,7 +126,9 @@ def _order_by_streams(optimizer: Any) -> None:
     epilogue = optimizer.independent_gradient_partition_epilogue
 
     def ordered() -> None:
-        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(
+            optimizer.reduction_stream
+        )
         try:
             epilogue()
         finally:
@@ -124,7 +138,8 @@ def _order_by_streams(optimizer: Any) -> None:
 
 
 class HostAdam(DeepSpeedCPUAdam):
-    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused AdamW does.
+    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused
+    AdamW does.
 
     Its gradients are on the host, so the host has waited for them already.
     """

@@ -1,4 +1,6 @@
-"""DeepSpeed as we need it; imported before anything of it, because it looks at the environment when it is imported."""
+"""DeepSpeed as we need it; imported before anything of it, because it looks at the environment when
+it is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +13,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed.ops  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# A shared-memory all-reduce that is compiled at start-up (about a minute) and that our groups do not use.
+# A shared-memory all-reduce that is compiled at start-up (about a minute) and that our groups do
+# not use.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

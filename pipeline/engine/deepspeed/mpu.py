@@ -6,10 +6,14 @@ from typing import Any
 
 
 class Mpu:
-    """megatron-core's groups under the names DeepSpeed's plain engine asks for (model parallel = tensor parallel)."""
+    """megatron-core's groups under the names DeepSpeed's plain engine asks for (model parallel =
+    tensor parallel).
+    """
 
     def __getattr__(self, name: str) -> Any:
         """parallel_state's attribute of that name."""
         from megatron.core import parallel_state
 
-        return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))
+        return getattr(
+            parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel")
+        )

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration, from ours.
 
-Every key we rely on is written out: DeepSpeed's defaults have changed between releases, and some are wrong for us.
+Every key we rely on is written out: DeepSpeed's defaults have changed between releases, and some
+    are wrong for us.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ from pipeline.config.run_shape import RunShape
 from pipeline.engine.deepspeed.bf16_sums import BUCKET_ELEMENTS
 from pipeline.planning.flops import num_parameters
 
-ALLGATHER_ELEMENTS = 200_000_000  # weights gathered at a time; larger buckets no longer raise the bandwidth
+# weights gathered at a time; larger buckets no longer raise the bandwidth
+ALLGATHER_ELEMENTS = 200_000_000
 
 
 def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
-    """The ZeRO stage that runs: parallel.zero_stage, or 0 where one fp32 data-parallel rank has nothing to partition.
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 where one fp32 data-parallel rank has
+    nothing to partition.
 
     Stage 0 computes the same without copying gradients and weights through flat buffers.
     """
     parallel = cfg.parallel
-    has_nothing_to_partition = shape.data_parallel_size == 1 and cfg.training.precision is Precision.fp32
-    if has_nothing_to_partition and shape.pipeline_parallel_size == 1 and not parallel.offload_optimizer:
+    has_nothing_to_partition = (
+        shape.data_parallel_size == 1 and cfg.training.precision is Precision.fp32
+    )
+    if (
+        has_nothing_to_partition
+        and shape.pipeline_parallel_size == 1
+        and not parallel.offload_optimizer
+    ):
         return 0
     return parallel.zero_stage
 
@@ -33,17 +42,21 @@ def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
 def deepspeed_config(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
     """DeepSpeed's configuration, every key we rely on written out."""
     parallel, precision, stage = cfg.parallel, cfg.training.precision, zero_stage(cfg, shape)
-    size = num_parameters(cfg.model, shape.vocab_size) // (shape.tensor_parallel_size * shape.pipeline_parallel_size)
+    size = num_parameters(cfg.model, shape.vocab_size) // (
+        shape.tensor_parallel_size * shape.pipeline_parallel_size
+    )
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
         "stage": stage,
-        # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by bf16_gradients.py). DeepSpeed does
-        # not under a pipeline, and offloaded gradients leave for the host one by one.
+        # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by
+        # bf16_gradients.py). DeepSpeed does not under a pipeline, and offloaded gradients leave for
+        # the host one by one.
         "overlap_comm": stage > int(parallel.offload_optimizer or shape.pipeline_parallel_size > 1),
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "allgather_partitions": True,
-        # Elements. DeepSpeed allocates the bucket whole, so a small model must not ask for a large one.
+        # Elements. DeepSpeed allocates the bucket whole, so a small model must not ask for a large
+        # one.
         "reduce_bucket_size": min(BUCKET_ELEMENTS, size),
         "allgather_bucket_size": min(ALLGATHER_ELEMENTS, size),
         "round_robin_gradients": False,
@@ -60,14 +73,25 @@ def deepspeed_config(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
         "prescale_gradients": False,
         "steps_per_print": 2**60,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # waits for the device twice a micro-batch
-        # Partitioned activations are silently wrong under sequence parallelism, which already splits them.
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
+        "timers": {
+            "throughput": {"enabled": False, "synchronized": False}
+        },  # waits for the device twice a micro-batch
+        # Partitioned activations are silently wrong under sequence parallelism, which already
+        # splits them.
+        "pipeline": {
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+            "activation_checkpoint_interval": 0,
+        },
     }
     if precision is not Precision.fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision is Precision.bf16:
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
+        config["bf16"] = {
+            "enabled": True,
+            "immediate_grad_update": True,
+            "check_grad_overflow": False,
+        }
     if precision is Precision.fp16:
         config["fp16"] = {"enabled": True, "loss_scale": 0}  # 0: dynamic, by engine/loss_scale.py
     return config

@@ -1,4 +1,6 @@
-"""The GPT as DeepSpeed's PipelineModule, cut into stages by the cost of its layers; and batches as it takes them."""
+"""The GPT as DeepSpeed's PipelineModule, cut into stages by the cost of its layers; and batches as
+it takes them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from pipeline.data.batch import Batch
 
 
-def pipeline_module(architecture: Architecture, shape: RunShape, layout: ParallelLayout) -> PipelineModule:
+def pipeline_module(
+    architecture: Architecture, shape: RunShape, layout: ParallelLayout
+) -> PipelineModule:
     """This rank's stage (under DualPipeV: its two stages) of the model."""
     model = architecture.model
     tied = model.tied_embeddings
@@ -38,18 +42,24 @@ def pipeline_module(architecture: Architecture, shape: RunShape, layout: Paralle
         LayerSpec(StageHead, architecture),
     ]
     if tied:
-        # The copy next to the loss owns no position table, and hands hidden through: the loss takes its weight.
+        # The copy next to the loss owns no position table, and hands hidden through: the loss takes
+        # its weight.
         through: Any = {"forward_fn": lambda _, hidden: hidden, **tie}
         specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, False, **through))
     costs = layer_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     if tied:
         costs = [*costs[:-1], 0.0, costs[-1]]
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    loss, head = Loss(architecture, layout.tensor_group), "embedding.word.weight" if tied else "head.weight"
+    loss, head = (
+        Loss(architecture, layout.tensor_group),
+        "embedding.word.weight" if tied else "head.weight",
+    )
 
     def loss_fn(hidden: Tensor, labels: Any) -> Tensor:
         named = module.named_parameters()
-        weight = next(p for name, p in named if canonical_name(name, num_layers=model.num_layers) == head)
+        weight = next(
+            p for name, p in named if canonical_name(name, num_layers=model.num_layers) == head
+        )
         return loss(hidden, weight, *(labels if isinstance(labels, tuple) else (labels, None)))
 
     module = (_DualPipeV if is_dual else _Staged)(
@@ -57,15 +67,22 @@ def pipeline_module(architecture: Architecture, shape: RunShape, layout: Paralle
         costs=costs,
         loss_fn=loss_fn,
         topology=PipeModelDataParallelTopology(
-            num_pp=shape.pipeline_parallel_size, num_mp=shape.tensor_parallel_size, num_dp=shape.data_parallel_size
+            num_pp=shape.pipeline_parallel_size,
+            num_mp=shape.tensor_parallel_size,
+            num_dp=shape.data_parallel_size,
         ),
-        activation_checkpoint_interval=0,  # blocks recompute themselves, with megatron-core's random streams
+        # Blocks recompute themselves, with megatron-core's random streams
+        activation_checkpoint_interval=0,
     )
     return module
 
 
-def micro_batch_stream(batches: list[Batch], weights: list[Tensor | None]) -> Iterator[tuple[Any, Any]]:
-    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without gaps."""
+def micro_batch_stream(
+    batches: list[Batch], weights: list[Tensor | None]
+) -> Iterator[tuple[Any, Any]]:
+    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without
+    gaps.
+    """
     for batch, token_weights in zip(batches, weights, strict=True):
         extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
         inputs = (batch.tokens, *extra) if extra else batch.tokens

@@ -2,9 +2,10 @@
 
     fragments(engine) -> [Fragment(name, start, {"weight": view, "exp_avg": view, ...})]     every ZeRO stage and engine
 
-A checkpoint is written from these views and read into them; nothing is gathered. Loading is `create_state`, writing
-into the views, then `publish_weights`, which hands the fp32 weights to the copies that forward and backward use.
-With engine.py the only file that knows DeepSpeed; its attribute names here are those of 0.19.
+A checkpoint is written from these views and read into them; nothing is gathered. Loading is
+`create_state`, writing into the views, then `publish_weights`, which hands the fp32 weights to the
+copies that forward and backward use. With engine.py the only file that knows DeepSpeed; its
+attribute names here are those of 0.19.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ class _Slot:
 
 
 def fragments(engine: Engine) -> list[Fragment]:
-    """What this rank holds of weights and optimizer state, tied copies included; views, not copies."""
-    named = {id(parameter): (name, partition) for name, (parameter, partition) in engine.all_parameters().items()}
+    """What this rank holds of weights and optimizer state, tied copies included; views, not
+    copies.
+    """
+    named = {
+        id(parameter): (name, partition)
+        for name, (parameter, partition) in engine.all_parameters().items()
+    }
     state = engine.optimizer.state
     found = []
     for index, slot in enumerate(_slots(engine)):
@@ -45,7 +51,9 @@ def fragments(engine: Engine) -> list[Fragment]:
         for key, value in state.get(slot.flat, {}).items():
             if isinstance(value, Tensor) and value.numel() == slot.flat.numel() and value.dim() > 0:
                 views[key] = value.view(-1).narrow(0, slot.offset, slot.numel)
-        found.append(Fragment(name, partition, slot.start, views, _is_owned(engine, slot, partition, index)))
+        found.append(
+            Fragment(name, partition, slot.start, views, _is_owned(engine, slot, partition, index))
+        )
     return found
 
 
@@ -54,12 +62,18 @@ def _is_owned(engine: Engine, slot: _Slot, partition: Partition, index: int) -> 
         return False
     if not partition.is_split and engine.layout.tensor_rank:
         return False
-    # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds runs of its own.
-    return not engine.is_unsharded or index % engine.layout.data_parallel_size == engine.layout.data_rank
+    # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds
+    # runs of its own.
+    return (
+        not engine.is_unsharded
+        or index % engine.layout.data_parallel_size == engine.layout.data_rank
+    )
 
 
 def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:
-    """Give a fresh optimizer zero state under `keys`, which it would create at its first step, and its step count."""
+    """Give a fresh optimizer zero state under `keys`, which it would create at its first step, and
+    its step count.
+    """
     optimizer = engine.optimizer
     for flat in {id(slot.flat): slot.flat for slot in _slots(engine)}.values():
         state = optimizer.state[flat]
@@ -77,7 +91,9 @@ def optimizer_step(engine: Engine) -> int:
 
 @torch.no_grad()
 def publish_weights(engine: Engine) -> None:
-    """Copy the views' fp32 weights into those that the model computes with. Collective over data-parallel ranks."""
+    """Copy the views' fp32 weights into those that the model computes with. Collective over
+    data-parallel ranks.
+    """
     optimizer = engine.deepspeed.optimizer
     if engine.is_unsharded:
         return
@@ -86,10 +102,14 @@ def publish_weights(engine: Engine) -> None:
         return
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         optimizer.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
-        pieces = optimizer.unflatten(optimizer.fp16_partitioned_groups_flat[i], optimizer.fp16_partitioned_groups[i])
+        pieces = optimizer.unflatten(
+            optimizer.fp16_partitioned_groups_flat[i], optimizer.fp16_partitioned_groups[i]
+        )
         for held, piece in zip(optimizer.fp16_partitioned_groups[i], pieces, strict=True):
             held.data = piece
-    if persistent := optimizer.persistent_parameters:  # small parameters that stay whole on every rank
+    if (
+        persistent := optimizer.persistent_parameters
+    ):  # small parameters that stay whole on every rank
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
@@ -101,7 +121,9 @@ def _is_stage_3(optimizer: Any) -> bool:
 def _step_count(optimizer: Any, flat: Tensor, count: int) -> Any:
     if isinstance(optimizer, HostAdam):
         return count
-    is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    is_on_device = any(
+        group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+    )
     return torch.tensor(float(count), device=flat.device if is_on_device else "cpu")
 
 
@@ -115,7 +137,11 @@ def _slots(engine: Engine) -> Iterator[_Slot]:
     else:
         is_bf16 = hasattr(optimizer, "bf16_groups")
         groups = optimizer.bf16_groups if is_bf16 else optimizer.bit16_groups
-        flats = optimizer.fp32_groups_flat_partition if is_bf16 else optimizer.single_partition_of_fp32_groups
+        flats = (
+            optimizer.fp32_groups_flat_partition
+            if is_bf16
+            else optimizer.single_partition_of_fp32_groups
+        )
         for group, flat in zip(groups, flats, strict=True):
             for parameter in group:
                 mapping = parameter._hp_mapping
@@ -126,7 +152,9 @@ def _slots(engine: Engine) -> Iterator[_Slot]:
 
 def _stage_3_slots(optimizer: Any) -> Iterator[_Slot]:
     """Each parameter is cut into equal parts, the last one padded."""
-    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+    for group, flat in zip(
+        optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+    ):
         offset = 0
         for parameter in group:
             rank, width = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
