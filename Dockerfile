@@ -27,7 +27,7 @@ RUN apt-get update \
 # Ubuntu's image already has a user 1000. safe.directory: mounted clones, and containers started under another user id,
 # do not own the repository, and git would refuse to say its commit.
 ARG USER_ID
-RUN if id "$USER_ID" > /dev/null 2>&1; then userdel --remove "$(id -nu "$USER_ID")"; fi \
+RUN if id "$USER_ID" > /dev/null 2>&1; then userdel "$(id -nu "$USER_ID")"; fi \
  && useradd --uid "$USER_ID" --create-home --shell /bin/bash pretrain \
  && install -d -o pretrain -g pretrain /opt/pretrain /opt/venv \
  && git config --system --add safe.directory '*'
