@@ -87,3 +87,23 @@ def test_kubernetes_job_starts_one_torchrun_per_node_until_the_run_is_done():
         {v["name"] for v in master["template"]["spec"]["volumes"]},
     )
     assert mounted == volumes
+
+
+def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_again(tmp_path):
+    """The kubelet tells the container's first process alone: the shell that waits for torchrun."""
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    (tmp_path / "torchrun").write_text(
+        '#!/bin/bash\ntrap "touch $HERE/heard; exit 0" TERM\n'
+        "echo started\nwhile kill -0 $PPID 2> /dev/null; do sleep 0.05; done\n"
+    )
+    (tmp_path / "torchrun").chmod(0o755)
+    command = [*container["command"], container["args"][0].replace("/runs", str(tmp_path))]
+    environment = {"HERE": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "NAME": "big"}
+    with subprocess.Popen(
+        command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True
+    ) as pod:
+        assert pod.stdout.readline() == "started\n"
+        pod.terminate()
+        assert pod.wait(timeout=60) == 1  # no DONE: "failed", so the pod is started again
+    assert (tmp_path / "heard").exists()
