@@ -64,12 +64,13 @@ def test_page_of_a_large_job_stays_readable():
 HANGING = """
 import sys, time
 from pathlib import Path
-from pipeline.goodput import Clock
-from pipeline.watchdog import RankFact, Watchdog
+from pipeline.resilience.clock import Clock
+from pipeline.distributed.ranks import RankHost
+from pipeline.resilience.watchdog import Watchdog
 import os
 clock = Clock()
-ranks = [RankFact(0, "here", os.getpid(), 1.0)]
-with Watchdog(clock, run_dir=Path(sys.argv[1]), ranks=ranks, global_rank=0, timeout_s=1.0) as watchdog:
+hosts = [RankHost(0, "here", os.getpid(), 1.0)]
+with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=0, timeout_s=1.0) as watchdog:
     watchdog.describe_step = lambda: "samples beef"
     clock.enter("data", 7)
     def wait_for_a_disk_that_never_answers(): time.sleep(60)
@@ -97,7 +98,7 @@ def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
 
 def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
     clock = Clock()
-    with Watchdog(clock, run_dir=tmp_path, ranks=RANKS[:1], global_rank=0, timeout_s=2.0):
+    with Watchdog(clock, run_dir=tmp_path, hosts=RANKS[:1], global_rank=0, timeout_s=2.0):
         deadline = time.monotonic() + 10
         while not list(tmp_path.glob("logs/.hang-*/00000.json")):
             assert time.monotonic() < deadline
