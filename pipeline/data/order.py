@@ -139,20 +139,25 @@ class Order:
                 lane[at] = self._interleave(self._epoch(int(number)), position[at])[0]
         return lane
 
-    def upcoming_shards(self, k: Any) -> list[int]:
-        """Shards worth fetching around samples k: the windows they lie in, then the windows after
-        those.
-        """
-        number, last = divmod(int(np.max(k)), self.epoch_size)
-        lanes = np.unique(self.lane(k))
-        epoch = self._epoch(number)
-        # A lane's turn at the newest sample: how many of its sequences the epoch has read by then.
-        phase = int(np.searchsorted(epoch.phase_first, last, "right")) - 1
-        rounds = epoch.phase_round[phase] + (last - epoch.phase_first[phase]) // (
+    def _turns(self, epoch: _Epoch, lanes: Ints, position: int) -> Ints:
+        """How many sequences of each lane the epoch has read at `position`, as a turn it has."""
+        phase = int(np.searchsorted(epoch.phase_first, position, "right")) - 1
+        rounds = epoch.phase_round[phase] + (position - epoch.phase_first[phase]) // (
             self.lanes - phase
         )
         lengths = np.diff(epoch.first[epoch.lane_start])[lanes]
-        start, stop = self._window(epoch, lanes, np.clip(rounds, 0, np.maximum(lengths - 1, 0)))
+        turns: Ints = np.clip(rounds, 0, np.maximum(lengths - 1, 0))
+        return turns
+
+    def upcoming_shards(self, k: Any) -> list[int]:
+        """Shards worth fetching around samples k: the windows they lie in, then those after."""
+        number, last = divmod(int(np.max(k)), self.epoch_size)
+        # Samples of one step can lie on both sides of a window's end.
+        oldest = max(int(np.min(k)) - number * self.epoch_size, 0)
+        lanes = np.unique(self.lane(k))
+        epoch = self._epoch(number)
+        start, _ = self._window(epoch, lanes, self._turns(epoch, lanes, oldest))
+        _, stop = self._window(epoch, lanes, self._turns(epoch, lanes, last))
         end = epoch.lane_start[lanes + 1]
         spans = [(epoch, start, stop), (epoch, stop, np.minimum(stop + self.window, end))]
         if np.any(stop == end):  # the next window is the first one of the next epoch

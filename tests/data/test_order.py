@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.order import ROUNDS, Order, draw_keys, num_sequences, permute
@@ -109,6 +109,7 @@ def test_a_lane_reads_window_after_window_and_lanes_share_no_shard():
 
 
 @given(sizes=shard_sizes, lanes=st.integers(1, 4), window=st.integers(1, 5), at=st.floats(0, 2.9))
+@example(sizes=[33, 0, 17, 161, 0, 0, 0, 0, 0, 0, 0, 0, 193], lanes=4, window=1, at=2.875)
 @settings(deadline=None, max_examples=25)
 def test_upcoming_shards_hold_this_and_the_next_window(sizes, lanes, window, at):
     """What is read next is in the list, unless its lane's turn crosses into an epoch after the next."""
