@@ -2,7 +2,7 @@
 same step.
 
     Slurm --USR2 (time limit) / TERM (preemption, requeue, scancel)--> flag of the process
-    flag --with the step's numbers, anomaly.StepAgreement--> every rank knows --> save, exit 0
+    flag --with the step's numbers, StepAgreement--> every rank knows --> save, exit 0
 
 `install_handlers()` runs before torch is imported: a notice during the seconds of start-up would
 kill the process otherwise. launch/pretrain.slurm starts ranks with the signals blocked, so one that

@@ -10,14 +10,14 @@ from tests.support.slurm_cluster import REPO
 
 PROGRAM = """
 import signal, sys
-from pipeline import preemption
-preemption.install_handlers()
+from pipeline.resilience import notice as notices
+notices.install_handlers()
 assert "torch" not in sys.modules
 print("ready", flush=True)
-while (notice := preemption.received()) is None: signal.sigtimedwait([], 0.01)
+while (notice := notices.received()) is None: signal.sigtimedwait([], 0.01)
 print(notice.name, flush=True)
 sys.stdin.read()  # a second signal arrives here
-print(preemption.received().name)
+print(notices.received().name)
 """
 
 
