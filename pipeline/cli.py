@@ -1,5 +1,4 @@
-"""From the words on a command line to one typed config, or to one clear message; the only importer
-of hydra.
+"""From the words on a command line to one typed config, or to one clear message.
 
     argv --split--> positional words, raw strings, hydra overrides --compose conf/ + schema--> dataclass --> main(cfg)
 
@@ -114,8 +113,9 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 def _split(
     arguments: Sequence[str], schema: type, positional: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Hydra overrides, and the values of top-level `str` fields, which are taken literally (commas,
-    quotes, braces).
+    """Hydra's overrides, and the values of top-level `str` fields.
+
+    Those are taken as they are: Hydra's grammar would trip over their commas, quotes and braces.
     """
     hints = typing.get_type_hints(schema)
     literal = {
@@ -154,9 +154,7 @@ def _split(
 
 
 def _explain(error: Exception, schema: type) -> str:
-    """Hydra's complaint in one message: the key, what is wrong, the nearest legal key or the
-    type.
-    """
+    """Hydra's complaint in one message: key, what is wrong, the nearest right key or the type."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 

@@ -92,9 +92,7 @@ def main(cfg: EvaluateConfig) -> int:
 
 
 def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConfig, Path]:
-    """A one-step training run of the checkpoint's model, for engine and shapes; and the folder with
-    the weights.
-    """
+    """A one-step training run of the checkpoint's model; and the folder with the weights."""
     model, path, training = _model(Path(cfg.checkpoint))
     parallel = replace(
         cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"]

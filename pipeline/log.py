@@ -10,9 +10,7 @@ logger = logging.getLogger("pretrain")
 
 
 def setup(*, global_rank: int = 0) -> None:
-    """Send messages to standard error; ranks above 0 only from WARNING up, each marked with its
-    rank.
-    """
+    """Send messages to standard error; of ranks above 0 only warnings, marked with the rank."""
     handler = logging.StreamHandler(sys.stderr)
     mark = f"[rank {global_rank}] " if global_rank else ""
     handler.setFormatter(

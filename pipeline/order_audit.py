@@ -117,9 +117,7 @@ def _joined(identities: list[str], parts: list[tuple[Samples, np.ndarray, np.nda
 
 
 def _shape(cfg: AuditConfig, ranks: int) -> RunShape:
-    """The run's shape on `ranks` data-parallel ranks; the micro-batch is 1, because it only cuts
-    what a rank reads.
-    """
+    """The run's shape on `ranks` data-parallel ranks; micro-batches of 1 cut what a rank reads."""
     facts = describe(cfg.data)
     training = dataclasses.replace(cfg.training, micro_batch_size=1)
     world_size = ranks * cfg.parallel.tensor_parallel_size * cfg.parallel.pipeline_parallel_size

@@ -1,5 +1,4 @@
-"""Would this run start? Everything that can be known without a device, in seconds, on the login
-node.
+"""Would this run start? All that is known without a device, in seconds, on the login node.
 
     python -m pipeline.preflight world_size=128 model=gpt3-6.7b parallel.tensor_parallel_size=8 ...
 
@@ -97,9 +96,7 @@ def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
 
 
 def missing_devices(_: PretrainConfig) -> Iterator[str]:
-    """Fewer GPUs on this node than Slurm puts ranks there; only where GPUs were asked for, in a
-    job.
-    """
+    """In a job that asked for GPUs: fewer on this node than Slurm puts ranks there."""
     asked = os.environ.get("SLURM_GPUS_ON_NODE")
     if not asked:
         return
@@ -115,9 +112,7 @@ def missing_devices(_: PretrainConfig) -> Iterator[str]:
 
 
 def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:
-    """Why Weights & Biases will not be reached, when the run is going to be online; never a reason
-    not to train.
-    """
+    """Why an online run will not reach Weights & Biases; never a reason not to train."""
     is_online = cfg.wandb is WandbMode.online or (
         cfg.wandb is WandbMode.auto and bool(os.environ.get("WANDB_API_KEY"))
     )

@@ -1,5 +1,4 @@
-"""Draw a run: loss, learning rate, gradient norm and throughput as a picture and as one
-self-contained web page.
+"""Draw a run: loss, learning rate, gradient norm and throughput, on one web page.
 
     python -m pipeline.report runs/NAME
 

@@ -57,9 +57,7 @@ class Agreement:
         return box[0]
 
     def damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint, one line a file; every rank reads a share of the
-        files.
-        """
+        """What is wrong with a checkpoint, a line a file; every rank reads a share of its files."""
         parts = self.gather(folders.damage(checkpoint, part=self.rank, parts=self.world_size))
         return [problem for part in parts for problem in part]
 

@@ -36,9 +36,7 @@ SPARE_BYTES = 64 * 2**20
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Methods are collective: call on every rank, in
-    the same order.
-    """
+    """Writes and reads the checkpoints of one run. Collective: call every method on every rank."""
 
     def __init__(
         self,
@@ -73,8 +71,9 @@ class Checkpointer:
     # ---- save ------------------------------------------------------------------------------------
 
     def save(self, engine: Engine, *, step: int, record: dict[str, Any]) -> float:
-        """Milliseconds that training stood still. A step that is on the disk, or on its way, is not
-        written again.
+        """Write a checkpoint; returns the milliseconds that training stood still.
+
+        A step that is on the disk, or on its way, is not written again.
 
         Args:
             step: optimizer steps done.

@@ -45,9 +45,7 @@ def saving_folder(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every finished checkpoint under `root`, oldest first; they may be damaged
-    since.
-    """
+    """(step, folder) of finished checkpoints under `root`, oldest first; perhaps damaged since."""
     if not root.is_dir():
         return []
     found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
@@ -55,8 +53,9 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder a user means by a checkpoint, a run folder, or a folder of checkpoints
-    (the newest).
+    """The checkpoint folder that a user means by `path`.
+
+    A checkpoint is itself; a run folder, or a folder of checkpoints, means its newest.
 
     Raises:
         CheckpointError: there is none.
@@ -162,8 +161,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str]) -> Path:
-    """Turn a step's saving folder, whose tensors are written, into a checkpoint; move `latest`
-    last.
+    """Turn a saving folder, whose tensors are written, into a checkpoint; moves `latest` last.
 
     Args:
         record: what checkpoint.json says.
@@ -184,8 +182,9 @@ def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str])
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for a
-    checkpoint.
+    """Delete a checkpoint.
+
+    It loses its name first, so that a half-deleted one is never taken for a checkpoint.
     """
     doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleting")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -200,8 +199,9 @@ def clear_leftovers(root: Path) -> None:
 
 
 def prune(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints; returns them. The newest `keep_last` (at least 1) and multiples of
-    `keep_every` stay.
+    """Delete old checkpoints; returns them.
+
+    The newest `keep_last` (at least 1) and the multiples of `keep_every` stay.
     """
     gone = to_prune(
         [step for step, _ in list_checkpoints(root)], keep_last=keep_last, keep_every=keep_every

@@ -1,5 +1,4 @@
-"""Tensors of a checkpoint: rectangles of named fp32 tensors in torch DCP (distributed checkpoint)
-files.
+"""Named fp32 tensors as rectangles in the files of torch's distributed checkpoint (DCP).
 
     fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, SHA-256 of what
     was written
@@ -73,6 +72,7 @@ class HostCopy:
 
 def write(chunks: list[Chunk], folder: Path, *, group: dist.ProcessGroup) -> dict[str, str]:
     """Write all ranks' chunks; returns SHA-256 by file name of the files this rank wrote.
+
     Collective over `group`.
 
     Raises:
@@ -88,9 +88,7 @@ def write(chunks: list[Chunk], folder: Path, *, group: dist.ProcessGroup) -> dic
 
 
 class _Planner(DefaultSavePlanner):
-    """Every rank writes the rectangles it was given; DCP checks that together they fill each tensor
-    exactly.
-    """
+    """Every rank writes the rectangles it was given; DCP checks that they fill each tensor."""
 
     def __init__(self, chunks: list[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -1,6 +1,4 @@
-"""The commands of `python -m pipeline.checkpoint`: list, verify, show, diff. They print and return
-an exit code.
-"""
+"""The commands of `python -m pipeline.checkpoint`: they print, and return an exit code."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The choices a setting can have. yaml and command line write the member's name:
-`training.precision=bf16`.
-"""
+"""The choices a setting can have, by the name that yaml and command line write."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Settings of the optimizer, its schedule, the layout, and the length and arithmetic of
-training.
-"""
+"""Settings of the optimizer and its schedule, the layout, and the arithmetic of training."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ class ScheduleConfig:
 
 @dataclass
 class ParallelConfig:
-    """Layout: speed only, never results. data_parallel_size is what remains. Presets:
-    conf/parallel/.
-    """
+    """Layout: speed only, never results; data_parallel_size is what remains. conf/parallel/."""
 
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False

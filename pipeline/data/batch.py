@@ -64,8 +64,7 @@ def make_batches(
     eod: int,
     device: torch.device,
 ) -> list[Batch]:
-    """Cut (n, full length + 1) ids into micro-batches of sequences of seq_len, which divides the
-    full length.
+    """Cut (n, full length + 1) ids into micro-batches of seq_len, a divisor of the full length.
 
     A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's
     last token is the first token of the next.
@@ -111,8 +110,7 @@ def make_batches(
 
 
 def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
-    """(document_ids, positions), (rows, seq_len) each, from the flat places where documents begin,
-    ascending.
+    """(document_ids, positions), (rows, seq_len) each, from the flat ascending starts of documents.
 
     Every row begins a new count, whether or not a document begins there. Runs of equal values are
     repeated, not
@@ -126,9 +124,7 @@ def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """int64 on the device; to CUDA through pinned memory on the current stream, without waiting, as
-    int32.
-    """
+    """int64 on the device; to CUDA as int32, pinned, on the current stream, without waiting."""
     if device.type != "cuda":
         return torch.from_numpy(array.astype(np.int64))
     return (

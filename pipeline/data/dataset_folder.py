@@ -1,5 +1,4 @@
-"""Folders of a dataset: a local one as it is, a remote one through a bounded cache that all ranks
-of a node share.
+"""Folders of a dataset: a local one as it is, a remote one through a cache that a node shares.
 
     s3:// gs:// http(s):// ...  --ranges, retries, sha256-->  <cache>/<manifest sha256>/shards/...  --mmap--> reader
 
@@ -91,9 +90,7 @@ def open_folder(path: str, *, cache_dir: Path, size_bytes: int) -> Folder:
 
 
 class RemoteFolder:
-    """A dataset on an object store or web server, cached in <cache_dir>/<first digits of the
-    manifest's sha256>.
-    """
+    """A dataset on an object store or web server, cached in <cache_dir>/<part of its sha256>."""
 
     is_remote = True
 
@@ -197,8 +194,9 @@ class RemoteFolder:
                 )
 
     def _make_room(self, file: RemoteFile, part: int, aside: Path) -> None:
-        """Delete least recently used shards until one more fits; mapped ones stay readable where
-        they are mapped.
+        """Delete least recently used shards until one more fits.
+
+        A reader that has one of them mapped keeps its bytes: they go with the last map.
         """
         if file.size_bytes > self.size_bytes:
             raise ConfigError(
@@ -308,8 +306,9 @@ def _connect(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _lock(path: Path, *, wait: bool, keep: bool = False) -> Iterator[int | None]:
-    """An open, exclusively locked descriptor of `path`, or None: another process has it (or just
-    finished with it).
+    """An open, exclusively locked descriptor of `path`, or None.
+
+    None: another process has it, or has just finished with it.
 
     The lock lives on the file's inode and ends with its process. A part file is renamed or deleted
     when its work is done, so the name is checked again after waiting; keep: the file is a mere lock

@@ -1,6 +1,4 @@
-"""Datasets, opened and checked: what a run must know of its data before any process group forms.
-Needs no torch.
-"""
+"""Datasets, opened and checked, before any process group forms. Needs no torch."""
 
 from __future__ import annotations
 
@@ -107,8 +105,7 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
 def open_datasets(
     configs: Sequence[DatasetConfig], *, cfg: DataConfig, cache_dir: Path
 ) -> list[Dataset]:
-    """The datasets of cfg.train or cfg.validation; remote ones go through cache_dir, at most
-    cfg.cache_size_gib.
+    """The datasets of cfg.train or cfg.validation; remote ones through cfg's cache.
 
     Raises:
         ConfigError, DataError: as describe().

@@ -97,15 +97,15 @@ class Loader:
 
     @property
     def sample_hash(self) -> str:
-        """Hash of the last step's global samples; equal for every layout. Costs milliseconds: ask
-        on logged steps.
+        """Hash of the last step's global samples, equal at every layout.
+
+        Costs milliseconds: ask on logged steps.
         """
         assert self._samples is not None, "no step was read yet"
         return self.sampler.hash(self._samples)
 
     def next_step(self) -> list[Batch]:
-        """The num_micro_batches of the next step, this rank's share; waits for data if none is
-        ready.
+        """This rank's num_micro_batches of the next step; waits for data if none is ready.
 
         Raises:
             DataError, ShardError: what the background thread met; the position stays before this
@@ -131,9 +131,7 @@ class Loader:
         return torch.cuda.Stream(self.device)
 
     def _take_over(self, step: _Step, ready: torch.cuda.Event) -> None:
-        """Make the training stream wait for the copy, and its tensors live until that stream is
-        done with them.
-        """
+        """Make the training stream wait for the copy, and its tensors outlive that stream's use."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(ready)
         for batch in step.batches:
@@ -148,9 +146,7 @@ class Loader:
                     field.record_stream(stream)
 
     def state(self) -> dict[str, Any]:
-        """JSON for the checkpoint: the place after the last next_step(), ledger, blends, dataset
-        identities.
-        """
+        """JSON for the checkpoint: place after the last next_step(), ledger, blends, datasets."""
         return self.sampler.state(self._position)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -169,9 +165,7 @@ class Loader:
         self._position = self.sampler.skip(self._position, num_samples)
 
     def close(self) -> None:
-        """Stop the background thread; the next next_step() starts another at the current
-        position.
-        """
+        """Stop the background thread; the next next_step() starts another at the current place."""
         if self._thread is not None:
             self._thread.close()
             self._thread = None

@@ -1,5 +1,4 @@
-"""Which dataset each sample of the run comes from: a pure function of the weights and the sample
-number.
+"""Which dataset each sample comes from: a pure function of the weights and the sample number.
 
     weights --quantise--> slots of a period --spread--> table --Segment--> (dataset, its own sample
     number k)
@@ -29,8 +28,7 @@ PERIOD = 1 << 14  # weights are rounded to multiples of 1 / 16,384
 
 
 def quantise(weights: Sequence[float]) -> tuple[int, ...]:
-    """Slots of the period for each weight: they sum to PERIOD, and a positive weight gets at least
-    one.
+    """Slots of the period for each weight, PERIOD in all; a positive weight gets at least one.
 
     Largest remainders (Hamilton's method): no dataset is further than one slot from its exact
     share, except that tiny positive weights are raised to one slot.
@@ -100,9 +98,7 @@ class Segment:
         return tuple(c + period * n + int(w) for c, n, w in zip(self.consumed, self.slots, within))
 
     def end(self, limits: Sequence[int | None]) -> int | None:
-        """Global number of the first sample that would exceed a dataset's limit; None: no limit is
-        in the way.
-        """
+        """Global number of the first sample that would exceed a dataset's limit, or None."""
         ends = []
         for s, (limit, count) in enumerate(zip(limits, self.slots)):
             if limit is not None and count:
@@ -163,9 +159,7 @@ class Mixture:
     def begin(
         self, *, step: int = 0, samples_seen: int = 0, consumed: tuple[int, ...] | None = None
     ) -> Position:
-        """A position with one segment that begins here, after `consumed` samples of each dataset
-        (default: none).
-        """
+        """One segment that begins here, after `consumed` samples of each dataset (default 0)."""
         consumed = consumed or (0,) * len(self.names)
         return Position(
             step, samples_seen, (self._segment(samples_seen, self.weights_at(step), consumed),)
@@ -190,9 +184,7 @@ class Mixture:
     def _spans(
         self, position: Position, num_samples: int
     ) -> tuple[list[tuple[Segment, int, int]], Position]:
-        """The stretches (segment, first sample, end) of the next num_samples, and the position
-        after them.
-        """
+        """Stretches (segment, first sample, end) of the next num_samples; the position after."""
         weights = self.weights_at(position.step)
         if weights != position.segments[-1].weights:
             position = self.change(position, weights)
@@ -209,9 +201,7 @@ class Mixture:
         return spans, position
 
     def change(self, position: Position, weights: tuple[float, ...]) -> Position:
-        """The same place with a new blend from here on; a segment in which nothing was read is
-        replaced.
-        """
+        """The same place with a new blend from here on; a segment without samples is replaced."""
         segment = self._segment(position.samples_seen, weights, position.ledger)
         kept = (
             position.segments[:-1]

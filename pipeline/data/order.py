@@ -1,5 +1,4 @@
-"""The order of one dataset's sequences: a pure function from a sample number to (shard, sequence),
-O(1) anywhere.
+"""The order of one dataset's sequences: sample number to (shard, sequence), O(1) anywhere.
 
     k  --divmod epoch_size-->  epoch, r  --interleave-->  lane, t  --window, Feistel-->  shard, sequence
 
@@ -31,9 +30,7 @@ MIN_BITS = 6
 
 
 def num_sequences(tokens: Any, seq_len: int) -> Ints:
-    """Sequences of each shard; one reads seq_len + 1 tokens (the last label), neighbours share that
-    token.
-    """
+    """Sequences of each shard: one reads seq_len + 1 tokens, and neighbours share one token."""
     return np.maximum((np.asarray(tokens, dtype=np.int64) - 1) // seq_len, 0)
 
 
@@ -110,9 +107,7 @@ class Order:
     def __init__(
         self, shard_tokens: Any, *, seq_len: int, seed: int, lanes: int = 1, window: int = 64
     ) -> None:
-        """Prepare for shards of shard_tokens tokens (num_shards,); the arguments after it are the
-        whole state.
-        """
+        """Prepare for shards of shard_tokens (num_shards,) tokens; the rest is the whole state."""
         self.seq_len, self.seed, self.lanes, self.window = seq_len, seed, lanes, window
         self.sequences = num_sequences(shard_tokens, seq_len)
         self.epoch_size = int(self.sequences.sum())
@@ -191,9 +186,7 @@ class Order:
         return _Epoch(number, shards, first, lane_start, by_length, phase_round, phase_first)
 
     def _interleave(self, epoch: _Epoch, position: Ints) -> tuple[Ints, Ints]:
-        """(lane, turn within the lane) of positions in the epoch: the lanes that still have
-        sequences, in turn.
-        """
+        """(lane, turn in it) of positions in the epoch; lanes that still have sequences take turns."""
         phase = np.searchsorted(epoch.phase_first, position, "right") - 1
         turn, nth = np.divmod(position - epoch.phase_first[phase], self.lanes - phase)
         return epoch.by_length[phase + nth], epoch.phase_round[phase] + turn

@@ -139,8 +139,9 @@ class Reader:
             windows.starts[row] = np.concatenate([_NONE, *starts])
 
     def _block(self, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, document starts) of a block, empty past the shard's end; the longest open map
-        makes room.
+        """(tokens, document starts) of a block, empty past the shard's end.
+
+        The longest open map makes room.
         """
         opened = self._open.get((source, shard))
         if opened is None:

@@ -1,5 +1,4 @@
-"""From config and datasets to the samples of any step: who reads what, and the state that goes into
-a checkpoint.
+"""From config and datasets to the samples of any step, and the state for a checkpoint.
 
     Position --advance--> Samples of the step --share--> this rank's --addresses--> (dataset, shard,
     sequence)
@@ -66,9 +65,7 @@ class Sampler:
         return self.mixture.skip(position, num_samples)
 
     def seek(self, step: int, shape: RunShape) -> Position:
-        """The position before a step of a run that was never interrupted; O(1) a stage of ramp and
-        blends.
-        """
+        """The position before a step of an unbroken run; O(1) a stage of ramp and blends."""
         position = self.start()
         edges = {
             step,
@@ -101,9 +98,7 @@ class Sampler:
                 self.datasets[index].prefetch(self.orders[index].upcoming_shards(samples.index[at]))
 
     def hash(self, samples: Samples) -> str:
-        """16 hex digits that stand for exactly these sequences in this order; equal for every
-        layout.
-        """
+        """16 hex digits for exactly these sequences in this order; equal at every layout."""
         return hash_addresses(self.identities, samples, *self.addresses(samples))
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -195,9 +190,7 @@ class Sampler:
 
 
 def hash_addresses(identities: Sequence[str], samples: Samples, shard: Ints, sequence: Ints) -> str:
-    """16 hex digits for samples in the order of their numbers; independent of the order of the
-    datasets.
-    """
+    """16 hex digits of samples in their order; the order of the datasets does not matter."""
     digest = hashlib.blake2b(" ".join(identities).encode(), digest_size=8)
     by_number = np.argsort(samples.number, kind="stable")
     for column in (samples.number, samples.source, shard, sequence):

@@ -1,5 +1,4 @@
-"""A tokenizer.json as the rest of the project sees it: text to ids, ids to text, the id that ends a
-document.
+"""A tokenizer.json as the project sees it: text to ids, ids to text, the end-of-document id.
 
 Hugging Face `tokenizers` is the definition of truth; data_prep/tokens/encode.py has faster engines,
 which must agree.
@@ -93,9 +92,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """(vocab_size,): bytes each id stands for; empty for special tokens and for ids that are
-        not used.
-        """
+        """(vocab_size,): bytes each id stands for; none for special tokens and unused ids."""
         table = [b""] * self.vocab_size
         is_byte_level = '"ByteLevel"' in json.dumps(
             [self.json.get("decoder"), self.json.get("pre_tokenizer")]
@@ -108,9 +105,7 @@ class Tokenizer:
         return table
 
     def token_byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: UTF-8 bytes each id stands for, 0 for special tokens; for bits per
-        byte.
-        """
+        """(vocab_size,) int32: bytes each id stands for, 0 if special; for bits per byte."""
         return np.array([len(token) for token in self.token_bytes], np.int32)
 
     def _find_eod(self, eod: str | int | None) -> int:
@@ -138,9 +133,7 @@ class Tokenizer:
 
 
 def _byte_level(text: str) -> bytes:
-    """Bytes of a token of GPT-2's byte-level vocabulary, where each byte is written as a printable
-    character.
-    """
+    """Bytes of a token of GPT-2's vocabulary, which writes each byte as a printable character."""
     return bytes(b for c in text for b in ([_BYTE_OF[c]] if c in _BYTE_OF else c.encode()))
 
 

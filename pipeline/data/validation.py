@@ -27,8 +27,7 @@ def validation_batches(
     device: torch.device,
     masks: Masks = NO_MASKS,
 ) -> Iterator[Batch]:
-    """The first num_sequences windows of a dataset in their order on disk (0: all), the same for
-    every layout.
+    """The first num_sequences windows of a dataset in their order on disk (0: all), at any layout.
 
     Every rank yields the same number of batches; sequences that only fill the last ones have
     loss_mask 0, and so has what a shard's last window lacks: every token but each shard's first is

@@ -1,6 +1,4 @@
-"""The dropout streams of a step: a function of seed, step and place, so that nothing has to be
-saved.
-"""
+"""The dropout streams of a step: a function of seed, step and place, so none is saved."""
 
 from __future__ import annotations
 
@@ -10,8 +8,7 @@ from pipeline.distributed.layout import ParallelLayout
 
 
 def seed_step(seed: int, step: int, layout: ParallelLayout, *, micro_batch: int = 0) -> None:
-    """Set the dropout streams for one optimizer step: a pure function of (seed, step, place), so
-    nothing is saved.
+    """Set the dropout streams for one optimizer step.
 
     Tensor-parallel peers share the default stream (they hold the same activations) and differ in
     the tracked one (their heads, or their slice of the sequence, are different ones).

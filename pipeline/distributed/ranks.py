@@ -90,9 +90,7 @@ def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
 
 
 def export_to_environment(ranks: Ranks) -> None:
-    """Set the variables torch and DeepSpeed read, so that srun, torchrun and one process look alike
-    to them.
-    """
+    """Set what torch and DeepSpeed read, so that srun, torchrun and one process look alike."""
     values = {
         "RANK": ranks.global_rank,
         "WORLD_SIZE": ranks.world_size,

@@ -212,9 +212,7 @@ class Engine:
         return total / self.layout.data_parallel_size
 
     def _before_update(self, optimizer: Any, *_: Any) -> None:
-        """Hand the step's verdict to the optimizer; DeepSpeed calls it once a step, or once a
-        parameter group.
-        """
+        """Hand the step's verdict to the optimizer, once a step or once a parameter group."""
         verdict = self._verdict = self._verdict or self._judge()
         optimizer.grad_scale, optimizer.found_inf = verdict.grad_scale, verdict.left_out.float()
 
@@ -235,8 +233,7 @@ class Engine:
         return self.deepspeed.train_batch(micro_batch_stream(batches, weights))
 
     def _token_weights(self, batches: list[Batch]) -> list[Tensor | None]:
-        """Weights that make the engine's mean over micro-batches and ranks the mean over the global
-        batch's tokens.
+        """Weights that make the engine's mean over micro-batches and ranks the mean over tokens.
 
         A micro-batch's loss is sum(w * ce), the engine averages num_micro_batches *
         data_parallel_size of them: w = mask * num_micro_batches * data_parallel_size / (unmasked
@@ -279,9 +276,7 @@ class Engine:
             parameter.grad = None
 
     def _whole_norm(self) -> Tensor:
-        """Gradient norm at ZeRO-0, which DeepSpeed does not tell: every data-parallel rank has all
-        gradients.
-        """
+        """Gradient norm at ZeRO-0, where every data-parallel rank has all gradients."""
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self._whole_parameters if p.grad is not None]
         )
@@ -297,9 +292,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """(sum of the cross entropy, number of tokens) over the unmasked tokens of these batches on
-        all ranks.
-        """
+        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
         masks = [
             torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
             for b in batches

@@ -10,8 +10,9 @@ GROWTH_INTERVAL = 1000  # steps without an overflow after which the loss scale d
 
 
 class LossScale:
-    """Dynamic loss scale of fp16: halved at an overflow, doubled after GROWTH_INTERVAL steps
-    without one, at least 1.
+    """fp16's loss scale: halved at an overflow, doubled after GROWTH_INTERVAL steps without one.
+
+    It is at least 1.
 
     Takes the place of DeepSpeed's scaler, which asks the host at every step whether the gradients
     overflowed.

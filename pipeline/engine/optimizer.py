@@ -47,9 +47,7 @@ def parameter_groups(
 
 
 def build(groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """Torch's AdamW with its fused kernel, on CPU and CUDA (Loshchilov & Hutter 2019,
-    arXiv:1711.05101).
-    """
+    """Torch's fused AdamW, on CPU and CUDA (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
     return torch.optim.AdamW(
         groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
     )

@@ -1,5 +1,4 @@
-"""What the optimizer's kernel is told about a step, decided on the device: clip it, leave it out,
-undo the loss scale.
+"""What the optimizer's kernel is told of a step: clip it, leave it out, undo the loss scale.
 
     gradient norm, loss --decide_update--> Verdict --> fused AdamW (optimizer.grad_scale, optimizer.found_inf)
                                            --> LossScale.update (fp16)

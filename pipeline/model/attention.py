@@ -1,5 +1,4 @@
-"""Self-attention: megatron-core's projections around our own core, torch's
-scaled_dot_product_attention.
+"""Self-attention: megatron-core's projections around torch's scaled_dot_product_attention.
 
 B micro-batch, S sequence, G key/value heads here, Q query heads per group, D head width.
 """
@@ -39,9 +38,7 @@ def pin_attention_kernels() -> None:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v by torch's scaled_dot_product_attention or, where it is faster,
-    cpu_attention'.
-    """
+    """softmax(q k^T / sqrt(D)) v, by torch or, where it is faster, by cpu_attention."""
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -80,8 +77,9 @@ class Attention(McoreSelfAttention):
     def forward(
         self, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Attention output in the layout of `hidden`; rope: cos and sin, (S, 1, 1, 1, D) or (1, S,
-        1, 1, D).
+        """Attention output, laid out as `hidden`.
+
+        rope: cos and sin, (S, 1, 1, 1, D) or (1, S, 1, 1, D).
         """
         groups = self.num_query_groups_per_partition
         queries, width = (

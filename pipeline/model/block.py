@@ -118,7 +118,5 @@ class Block(nn.Module):
 
 
 def set_moe_loss_scale(scale: Tensor) -> None:
-    """0-dim weight of the router losses in the backward pass: they ride on activations past the
-    engine's scaling.
-    """
+    """0-dim weight of the router losses in the backward pass, which bypass the engine's scaling."""
     MoEAuxLossAutoScaler.set_loss_scale(scale)

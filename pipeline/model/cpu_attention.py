@@ -1,5 +1,4 @@
-"""Causal attention for a rank with one CPU thread, where torch's kernel is slow; equal to it within
-rounding.
+"""Causal attention for one CPU thread, where torch's is slow; equal within rounding.
 
 As in flash attention the scores are fp32, exist a block at a time, small enough for the cache, and
 are computed again in the backward pass; here by batched matrix products and softmax, which torch
@@ -95,8 +94,9 @@ def _of(x: Tensor, part: slice, rows: slice) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(heads, rows, probability (heads, rows * Q, keys) fp32) of every block; q as of `_by_group`,
-    k (B * G, S, D).
+    """(heads, rows, probability (heads, rows * Q, keys) fp32) of every block.
+
+    q as of `_by_group`, k (B * G, S, D).
     """
     heads, size, queries, _ = q.shape
     q, k = q.float() * scale, k.float()

@@ -1,6 +1,4 @@
-"""The two ends of the model: token and position tables, and the final norm with the output
-projection's weight.
-"""
+"""The ends of the model: token and position tables, final norm and output weight."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ class Embedding(nn.Module):
             self.position = nn.Embedding(model.max_seq_len, model.hidden_size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Hidden of `tokens` (B, S), in the layout of the module docstring; positions: (B, S), None
-        counts from 0.
+        """Hidden of `tokens` (B, S), laid out as the module says.
+
+        positions: (B, S), None counts from 0.
         """
         hidden = self.word(tokens)
         if self.position is not None:

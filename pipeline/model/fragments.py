@@ -1,5 +1,4 @@
-"""What a rank updates, as runs of named parameters, and the same memory as rectangles of whole
-tensors.
+"""What a rank updates, as runs of parameters, and as rectangles of whole tensors.
 
     Fragment(name, partition, start, views)  --chunks_of-->  Chunk(entry name, whole shape, offsets, view)
 

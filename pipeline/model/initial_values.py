@@ -66,9 +66,7 @@ def initialize(
 
 
 def draw(shape: tuple[int, ...], name: str, block: int, *, seed: int) -> Tensor:
-    """Standard normal numbers of one block of rows: (min(ROWS, rows left), *shape[1:]) fp32 on the
-    CPU.
-    """
+    """Standard normal numbers of a block: (min(ROWS, rows left), *shape[1:]) fp32 on the CPU."""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(min(ROWS, shape[0] - block * ROWS), *shape[1:], generator=generator)

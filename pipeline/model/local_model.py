@@ -1,6 +1,4 @@
-"""Our own forward pass over a whole model in one process, fp32: yardstick of exports, sampling
-without transformers.
-"""
+"""Our own forward pass over a whole model, fp32, in one process: yardstick and sampling."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Output projection and cross entropy in one function, so that the logits of a micro-batch never
-exist at once.
+"""Output projection and cross entropy in one: a micro-batch's logits never exist at once.
 
     hidden (B, S, H), weight (V / tensor_parallel_size, H), labels (B, S)  ->  sum of weights * cross entropy
 
@@ -111,9 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     logits: Tensor, labels: Tensor, projection: Projection, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(losses (N,) fp32, their gradient by the logits in the logits' dtype) of one chunk; logits:
-    (N, V / ranks).
-    """
+    """(losses (N,) fp32, gradient by the logits, in their dtype) of a chunk (N, V / ranks)."""
     raw_dtype, first = logits.dtype, projection.rank * logits.shape[1]
     slope: Tensor | float = projection.scale
     if projection.scale != 1.0:
@@ -157,8 +154,7 @@ def _cross_entropy(
 def _parallel_softmax(
     logits: Tensor, target: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmax (N, V / ranks) fp32, log of its normaliser (N, 1), sum of `target` (N, 1)) over a
-    split vocabulary.
+    """(softmax (N, V / ranks), its log-normaliser, `target` summed, both (N, 1)), all fp32.
 
     Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3: only (N,) numbers travel.
     """

@@ -31,9 +31,7 @@ ACTIVATIONS = {
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """megatron-core's configuration of one block. Its own initialisation is off: model/init.py
-    fills the weights.
-    """
+    """megatron-core's configuration of one block; model/initial_values.py fills the weights."""
     on_cpu = not torch.cuda.is_available()
     moe: dict[str, Any] = {}
     if model.moe.num_experts:

@@ -84,9 +84,7 @@ class Partition:
         return sum(_volume(held) for held, _ in self.pieces()) < _product(self.local_shape)
 
     def pieces(self) -> list[tuple[Slices, Slices]]:
-        """[(slices of the local tensor, slices of the whole parameter)]: rectangles of equal shape,
-        in local order.
-        """
+        """[(slices of the local tensor, slices of the whole)]: equal rectangles, in local order."""
         if self.dim is None:
             whole = tuple(slice(0, n) for n in self.global_shape)
             return [(whole, whole)]
@@ -107,8 +105,7 @@ class Partition:
     def rectangles(
         self, start: int, stop: int, *, largest: int
     ) -> Iterator[tuple[int, Shape, Shape]]:
-        """(first element, shape, offsets in the whole parameter) of rectangles that tile a run of
-        the local tensor.
+        """(first element, shape, offsets in the whole) of rectangles that tile a local run.
 
         ZeRO cuts the flattened local tensor anywhere. A run of a matrix is at most a part of a row,
         whole rows, and a part of a row, and each of these is contiguous in memory.
@@ -151,9 +148,7 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _tiles(shape: Shape, start: int, stop: int, largest: int) -> Iterator[tuple[int, Shape, Shape]]:
-    """(first element, shape, offsets) of rectangles that tile elements start..stop of a row-major
-    vector or matrix.
-    """
+    """(first element, shape, offsets) of rectangles that tile a run of a vector or matrix."""
     if len(shape) == 1:
         for first in range(start, stop, largest):
             yield first, (min(largest, stop - first),), (first,)

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
 def recompute(function: Any, *args: Any) -> Any:
-    """function(*args), recomputed in the backward pass under the random streams of the forward
-    pass.
+    """function(*args), recomputed in the backward pass under the forward pass's random streams.
 
     torch's own checkpoint restores the default generator but not megatron-core's tracked streams,
     which gives wrong dropout masks.

@@ -1,6 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half form as in Hugging
-Face's Llama.
-"""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half as in Llama."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ class RopeTable:
         self._cached: tuple | None = None
 
     def tables(self, seq_len: int, like: Tensor, *, sequence_first: bool) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (S, 1, 1, 1, D) or (1, S, 1, 1, D), in the dtype and on the device of
-        `like`.
-        """
+        """(cos, sin), each (S, 1, 1, 1, D) or (1, S, 1, 1, D), with `like`'s dtype and device."""
         key = (seq_len, like.dtype, like.device, sequence_first)
         if self._cached is None or self._cached[0] != key:
             angles = torch.outer(

@@ -15,9 +15,7 @@ from pipeline.config.model_shape import ffn_width, head_width, is_gated
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
-    """Relative cost of [embedding, blocks..., head]; a lookup costs next to nothing, the head a
-    matrix product.
-    """
+    """Relative cost of [embedding, blocks..., head]: a lookup is almost free, a product is not."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     width = head_width(model)
     projections = hidden * width * (2 * heads + 2 * (model.num_query_groups or heads))
@@ -29,8 +27,7 @@ def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> 
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Boundaries b with stage s = layers [b[s], b[s + 1]), every stage non-empty, largest stage
-    cost minimal.
+    """Boundaries b with stage s = layers [b[s], b[s + 1]), none empty, the largest cost minimal.
 
     Among equal partitions the one with the smallest sum of squares is taken, so the result is
     unique.

@@ -1,5 +1,4 @@
-"""What tensor parallelism touches: split linears and embeddings, norms, random streams, partial
-gradients.
+"""What tensor parallelism touches: linears, embeddings, norms, dropout, partial gradients.
 
 Every parameter that is split carries megatron-core's `tensor_model_parallel`, `partition_dim`,
 `partition_stride`. With tensor_parallel_size 1 the parallel linears are plain F.linear: there is
@@ -46,9 +45,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """Columns of the weight are split over the tensor-parallel ranks; the bias is added once, after
-    the sum.
-    """
+    """The weight's columns are split over tensor-parallel ranks; the bias joins after the sum."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("is_expert"):
@@ -64,9 +61,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
 
 
 def linear_classes(backend: Backend) -> tuple[type, type]:
-    """(column-parallel, row-parallel) linear of a backend; both add their own bias and return
-    (output, None).
-    """
+    """(column-parallel, row-parallel) linear; both add their bias and return (output, None)."""
     if backend is Backend.local:
         return ColumnLinear, RowLinear
     from megatron.core.extensions.transformer_engine import (
@@ -130,9 +125,7 @@ class Norm(nn.Module):
 
 
 def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor:
-    """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums the ranks'
-    gradients.
-    """
+    """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums their gradients."""
     if config.sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
     if config.tensor_model_parallel_size == 1:
@@ -141,8 +134,9 @@ def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor
 
 
 def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
-    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each under
-    sequence parallelism.
+    """Dropout of hidden states: one stream for all tensor-parallel ranks, or one each.
+
+    One each under sequence parallelism, where the ranks hold different positions.
     """
     if not (config.hidden_dropout and training):
         return x

@@ -1,5 +1,4 @@
-"""How large a model is, how much arithmetic a token costs, and how much of the device that uses
-(MFU).
+"""Parameters, arithmetic per token, and how much of the device that uses (MFU).
 
     ModelConfig, vocab_size --> num_parameters, flops_per_token --with tokens/s and a peak--> mfu
 
@@ -57,8 +56,7 @@ def peak_tflops(device_name: str) -> float | None:
 def mfu(
     *, tokens_per_sec_per_device: float, flops_per_token: float, peak_tflops: float | None
 ) -> float | None:
-    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the device could do in
-    the time.
+    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over the device's peak.
 
     Recomputed activations do not count as work. None where the peak is not known.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
@@ -117,9 +115,7 @@ def _attention_weights(model: ModelConfig) -> int:
 
 
 def _mlp_weights(model: ModelConfig, *, active: bool) -> int:
-    """Weights of one layer's MLP, or of its router and experts; active: of those one token
-    passes.
-    """
+    """Weights of one layer's MLP, or its router and experts; active: those one token passes."""
     matrices, moe = 3 if is_gated(model) else 2, model.moe
     one = matrices * model.hidden_size * ffn_width(model)
     if not moe.num_experts:

@@ -55,9 +55,7 @@ class Memory:
 
 
 def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
-    """What the first pipeline stage needs at its peak; it holds most: the embedding and the most
-    micro-batches.
-    """
+    """What the first stage needs at its peak: it holds the embedding and most micro-batches."""
     parallel, wide = cfg.parallel, 4 if cfg.training.precision is Precision.fp32 else 2
     model, stage, shards = cfg.model, parallel.zero_stage, shape.data_parallel_size
     layers = math.ceil(model.num_layers / shape.pipeline_parallel_size)

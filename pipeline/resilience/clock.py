@@ -1,6 +1,4 @@
-"""One clock for the phases of a process; the watchdog sees in it how long the present phase
-lasts.
-"""
+"""One clock for the phases of a process; the watchdog asks it how long this one lasts."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase begins; the time since the last call belongs to the one before. Also a sign of
-        life.
-        """
+        """A phase begins, which is a sign of life; the time until now belongs to the one before."""
         assert phase in PHASES, phase
         before, now = self.now, time.monotonic()
         self.seconds[before.phase] += now - before.since

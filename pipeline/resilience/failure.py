@@ -1,5 +1,4 @@
-"""The end of a job that failed, in ten lines: the first rank that fails speaks, the others keep to
-their files.
+"""The end of a failed job, in ten lines: the first rank that fails speaks for all.
 
     exception on a rank --claim a file--> first: message and the last frames of our code, on
     standard error
@@ -26,8 +25,7 @@ MAX_FRAMES = 4
 def report(
     error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | None, advice: str = ""
 ) -> int:
-    """Exit code of the process, after the report is on disk and, from the first failing rank, on
-    standard error.
+    """Exit code of the process; the report is on disk, the first rank's on standard error.
 
     Args:
         error: what ended the training.
@@ -62,9 +60,7 @@ def report(
 def short_report(
     error: BaseException, *, ranks: Ranks, step: int | None, path: Path, advice: str
 ) -> str:
-    """At most ten lines (and the advice): who, when, what, the last frames in this package, where
-    the rest is.
-    """
+    """At most ten lines, and the advice: who, when, what, our last frames, where the rest is."""
     where = f"rank {ranks.global_rank} on {ranks.node}" + (
         "" if step is None else f" after step {step}"
     )

@@ -77,9 +77,7 @@ class Guard:
 
     @property
     def limit(self) -> float:
-        """Loss above which the next step is a spike; inf while the policy is none or the history is
-        short.
-        """
+        """Loss above which the next step is a spike; inf under policy none or a short history."""
         if self.cfg.on_spike is OnSpike.none or len(self.history) < max(
             2, self.cfg.spike_window // 2
         ):
@@ -90,9 +88,7 @@ class Guard:
 
     @property
     def max_loss(self) -> float:
-        """Loss above which the engine must not apply the step: `limit` under the policy skip, else
-        inf.
-        """
+        """Loss above which the engine must not apply a step: `limit` under policy skip, or inf."""
         return self.limit if self.cfg.on_spike is OnSpike.skip else math.inf
 
     def judge(self, summary: StepSummary) -> Action:
@@ -139,9 +135,7 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any], *, keep_ledger: bool = False) -> None:
-        """Take up a checkpoint's state; keep_ledger: after a rollback, what has happened stays on
-        record.
-        """
+        """Take up a checkpoint's state; keep_ledger: after a rollback, the record stays."""
         self.history = deque(state["history"], maxlen=self.cfg.spike_window)
         self.bad_in_a_row = state["bad_in_a_row"]
         self.overflows_in_a_row = state.get("overflows_in_a_row", 0)

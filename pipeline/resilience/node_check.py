@@ -1,5 +1,4 @@
-"""Every device computes, every link carries, every clock agrees, or the bad node is named. A few
-seconds.
+"""Every device computes, every link carries, every clock agrees, or the bad node is named.
 
 A GEMM of small integers has one right answer on any hardware: a device is judged by itself, not by
     the majority.
@@ -97,9 +96,7 @@ def find_bad_ranks(
 
 
 def _compute(device: torch.device) -> tuple[bool, float]:
-    """(right?, milliseconds) of a product of small integers, checked as (A B) v = A (B v) in int64
-    on the host.
-    """
+    """(right?, milliseconds) of a product of integers; the host checks (A B) v = A (B v), int64."""
     size = 2048 if device.type == "cuda" else 256
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-3, 4, (size, size), generator=generator) for _ in range(2))
@@ -114,9 +111,7 @@ def _compute(device: torch.device) -> tuple[bool, float]:
 
 
 def _link(device: torch.device) -> tuple[bool, float]:
-    """(whole?, milliseconds) of a block passed round the ring of all ranks: every link of
-    neighbours is used.
-    """
+    """(whole?, milliseconds) of a block passed round the ring of all ranks, over every link."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return True, 0.0

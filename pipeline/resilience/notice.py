@@ -1,5 +1,4 @@
-"""Notice: a signal that asks the run to save and leave, heard by any rank, obeyed by all after the
-same step.
+"""A signal that asks the run to save and leave: any rank hears it, all obey at one step.
 
     Slurm --USR2 (time limit) / TERM (preemption, requeue, scancel)--> flag of the process
     flag --with the step's numbers, StepAgreement--> every rank knows --> save, exit 0
@@ -20,9 +19,7 @@ _received: list[int] = []
 
 
 def install_handlers() -> None:
-    """Turn USR2, TERM and the first Ctrl-C into a request to save and leave; a second Ctrl-C
-    interrupts.
-    """
+    """USR2, TERM and the first Ctrl-C ask to save and leave; a second Ctrl-C interrupts."""
     for number in NOTICES:
         signal.signal(number, _on_notice)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)

@@ -1,6 +1,4 @@
-"""One tiny all-reduce a step, after which every rank knows the same about it: loss, norm, left out,
-notice given.
-"""
+"""One tiny all-reduce a step, after which every rank knows the same about it."""
 
 from __future__ import annotations
 
@@ -48,8 +46,7 @@ class StepAgreement:
         skipped: torch.Tensor,
         notice: bool,
     ) -> StepSummary | None:
-        """The newest summary that all ranks know; late ones: of the call before, None at the first
-        call.
+        """The newest summary that all ranks know; late: of the call before, None at the first.
 
         Collective: call on every rank of the world, after each step.
 

@@ -65,8 +65,7 @@ class Stragglers:
         self._slow: Counter[int] = Counter()
 
     def report(self, *, data_wait_ms: float) -> Report:
-        """The slowest rank since the last report. Collective: call on every rank of `group`, every
-        n steps.
+        """The slowest rank since the last report. Collective over `group`, every n steps.
 
         Args:
             data_wait_ms: time this rank's last step waited for its loader.

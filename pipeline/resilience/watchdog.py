@@ -1,5 +1,4 @@
-"""No run hangs for ever: a rank without progress leads to one page that says who and where, and to
-the job's end.
+"""No run hangs for ever: one page says which rank stands still and where, and the job ends.
 
     each rank, a thread: Clock.now is old --> logs/.hang-<start>/00003.json   what this rank was doing, its stacks
     lowest rank that writes one: waits for the others' --> logs/hang-<step>.md, exit code 4 on every rank
@@ -91,9 +90,7 @@ class Watchdog:
                 os._exit(EXIT_HANG)
 
     def _report(self, beat: Beat) -> None:
-        """Write down what this rank is doing; if it lasts, and this is the lowest rank that did so,
-        write the page.
-        """
+        """Write down what this rank is doing; the lowest rank of those that did writes the page."""
         path = self._write_sighting()
         if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4):
             self._write_page()
@@ -101,9 +98,7 @@ class Watchdog:
             path.unlink(missing_ok=True)  # it went on
 
     def _stays(self, beat: Beat, *, until_s: float) -> bool:
-        """Whether `beat` is still the last sign of life when it is `until_s` old; waits until that
-        is known.
-        """
+        """Whether `beat` is still the last sign of life when it is `until_s` old; waits to see."""
         while self.clock.now is beat and self._age_s(beat) < until_s and not self._closed.is_set():
             self._closed.wait(self.grace_s / 20)
         return self.clock.now is beat and not self._closed.is_set()

@@ -30,9 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of this source tree, "-dirty" behind it where files differ from it; None outside a
-    repository.
-    """
+    """Commit of this source tree, with "-dirty" where files differ; None outside a repository."""
     command = [
         "git",
         "-C",

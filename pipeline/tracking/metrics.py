@@ -1,5 +1,4 @@
-"""What a run tells the world: metrics.jsonl, one console line a logged step, a progress bar,
-Weights & Biases.
+"""What a run tells the world: metrics.jsonl, a line a logged step, a progress bar, W&B.
 
     trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl          the record; history.py reads it
                                                              --> console, progress bar
@@ -50,9 +49,7 @@ class State(Protocol):
 
 
 class Metrics:
-    """Keeps, prints and sends the numbers of a run; does nothing on ranks that are not the main
-    one.
-    """
+    """Keeps, prints and sends the numbers of a run; does nothing but on the main rank."""
 
     def __init__(
         self,
@@ -108,9 +105,7 @@ class Metrics:
         self._cleanup = contextlib.ExitStack()
 
     def restart_clock(self) -> None:
-        """Leave the time since the last record out of the throughput: it went into something other
-        than steps.
-        """
+        """Leave the time since the last record out of the throughput: it went to no step."""
         self._mark = time.perf_counter()
 
     def record(
@@ -164,9 +159,7 @@ class Metrics:
         self.restart_clock()
 
     def event(self, state: State, values: Mapping[str, Any]) -> None:
-        """Pass on values that belong to no logged step, e.g. {"resilience/checkpoint_stall_ms":
-        12.0}.
-        """
+        """Pass on values of no logged step, e.g. {"resilience/checkpoint_stall_ms": 12.0}."""
         if self.is_main:
             self._send(state, dict(values))
         self.restart_clock()
@@ -253,9 +246,7 @@ class Metrics:
 
 
 def _open_lines(path: Path) -> Any:
-    """The file, open for appending at the start of a line: a killed process may have left half of
-    one.
-    """
+    """The file, appended to at the start of a line: a killed process may have left half of one."""
     file = path.open("ab+", buffering=0)
     if file.tell():
         file.seek(-1, os.SEEK_END)

@@ -23,9 +23,7 @@ WANDB_QUEUE = 10_000  # values kept for a W&B that does not take them
 
 
 class WandbRun:
-    """A W&B run that a thread of its own opens and feeds; whatever happens there ends in one
-    warning.
-    """
+    """A W&B run, opened and fed by a thread of its own; whatever fails there is one warning."""
 
     def __init__(self, cfg: TrackingConfig, *, run_dir: Path, config: dict[str, Any]):
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(WANDB_QUEUE)

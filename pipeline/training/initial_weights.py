@@ -1,6 +1,4 @@
-"""Start from weights that exist: a checkpoint of another run, or a Hugging Face folder, at any
-layout.
-"""
+"""Start from weights that exist: another run's, or a Hugging Face folder's, at any layout."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ from pipeline.model.fragments import chunks_of
 
 
 def load_weights(engine: Engine, path: Path) -> Path:
-    """Start from the weights of a run, one of its checkpoints, or a Hugging Face folder; the folder
-    that was read.
+    """Start from the weights of a run, a checkpoint or a Hugging Face folder; the folder read.
 
     Collective: call on every rank.
 
@@ -38,9 +35,7 @@ def load_weights(engine: Engine, path: Path) -> Path:
 
 
 def import_weights(engine: Engine, folder: Path) -> None:
-    """Fill this rank's views of the weights from a Hugging Face folder, one whole parameter at a
-    time.
-    """
+    """Fill this rank's weights from a Hugging Face folder, one whole parameter at a time."""
     source = HuggingFaceWeights(folder, engine.cfg.model)
     for fragment in state.fragments(engine):
         whole = source.tensor(fragment.name, fragment.partition.global_shape)

@@ -1,6 +1,4 @@
-"""Everything a run can know before it touches a device: its numbers, its folder, whether its
-checkpoints fit.
-"""
+"""What a run can know before it touches a device: its numbers, folder, checkpoints' fit."""
 
 from __future__ import annotations
 

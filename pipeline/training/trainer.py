@@ -164,8 +164,7 @@ class Trainer:
         return f"Sample hash of the step: {self.loader.sample_hash}."
 
     def agree_on(self, result: StepResult) -> list[StepSummary]:
-        """What all ranks know alike of steps that nobody has judged, and whether one of them was
-        given notice.
+        """What all ranks know alike of unjudged steps, and whether one of them was given notice.
 
         On CUDA that is the step before; at a checkpoint and at the end also the newest, so that
         what is kept is judged.
@@ -203,9 +202,7 @@ class Trainer:
         return action
 
     def roll_back(self, *, before: int) -> None:
-        """Return to the newest checkpoint without step `before` and go on behind the samples that
-        were read since.
-        """
+        """Return to the newest checkpoint without step `before`, and on behind the samples read."""
         reached = self.state.samples_seen
         record = self.checkpoints.restore(self.engine, not_after=before)
         if record is None:
@@ -239,9 +236,7 @@ class Trainer:
             logger.warning(message)
 
     def collect_garbage(self) -> None:
-        """Collect on all ranks after the same step: one rank that collects alone stalls every
-        all-reduce.
-        """
+        """Collect on all ranks at one step: a rank that collects alone stalls every all-reduce."""
         if self.is_due(self.cfg.training.gc_every):
             gc.collect()
 

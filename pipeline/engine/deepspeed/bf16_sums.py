@@ -1,5 +1,4 @@
-"""The fp32 gradient sums of DeepSpeed's BF16_Optimizer: fewer passes, and reduced while the
-backward pass still runs.
+"""The fp32 gradient sums of DeepSpeed's BF16_Optimizer, reduced while the backward pass runs.
 
 DeepSpeed clears the sums twice a step, turns each bf16 gradient into an fp32 copy before it adds
 it, and reduces them after the backward pass, through a copy. Here the first gradient of a step is
@@ -72,8 +71,7 @@ class _Bucket:
 
 
 class Reduction:
-    """Means of the gradient sums over data-parallel ranks, bucket by bucket, the last layers'
-    first.
+    """Means of the gradient sums over data-parallel ranks, in buckets, the last layers' first.
 
     Every rank launches the buckets in the same order, whichever gradient is missing where.
     """
@@ -111,9 +109,7 @@ class Reduction:
                 stop, indices = end, []
 
     def arrived(self, group: int, index: int) -> None:
-        """A parameter's gradient of the last micro-batch is in its sum. Collective where it fills a
-        bucket.
-        """
+        """A parameter's last gradient of a step is in its sum. Collective if a bucket is full."""
         self._bucket_of[group, index].num_missing -= 1
         while self._next < len(self.buckets) and self.buckets[self._next].num_missing == 0:
             self._launch()

@@ -98,9 +98,7 @@ def _norm_over_model_parallel_ranks(
 def _norm_over_all_ranks(
     self: Any, gradients: list[Tensor], params: list[Any], norm_type: float = 2
 ) -> Tensor:
-    """ZeRO's: a rank has its partition of the gradients. What several ranks hold whole counts
-    once.
-    """
+    """ZeRO's norm, of partitions of the gradients; what several ranks hold whole counts once."""
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     counted = [
         gradient
@@ -115,9 +113,7 @@ def _norm_over_all_ranks(
 
 
 def _order_by_streams(optimizer: Any) -> None:
-    """Let the device, not the host, wait for gradient reductions that run on a stream of their
-    own.
-    """
+    """Let the device, not the host, wait for gradient reductions on a stream of their own."""
     accelerator = get_accelerator()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         stream = optimizer.reduce_and_partition_stream
@@ -138,8 +134,7 @@ def _order_by_streams(optimizer: Any) -> None:
 
 
 class HostAdam(DeepSpeedCPUAdam):
-    """DeepSpeed's Adam for offloaded state, which obeys grad_scale and found_inf as torch's fused
-    AdamW does.
+    """DeepSpeed's Adam for offloaded state, obeying grad_scale and found_inf like torch's AdamW.
 
     Its gradients are on the host, so the host has waited for them already.
     """

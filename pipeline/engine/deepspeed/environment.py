@@ -1,6 +1,4 @@
-"""DeepSpeed as we need it; imported before anything of it, because it looks at the environment when
-it is imported.
-"""
+"""DeepSpeed as we need it; imported before anything of it, which reads the environment at once."""
 
 from __future__ import annotations
 

@@ -6,9 +6,7 @@ from typing import Any
 
 
 class Mpu:
-    """megatron-core's groups under the names DeepSpeed's plain engine asks for (model parallel =
-    tensor parallel).
-    """
+    """megatron-core's groups as DeepSpeed's plain engine names them (model parallel = tensor)."""
 
     def __getattr__(self, name: str) -> Any:
         """parallel_state's attribute of that name."""

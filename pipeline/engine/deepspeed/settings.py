@@ -21,8 +21,7 @@ ALLGATHER_ELEMENTS = 200_000_000
 
 
 def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
-    """The ZeRO stage that runs: parallel.zero_stage, or 0 where one fp32 data-parallel rank has
-    nothing to partition.
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank.
 
     Stage 0 computes the same without copying gradients and weights through flat buffers.
     """

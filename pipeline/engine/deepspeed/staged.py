@@ -1,6 +1,4 @@
-"""The GPT as DeepSpeed's PipelineModule, cut into stages by the cost of its layers; and batches as
-it takes them.
-"""
+"""The GPT as DeepSpeed's PipelineModule, cut by the cost of its layers, and its batches."""
 
 from __future__ import annotations
 
@@ -80,9 +78,7 @@ def pipeline_module(
 def micro_batch_stream(
     batches: list[Batch], weights: list[Tensor | None]
 ) -> Iterator[tuple[Any, Any]]:
-    """(inputs, labels) a micro-batch, as PipelineEngine takes them: a tensor, or a tuple without
-    gaps.
-    """
+    """(inputs, labels) a micro-batch, as PipelineEngine takes them: tensor, or gapless tuple."""
     for batch, token_weights in zip(batches, weights, strict=True):
         extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
         inputs = (batch.tokens, *extra) if extra else batch.tokens

@@ -36,9 +36,7 @@ class _Slot:
 
 
 def fragments(engine: Engine) -> list[Fragment]:
-    """What this rank holds of weights and optimizer state, tied copies included; views, not
-    copies.
-    """
+    """Views of what this rank holds of weights and optimizer state, tied copies included."""
     named = {
         id(parameter): (name, partition)
         for name, (parameter, partition) in engine.all_parameters().items()
@@ -71,8 +69,9 @@ def _is_owned(engine: Engine, slot: _Slot, partition: Partition, index: int) -> 
 
 
 def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:
-    """Give a fresh optimizer zero state under `keys`, which it would create at its first step, and
-    its step count.
+    """Give a fresh optimizer its step count, and zero state under `keys`.
+
+    It would create them at its first step, which is too late to read a checkpoint into.
     """
     optimizer = engine.optimizer
     for flat in {id(slot.flat): slot.flat for slot in _slots(engine)}.values():
@@ -91,8 +90,9 @@ def optimizer_step(engine: Engine) -> int:
 
 @torch.no_grad()
 def publish_weights(engine: Engine) -> None:
-    """Copy the views' fp32 weights into those that the model computes with. Collective over
-    data-parallel ranks.
+    """Copy the views' fp32 weights into those that the model computes with.
+
+    Collective over data-parallel ranks.
     """
     optimizer = engine.deepspeed.optimizer
     if engine.is_unsharded:
