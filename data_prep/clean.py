@@ -12,7 +12,6 @@ the steps.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -39,6 +38,7 @@ from data_prep.jobs import (
 )
 from data_prep.sources.inputs import InputConfig, Unit, find_units
 from pipeline import cli, log
+from pipeline.files import sha256_of
 
 POLL_S = 2.0
 REPORT = "report.json"
@@ -139,7 +139,7 @@ def _facts(recipe: Recipe, source: InputConfig, units: list[Unit]) -> dict[str, 
         "job": "clean",
         **{key: getattr(source, key) for key in reading},
         "units": len(units),
-        "units_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        "units_sha256": sha256_of(listing.encode()),
         "recipe": asdict(recipe),
     }
     return json.loads(json.dumps(facts, default=lambda value: value.name))

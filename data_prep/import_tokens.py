@@ -36,6 +36,7 @@ from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import sha256_of
 from pipeline.log import logger
 
 BATCH_TOKENS = 1 << 20
@@ -95,7 +96,7 @@ def main(cfg: ImportConfig) -> None:
         if not piece.path.endswith(".idx")
     ]
     units = list(_units(sizes, cfg, facts.eod))
-    digest = hashlib.sha256(repr((sizes, units)).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = sha256_of(repr((sizes, units)).encode("utf-8", "surrogateescape"))
     open_job(output, {
         "job": "import_tokens", "version": VERSION, "input": cfg.input, "files": len(sizes), "units": len(units),
         "inputs_sha256": digest, "tokenizer": asdict(facts), "column": cfg.column,

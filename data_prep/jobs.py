@@ -7,7 +7,7 @@ completion markers.
     open_job -> run_units (this task's share, in processes) -> all markers there? -> under `locked`: finish, close_job
 
 A unit is a pure function of the inputs: done twice, by whoever, it makes the same files. Files get
-their final name when they are whole (`whole_file`), so what can be seen is good.
+their final name when they are whole (`pipeline.files`), so what can be seen is good.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from omegaconf import MISSING
 from tqdm import tqdm
 
 from pipeline.errors import ConfigError, MachineError
+from pipeline.files import create_durably, write_durably
 from pipeline.log import logger
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -67,16 +68,8 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
     """
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-        unfinished = output / WORK_FOLDER / f"job.{_writer()}.tmp"
-        write_whole(unfinished, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-        try:
-            os.link(unfinished, output / JOB_FILE)  # fails if it exists: the first task wins
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            if not (output / JOB_FILE).exists():
-                os.replace(unfinished, output / JOB_FILE)
-        unfinished.unlink(missing_ok=True)
+        content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        create_durably(output / JOB_FILE, content.encode())  # the first task wins
     found = json.loads((output / JOB_FILE).read_bytes())
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
@@ -226,7 +219,7 @@ def _start_worker() -> None:
 def _do(work: Path, number: int, unit: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     with disk_errors(work):
         result = run(unit)
-        write_whole(marker_path(work, number), json.dumps(result, ensure_ascii=False).encode())
+        write_durably(marker_path(work, number), json.dumps(result, ensure_ascii=False).encode())
     return result
 
 
@@ -281,34 +274,6 @@ def num_workers(job: JobConfig) -> int:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """A file that gets its name, on disk to stay, when the block ends without an error.
-
-    Args:
-        path: final name; its folder is made.
-        scratch: folder, on the same file system, where an unfinished file may be left by a kill;
-            None: beside `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
-    try:
-        with open(unfinished, "wb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: Path, content: bytes, *, scratch: Path | None = None) -> None:
-    """Write a file at once or not at all; see whole_file."""
-    with whole_file(path, scratch=scratch) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Only one process at a time is in here, as far as the file system keeps locks."""
     (output / WORK_FOLDER).mkdir(exist_ok=True)
@@ -337,11 +302,6 @@ def disk_errors(place: Path) -> Iterator[None]:
             "half-written keeps a final name; free some space and run the same command again: "
             "finished units are kept."
         ) from error
-
-
-def _writer() -> str:
-    """Tells temporary files of different processes and machines apart."""
-    return f"{os.uname().nodename}.{os.getpid()}"
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,6 @@ input gives the same file. `<|endoftext|>` is id 0.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from data_prep.sources.documents import Rejects, read_documents
 from data_prep.sources.inputs import InputConfig, find_units
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import write_durably
 
 if TYPE_CHECKING:
     import tokenizers
@@ -67,10 +67,7 @@ def main(cfg: TrainTokenizerConfig) -> None:
     if tokenizer.get_vocab_size() <= 257:
         raise DataError(f"input={cfg.input} holds no text to train on. --help lists what is read.")
     output = Path(cfg.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".tmp")
-    unfinished.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    os.replace(unfinished, output)
+    write_durably(output, tokenizer.to_str(pretty=True).encode())
     print(f"{output}: {tokenizer.get_vocab_size()} tokens")
 
 

@@ -12,7 +12,6 @@ OUT/train and OUT/validation. Exit code 0: whole; 1: not, and each fault is name
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -33,6 +32,7 @@ from pipeline import cli
 from pipeline.data import shard_format as fmt
 from pipeline.data.shard_format import Manifest
 from pipeline.errors import DataError
+from pipeline.files import sha256_of
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _check_small_files(manifest: Manifest) -> Iterator[str]:
     }
     for name, expected in checksums.items():
         try:
-            actual = hashlib.sha256(fmt.read_bytes(f"{folder}/{name}")).hexdigest()
+            actual = sha256_of(fmt.read_bytes(f"{folder}/{name}"))
         except DataError as error:
             yield str(error)
             continue
@@ -165,7 +165,7 @@ def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
         yield f"{path} cannot be read: {error}"
         return
     faults = list(_check_members(manifest, shard, data))
-    if hashlib.sha256(data.data).hexdigest() != manifest.sha256[shard]:
+    if sha256_of(data.data) != manifest.sha256[shard]:
         where = (
             ""
             if faults

@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from pipeline import cli
+from pipeline.files import write_durably
 from pipeline.tracking.history import History
 from pipeline.tracking.report_page import draw, page
 
@@ -35,7 +36,7 @@ def main(cfg: ReportConfig) -> None:
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     draw(history, folder / "curves.png", title=run_dir.resolve().name)
-    (folder / "index.html").write_text(page(history, run_dir, folder / "curves.png"))
+    write_durably(folder / "index.html", page(history, run_dir, folder / "curves.png").encode())
     # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all
     # of it.
     during = {name: rows for name, rows in history.evaluations.items() if name not in history.final}

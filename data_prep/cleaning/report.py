@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from data_prep.cleaning.one_pass import Tally
-from data_prep.jobs import whole_file, write_whole
+from pipeline.files import whole_file, write_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def write(folder: Path, tally: Tally, steps: list[str], *, scratch: Path) -> None:
     """Write report.png, then report.json, the sign that the job is finished; scratch as for
-    job.whole_file.
+    files.whole_file.
     """
     tally.expect(steps)
     rows = asdict(tally)
@@ -27,7 +27,7 @@ def write(folder: Path, tally: Tally, steps: list[str], *, scratch: Path) -> Non
     }
     with whole_file(folder / "report.png", scratch=scratch) as file:
         _plot(content).savefig(file, dpi=100, format="png", metadata={"Software": None})
-    write_whole(
+    write_durably(
         folder / "report.json", orjson.dumps(content, option=orjson.OPT_INDENT_2), scratch=scratch
     )
 

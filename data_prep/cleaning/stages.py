@@ -30,9 +30,10 @@ import zstandard
 from data_prep.cleaning import dedup, recipes
 from data_prep.cleaning.filters import Step, build_step
 from data_prep.cleaning.one_pass import KeyCollector, Tally, clean_documents
-from data_prep.jobs import WORK_FOLDER, whole_file
+from data_prep.jobs import WORK_FOLDER
 from data_prep.sources.documents import Document, Rejects, read_documents
 from data_prep.sources.inputs import InputConfig, Unit
+from pipeline.files import whole_file
 
 KEYS_PER_RANGE = 1 << 25
 """Keys sorted at once by one links unit; 32 Mi take about 3 GB of memory."""
@@ -198,7 +199,7 @@ def read_survivors(path: Path) -> Iterator[Document]:
 @contextmanager
 def zstd_lines(path: Path, *, scratch: Path) -> Iterator[BinaryIO]:
     """A file for JSON lines, compressed with zstandard, that appears when the block ends; see
-    job.whole_file.
+    files.whole_file.
     """
     with (
         whole_file(path, scratch=scratch) as file,

@@ -7,7 +7,6 @@ been renamed is recognised by the plan, which follows from the markers alone.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -27,13 +26,12 @@ from data_prep.jobs import (
     locked,
     marked,
     read_markers,
-    whole_file,
-    write_whole,
 )
 from data_prep.tokens.shard_writer import Part, copy_parts
 from pipeline.data import shard_format as fmt
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
+from pipeline.files import sha256_of, sync_folder, whole_file, write_durably
 from pipeline.log import logger
 
 JOIN_TOKENS = (
@@ -78,7 +76,7 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         }
         summary = totals | {"rejects": dict(sorted(rejects.items()))}
         content = (json.dumps(summary, indent=1) + "\n").encode()
-        write_whole(output / SUMMARY_FILE, content, scratch=output / WORK_FOLDER)
+        write_durably(output / SUMMARY_FILE, content, scratch=output / WORK_FOLDER)
         close_job(output)
     for name, row in totals.items():
         logger.info(
@@ -129,7 +127,7 @@ def rejects_path(output: Path, unit: int) -> Path:
 
 def copy_tokenizer(output: Path, tokenizer: Tokenizer) -> None:
     """Keep the tokenizer for the datasets; they are made after it may be gone."""
-    write_whole(output / WORK_FOLDER / "tokenizer.json", tokenizer.raw)
+    write_durably(output / WORK_FOLDER / "tokenizer.json", tokenizer.raw)
 
 
 def _gather(results: list[dict[str, Any]], name: str) -> tuple[list[Part], int]:
@@ -167,6 +165,9 @@ def _make_dataset(
             shards.append(group[0])
             if sources[0].exists():  # else it was renamed before this was interrupted
                 os.replace(sources[0], target)
+    # Before the manifest, which says that they are there: a rename is on the disk with its folder.
+    for shards_folder in sorted({(folder / fmt.shard_path(i)).parent for i in range(len(shards))}):
+        sync_folder(shards_folder)
     scratch = output / WORK_FOLDER
     raw = (scratch / "tokenizer.json").read_bytes()
     write_dataset(
@@ -202,14 +203,14 @@ def write_dataset(
     rows = [tuple(row) for shard in shards for row in shard.blocks]
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.array(rows, fmt.INDEX_DTYPE), version=(1, 0))
-    write_whole(folder / "index.npy", buffer.getvalue(), scratch=scratch)
-    write_whole(folder / "tokenizer.json", raw, scratch=scratch)
+    write_durably(folder / "index.npy", buffer.getvalue(), scratch=scratch)
+    write_durably(folder / "tokenizer.json", raw, scratch=scratch)
     lines = [
         {"path": fmt.shard_path(i), "documents": s.documents, "inputs": s.inputs}
         for i, s in enumerate(shards)
     ]
     provenance = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    write_whole(folder / "provenance.jsonl", provenance, scratch=scratch)
+    write_durably(folder / "provenance.jsonl", provenance, scratch=scratch)
     head = {
         "format": fmt.FORMAT,
         "version": fmt.VERSION,
@@ -219,15 +220,15 @@ def write_dataset(
         "tokens": sum(s.tokens for s in shards),
         "documents": sum(s.documents for s in shards),
         "text_bytes": text_bytes,
-        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "provenance_sha256": hashlib.sha256(provenance).hexdigest(),
+        "index_sha256": sha256_of(buffer.getvalue()),
+        "provenance_sha256": sha256_of(provenance),
         "checksum": fmt.UNSEALED,
         "columns": fmt.SHARD_COLUMNS,
     }
     columns = [(s.tokens, s.bytes, s.documents, s.sha256, s.source, s.key) for s in shards]
     table = ",\n".join(json.dumps([fmt.shard_path(i), *row]) for i, row in enumerate(columns))
     text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
-    write_whole(folder / "manifest.json", fmt.seal(text.encode()), scratch=scratch)
+    write_durably(folder / "manifest.json", fmt.seal(text.encode()), scratch=scratch)
 
 
 def _groups(parts: list[Part]) -> Iterator[list[Part]]:

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.jobs import whole_file
 from pipeline.data import shard_format as fmt
+from pipeline.files import whole_file
 
 PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
 

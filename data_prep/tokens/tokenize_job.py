@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from data_prep.jobs import JobConfig, close_job, open_job, run_units, task_of, write_whole
+from data_prep.jobs import JobConfig, close_job, open_job, run_units, task_of
 from data_prep.sources.documents import Document, Rejects, read_documents
 from data_prep.sources.inputs import InputConfig, Unit, find_units
 from data_prep.tokens import dataset_writer
@@ -34,6 +34,7 @@ from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
+from pipeline.files import write_durably
 from pipeline.log import logger
 
 BATCH_CHARACTERS = 2 * 2**20  # text encoded at once
@@ -156,7 +157,7 @@ def tokenize_unit(
         result = {"splits": {name: split.close() for name, split in splits.items()}}
     if rejects.rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.rows)
-        write_whole(
+        write_durably(
             dataset_writer.rejects_path(output, unit.number),
             lines.encode("utf-8", "backslashreplace"),
         )

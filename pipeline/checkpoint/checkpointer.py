@@ -22,6 +22,7 @@ from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.record import FORMAT, VERSION
 from pipeline.config.operation import CheckpointConfig
 from pipeline.errors import CheckpointError
+from pipeline.files import write_durably
 from pipeline.log import logger
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Checkpointer:
     def _publish(self, step: int, record: dict[str, Any], sums: dict[str, str]) -> None:
         saving = folders.saving_folder(self.folder, step)
         attached = {
-            name: folders.write_durably(saving / name, path.read_bytes())
+            name: write_durably(saving / name, path.read_bytes())
             for name, path in self.attachments.items()
         }
         final = folders.publish(self.folder, step, record, {**sums, **attached})

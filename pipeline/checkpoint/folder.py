@@ -14,8 +14,6 @@ final name.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -27,11 +25,11 @@ from typing import Any
 
 from pipeline.checkpoint.record import RECORD
 from pipeline.errors import CheckpointError
+from pipeline.files import sha256_of, sync_folder, write_durably
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
-_HASH_BLOCK_BYTES = 1 << 22
 
 
 def name_of(step: int) -> str:
@@ -98,15 +96,6 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest, block = hashlib.sha256(), bytearray(_HASH_BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
-
-
 def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty: every byte is as it was written.
 
@@ -121,7 +110,7 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
 
     def check(name: str) -> str | None:
         try:
-            found = file_sha256(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror or error}"
         return (
@@ -132,32 +121,6 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
 
     with ThreadPoolExecutor(num_threads) as pool:
         return [problem for problem in pool.map(check, sorted(sums)[part::parts]) if problem]
-
-
-def write_durably(path: Path, data: bytes) -> str:
-    """Hex digest of `data`, which is on the disk under `path` when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    return hashlib.sha256(data).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's names on the disk; a file's own fsync does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # network file systems that order names themselves
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str]) -> Path:
@@ -171,13 +134,11 @@ def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str])
     text = json.dumps(record, indent=1, ensure_ascii=False)
     sums = {**sums, RECORD: write_durably(folder / RECORD, text.encode())}
     write_durably(folder / SUMS, sums_text(sums).encode())
-    sync_folder(folder)
     if final.exists():  # the step was trained again, after a rollback or from a damaged checkpoint
         remove(final)
     os.rename(folder, final)
     sync_folder(root)
     write_durably(root / LATEST, f"{final.name}\n".encode())
-    sync_folder(root)
     return final
 
 

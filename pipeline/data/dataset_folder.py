@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import ConfigError, DataError, MachineError, ShardError
+from pipeline.files import sha256_of, write_durably
 from pipeline.log import logger
 
 CHUNK_BYTES = 8 << 20  # one request; what a broken connection costs
@@ -98,12 +99,12 @@ class RemoteFolder:
         self.url, self.cache_dir, self.size_bytes = url.rstrip("/"), cache_dir, size_bytes
         self._fs, self._root = _connect(self.url)
         manifest = self._small_file("manifest.json")
-        self.local = cache_dir / hashlib.sha256(manifest).hexdigest()[:16]
+        self.local = cache_dir / sha256_of(manifest)[:16]
         # The manifest last: a folder that has one is whole.
         for name in ("tokenizer.json", "index.npy"):
             if not (self.local / name).exists():
-                _write_whole(self.local / name, self._small_file(name))
-        _write_whole(self.local / "manifest.json", manifest)
+                write_durably(self.local / name, self._small_file(name))
+        write_durably(self.local / "manifest.json", manifest)
         self._wanted: queue.Queue[RemoteFile] = queue.Queue()
         self._queued: set[str] = set()
         self._threads: list[threading.Thread] = []
@@ -349,11 +350,3 @@ def _cached(cache_dir: Path) -> Iterator[tuple[float, int, Path]]:
         with contextlib.suppress(FileNotFoundError):  # another rank deleted or renamed it
             status = path.stat()
             yield status.st_mtime, status.st_size, path
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    aside.replace(path)

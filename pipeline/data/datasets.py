@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.mixture import Ints
 from pipeline.data.shard_format import Manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _names(configs: Sequence[DatasetConfig]) -> list[str]:
 
 def _check_tokenizer_file(dataset: Dataset) -> None:
     try:
-        found = hashlib.sha256(dataset.tokenizer_path.read_bytes()).hexdigest()
+        found = sha256_of(dataset.tokenizer_path)
     except OSError as error:
         found = error.strerror or str(error)
     if found != dataset.manifest.tokenizer.sha256:

@@ -16,7 +16,6 @@ one np.memmap. Only numpy and the standard library.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError, ShardError
+from pipeline.files import sha256_of
 
 FORMAT = "gpt-shards"
 VERSION = 1
@@ -129,7 +129,7 @@ class Manifest:
             )
             manifest = cls(
                 folder=folder,
-                identity=hashlib.sha256(raw).hexdigest(),
+                identity=sha256_of(raw),
                 dtype=np.dtype(content["dtype"]),
                 block_tokens=int(content["block_tokens"]),
                 tokenizer=TokenizerIdentity(**content["tokenizer"]),
@@ -313,7 +313,7 @@ def seal(manifest: bytes) -> bytes:
     """The bytes of a manifest.json; `checksum` is their sha256 while `checksum` was UNSEALED."""
     blank = f'"checksum": "{UNSEALED}"'
     assert manifest.count(blank.encode()) == 1, "the manifest has one unsealed checksum"
-    sealed = blank.replace(UNSEALED, hashlib.sha256(manifest).hexdigest())
+    sealed = blank.replace(UNSEALED, sha256_of(manifest))
     return manifest.replace(blank.encode(), sealed.encode())
 
 
@@ -323,7 +323,7 @@ def is_sealed(manifest: bytes) -> bool:
     if match is None:
         return False
     blank = manifest[: match.start(1)] + UNSEALED.encode() + manifest[match.end(1) :]
-    return hashlib.sha256(blank).hexdigest().encode() == match[1]
+    return sha256_of(blank).encode() == match[1]
 
 
 def read_bytes(path: str) -> bytes:

@@ -8,7 +8,6 @@ must not end.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.files import sha256_of
 
 # The first of these that the file has as an added token ends documents, unless the caller names
 # another.
@@ -51,7 +51,7 @@ class Tokenizer:
 
         self.path = path
         self.raw = raw
-        self.sha256 = hashlib.sha256(raw).hexdigest()
+        self.sha256 = sha256_of(raw)
         try:
             self.json: dict[str, Any] = json.loads(raw)
             self.backend = Backend.from_str(raw.decode())

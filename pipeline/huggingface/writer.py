@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import record as folders
 from pipeline.config.model import ModelConfig
+from pipeline.files import whole_file, write_durably
 from pipeline.huggingface.mapping import Mapping, Rule, mapping_for
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
         "torch_dtype": DTYPES[dtype][1],
     }
     _write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
-    (output / "README.md").write_text(_model_card(record, model, mapping, dtype))
+    write_durably(output / "README.md", _model_card(record, model, mapping, dtype).encode())
     _write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
 
@@ -171,7 +172,7 @@ def _write_safetensors(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
+    with whole_file(path) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for value in values:
             data = value.to(getattr(torch, DTYPES[dtype][1])).contiguous()
@@ -246,4 +247,4 @@ def _identities(record: dict[str, Any]) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_durably(path, (json.dumps(value, indent=2) + "\n").encode())

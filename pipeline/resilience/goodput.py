@@ -12,12 +12,12 @@ lost again: steps done after the last checkpoint before a crash count as lost. S
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import whole_file
 from pipeline.resilience.clock import Clock
 
 
@@ -28,8 +28,10 @@ class Goodput:
         self.clock = clock
         folder = run_dir / "logs" / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        self.earlier = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        self.path = folder / f"{len(self.earlier):04d}.json"
+        paths = sorted(folder.glob("*.json"))
+        # An empty file is what a power cut leaves of one that was not synced: the account loses it.
+        self.earlier = [json.loads(content) for path in paths if (content := path.read_bytes())]
+        self.path = folder / f"{len(paths):04d}.json"
         self.first_step = first_step
         self.write(first_step)
 
@@ -42,9 +44,8 @@ class Goodput:
             "last_step": step,
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
         }
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(attempt))
-        os.replace(temporary, self.path)
+        with whole_file(self.path, durable=False) as file:  # on the way between two steps
+            file.write(json.dumps(attempt).encode())
         return {
             f"goodput/{name}": value for name, value in summary([*self.earlier, attempt]).items()
         }

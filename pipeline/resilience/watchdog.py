@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pipeline.distributed.ranks import RankHost, describe_ranks
 from pipeline.errors import EXIT_HANG
+from pipeline.files import whole_file
 from pipeline.resilience.clock import Beat, Clock
 from pipeline.resilience.hang_page import (
     Sighting,
@@ -120,11 +121,10 @@ class Watchdog:
             neighbours={str(host.global_rank): process_state(host.pid) for host in neighbours},
             stacks=all_stacks(),
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.global_rank:05d}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(sighting)))
-        os.replace(temporary, path)
+        # The disk may be what hangs: nothing here waits for it longer than it must.
+        with whole_file(path, durable=False) as file:
+            file.write(json.dumps(asdict(sighting)).encode())
         return path
 
     def _note(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
+from pipeline.files import write_durably
 from pipeline.log import logger
 
 WANDB_INIT_TIMEOUT_S = 120.0
@@ -96,5 +97,5 @@ def _wandb_id(run_dir: Path) -> str:
     """The run's W&B id, made on first use and kept in the run folder."""
     path = run_dir / "wandb-id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+        write_durably(path, uuid.uuid4().hex[:12].encode())
     return path.read_text().strip()

@@ -11,6 +11,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import CheckpointError, MachineError
+from pipeline.files import write_durably
 
 # fp32 weights and two moments in a checkpoint.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -41,7 +42,7 @@ def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
     check_folder(cfg, shape, run_dir)
     check_same_model(cfg, run_dir)
     if ranks.is_main:
-        (run_dir / "config.yaml").write_text(cli.to_yaml(cfg))
+        write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
         log.logger.info("run %s: %s", run_dir, shape)
         if warning := placement_warning(ranks, tensor_parallel_size=shape.tensor_parallel_size):
             log.logger.warning(warning)

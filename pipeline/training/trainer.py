@@ -23,6 +23,7 @@ from pipeline.distributed.ranks import RankHost
 from pipeline.engine.engine import Engine, StepResult
 from pipeline.errors import CheckpointError, DivergedError
 from pipeline.evaluation.perplexity import Evaluator
+from pipeline.files import write_durably
 from pipeline.log import logger
 from pipeline.planning.flops import flops_per_token, num_parameters
 from pipeline.resilience import notice
@@ -298,7 +299,7 @@ class Trainer:
             )
         self.clock.enter("end", self.state.step)
         if self.layout.ranks.is_main and is_done:
-            (self.run_dir / "DONE").write_text(f"{self.state.step}\n")
+            write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())
         self.metrics.close(0)
         logger.info(
             "%s at step %d of %d",

@@ -50,3 +50,13 @@ def test_time_belongs_to_the_phase_that_was_entered_before():
     before = clock.now
     clock.alive()
     assert (clock.now.phase, clock.now.number) == ("train", before.number + 1)
+
+
+def test_an_attempt_that_a_power_cut_emptied_does_not_stop_the_next_start(tmp_path):
+    """The files are not synced at every logged step; an empty one is left out of the account."""
+    Goodput(tmp_path, Clock(), first_step=0)
+    folder = tmp_path / "logs" / "attempts"
+    (folder / "0001.json").write_bytes(b"")
+    third = Goodput(tmp_path, Clock(), first_step=7)
+    assert third.path == folder / "0002.json"
+    assert len(third.earlier) == 1
