@@ -54,8 +54,8 @@ def build(layers: int) -> Any:
         ],
         config="pretrain",
     )  # fmt: skip
-    layout = connect(ranks_from_environment({}), tensor_parallel_size=1, pipeline_parallel_size=1)
-    engine = Engine(cfg, derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB), layout)
+    shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
+    engine = Engine(cfg, shape, connect(ranks_from_environment({}), shape.sizes))
     state.create_state(engine, ["exp_avg", "exp_avg_sq"], optimizer_step=1)
     for fragment in state.fragments(engine):
         fragment.views["exp_avg"].copy_(fragment.views["weight"])

@@ -71,8 +71,8 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
         ],
         config="pretrain",
     )  # fmt: skip
-    layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
+    layout = connect(ranks_from_environment(), shape.sizes)
     engine, device = Engine(cfg, shape, layout), layout.device
 
     def step(number: int) -> Any:

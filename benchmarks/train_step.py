@@ -190,8 +190,8 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
             precision=Precision[precision],
         ),
     )
-    layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
-    engine = Engine(cfg, derive(cfg, world_size=1, tokenizer_vocab_size=vocab), layout)
+    shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab)
+    engine = Engine(cfg, shape, connect(ranks_from_environment(), shape.sizes))
     micro_batch: Any = SimpleNamespace(
         tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None
     )

@@ -24,6 +24,7 @@ from pipeline.checkpoint.record import read_record, saved_model
 from pipeline.config.choices import PipelineSchedule, Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig, ScheduleConfig, TrainingConfig
 from pipeline.errors import CheckpointError, ConfigError
@@ -73,12 +74,7 @@ def main(cfg: EvaluateConfig) -> int:
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
-    parallel = cfg.parallel
-    layout = connect(
-        ranks,
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-    )
+    layout = connect(ranks, shape.sizes)
     from pipeline.engine.engine import Engine
     from pipeline.training.initial_weights import load_weights
 
@@ -97,8 +93,8 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
     parallel = replace(
         cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"]
     )  # nothing runs backwards
-    copies = max(1, world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
-    stages = 2 * parallel.pipeline_parallel_size  # enough micro-batches for every schedule
+    sizes = ParallelSizes.filling(parallel, world_size=world_size)
+    stages = 2 * sizes.pipeline  # enough micro-batches for every schedule
     return PretrainConfig(
         name="evaluate",
         model=replace(model, hidden_dropout=0.0, attention_dropout=0.0),
@@ -108,7 +104,7 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
         training=TrainingConfig(
             total_steps=1,
             seq_len=cfg.seq_len or training.get("seq_len"),
-            global_batch_size=cfg.micro_batch_size * copies * stages,
+            global_batch_size=cfg.micro_batch_size * max(1, sizes.data) * stages,
             micro_batch_size=cfg.micro_batch_size,
             precision=cfg.precision or Precision[training.get("precision", "fp32")],
             eval_sequences=cfg.sequences,

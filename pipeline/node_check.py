@@ -21,12 +21,13 @@ def main() -> int:
     import os
 
     from pipeline import log
+    from pipeline.config.parallel_sizes import ParallelSizes
     from pipeline.distributed.layout import connect, disconnect
     from pipeline.distributed.ranks import ranks_from_environment
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
-    layout = connect(ranks, tensor_parallel_size=1, pipeline_parallel_size=1, timeout_s=120.0)
+    layout = connect(ranks, ParallelSizes(data=ranks.world_size), timeout_s=120.0)
     try:
         found = check(
             RankHost(ranks.global_rank, ranks.node, os.getpid(), time.time()), layout.device

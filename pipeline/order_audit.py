@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import cli, log
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.data.datasets import Dataset, describe, open_datasets
@@ -120,10 +121,9 @@ def _shape(cfg: AuditConfig, ranks: int) -> RunShape:
     """The run's shape on `ranks` data-parallel ranks; micro-batches of 1 cut what a rank reads."""
     facts = describe(cfg.data)
     training = dataclasses.replace(cfg.training, micro_batch_size=1)
-    world_size = ranks * cfg.parallel.tensor_parallel_size * cfg.parallel.pipeline_parallel_size
     return derive(
         dataclasses.replace(cfg, training=training),
-        world_size=world_size,
+        world_size=ParallelSizes.of(cfg.parallel, data=ranks).world_size,
         tokenizer_vocab_size=facts.vocab_size,
     )
 

@@ -64,8 +64,8 @@ def main(cfg: PreflightConfig) -> None:
         raise MachineError("\n       ".join(problems))
     assert shape is not None
     print(
-        f"preflight: {shape.world_size} ranks = {shape.data_parallel_size} data x "
-        f"{shape.pipeline_parallel_size} pipeline x {shape.tensor_parallel_size} tensor parallel; "
+        f"preflight: {shape.world_size} ranks = {shape.sizes.data} data x "
+        f"{shape.sizes.pipeline} pipeline x {shape.sizes.tensor} tensor parallel; "
         f"{shape.total_steps} steps, {shape.total_tokens:,} tokens\n"
         f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
         file=sys.stderr,

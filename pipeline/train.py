@@ -49,12 +49,7 @@ def train(cfg: PretrainConfig, ranks: Ranks, clock: Clock) -> None:
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
-    layout = connect(
-        ranks,
-        tensor_parallel_size=shape.tensor_parallel_size,
-        pipeline_parallel_size=shape.pipeline_parallel_size,
-        timeout_s=cfg.resilience.collective_timeout_s,
-    )
+    layout = connect(ranks, shape.sizes, timeout_s=cfg.resilience.collective_timeout_s)
     from pipeline.distributed.ranks import RankHost
     from pipeline.resilience import node_check
     from pipeline.resilience.watchdog import Watchdog

@@ -55,7 +55,7 @@ def test_a_layout_that_reads_other_samples_is_reported_with_the_step(data, capsy
     def wrong(self, samples, *, data_rank, data_parallel_size):
         mine = share(self, samples, data_rank=data_rank, data_parallel_size=data_parallel_size)
         if data_parallel_size == 4 and samples.number[0] >= 128:
-            mine.k[:] += 1
+            mine.index[:] += 1
         return mine
 
     monkeypatch.setattr(Sampler, "share", wrong)

@@ -243,9 +243,9 @@ def _first_problem(function: Callable[..., None], *args: Any) -> str | None:
 def _layout_facts(layout: ParallelLayout) -> dict[str, int]:
     return {
         "world_size": layout.ranks.world_size,
-        "tensor_parallel_size": layout.tensor_parallel_size,
-        "pipeline_parallel_size": layout.pipeline_parallel_size,
-        "data_parallel_size": layout.data_parallel_size,
+        "tensor_parallel_size": layout.tensor.size,
+        "pipeline_parallel_size": layout.pipeline.size,
+        "data_parallel_size": layout.data.size,
     }
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from pipeline.config.choices import Decay, PipelineSchedule
 from pipeline.config.model import ModelConfig
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.rules import check_engine, check_libraries, check_model, require
-from pipeline.config.training import RampStage
+from pipeline.config.training import ParallelConfig, RampStage
 
 # Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
 # full.
@@ -43,10 +44,7 @@ class StepShape:
 class RunShape:
     """Derived numbers of a run; frozen."""
 
-    world_size: int
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    data_parallel_size: int
+    sizes: ParallelSizes
     micro_batch_size: int
     global_batch_size: int
     seq_len: int
@@ -57,6 +55,11 @@ class RunShape:
     warmup_steps: int
     ramp: tuple[tuple[int, StepShape], ...]
     """(until_step, shape) in order; the last one has no end (until_step = total_steps)."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.sizes.world_size
 
     def at(self, step: int) -> StepShape:
         """The shape of optimizer step `step` (0 is the first)."""
@@ -77,7 +80,7 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     check_model(model, tensor_parallel_size=parallel.tensor_parallel_size)
     vocab_size = _vocab_size(model, tokenizer_vocab_size)
-    data_parallel_size = _data_parallel_size(cfg, world_size)
+    sizes = _sizes(parallel, world_size)
     check_engine(cfg)
     check_libraries(cfg)
     seq_len = training.seq_len or model.max_seq_len
@@ -86,15 +89,11 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
         f"training.seq_len ({seq_len}) must not exceed model.max_seq_len ({model.max_seq_len}). "
         f"Set training.seq_len={model.max_seq_len} or model.max_seq_len={seq_len}.",
     )
-    tensor = parallel.tensor_parallel_size
-    ramp = tuple(_ramp(cfg, seq_len, data_parallel_size))
+    ramp = tuple(_ramp(cfg, seq_len, sizes))
     total_steps, total_tokens = _length(cfg, ramp)
-    multiple = VOCAB_MULTIPLE * tensor
+    multiple = VOCAB_MULTIPLE * sizes.tensor
     return RunShape(
-        world_size=world_size,
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        data_parallel_size=data_parallel_size,
+        sizes=sizes,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seq_len=seq_len,
@@ -118,30 +117,30 @@ def _vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
     return size
 
 
-def _data_parallel_size(cfg: PretrainConfig, world_size: int) -> int:
-    parallel = cfg.parallel
-    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+def _sizes(parallel: ParallelConfig, world_size: int) -> ParallelSizes:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
         require(
             getattr(parallel, name) >= 1,
             f"parallel.{name} ({getattr(parallel, name)}) must be at least 1.",
         )
+    sizes = ParallelSizes.filling(parallel, world_size=world_size)
+    more = ParallelSizes.of(parallel, data=sizes.data + 1)
     require(
-        world_size % (tensor * pipeline) == 0,
+        sizes.world_size == world_size,
         f"the number of ranks ({world_size}) must be a multiple of parallel.tensor_parallel_size * "
-        f"parallel.pipeline_parallel_size ({tensor} * {pipeline} = {tensor * pipeline}). Start "
-        f"{math.ceil(world_size / (tensor * pipeline)) * tensor * pipeline} ranks, or choose sizes "
-        f"that divide {world_size}.",
+        f"parallel.pipeline_parallel_size ({sizes.tensor} * {sizes.pipeline} = "
+        f"{sizes.ranks_per_copy}). Start {more.world_size} ranks, or choose sizes that divide "
+        f"{world_size}.",
     )
-    return world_size // (tensor * pipeline)
+    return sizes
 
 
 def _ramp(
-    cfg: PretrainConfig, seq_len: int, data_parallel_size: int
+    cfg: PretrainConfig, seq_len: int, sizes: ParallelSizes
 ) -> Iterator[tuple[int, StepShape]]:
     training, last = cfg.training, 0
     stages = [*training.ramp, RampStage(until_step=2**62)]
-    minimum = 2 * cfg.parallel.pipeline_parallel_size
+    minimum = 2 * sizes.pipeline
     for index, stage in enumerate(stages):
         batch, length = (
             stage.global_batch_size or training.global_batch_size,
@@ -152,7 +151,7 @@ def _ramp(
             if index == len(stages) - 1
             else f"training.ramp[{index}].global_batch_size"
         )
-        per_pass = training.micro_batch_size * data_parallel_size
+        per_pass = training.micro_batch_size * sizes.data
         require(
             per_pass >= 1,
             f"training.micro_batch_size ({training.micro_batch_size}) must be at least 1.",
@@ -160,7 +159,7 @@ def _ramp(
         require(
             batch % per_pass == 0 and batch > 0,
             f"{name} ({batch}) must be a multiple of training.micro_batch_size * "
-            f"data_parallel_size ({training.micro_batch_size} * {data_parallel_size} = "
+            f"data_parallel_size ({training.micro_batch_size} * {sizes.data} = "
             f"{per_pass}). Set {name}={max(1, math.ceil(batch / per_pass)) * per_pass}.",
         )
         require(
@@ -170,9 +169,9 @@ def _ramp(
         )
         pieces = seq_len // length
         require(
-            batch % (pieces * data_parallel_size) == 0 or pieces == 1,
+            batch % (pieces * sizes.data) == 0 or pieces == 1,
             f"{name} ({batch}) must be a multiple of {pieces} * data_parallel_size "
-            f"({pieces * data_parallel_size}): each sample of "
+            f"({pieces * sizes.data}): each sample of "
             f"{seq_len} tokens becomes {pieces} sequences of {length}.",
         )
         require(

@@ -175,7 +175,7 @@ class Loader:
         shape = self.shape.at(position.step)
         samples, after = self.sampler.advance(position, shape.num_samples)
         mine = self.sampler.share(
-            samples, data_rank=self.data_rank, data_parallel_size=self.shape.data_parallel_size
+            samples, data_rank=self.data_rank, data_parallel_size=self.shape.sizes.data
         )
         if self.reads_tokens:
             self.sampler.prefetch(mine)

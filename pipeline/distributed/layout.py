@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.distributed.ranks import Ranks, export_to_environment
 
 if TYPE_CHECKING:
@@ -20,37 +21,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """One kind of parallelism, seen from this rank."""
+
+    rank: int
+    """Place of this rank among its peers, from 0."""
+    size: int
+    """Number of peers, this rank included."""
+    group: dist.ProcessGroup
+    """The peers."""
+
+
+@dataclass(frozen=True)
 class ParallelLayout:
     """Coordinates of this rank and the groups it talks in."""
 
     ranks: Ranks
-    tensor_rank: int
-    tensor_parallel_size: int
-    pipeline_rank: int
-    pipeline_parallel_size: int
-    data_rank: int
-    data_parallel_size: int
-    tensor_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
+    tensor: Axis
+    """Ranks that share each layer's matrices."""
+    pipeline: Axis
+    """Ranks that share the stack of layers."""
+    data: Axis
+    """Copies of the model."""
     host_group: dist.ProcessGroup
     """All ranks over gloo: for flags and facts that must not wait for the device."""
     device: torch.device
 
 
-def connect(
-    ranks: Ranks,
-    *,
-    tensor_parallel_size: int,
-    pipeline_parallel_size: int,
-    timeout_s: float = 1800.0,
-) -> ParallelLayout:
+def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) -> ParallelLayout:
     """Form every process group. Collective: call on every rank.
 
     Args:
         ranks: this process's place.
+        sizes: ranks along each axis; their product is `ranks.world_size`.
         timeout_s: a collective that takes longer raises on its ranks.
     """
+    assert sizes.world_size == ranks.world_size, (sizes, ranks)
     import torch
     import torch.distributed as dist
 
@@ -79,26 +85,24 @@ def connect(
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_parallel_size,
-            pipeline_parallel_size,
+            sizes.tensor,
+            sizes.pipeline,
             distributed_timeout_minutes=max(1, int(timeout_s / 60)),
         )
     return ParallelLayout(
         ranks=ranks,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_parallel_size=pipeline_parallel_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
         host_group=dist.new_group(backend="gloo", timeout=timeout)
         if on_cuda
         else dist.distributed_c10d._get_default_group(),
         device=device,
     )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group.rank(), group.size(), group)
 
 
 def disconnect() -> None:

@@ -16,13 +16,13 @@ def seed_step(seed: int, step: int, layout: ParallelLayout, *, micro_batch: int 
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    place = (seed, step, micro_batch, layout.data_rank, layout.pipeline_rank)
+    place = (seed, step, micro_batch, layout.data.rank, layout.pipeline.rank)
     torch.default_generator.manual_seed(_hash(*place))  # torch.manual_seed costs a stack trace here
     if layout.device.type == "cuda":
         torch.cuda.manual_seed(_hash(*place))
     tracker = get_cuda_rng_tracker()
     tracker.reset()
-    tracker.add("model-parallel-rng", _hash(*place, 1 + layout.tensor_rank))
+    tracker.add("model-parallel-rng", _hash(*place, 1 + layout.tensor.rank))
 
 
 def _hash(*numbers: int) -> int:

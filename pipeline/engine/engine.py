@@ -81,7 +81,7 @@ class Engine:
 
     def __init__(self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -> None:
         self.cfg, self.shape, self.layout = cfg, shape, layout
-        self.is_pipeline = shape.pipeline_parallel_size > 1
+        self.is_pipeline = shape.sizes.pipeline > 1
         if (
             cfg.training.precision is Precision.fp16
             and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
@@ -99,7 +99,7 @@ class Engine:
         )
         module = self._module().to(layout.device)
         self.partitions = self._initial_weights(module)
-        reduce_partial_gradients(module, layout.tensor_group)
+        reduce_partial_gradients(module, layout.tensor.group)
         groups = optimizer_module.parameter_groups(self._named(module), cfg.optimizer, cfg.model)
         self._num_micro_batches = shape.at(0).num_micro_batches
         self._activation_shape: tuple[int, ...] = ()
@@ -112,7 +112,7 @@ class Engine:
                 mpu=None if self.is_pipeline else Mpu(),
             )
         self._all_parameters = list(module.parameters())
-        has_peers = shape.tensor_parallel_size > 1
+        has_peers = shape.sizes.tensor > 1
         self._split_parameters = [p for p in self._all_parameters if has_peers and is_split(p)]
         self._whole_parameters = [
             p for p in self._all_parameters if not (has_peers and is_split(p))
@@ -131,12 +131,12 @@ class Engine:
         if self.loss_scale and self.is_pipeline:
             reduce_tied_sums(self.deepspeed)
         reduction = None
-        if self.shape.data_parallel_size == 1:
+        if self.shape.sizes.data == 1:
             # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
             self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
         if isinstance(wrapper, BF16_Optimizer) and not self.is_pipeline:
-            if self.shape.data_parallel_size > 1:
-                reduction = Reduction(wrapper, self.layout.data_group, self._all_parameters)
+            if self.shape.sizes.data > 1:
+                reduction = Reduction(wrapper, self.layout.data.group, self._all_parameters)
                 self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: reduction.finish()
             sum_in_place(wrapper, reduction)
 
@@ -207,9 +207,9 @@ class Engine:
 
     def _mean_over_ranks(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches
-        if self.layout.data_parallel_size > 1:
-            dist.all_reduce(total, group=self.layout.data_group)
-        return total / self.layout.data_parallel_size
+        if self.layout.data.size > 1:
+            dist.all_reduce(total, group=self.layout.data.group)
+        return total / self.layout.data.size
 
     def _before_update(self, optimizer: Any, *_: Any) -> None:
         """Hand the step's verdict to the optimizer, once a step or once a parameter group."""
@@ -246,8 +246,8 @@ class Engine:
             for b in batches
         ]
         count = torch.stack([mask.sum() for mask in masks]).sum()
-        dist.all_reduce(count, group=self.layout.data_group)
-        scale = len(batches) * self.layout.data_parallel_size / count.clamp(min=1.0)
+        dist.all_reduce(count, group=self.layout.data.group)
+        scale = len(batches) * self.layout.data.size / count.clamp(min=1.0)
         return [mask * scale for mask in masks]
 
     def _set_micro_batches(self, count: int) -> None:
@@ -260,7 +260,7 @@ class Engine:
         if count != self._num_micro_batches:
             self._num_micro_batches = count
             self.deepspeed.set_train_batch_size(
-                self.shape.micro_batch_size * count * self.layout.data_parallel_size
+                self.shape.micro_batch_size * count * self.layout.data.size
             )
             # read where gradients are offloaded
             self.deepspeed.optimizer.gradient_accumulation_steps = count
@@ -285,7 +285,7 @@ class Engine:
         split = torch.nn.utils.get_total_norm(
             [p.grad for p in self._split_parameters if p.grad is not None]
         ).square()
-        dist.all_reduce(split, group=self.layout.tensor_group)
+        dist.all_reduce(split, group=self.layout.tensor.group)
         return (split + norm.square()).sqrt()
 
     # ---- evaluation ------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class Engine:
             for b in batches
         ]
         count = torch.stack([mask.sum() for mask in masks]).sum()
-        dist.all_reduce(count, group=self.layout.data_group)
+        dist.all_reduce(count, group=self.layout.data.group)
         if self.is_pipeline:
             return self._pipeline_evaluate(batches, masks), count
         self.deepspeed.eval()
@@ -307,20 +307,20 @@ class Engine:
             total += self.deepspeed(
                 batch.tokens, batch.labels, mask, batch.document_ids, batch.positions
             )
-        dist.all_reduce(total, group=self.layout.data_group)
+        dist.all_reduce(total, group=self.layout.data.group)
         return total, count
 
     def _pipeline_evaluate(self, batches: list[Batch], masks: list[Tensor]) -> Tensor:
         self._expect_shape(batches[0])
         missing = max(
-            0, 2 * self.shape.pipeline_parallel_size - len(batches)
+            0, 2 * self.shape.sizes.pipeline - len(batches)
         )  # DualPipeV needs that many in flight
         weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
         batches = [*batches, *[batches[0]] * missing]
         mean = self.deepspeed.eval_batch(
             micro_batch_stream(batches, weights), num_micro_batches=len(batches)
         )
-        return mean.reshape(()) * (len(batches) * self.layout.data_parallel_size)
+        return mean.reshape(()) * (len(batches) * self.layout.data.size)
 
     # ---- parameters ------------------------------------------------------------------------------
 
@@ -354,8 +354,8 @@ class Engine:
                 tuple(parameter.shape),
                 dim=getattr(parameter, "partition_dim", None) if is_split(parameter) else None,
                 stride=getattr(parameter, "partition_stride", 1),
-                tensor_rank=self.layout.tensor_rank,
-                tensor_size=self.layout.tensor_parallel_size,
+                tensor_rank=self.layout.tensor.rank,
+                tensor_size=self.layout.tensor.size,
                 real_size=self.shape.vocab_size if is_vocabulary else None,
             )
             initialize(parameter, name, partitions[name], model=self.cfg.model, seed=self.cfg.seed)
@@ -365,7 +365,7 @@ class Engine:
 
     def _module(self) -> nn.Module:
         if not self.is_pipeline:
-            return GPT(self.architecture, self.layout.tensor_group)
+            return GPT(self.architecture, self.layout.tensor.group)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its topology
             return pipeline_module(self.architecture, self.shape, self.layout)
 

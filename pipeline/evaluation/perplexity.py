@@ -100,7 +100,7 @@ class Evaluator:
             )
             alive()
         size_bytes = totals[2].clone()
-        dist.all_reduce(size_bytes, group=layout.data_group)
+        dist.all_reduce(size_bytes, group=layout.data.group)
         nats_total, token_total, byte_total = float(totals[0]), float(totals[1]), float(size_bytes)
         loss = nats_total / token_total
         ppl = math.exp(loss) if loss < 700 else math.inf
@@ -118,6 +118,6 @@ class Evaluator:
         layout = self.engine.layout
         return validation_batches(
             dataset, seq_len=self.run_shape.seq_len, micro_batch_size=self.run_shape.micro_batch_size,
-            data_rank=layout.data_rank, data_parallel_size=layout.data_parallel_size,
+            data_rank=layout.data.rank, data_parallel_size=layout.data.size,
             num_sequences=self.cfg.training.eval_sequences, device=layout.device, masks=Masks.of(self.cfg.data),
         )  # fmt: skip

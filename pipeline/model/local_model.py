@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.model import ModelConfig
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.training import ParallelConfig, TrainingConfig
 from pipeline.distributed.layout import connect
 from pipeline.distributed.ranks import Ranks
@@ -32,15 +33,13 @@ class LocalModel:
         """
         vocab_size = model.vocab_size
         assert vocab_size is not None
-        layout = connect(
-            Ranks(0, 1, 0, 1, os.uname().nodename), tensor_parallel_size=1, pipeline_parallel_size=1
-        )
+        layout = connect(Ranks(0, 1, 0, 1, os.uname().nodename), ParallelSizes())
         model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
         architecture = Architecture(
             model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
         )
         self.model, self.device = model, layout.device
-        self.gpt = GPT(architecture, layout.tensor_group).to(layout.device).eval()
+        self.gpt = GPT(architecture, layout.tensor.group).to(layout.device).eval()
         for name, parameter in self.gpt.named_parameters():
             parameter.copy_(weight(canonical_name(name, num_layers=model.num_layers)))
 

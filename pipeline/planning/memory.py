@@ -57,16 +57,16 @@ class Memory:
 def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
     """What the first stage needs at its peak: it holds the embedding and most micro-batches."""
     parallel, wide = cfg.parallel, 4 if cfg.training.precision is Precision.fp32 else 2
-    model, stage, shards = cfg.model, parallel.zero_stage, shape.data_parallel_size
-    layers = math.ceil(model.num_layers / shape.pipeline_parallel_size)
+    model, stage, shards = cfg.model, parallel.zero_stage, shape.sizes.data
+    layers = math.ceil(model.num_layers / shape.sizes.pipeline)
     whole = num_parameters(model, shape.padded_vocab_size)
     one_layer = (
         whole - num_parameters(replace(model, num_layers=0), shape.padded_vocab_size)
     ) / model.num_layers
-    parameters = (whole - (model.num_layers - layers) * one_layer) / shape.tensor_parallel_size
+    parameters = (whole - (model.num_layers - layers) * one_layer) / shape.sizes.tensor
     # Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     optimizer = STATE_BYTES[cfg.optimizer.name] + (4 if stage > 0 else 0)
-    in_flight = min(shape.pipeline_parallel_size, shape.at(shape.total_steps).num_micro_batches)
+    in_flight = min(shape.sizes.pipeline, shape.at(shape.total_steps).num_micro_batches)
     return Memory(
         weights=parameters * wide / (shards if stage == 3 else 1) / GIB,
         gradients=parameters * 4 / (shards if stage >= 2 else 1) / GIB,
@@ -84,7 +84,7 @@ def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight
     residuals), and qkv, context and the MLP's inner width that it does. Source: Korthikanti et al.
     2022, arXiv:2205.05198, section 4 (34 s b h).
     """
-    model, tensor = cfg.model, shape.tensor_parallel_size
+    model, tensor = cfg.model, shape.sizes.tensor
     wide = 4 if cfg.training.precision is Precision.fp32 else 2
     tokens, hidden, width = (
         shape.micro_batch_size * shape.seq_len,

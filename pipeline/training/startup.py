@@ -44,7 +44,7 @@ def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
     if ranks.is_main:
         write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
         log.logger.info("run %s: %s", run_dir, shape)
-        if warning := placement_warning(ranks, tensor_parallel_size=shape.tensor_parallel_size):
+        if warning := placement_warning(ranks, tensor_parallel_size=shape.sizes.tensor):
             log.logger.warning(warning)
     return shape, run_dir
 

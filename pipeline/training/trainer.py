@@ -66,9 +66,9 @@ class Trainer:
         self.engine = Engine(cfg, shape, layout)
         clock.alive()
         self.loader = Loader(
-            cfg.data, shape=shape, seed=cfg.seed, data_rank=layout.data_rank, device=layout.device,
+            cfg.data, shape=shape, seed=cfg.seed, data_rank=layout.data.rank, device=layout.device,
             cache_dir=Path(cfg.data.cache_dir or run_dir / "cache"),
-            reads_tokens=layout.pipeline_rank in (0, shape.pipeline_parallel_size - 1),
+            reads_tokens=layout.pipeline.rank in (0, shape.sizes.pipeline - 1),
         )  # fmt: skip
         self.evaluator = Evaluator(cfg, shape=shape, engine=self.engine)
         self.checkpoints = Checkpointer(
@@ -157,7 +157,7 @@ class Trainer:
     def corrupt_samples(self) -> int:
         """Samples left out so far by data.on_corrupt=skip, all data-parallel ranks. Collective."""
         count = torch.tensor(self.loader.corrupt_samples, device=self.layout.device)
-        torch.distributed.all_reduce(count, group=self.layout.data_group)
+        torch.distributed.all_reduce(count, group=self.layout.data.group)
         return int(count)
 
     def describe_step(self) -> str:

@@ -29,7 +29,7 @@ def shape_of(cfg: PretrainConfig, world_size: int = 1) -> Any:
 
 def test_sizes_follow_from_config_and_world_size() -> None:
     shape = shape_of(config(tp=2, pp=2), world_size=8)
-    assert (shape.data_parallel_size, shape.at(0).num_micro_batches, shape.at(0).tokens) == (
+    assert (shape.sizes.data, shape.at(0).num_micro_batches, shape.at(0).tokens) == (
         2,
         4,
         16 * 32,

@@ -80,7 +80,7 @@ def loaders(
             device=CPU,
             cache_dir=Path(cfg.train[0].path),
         )
-        for rank in range(shape.data_parallel_size)
+        for rank in range(shape.sizes.data)
     ]
     for loader in made:
         if state is not None:

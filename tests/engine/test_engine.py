@@ -32,12 +32,8 @@ def engine_of(cfg: Any) -> Any:
     from pipeline.engine.engine import Engine
 
     ranks = ranks_from_environment()
-    layout = connect(
-        ranks,
-        tensor_parallel_size=cfg.parallel.tensor_parallel_size,
-        pipeline_parallel_size=cfg.parallel.pipeline_parallel_size,
-    )
-    return Engine(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB), layout)
+    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
+    return Engine(cfg, shape, connect(ranks, shape.sizes))
 
 
 def deepspeed_facts(cfg: Any) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
             optimizer=replace(cfg.optimizer, lr=1e-2),
             schedule=replace(cfg.schedule, warmup_steps=0),
         )
-        layout = connect(ranks_from_environment(), tensor_parallel_size=1, pipeline_parallel_size=1)
         shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
+        layout = connect(ranks_from_environment(), shape.sizes)
         engine, seen = Engine(cfg, shape, layout), {}
         for i, block in enumerate(engine.deepspeed.module.layers):
             for name in ("self_attention", "mlp"):

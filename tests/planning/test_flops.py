@@ -64,19 +64,20 @@ VARIANTS = [
 
 def count_built(models: list[tuple[ModelConfig, int]]) -> list[int]:
     """Parameters of each (model, vocab_size), built by pipeline.model on the meta device."""
+    from pipeline.config.parallel_sizes import ParallelSizes
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.model.architecture import Architecture
     from pipeline.model.gpt import GPT
 
-    layout = connect(ranks_from_environment({}), tensor_parallel_size=1, pipeline_parallel_size=1)
+    layout = connect(ranks_from_environment({}), ParallelSizes())
     counts = []
     for model, vocab_size in models:
         architecture = Architecture(
             model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
         )
         with torch.device("meta"):
-            gpt = GPT(architecture, layout.tensor_group)
+            gpt = GPT(architecture, layout.tensor.group)
         counts.append(sum(parameter.numel() for parameter in gpt.parameters()))
     return counts
 

@@ -24,9 +24,8 @@ def disturbed(cases: list[dict[str, Any]]) -> list[list[tuple[bool, bool, bool]]
     found = []
     for case in cases:
         cfg, ranks = layouts.config(**case), ranks_from_environment()
-        tp, pp = cfg.parallel.tensor_parallel_size, cfg.parallel.pipeline_parallel_size
-        layout = connect(ranks, tensor_parallel_size=tp, pipeline_parallel_size=pp)
         shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=layouts.VOCAB)
+        layout = connect(ranks, shape.sizes)
         engine = Engine(cfg, shape, layout)
         steps = layouts.batches(masked=True)[:5]
         steps[1]["mask"] = torch.full_like(steps[1]["mask"], float("nan"))

@@ -25,13 +25,10 @@ class Run:
     ) -> None:
         from pipeline.engine.engine import Engine
 
-        ranks, parallel = ranks_from_environment(), cfg.parallel
-        tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-        self.layout = connect(ranks, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
-        self.cfg, self.shape = (
-            cfg,
-            derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB),
-        )
+        ranks = ranks_from_environment()
+        self.cfg = cfg
+        self.shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
+        self.layout = connect(ranks, self.shape.sizes)
         self.engine = Engine(cfg, self.shape, self.layout)
         self.checkpointer = Checkpointer(
             cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments

@@ -114,8 +114,8 @@ def batches(*, documents: bool = False, masked: bool = False) -> list[dict[str, 
 
 def rank_batches(step: dict[str, Tensor], shape: RunShape, layout: ParallelLayout) -> list[Any]:
     """The micro-batches of a global batch that this data-parallel rank computes."""
-    share, size = BATCH // shape.data_parallel_size, shape.micro_batch_size
-    starts = range(share * layout.data_rank, share * (layout.data_rank + 1), size)
+    share, size = BATCH // shape.sizes.data, shape.micro_batch_size
+    starts = range(share * layout.data.rank, share * (layout.data.rank + 1), size)
     optional = {"loss_mask": "mask", "document_ids": "document_ids"}
     return [
         SimpleNamespace(
@@ -138,12 +138,8 @@ def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]
     if cfg.training.precision is Precision.fp16:
         allow_fp16_on_the_cpu()
     ranks = ranks_from_environment()
-    layout = connect(
-        ranks,
-        tensor_parallel_size=cfg.parallel.tensor_parallel_size,
-        pipeline_parallel_size=cfg.parallel.pipeline_parallel_size,
-    )
     shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
+    layout = connect(ranks, shape.sizes)
     engine = Engine(cfg, shape, layout)
     history = []
     for number, step in enumerate(steps):

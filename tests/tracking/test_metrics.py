@@ -17,6 +17,7 @@ import torch
 
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.run_shape import RunShape, StepShape
 from pipeline.log import logger
 from pipeline.tracking import metrics, wandb_run
@@ -32,10 +33,7 @@ class State:
 
 
 RUN = RunShape(
-    world_size=2,
-    tensor_parallel_size=2,
-    pipeline_parallel_size=1,
-    data_parallel_size=1,
+    sizes=ParallelSizes(tensor=2),
     micro_batch_size=1,
     global_batch_size=4,
     seq_len=8,

@@ -26,14 +26,8 @@ def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
     Stage 0 computes the same without copying gradients and weights through flat buffers.
     """
     parallel = cfg.parallel
-    has_nothing_to_partition = (
-        shape.data_parallel_size == 1 and cfg.training.precision is Precision.fp32
-    )
-    if (
-        has_nothing_to_partition
-        and shape.pipeline_parallel_size == 1
-        and not parallel.offload_optimizer
-    ):
+    has_nothing_to_partition = shape.sizes.data == 1 and cfg.training.precision is Precision.fp32
+    if has_nothing_to_partition and shape.sizes.pipeline == 1 and not parallel.offload_optimizer:
         return 0
     return parallel.zero_stage
 
@@ -41,16 +35,14 @@ def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
 def deepspeed_config(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
     """DeepSpeed's configuration, every key we rely on written out."""
     parallel, precision, stage = cfg.parallel, cfg.training.precision, zero_stage(cfg, shape)
-    size = num_parameters(cfg.model, shape.vocab_size) // (
-        shape.tensor_parallel_size * shape.pipeline_parallel_size
-    )
+    size = num_parameters(cfg.model, shape.vocab_size) // shape.sizes.ranks_per_copy
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
         "stage": stage,
         # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by
         # bf16_gradients.py). DeepSpeed does not under a pipeline, and offloaded gradients leave for
         # the host one by one.
-        "overlap_comm": stage > int(parallel.offload_optimizer or shape.pipeline_parallel_size > 1),
+        "overlap_comm": stage > int(parallel.offload_optimizer or shape.sizes.pipeline > 1),
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "allgather_partitions": True,

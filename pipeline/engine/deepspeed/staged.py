@@ -49,7 +49,7 @@ def pipeline_module(
         costs = [*costs[:-1], 0.0, costs[-1]]
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
     loss, head = (
-        Loss(architecture, layout.tensor_group),
+        Loss(architecture, layout.tensor.group),
         "embedding.word.weight" if tied else "head.weight",
     )
 
@@ -65,9 +65,9 @@ def pipeline_module(
         costs=costs,
         loss_fn=loss_fn,
         topology=PipeModelDataParallelTopology(
-            num_pp=shape.pipeline_parallel_size,
-            num_mp=shape.tensor_parallel_size,
-            num_dp=shape.data_parallel_size,
+            num_pp=shape.sizes.pipeline,
+            num_mp=shape.sizes.tensor,
+            num_dp=shape.sizes.data,
         ),
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,

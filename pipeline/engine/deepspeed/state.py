@@ -58,14 +58,11 @@ def fragments(engine: Engine) -> list[Fragment]:
 def _is_owned(engine: Engine, slot: _Slot, partition: Partition, index: int) -> bool:
     if getattr(slot.parameter, "ds_pipe_replicated", False):
         return False
-    if not partition.is_split and engine.layout.tensor_rank:
+    if not partition.is_split and engine.layout.tensor.rank:
         return False
     # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds
     # runs of its own.
-    return (
-        not engine.is_unsharded
-        or index % engine.layout.data_parallel_size == engine.layout.data_rank
-    )
+    return not engine.is_unsharded or index % engine.layout.data.size == engine.layout.data.rank
 
 
 def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:

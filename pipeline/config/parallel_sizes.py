@@ -1,0 +1,44 @@
+"""How many ranks share what: the only place where sizes are multiplied and what remains is divided.
+
+ParallelConfig, world size -> ParallelSizes -> RunShape, connect()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.training import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Ranks along each axis; their product is the number of ranks of the job."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: int = 1
+    """Ranks that share the stack of layers."""
+    data: int = 1
+    """Copies of the model, each with its own part of the batch."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, *, data: int = 1) -> ParallelSizes:
+        """The sizes that are set, with `data` copies of the model."""
+        return cls(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, data)
+
+    @classmethod
+    def filling(cls, parallel: ParallelConfig, *, world_size: int) -> ParallelSizes:
+        """The sizes that are set, with as many copies of the model as `world_size` ranks hold; some
+        ranks are left over where it is no multiple of `ranks_per_copy`.
+        """
+        return cls.of(parallel, data=world_size // cls.of(parallel).ranks_per_copy)
+
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.ranks_per_copy * self.data
