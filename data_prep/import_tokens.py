@@ -107,7 +107,8 @@ def main(cfg: ImportConfig) -> None:
         logger.info(f"{output} is complete already")
         return
     dataset_writer.copy_tokenizer(output, tokenizer)
-    run = partial(import_unit, cfg=cfg, tokenizer=facts, text_bytes=tokenizer.token_byte_lengths())
+    text_bytes = np.stack([tokenizer.token_byte_lengths(at_start=first) for first in (True, False)])
+    run = partial(import_unit, cfg=cfg, tokenizer=facts, text_bytes=text_bytes)
     if run_units(dataset_writer.markers(output), units, run, job=cfg, label="import"):
         dataset_writer.finalize(output, max_rejected_fraction=0)
     else:
@@ -151,7 +152,7 @@ def import_unit(
         unit: what to read.
         cfg: the job.
         tokenizer: of the ids.
-        text_bytes: (vocab_size,) UTF-8 bytes of each id.
+        text_bytes: (2, vocab_size) UTF-8 bytes of each id: first of a document, and later.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     names = SPLITS[: 2 if cfg.validation_fraction else 1]
@@ -173,7 +174,9 @@ def import_unit(
             for name, tokens in zip(names, _split(stream, tokenizer.eod, cfg.validation_fraction)):
                 starts = np.flatnonzero(_begins(tokens, tokenizer.eod))
                 writers[name].add(tokens.astype(dtype), starts, [place] * len(starts))
-                sizes[name] += int(text_bytes[tokens].sum(dtype=np.int64))
+                sizes[name] += int(text_bytes[1, tokens].sum(dtype=np.int64))
+                at_start, inside = text_bytes[:, tokens[starts]].sum(axis=1, dtype=np.int64)
+                sizes[name] += int(at_start - inside)
         splits = {
             name: {"parts": [part.as_json() for part in writer.close()], "text_bytes": sizes[name]}
             for name, writer in writers.items()

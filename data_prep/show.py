@@ -75,6 +75,11 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
     return np.diff(np.concatenate([*starts, ends[-1:]])) if starts else np.zeros(0, np.int64)
 
 
+def _tokenizer(manifest: Manifest) -> Tokenizer:
+    """The dataset's own, with the token that ends its documents."""
+    return Tokenizer.from_file(Path(manifest.folder, "tokenizer.json"), eod=manifest.tokenizer.eod)
+
+
 def read_document(manifest: Manifest, number: int) -> np.ndarray:
     """Ids of document `number` of the dataset, with its EOD.
 
@@ -107,7 +112,7 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
 def search(manifest: Manifest, text: str) -> Iterator[int]:
     """Numbers of the documents that hold the text."""
     wanted = text.encode()
-    tokenizer = Tokenizer.from_file(Path(manifest.folder, "tokenizer.json"))
+    tokenizer = _tokenizer(manifest)
     table = tokenizer.token_bytes[: manifest.tokenizer.vocab_size]
     table[manifest.tokenizer.eod] = BETWEEN_DOCUMENTS
     lengths = np.array([len(entry) for entry in table])
@@ -196,7 +201,7 @@ def _plot(lengths: np.ndarray, manifest: Manifest, path: Path) -> None:
 
 def _print_document(manifest: Manifest, number: int, *, max_chars: int) -> None:
     ids = read_document(manifest, number)
-    text = Tokenizer.from_file(Path(manifest.folder, "tokenizer.json")).decode(ids[:-1])
+    text = _tokenizer(manifest).decode(ids[:-1])
     cut = len(text) > max_chars > 0
     print(
         f"--- document {number}: {len(ids):,} tokens, {len(text):,} characters"

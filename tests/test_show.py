@@ -16,7 +16,7 @@ from pipeline.data import shard_format as fmt
 from pipeline.data.shard_format import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
-from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {"web": make_texts(60), "code": make_texts(100)[60:]}
@@ -125,3 +125,13 @@ def test_an_empty_dataset_has_no_lengths(tmp_path: Path) -> None:
 
     write_dataset(tmp_path, [])
     assert np.array_equal(show.document_lengths(Manifest.load(tmp_path)), np.zeros(0, np.int64))
+
+
+def test_documents_of_a_tokenizer_whose_end_was_named_are_shown(tmp_path: Path) -> None:
+    """The manifest says which token ends documents; it was guessed anew, and a guess may fail."""
+    path = edit_tokenizer(make_tokenizer(tmp_path / "tokenizer.json"), added_tokens=[])
+    write_jsonl(tmp_path / "in.jsonl", ["a cat", "a dog"])
+    words = [f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out", f"tokenizer={path}", "eod=0"]
+    more = ["workers=1", "encoder=hf", "validation_fraction=0"]
+    tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
+    assert list(show.search(Manifest.load(tmp_path / "out" / "train"), "dog")) == [1]

@@ -1,9 +1,10 @@
-"""A tokenizer.json as the project sees it: text to ids, ids to text, the end-of-document id.
+"""A tokenizer.json as the rest of the project sees it.
+
+    text --encode--> ids, ids --decode--> text; the id that ends a document; the bytes an id adds to the text
 
 Hugging Face `tokenizers` is the definition of truth; data_prep/tokens/encode.py has faster engines,
-which must agree.
-Literal special strings in text are ordinary text here: a web page that writes about `<|endoftext|>`
-must not end.
+which must agree. Literal special strings in text are ordinary text here: a web page that writes
+about `<|endoftext|>` must not end.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ from pipeline.files import sha256_of
 EOD_NAMES = [
     "<|endoftext|>",
     "<|end_of_text|>",
-    "<|end▁of▁sentence|>",
+    "<\uff5cend▁of▁sentence\uff5c>",  # DeepSeek: fullwidth bars
     "<eos>",
     "</s>",
     "[EOS]",
     "<|im_end|>",
+]
+# Texts whose bytes are hard to count from ids; in NFC, none begins with a space.
+BYTE_TEXTS = [
+    "The quick  brown\n\n\tfox   jumps, UPPER and lower.\r\n",
+    "naïve Größe 数学 Ελλάδα 👩\u200d👩\u200d👧 ½ ﬁ … 12345",
+    "don't (a.b) 'c' \"d\"  \n",
+    "\u00a0\u2003\u200b\ue000𝔘\x01 end   ",
+    "x",
 ]
 
 
@@ -91,22 +100,95 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
+    def ids_sha256(self) -> str:
+        """Equal for tokenizers that give every text the same ids.
+
+        Templates, truncation and decoders do not count: they differ between a dataset's tokenizer
+        and the one of a Hugging Face folder that was made from it.
+        """
+        whole = json.loads(self.backend.to_str())  # one spelling, whoever wrote the file
+        parts = [whole[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        return sha256_of(json.dumps(parts, sort_keys=True).encode())
+
+    @cached_property
     def token_bytes(self) -> list[bytes]:
-        """(vocab_size,): bytes each id stands for; none for special tokens and unused ids."""
-        table = [b""] * self.vocab_size
-        is_byte_level = '"ByteLevel"' in json.dumps(
-            [self.json.get("decoder"), self.json.get("pre_tokenizer")]
+        """(vocab_size,): bytes each id adds inside a text; none for special and unused ids."""
+        return [inside for _, inside in self._bytes_at_start_and_inside]
+
+    def token_byte_lengths(self, *, at_start: bool = False) -> np.ndarray:
+        """(vocab_size,) int32: UTF-8 bytes each id adds to the text, 0 for special tokens.
+
+        Args:
+            at_start: as the first token of a document, without the space that some tokenizers put
+                before the text.
+        """
+        which = 0 if at_start else 1
+        return np.array([len(pair[which]) for pair in self._bytes_at_start_and_inside], np.int32)
+
+    @cached_property
+    def has_exact_bytes(self) -> bool:
+        """Whether the bytes of a text's ids sum to the bytes of the text.
+
+        They do not where words are unknown, or cut at spaces that are forgotten. Not looked at:
+        other spellings of the same text (NFC), and a space that begins it.
+        """
+        start, inside = self.token_byte_lengths(at_start=True), self.token_byte_lengths()
+        return all(
+            start[ids[:1]].sum() + inside[ids[1:]].sum() == len(text.encode())
+            for text in BYTE_TEXTS
+            for ids in [self.encode(text)]
         )
-        for text, token_id in self.backend.get_vocab(with_added_tokens=False).items():
-            table[token_id] = _byte_level(text) if is_byte_level else _sentencepiece(text)
+
+    @cached_property
+    def _bytes_at_start_and_inside(self) -> list[tuple[bytes, bytes]]:
+        """(vocab_size,): what each id adds to the text as a document's first token, and later."""
+        table = [(b"", b"")] * self.vocab_size
+        steps = json.dumps([self.json.get("decoder"), self.json.get("pre_tokenizer")])
+        vocab = self.backend.get_vocab(with_added_tokens=False)
+        decoded: dict[str, int] = {}
+        for text, token_id in vocab.items():
+            if '"ByteLevel"' in steps:
+                inside = _byte_level(text)
+                start = inside.removeprefix(b" ") if '"add_prefix_space": true' in steps else inside
+                table[token_id] = (start, inside)
+            elif match := re.fullmatch("<0x([0-9A-F]{2})>", text):
+                table[token_id] = (bytes.fromhex(match[1]),) * 2
+            else:
+                decoded[text] = token_id
+        for token_id, pair in zip(decoded.values(), self._decoded(decoded), strict=True):
+            table[token_id] = pair
         for text, token in self._added.items():
-            table[token["id"]] = b"" if token["special"] else text.encode()
-        table[self.eod] = b""
+            if token["special"]:
+                table[token["id"]] = (b"", b"")
+            elif text not in vocab:  # runs of spaces are in Gemma's vocabulary, as runs of U+2581
+                table[token["id"]] = (text.encode(),) * 2
+        table[self.eod] = (b"", b"")
         return table
 
-    def token_byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: bytes each id stands for, 0 if special; for bits per byte."""
-        return np.array([len(token) for token in self.token_bytes], np.int32)
+    def _decoded(self, vocab: dict[str, int]) -> list[tuple[bytes, bytes]]:
+        """What each id adds to the decoded text, first and between two anchors.
+
+        Decoders join words with spaces, strip a first one and drop marks (`##`, `</w>`, U+2581).
+        """
+        anchors = [name for name in vocab if re.fullmatch("▁?[A-Za-z0-9]+(</w>)?", name)]
+        if not anchors:
+            return [(name.encode(),) * 2 for name in vocab]
+        a = vocab[min(anchors, key=len)]
+        alone, tail = self.decode([a]), self.decode([a, a])
+        tail = tail[len(alone) :]  # what the last anchor adds
+        firsts = self.backend.decode_batch(
+            [[i, a] for i in vocab.values()], skip_special_tokens=False
+        )
+        betweens = self.backend.decode_batch(
+            [[a, i, a] for i in vocab.values()], skip_special_tokens=False
+        )
+        return [
+            (
+                first[: len(first) - len(tail)].encode(),
+                between[len(alone) : len(between) - len(tail)].encode(),
+            )
+            for first, between in zip(firsts, betweens, strict=True)
+        ]
 
     def _find_eod(self, eod: str | int | None) -> int:
         vocab = self.backend.get_vocab(with_added_tokens=True)
@@ -133,15 +215,8 @@ class Tokenizer:
 
 
 def _byte_level(text: str) -> bytes:
-    """Bytes of a token of GPT-2's vocabulary, which writes each byte as a printable character."""
+    """Bytes of a token of GPT-2's vocabulary, in which each byte is a printable character."""
     return bytes(b for c in text for b in ([_BYTE_OF[c]] if c in _BYTE_OF else c.encode()))
-
-
-def _sentencepiece(text: str) -> bytes:
-    """Bytes of a token of a sentencepiece-like vocabulary: `▁` is a space, `<0x0A>` a byte."""
-    if match := re.fullmatch("<0x([0-9A-F]{2})>", text):
-        return bytes.fromhex(match[1])
-    return text.replace("▁", " ").encode()
 
 
 def byte_characters() -> list[str]:

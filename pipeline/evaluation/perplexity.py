@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.config.run_shape import RunShape
+    from pipeline.data.batch import Batch
     from pipeline.data.datasets import Dataset
     from pipeline.engine.engine import Engine
 
@@ -42,6 +45,47 @@ class EvalResult:
     """Labels that were scored."""
 
 
+class LabelBytes:
+    """UTF-8 bytes of the text that labels of one dataset stand for.
+
+    By id where the tokenizer's ids give them exactly; elsewhere each label counts the dataset's
+    mean, bytes of the text that was prepared over tokens: exact for all of a dataset.
+    """
+
+    def __init__(self, dataset: Dataset, *, vocab_size: int, device: torch.device) -> None:
+        """Read the dataset's tokenizer.
+
+        Args:
+            dataset: its manifest says which token ends documents, and how long its text is.
+            vocab_size: of the model; ids between the tokenizer's vocabulary and it stand for
+                nothing.
+            device: of the batches.
+        """
+        import torch
+
+        from pipeline.data.tokenizer import Tokenizer
+
+        manifest = dataset.manifest
+        self.eod = manifest.tokenizer.eod
+        tokenizer = Tokenizer.from_file(dataset.tokenizer_path, eod=self.eod)
+        size = max(vocab_size, tokenizer.vocab_size)
+        # (2, size): as the first token of a document, and later
+        table = torch.zeros(2, size, dtype=torch.float64)
+        if tokenizer.has_exact_bytes:
+            for row, at_start in enumerate((True, False)):
+                lengths = tokenizer.token_byte_lengths(at_start=at_start)
+                table[row, : len(lengths)] = torch.from_numpy(lengths)
+        else:
+            table[:] = manifest.text_bytes / max(manifest.tokens, 1)
+        self._table = table.to(device)
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Bytes of a micro-batch's labels that count, fp64, 0-dim."""
+        later = (batch.tokens != self.eod).long()
+        sizes = self._table[later, batch.labels]
+        return (sizes if batch.loss_mask is None else sizes * batch.loss_mask).sum()
+
+
 class Evaluator:
     """Scores an engine's model on the validation datasets of a config."""
 
@@ -51,10 +95,7 @@ class Evaluator:
         Raises:
             DataError: a dataset is missing or damaged.
         """
-        import torch
-
         from pipeline.data.datasets import open_datasets
-        from pipeline.data.tokenizer import Tokenizer
 
         self.cfg, self.run_shape, self.engine = cfg, shape, engine
         cache_dir = Path(cfg.data.cache_dir or Path(cfg.runs_dir) / cfg.name / "cache")
@@ -63,13 +104,10 @@ class Evaluator:
             if cfg.data.validation
             else []
         )
-        self._bytes_of: torch.Tensor | None = None
-        if self.datasets:
-            lengths = Tokenizer.from_file(self.datasets[0].tokenizer_path).token_byte_lengths()
-            # Ids between the tokenizer's vocabulary and the model's stand for nothing.
-            padded = torch.zeros(max(shape.vocab_size, len(lengths)), dtype=torch.int64)
-            padded[: len(lengths)] = torch.from_numpy(lengths)
-            self._bytes_of = padded.to(engine.layout.device)
+        self._label_bytes = [
+            LabelBytes(dataset, vocab_size=shape.vocab_size, device=engine.layout.device)
+            for dataset in self.datasets
+        ]
 
     def run(self, *, alive: Callable[[], None] = lambda: None) -> dict[str, EvalResult]:
         """Dataset name to result, the same on every rank. Collective.
@@ -77,13 +115,17 @@ class Evaluator:
         Args:
             alive: called between batches.
         """
-        return {dataset.name: self._score(dataset, alive) for dataset in self.datasets}
+        return {
+            dataset.name: self._score(dataset, label_bytes, alive)
+            for dataset, label_bytes in zip(self.datasets, self._label_bytes, strict=True)
+        }
 
-    def _score(self, dataset: Dataset, alive: Callable[[], None]) -> EvalResult:
+    def _score(
+        self, dataset: Dataset, label_bytes: LabelBytes, alive: Callable[[], None]
+    ) -> EvalResult:
         import torch
         import torch.distributed as dist
 
-        assert self._bytes_of is not None
         layout = self.engine.layout
         totals = torch.zeros(
             3, dtype=torch.float64, device=layout.device
@@ -91,10 +133,7 @@ class Evaluator:
         batches = self._batches(dataset)
         while group := list(islice(batches, MICRO_BATCHES)):
             nats, tokens = self.engine.evaluate(group)
-            size = sum(
-                (self._bytes_of[batch.labels] * batch.loss_mask).sum(dtype=torch.float64)
-                for batch in group
-            )
+            size = sum(label_bytes.count(batch) for batch in group)
             totals += torch.stack(
                 [nats.double(), tokens.double(), torch.as_tensor(size, device=layout.device)]
             )

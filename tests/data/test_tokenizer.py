@@ -1,7 +1,5 @@
 """pipeline.data.tokenizer: ids, bytes and the end-of-document rule of a tokenizer.json."""
 
-import json
-
 import pytest
 from tokenizers import Tokenizer as Backend
 
@@ -49,21 +47,6 @@ def test_token_byte_lengths_add_up_to_the_bytes_of_the_text(path):
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
 
 
-def test_sentencepiece_like_vocabularies_have_byte_lengths_too(tmp_path):
-    vocab = {"</s>": 0, "▁ab": 1, "<0xE2>": 2, "c": 3}
-    content = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
-        "post_processor": None, "decoder": None,
-        "added_tokens": [{"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False}],
-        "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True},
-    }  # fmt: skip
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    tokenizer = Tokenizer.from_file(tmp_path / "t.json")
-    assert tokenizer.token_byte_lengths().tolist() == [0, 3, 1, 1]
-    assert tokenizer.eod == 0
-
-
 def test_end_of_document_token_follows_the_rule_and_can_be_named(path):
     assert Tokenizer.from_file(path).eod == 0
     assert Tokenizer.from_file(path, eod="x").eod == Backend.from_file(str(path)).token_to_id("x")
@@ -86,3 +69,27 @@ def test_unreadable_files_end_in_a_message(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be read as a tokenizer"):
         Tokenizer.from_file(tmp_path / "bad.json")
+
+
+def test_deepseeks_end_of_sentence_ends_documents(path):
+    """Its bars are fullwidth (U+FF5C)."""
+    name = "<\uff5cend▁of▁sentence\uff5c>"
+    added = [
+        {"id": 400 + i, "content": content, "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for i, content in enumerate(["<\uff5cbegin▁of▁sentence\uff5c>", name])
+    ]  # fmt: skip
+    edit_tokenizer(path, added_tokens=added)
+    tokenizer = Tokenizer.from_file(path)
+    assert tokenizer.eod == tokenizer.backend.token_to_id(name)
+
+
+def test_templates_do_not_make_another_tokenizer_and_other_merges_do(path):
+    """A dataset's tokenizer and the Hugging Face folder's may differ in what changes no id."""
+    ours = Tokenizer.from_file(path)
+    edit_tokenizer(path, truncation=None, post_processor={"type": "ByteLevel", "add_prefix_space": True,
+                                                          "trim_offsets": True, "use_regex": True})  # fmt: skip
+    same = Tokenizer.from_file(path)
+    assert same.sha256 != ours.sha256 and same.ids_sha256 == ours.ids_sha256
+    edit_tokenizer(path, normalizer={"type": "Lowercase"})
+    assert Tokenizer.from_file(path).ids_sha256 != ours.ids_sha256
