@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.config.choices import Decay, PipelineSchedule
+from pipeline.config.choices import Decay, PipelineSchedule, Precision
 from pipeline.config.model import ModelConfig
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
@@ -45,6 +45,8 @@ class RunShape:
     """Derived numbers of a run; frozen."""
 
     sizes: ParallelSizes
+    zero_stage: int
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank."""
     micro_batch_size: int
     global_batch_size: int
     seq_len: int
@@ -94,6 +96,7 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
     multiple = VOCAB_MULTIPLE * sizes.tensor
     return RunShape(
         sizes=sizes,
+        zero_stage=_zero_stage(cfg, sizes),
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seq_len=seq_len,
@@ -133,6 +136,15 @@ def _sizes(parallel: ParallelConfig, world_size: int) -> ParallelSizes:
         f"{world_size}.",
     )
     return sizes
+
+
+def _zero_stage(cfg: PretrainConfig, sizes: ParallelSizes) -> int:
+    """Stage 0 where one rank holds all of an fp32 model: it computes the same as parallel.zero_stage
+    without copying gradients and weights through flat buffers.
+    """
+    is_alone = sizes.data == sizes.pipeline == 1 and not cfg.parallel.offload_optimizer
+    is_fp32 = cfg.training.precision is Precision.fp32
+    return 0 if is_alone and is_fp32 else cfg.parallel.zero_stage
 
 
 def _ramp(

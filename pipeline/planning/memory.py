@@ -57,7 +57,7 @@ class Memory:
 def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
     """What the first stage needs at its peak: it holds the embedding and most micro-batches."""
     parallel, wide = cfg.parallel, 4 if cfg.training.precision is Precision.fp32 else 2
-    model, stage, shards = cfg.model, parallel.zero_stage, shape.sizes.data
+    model, stage, shards = cfg.model, shape.zero_stage, shape.sizes.data
     layers = math.ceil(model.num_layers / shape.sizes.pipeline)
     whole = num_parameters(model, shape.padded_vocab_size)
     one_layer = (
@@ -152,7 +152,7 @@ def _changes(cfg: PretrainConfig, shape: RunShape) -> Iterator[tuple[str, Memory
     parallels: dict[str, dict[str, Any]] = {
         f"parallel.zero_stage={stage}": {"zero_stage": stage}
         for stage in (2, 3)
-        if stage > parallel.zero_stage
+        if stage > shape.zero_stage
     }
     parallels["parallel.offload_optimizer=true"] = {"offload_optimizer": True}
     if parallel.tensor_parallel_size > 1:

@@ -8,6 +8,7 @@ from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 from pipeline.planning import memory
+from pipeline.planning.flops import num_parameters
 
 GIB = 2**30
 
@@ -71,3 +72,19 @@ def test_advice_names_legal_settings_best_first():
 def test_a_pipeline_is_not_told_to_use_zero_2():
     cfg, shape = run_of("parallel.pipeline_parallel_size=2", "training.micro_batch_size=4")
     assert "zero_stage" not in memory.advice(cfg, shape)
+
+
+def test_one_fp32_rank_needs_no_second_copy_whatever_stage_is_set():
+    """Nothing is partitioned there: stage 0 runs, which updates the weights themselves (4 bytes each, gradients 4,
+    moments 8)."""
+    words = ["model=gpt2-124m", "training.precision=fp32", "training.micro_batch_size=1"]
+    for stage in (1, 2, 3):
+        cfg, shape = run_of(*words, f"parallel.zero_stage={stage}", world_size=1)
+        found, parameters = memory.estimate(cfg, shape), num_parameters(cfg.model, 50304)
+        assert shape.zero_stage == 0
+        assert found.optimizer == pytest.approx(8 * parameters / GIB)
+        assert found.weights == found.gradients == pytest.approx(4 * parameters / GIB)
+        assert "zero_stage" not in memory.advice(cfg, shape)  # no stage would change anything
+    cfg, shape = run_of(*words, "parallel.zero_stage=3", world_size=2)
+    assert shape.zero_stage == 3
+    assert memory.estimate(cfg, shape).optimizer == pytest.approx(12 * parameters / 2 / GIB)

@@ -34,6 +34,7 @@ class State:
 
 RUN = RunShape(
     sizes=ParallelSizes(tensor=2),
+    zero_stage=0,
     micro_batch_size=1,
     global_batch_size=4,
     seq_len=8,

@@ -20,21 +20,9 @@ from pipeline.planning.flops import num_parameters
 ALLGATHER_ELEMENTS = 200_000_000
 
 
-def zero_stage(cfg: PretrainConfig, shape: RunShape) -> int:
-    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank.
-
-    Stage 0 computes the same without copying gradients and weights through flat buffers.
-    """
-    parallel = cfg.parallel
-    has_nothing_to_partition = shape.sizes.data == 1 and cfg.training.precision is Precision.fp32
-    if has_nothing_to_partition and shape.sizes.pipeline == 1 and not parallel.offload_optimizer:
-        return 0
-    return parallel.zero_stage
-
-
 def deepspeed_config(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
     """DeepSpeed's configuration, every key we rely on written out."""
-    parallel, precision, stage = cfg.parallel, cfg.training.precision, zero_stage(cfg, shape)
+    parallel, precision, stage = cfg.parallel, cfg.training.precision, shape.zero_stage
     size = num_parameters(cfg.model, shape.vocab_size) // shape.sizes.ranks_per_copy
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
