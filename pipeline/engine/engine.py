@@ -55,6 +55,7 @@ from pipeline.model.gpt import GPT
 from pipeline.model.initial_values import initialize
 from pipeline.model.names import canonical_name
 from pipeline.model.partition import Partition
+from pipeline.model.stage_io import StageSchema
 from pipeline.model.tensor_parallel import reduce_partial_gradients
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Engine:
         self.architecture = Architecture(
             cfg.model, cfg.parallel, cfg.training, shape.vocab_size, shape.padded_vocab_size
         )
+        self.stage_schema = StageSchema.of(cfg.data, cfg.parallel)
         module = self._module().to(layout.device)
         self.partitions = self._initial_weights(module)
         reduce_partial_gradients(module, layout.tensor.group)
@@ -230,7 +232,7 @@ class Engine:
 
     def _pipeline_step(self, batches: list[Batch], weights: list[Tensor | None]) -> Tensor:
         self._expect_shape(batches[0])
-        return self.deepspeed.train_batch(micro_batch_stream(batches, weights))
+        return self.deepspeed.train_batch(micro_batch_stream(batches, weights, self.stage_schema))
 
     def _token_weights(self, batches: list[Batch]) -> list[Tensor | None]:
         """Weights that make the engine's mean over micro-batches and ranks the mean over tokens.
@@ -318,7 +320,7 @@ class Engine:
         weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
         batches = [*batches, *[batches[0]] * missing]
         mean = self.deepspeed.eval_batch(
-            micro_batch_stream(batches, weights), num_micro_batches=len(batches)
+            micro_batch_stream(batches, weights, self.stage_schema), num_micro_batches=len(batches)
         )
         return mean.reshape(()) * (len(batches) * self.layout.data.size)
 
@@ -367,7 +369,7 @@ class Engine:
         if not self.is_pipeline:
             return GPT(self.architecture, self.layout.tensor.group)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its topology
-            return pipeline_module(self.architecture, self.shape, self.layout)
+            return pipeline_module(self.architecture, self.stage_schema, self.shape, self.layout)
 
     def _optimizer(self, cfg: OptimizerConfig) -> Any:
         if self.cfg.parallel.offload_optimizer:
@@ -377,7 +379,7 @@ class Engine:
         return lambda groups: optimizer_module.build(groups, cfg)
 
     def _expect_shape(self, batch: Batch) -> None:
-        shape = (*batch.tokens.shape, batch.document_ids is not None)
+        shape = tuple(batch.tokens.shape)
         if self._activation_shape not in ((), shape):
             self.deepspeed.reset_activation_shape()
         self._activation_shape = shape

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import ParallelConfig, TrainingConfig
-from pipeline.model.block import TransformerConfig
 from pipeline.model.megatron_config import transformer_config
 
 

@@ -9,6 +9,7 @@ import contextlib
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention as McoreSelfAttention
@@ -35,6 +36,13 @@ def pin_attention_kernels() -> None:
     """Fix the order of attention kernels for the life of this process."""
     _pinned.close()
     _pinned.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """(B, 1, S, S) bool: a query sees keys of its own document that are not later."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    size = document_ids.shape[1]
+    return same & torch.ones(size, size, dtype=torch.bool, device=document_ids.device).tril()
 
 
 class CoreAttention(nn.Module):

@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pipeline.config.choices import NormPlacement, Position, Recompute
-from pipeline.config.model import ModelConfig
-from pipeline.config.training import TrainingConfig
+from pipeline.model.architecture import Architecture
 from pipeline.model.attention import Attention, CoreAttention
 from pipeline.model.recompute import recompute
 from pipeline.model.rope import rope_table
@@ -44,11 +43,10 @@ class MLP(McoreMLP):
 class Block(nn.Module):
     """One transformer block: attention and MLP with their norms and residual sums."""
 
-    def __init__(
-        self, config: TransformerConfig, model: ModelConfig, training: TrainingConfig, *, layer: int
-    ) -> None:
+    def __init__(self, architecture: Architecture, *, layer: int) -> None:
         super().__init__()
-        self.config = config
+        model, training = architecture.model, architecture.training
+        self.config = config = architecture.transformer
         self.is_post_norm = model.norm_placement is NormPlacement.post
         self.is_parallel = model.parallel_residual
         self.recompute = (
@@ -74,6 +72,8 @@ class Block(nn.Module):
             config, MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp,
         )  # fmt: skip
+        if model.compile:
+            self.compile()
 
     @staticmethod
     def _experts(config: TransformerConfig, layer: int) -> nn.Module:

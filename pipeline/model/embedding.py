@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from megatron.core import tensor_parallel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pipeline.config.choices import NormPlacement, Position
-from pipeline.config.model import ModelConfig
+from pipeline.model.architecture import Architecture
 from pipeline.model.tensor_parallel import Norm, VocabEmbedding, dropout
 
 
 class Embedding(nn.Module):
     """Word embedding, plus the position table where there is one."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        model: ModelConfig,
-        *,
-        padded_vocab_size: int,
-        with_positions: bool,
-    ) -> None:
+    def __init__(self, architecture: Architecture, *, with_positions: bool = True) -> None:
         super().__init__()
-        self.config = config
-        self.word = VocabEmbedding(padded_vocab_size, model.hidden_size, config=config)
+        model, self.config = architecture.model, architecture.transformer
+        self.word = VocabEmbedding(
+            architecture.padded_vocab_size, model.hidden_size, config=self.config
+        )
         self.position = None
         if with_positions and model.position is Position.learned:
             self.position = nn.Embedding(model.max_seq_len, model.hidden_size)
@@ -53,10 +47,9 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Final norm and, unless it is tied to the embedding, the weight of the output projection."""
 
-    def __init__(
-        self, config: TransformerConfig, model: ModelConfig, *, padded_vocab_size: int
-    ) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        model, config = architecture.model, architecture.transformer
         has_norm = model.norm_placement is NormPlacement.pre
         self.norm = (
             Norm(config, config.hidden_size, config.layernorm_epsilon)
@@ -66,7 +59,7 @@ class Head(nn.Module):
         self.word = (
             None
             if model.tied_embeddings
-            else VocabEmbedding(padded_vocab_size, model.hidden_size, config=config)
+            else VocabEmbedding(architecture.padded_vocab_size, model.hidden_size, config=config)
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The whole GPT of one tensor-parallel rank, as the plain engine runs it: tokens, labels -> loss.
 
-A pipeline runs the same layers from stage_layers.py; parameter names are the canonical ones of
+A pipeline runs the same layers through stage_layers.py; parameter names are the canonical ones of
 names.py.
 """
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import Init
 from pipeline.model.architecture import Architecture
+from pipeline.model.attention import document_mask
+from pipeline.model.block import Block
+from pipeline.model.embedding import Embedding, Head
 from pipeline.model.loss import Projection, linear_cross_entropy
-from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead, document_mask
 from pipeline.model.tensor_parallel import enter_output_projection
 
 
@@ -43,11 +45,11 @@ class GPT(nn.Module):
 
     def __init__(self, architecture: Architecture, tensor_group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.embedding = StageEmbedding(architecture)
+        self.embedding = Embedding(architecture)
         self.layers = nn.ModuleList(
-            StageBlock(architecture, i) for i in range(architecture.model.num_layers)
+            Block(architecture, layer=i) for i in range(architecture.model.num_layers)
         )
-        self.head = StageHead(architecture)
+        self.head = Head(architecture)
         self.loss = Loss(architecture, tensor_group)
 
     def forward(

@@ -1,73 +1,62 @@
-"""The layers of a GPT as a pipeline cuts them: StageEmbedding -> StageBlock x num_layers -> StageHead.
+"""The layers of a GPT as a pipeline runs them: StageEmbedding -> StageBlock x num_layers -> StageHead.
 
-Between them travels hidden, or (hidden, document_ids) when attention stays inside documents;
-model/stages.py says which stage holds which layers.
+They are the layers of gpt.py with one argument: what stage_io.py packed. model/stages.py says
+which stage holds which of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from pipeline.model.architecture import Architecture
+from pipeline.model.attention import document_mask
 from pipeline.model.block import Block
 from pipeline.model.embedding import Embedding, Head
+from pipeline.model.stage_io import Packed, StageInput, StageSchema
 
 
 class StageEmbedding(Embedding):
-    """Embedding that also takes a pipeline's packed input (tokens, document_ids, positions)."""
+    """Embedding of a batch's packed fields."""
 
-    def __init__(self, architecture: Architecture, with_positions: bool = True) -> None:
-        super().__init__(
-            architecture.transformer, architecture.model,
-            padded_vocab_size=architecture.padded_vocab_size, with_positions=with_positions,
-        )  # fmt: skip
+    def __init__(
+        self, architecture: Architecture, schema: StageSchema, *, with_positions: bool = True
+    ) -> None:
+        super().__init__(architecture, with_positions=with_positions)
+        self.packing, self.packing_after = schema.first, schema.between
 
-    def forward(self, tokens: Tensor | tuple[Tensor, ...], positions: Tensor | None = None) -> Any:
-        """Tensor hidden, or the tuple (hidden, document_ids)."""
-        if isinstance(tokens, Tensor):
-            return super().forward(tokens, positions)
-        tokens, document_ids, *rest = tokens
-        return super().forward(tokens, *rest), document_ids
+    def forward(self, packed: Packed) -> Packed:  # type: ignore[override]
+        """Packed hidden, and what the blocks need besides."""
+        given = self.packing.unpack(packed)
+        assert given.tokens is not None
+        hidden = super().forward(given.tokens, given.positions)
+        return self.packing_after.pack(StageInput(hidden=hidden, document_ids=given.document_ids))
 
 
 class StageBlock(Block):
-    """Block that also takes (hidden, document_ids) and passes the ids on."""
+    """Block that hands on what the later ones need."""
 
-    def __init__(self, architecture: Architecture, layer: int) -> None:
-        super().__init__(
-            architecture.transformer, architecture.model, architecture.training, layer=layer
-        )
-        if architecture.model.compile:
-            self.compile()
+    def __init__(self, architecture: Architecture, schema: StageSchema, layer: int) -> None:
+        super().__init__(architecture, layer=layer)
+        self.packing = schema.between
 
-    def forward(self, hidden: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Any:
-        """Tensor hidden, or the tuple (hidden, document_ids)."""
-        if isinstance(hidden, Tensor):
-            return super().forward(hidden, mask)
-        hidden, document_ids = hidden
-        return super().forward(hidden, document_mask(document_ids)), document_ids
+    def forward(self, packed: Packed) -> Packed:  # type: ignore[override]
+        """The same fields, hidden after the block."""
+        given = self.packing.unpack(packed)
+        ids = given.document_ids
+        assert given.hidden is not None
+        hidden = super().forward(given.hidden, None if ids is None else document_mask(ids))
+        return self.packing.pack(StageInput(hidden=hidden, document_ids=ids))
 
 
 class StageHead(Head):
-    """Head that also takes (hidden, document_ids)."""
+    """Head that lets go of everything but hidden."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__(
-            architecture.transformer,
-            architecture.model,
-            padded_vocab_size=architecture.padded_vocab_size,
-        )
+    def __init__(self, architecture: Architecture, schema: StageSchema) -> None:
+        super().__init__(architecture)
+        self.packing = schema.between
 
-    def forward(self, hidden: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, packed: Packed) -> Tensor:
         """Hidden, normalised."""
-        return super().forward(hidden if isinstance(hidden, Tensor) else hidden[0])
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, 1, S, S) bool: a query sees keys of its own document that are not later."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    size = document_ids.shape[1]
-    return same & torch.ones(size, size, dtype=torch.bool, device=document_ids.device).tril()
+        given = self.packing.unpack(packed)
+        assert given.hidden is not None
+        return super().forward(given.hidden)

@@ -17,6 +17,7 @@ from tests.support.ranks import run_on_ranks
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
 
 Case = dict[str, Any]
+KINDS = ("documents", "masked", "positions")  # of the data
 FAST: dict[int, list[Case]] = {
     1: [
         dict(model="gpt2"),
@@ -28,6 +29,7 @@ FAST: dict[int, list[Case]] = {
         dict(model="gpt2", tp=2, zero=2),
         dict(model="modern", tp=2, sp=True, documents=True),
         dict(model="gpt2", pp=2, masked=True),
+        dict(model="gpt2", pp=2, documents=True, positions=True),
         dict(model="modern", zero=3, masked=True),
         dict(model="modern", pp=2, schedule="dualpipev", documents=True),
         dict(model="parallel", tp=2, zero=3, recompute="full"),
@@ -157,11 +159,8 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
 
 def check(world_size: int, cases: list[Case]) -> None:
     """Run all cases of one world size in one set of processes and compare each."""
-    kinds = [{k: case[k] for k in ("documents", "masked") if k in case} for case in cases]
-    configs = [
-        config(**{k: v for k, v in case.items() if k not in ("documents", "masked")})
-        for case in cases
-    ]
+    kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
+    configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
     results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
     for ranks in zip(*results):
         assert all(r["history"] == ranks[0]["history"] for r in ranks), (

@@ -19,6 +19,7 @@ from pipeline.config.choices import (
     Precision,
     Recompute,
 )
+from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
@@ -77,12 +78,13 @@ MODELS: dict[str, dict[str, Any]] = {
 def config(
     model: str = "gpt2", *, tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, schedule: str = "1f1b",
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
-    clip_grad: float = 1.0,
+    clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
         name="test",
         model=replace(ModelConfig(**MODELS[model]), hidden_dropout=dropout, attention_dropout=dropout),
+        data=DataConfig(mask_documents=documents, reset_positions=positions),
         optimizer=OptimizerConfig(lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
         schedule=ScheduleConfig(min_lr=3e-4, warmup_steps=2),
         parallel=ParallelConfig(
@@ -96,7 +98,9 @@ def config(
     )  # fmt: skip
 
 
-def batches(*, documents: bool = False, masked: bool = False) -> list[dict[str, Tensor]]:
+def batches(
+    *, documents: bool = False, masked: bool = False, positions: bool = False
+) -> list[dict[str, Tensor]]:
     """Whole global batches of a learnable stream: every sequence counts up by its own stride."""
     generator = torch.Generator().manual_seed(7)
     start = torch.randint(0, VOCAB, (STEPS, BATCH, 1), generator=generator)
@@ -107,6 +111,9 @@ def batches(*, documents: bool = False, masked: bool = False) -> list[dict[str, 
         cut = torch.randint(4, SEQ_LEN - 4, (BATCH, 1), generator=generator)
         if documents:
             step["document_ids"] = (torch.arange(SEQ_LEN)[None] >= cut).long()
+        if positions:
+            at = torch.arange(SEQ_LEN)[None]
+            step["positions"] = torch.where(at >= cut, at - cut, at)
         if masked:
             step["mask"] = (torch.arange(SEQ_LEN)[None] < cut).float()
     return steps
@@ -116,12 +123,11 @@ def rank_batches(step: dict[str, Tensor], shape: RunShape, layout: ParallelLayou
     """The micro-batches of a global batch that this data-parallel rank computes."""
     share, size = BATCH // shape.sizes.data, shape.micro_batch_size
     starts = range(share * layout.data.rank, share * (layout.data.rank + 1), size)
-    optional = {"loss_mask": "mask", "document_ids": "document_ids"}
+    optional = {"loss_mask": "mask", "document_ids": "document_ids", "positions": "positions"}
     return [
         SimpleNamespace(
             tokens=step["tokens"][i : i + size],
             labels=step["labels"][i : i + size],
-            positions=None,
             **{
                 field: step[key][i : i + size] if key in step else None
                 for field, key in optional.items()

@@ -83,13 +83,15 @@ class ReferenceGPT:
         labels: Tensor,
         document_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Mean cross entropy over the (unmasked) tokens."""
         model, w = self.model, self.weights
         hidden = F.embedding(tokens, w["embedding.word.weight"])
         size = tokens.shape[1]
         if model.position is Position.learned:
-            hidden = hidden + w["embedding.position.weight"][:size]
+            rows = torch.arange(size)[None] if positions is None else positions
+            hidden = hidden + w["embedding.position.weight"][rows]
         causal = torch.ones(size, size, dtype=torch.bool).tril()[None]
         if document_ids is not None:
             causal = causal & (document_ids[:, :, None] == document_ids[:, None, :])
@@ -230,9 +232,8 @@ class ReferenceGPT:
                     warmup_steps=shape.warmup_steps,
                     total_steps=shape.total_steps,
                 )
-            loss = self.loss(
-                step["tokens"], step["labels"], step.get("document_ids"), step.get("mask")
-            )
+            optional = (step.get(key) for key in ("document_ids", "mask", "positions"))
+            loss = self.loss(step["tokens"], step["labels"], *optional)
             optimizer.zero_grad()
             loss.backward()
             limit = cfg.clip_grad or float("inf")

@@ -18,6 +18,7 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss
 from pipeline.model.names import canonical_name
+from pipeline.model.stage_io import StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
 from pipeline.model.stages import layer_costs, partition
 
@@ -26,24 +27,24 @@ if TYPE_CHECKING:
 
 
 def pipeline_module(
-    architecture: Architecture, shape: RunShape, layout: ParallelLayout
+    architecture: Architecture, schema: StageSchema, shape: RunShape, layout: ParallelLayout
 ) -> PipelineModule:
     """This rank's stage (under DualPipeV: its two stages) of the model."""
     model = architecture.model
     tied = model.tied_embeddings
     tie = {"tied_weight_attr": "word.weight"}
     specs: list[Any] = [
-        TiedLayerSpec("embedding", StageEmbedding, architecture, **tie)
+        TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **tie)
         if tied
-        else LayerSpec(StageEmbedding, architecture),
-        *[LayerSpec(StageBlock, architecture, layer) for layer in range(model.num_layers)],
-        LayerSpec(StageHead, architecture),
+        else LayerSpec(StageEmbedding, architecture, schema),
+        *[LayerSpec(StageBlock, architecture, schema, layer) for layer in range(model.num_layers)],
+        LayerSpec(StageHead, architecture, schema),
     ]
     if tied:
         # The copy next to the loss owns no position table, and hands hidden through: the loss takes
         # its weight.
-        through: Any = {"forward_fn": lambda _, hidden: hidden, **tie}
-        specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, False, **through))
+        through: Any = {"forward_fn": lambda _, hidden: hidden, "with_positions": False, **tie}
+        specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **through))
     costs = layer_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     if tied:
         costs = [*costs[:-1], 0.0, costs[-1]]
@@ -76,12 +77,14 @@ def pipeline_module(
 
 
 def micro_batch_stream(
-    batches: list[Batch], weights: list[Tensor | None]
+    batches: list[Batch], weights: list[Tensor | None], schema: StageSchema
 ) -> Iterator[tuple[Any, Any]]:
-    """(inputs, labels) a micro-batch, as PipelineEngine takes them: tensor, or gapless tuple."""
+    """(inputs, labels) a micro-batch, as PipelineEngine takes them."""
     for batch, token_weights in zip(batches, weights, strict=True):
-        extra = [t for t in (batch.document_ids, batch.positions) if t is not None]
-        inputs = (batch.tokens, *extra) if extra else batch.tokens
+        given = StageInput(
+            tokens=batch.tokens, document_ids=batch.document_ids, positions=batch.positions
+        )
+        inputs = schema.first.pack(given)
         yield inputs, batch.labels if token_weights is None else (batch.labels, token_weights)
 
 
