@@ -1,9 +1,11 @@
 """From the words on a command line to one typed config, or to one clear message.
 
-    argv --split--> positional words, raw strings, hydra overrides --compose conf/ + schema--> dataclass --> main(cfg)
+    argv --split--> positional words, raw strings, hydra overrides
+         --compose conf/ + schema--> dataclass --> main(cfg)
 
-Every entry point of the project is `cli.run(main, Schema, config="name")`. `--help` prints the module's docstring and
-each field with the line of documentation under it; it imports neither hydra nor torch.
+Every entry point of the project is `cli.run(main, Schema, config="name")`. `--help` prints the
+module's docstring and each field with the line of documentation under it; it imports neither hydra
+nor torch. Nothing else here imports hydra.
 """
 
 from __future__ import annotations
@@ -137,8 +139,8 @@ def _split(
             argument = f"{key}={value}"
         if argument.startswith("-") or not equals and not argument.startswith("~"):
             raise ConfigError(
-                f"'{argument}' is not understood. Settings are written key=value; --help lists the "
-                "keys."
+                f"'{argument}' is not understood. Settings are written key=value; "
+                "--help lists the keys."
             )
         # `+` adds a key the schema does not know: only a table (dict) takes new keys, and there it
         # may be left out.
@@ -163,15 +165,18 @@ def _explain(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
-        return f"{group}={option}: there is no such option.{_nearest(option, error.options)} Options: {options}."
+        nearest = _nearest(option, error.options)
+        return f"{group}={option}: there is no such option.{nearest} Options: {options}."
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}' is not understood: {first_line}. Quote special characters: key=\"'value'\"."
+        return (
+            f"'{error.override}' is not understood: {first_line}. "
+            "Quote special characters: key=\"'value'\"."
+        )
     if "Ambiguous value" in first_line:
         return f"{first_line}: give one value; a list is written key=[a,b]."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        place = next(
-            iter(str(error).split("'")[1::2]), cause.full_key
-        )  # "Could not override 'data.train'."
+        # "Could not override 'data.train'."
+        place = next(iter(str(error).split("'")[1::2]), cause.full_key)
         inside = f"{place}: " if place != cause.full_key else ""
         section = str(cause.full_key).removesuffix(str(cause.key))
         owner = cause.object_type
@@ -184,7 +189,8 @@ def _explain(error: Exception, schema: type) -> str:
             if elsewhere
             else _nearest(str(cause.key), known, section)
         )
-        return f"{inside}there is no setting '{cause.full_key}'.{hint or ' --help lists the settings.'}"
+        hint = hint or " --help lists the settings."
+        return f"{inside}there is no setting '{cause.full_key}'.{hint}"
     if isinstance(cause, MissingMandatoryValue):
         lines = [
             line.split(":", 1)[1].strip() for line in str(cause).splitlines() if "full_key" in line

@@ -1,11 +1,8 @@
 """Loss, perplexity and bits per byte of a checkpoint on shard datasets, at any layout.
 
-    python -m pipeline.evaluate runs/NAME data.path=OUT                       the run's newest checkpoint, one process
-    python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A},
-    {path: B}]' torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME
-    parallel.tensor_parallel_size=4
-
-    validation_batches -> engine.evaluate -> (nats, tokens); bytes of the labels -> EvalResult per dataset
+    python -m pipeline.evaluate runs/NAME data.path=OUT        the run's newest checkpoint
+    python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A}]'
+    torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME parallel.tensor_parallel_size=4
 
 The trainer evaluates with the same Evaluator. Hugging Face folders are evaluated too:
 checkpoint=FOLDER.
@@ -63,8 +60,8 @@ def main(cfg: EvaluateConfig) -> int:
     log.setup(global_rank=ranks.global_rank)
     if not cfg.data.validation:
         raise ConfigError(
-            "nothing to evaluate: set data.path=OUT (its validation split), or list "
-            "data.validation."
+            "nothing to evaluate: "
+            "set data.path=OUT (its validation split), or list data.validation."
         )
     cfg.data.train = cfg.data.validation  # whose tokenizer and sizes count
     pretrain, path = _training_config(cfg, ranks.world_size)
@@ -90,9 +87,8 @@ def main(cfg: EvaluateConfig) -> int:
 def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConfig, Path]:
     """A one-step training run of the checkpoint's model; and the folder with the weights."""
     model, path, training = _model(Path(cfg.checkpoint))
-    parallel = replace(
-        cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"]
-    )  # nothing runs backwards
+    # Nothing runs backwards.
+    parallel = replace(cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"])
     sizes = ParallelSizes.filling(parallel, world_size=world_size)
     stages = 2 * sizes.pipeline  # enough micro-batches for every schedule
     return PretrainConfig(

@@ -19,10 +19,6 @@ def setup(*, global_rank: int = 0) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     logger.propagate = False
-    for library in (
-        "torch",
-        "deepspeed",
-        "megatron",
-        "hydra",
-    ):  # advice to developers, repeated by every rank
+    # Advice to developers, repeated by every rank.
+    for library in ("torch", "deepspeed", "megatron", "hydra"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")

@@ -111,8 +111,8 @@ def _joined(identities: list[str], parts: list[tuple[Samples, np.ndarray, np.nda
     number, source, k, shard, sequence = (np.concatenate(column) for column in columns)
     if len(np.unique(number)) != len(number):
         raise DataError(
-            "two ranks would read the same sample. This is a bug: please report it with your "
-            "settings."
+            "two ranks would read the same sample. This is a bug: "
+            "please report it with your settings."
         )
     return hash_addresses(identities, Samples(number, source, k), shard, sequence)
 

@@ -40,8 +40,8 @@ def main(cfg: ToolConfig) -> int:
     if cfg.command == "diff":
         if cfg.other is None:
             raise CheckpointError(
-                "diff compares two checkpoints: python -m pipeline.checkpoint diff CHECKPOINT_A "
-                "CHECKPOINT_B."
+                "diff compares two checkpoints: "
+                "python -m pipeline.checkpoint diff CHECKPOINT_A CHECKPOINT_B."
             )
         return tools.diff(Path(cfg.path), Path(cfg.other))
     if cfg.command not in commands:

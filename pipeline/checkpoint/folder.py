@@ -1,11 +1,11 @@
 """Checkpoints as folders: which ones exist, which are whole, which is the newest; no torch.
 
     checkpoints/.step-00001000.saving/   being written
-    checkpoints/step-00001000/           whole: appears by one rename, after every file is on the disk
+    checkpoints/step-00001000/           whole: one rename, after every file is on the disk
         __0_0.distcp ... .metadata       tensors, torch DCP
         checkpoint.json                  everything else, for people and programs
         tokenizer.json                   so that the folder can be exported by itself
-        SHA256SUMS                       checksum of every other file; `sha256sum -c SHA256SUMS` works
+        SHA256SUMS                       `sha256sum -c SHA256SUMS` checks every other file
     checkpoints/latest                   name of the newest one, for scripts
 
 A kill at any moment leaves the previous checkpoint, or the new one; never a half of either under a

@@ -29,8 +29,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / RECORD} is not a checkpoint of this program.")
     if record.get("version", 0) > VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {record['version']}; this program reads up to "
-            f"{VERSION}. Update it."
+            f"{folder} has checkpoint format {record['version']}; "
+            f"this program reads up to {VERSION}. Update it."
         )
     return record
 

@@ -1,8 +1,7 @@
 """Named fp32 tensors as rectangles in the files of torch's distributed checkpoint (DCP).
 
-    fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, SHA-256 of what
-    was written
-    CheckpointTensors(folder).read_into(chunks) | .tensor(name)                any rectangle, by any number of processes
+    fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, their SHA-256
+    CheckpointTensors(folder).read_into(chunks) | .tensor(name): any rectangle, any number of ranks
 
 Names: weights/<parameter>, and <optimizer state>/<parameter>, such as
 exp_avg/layers.0.mlp.linear_fc1.weight. Shapes are whole and unpadded. Reading needs torch only: no
@@ -249,8 +248,8 @@ class CheckpointTensors:
         if tuple(entry.size) != chunk.whole_shape:
             raise CheckpointError(
                 f"{chunk.name} is {tuple(entry.size)} in {self.folder} and {chunk.whole_shape} in "
-                "this model. Both must have the same sizes; see config.model in its "
-                "checkpoint.json."
+                "this model. Both must have the same sizes; "
+                "see config.model in its checkpoint.json."
             )
         here = ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.data.size())
         items = create_read_items_for_chunk_list(chunk.name, entry, [here])

@@ -9,9 +9,8 @@ Position = Enum("Position", ["learned", "rope", "none"])  # rope: rotary, arXiv:
 RopeScaling = Enum("RopeScaling", ["none", "linear", "llama3"])  # as in Hugging Face configs
 Normalization = Enum("Normalization", ["layernorm", "rmsnorm"])  # rmsnorm: arXiv:1910.07467
 NormPlacement = Enum("NormPlacement", ["pre", "post"])  # post: after the residual sum (GPT-1)
-Activation = Enum(
-    "Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"]
-)  # gelu_tanh: GPT-2's
+# gelu_tanh: GPT-2's
+Activation = Enum("Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"])
 # scaled: GPT-2, residual projections / sqrt(2 num_layers); fixed: init_std everywhere;
 # mup: maximal update parametrisation, arXiv:2203.03466
 Init = Enum("Init", ["scaled", "fixed", "mup"])

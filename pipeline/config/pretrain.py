@@ -1,7 +1,7 @@
 """The root of a run's settings; each section has its file beside this one.
 
-    conf/pretrain.yaml + groups  --hydra-->  PretrainConfig  --run_shape.derive-->  RunShape
-    (values)                                 (the schema)                           (every derived number)
+    conf/pretrain.yaml, groups  --hydra-->  PretrainConfig  --run_shape.derive-->  RunShape
+    (values)                                (the schema)                           (derived numbers)
 
 A field is followed by its meaning, unit, and what null or 0 does; `python -m pipeline.train --help`
 prints them all on one page. Components receive their own section, never the root. Nothing is

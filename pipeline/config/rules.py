@@ -1,7 +1,6 @@
 """The rules between settings: which go together, and the way out where they do not.
 
-Imports no torch and runs before process groups form: an impossible run costs seconds, not GPU
-    hours.
+Imports no torch and runs before process groups form: an impossible run costs seconds, no GPU hours.
 """
 
 from __future__ import annotations
@@ -72,13 +71,13 @@ def check_model(model: ModelConfig, *, tensor_parallel_size: int) -> None:
     require(
         rope or model.rope_scaling is RopeScaling.none,
         f"model.rope_scaling={model.rope_scaling.name} has no effect with "
-        f"model.position={model.position.name}. Set model.position=rope or "
-        "model.rope_scaling=none.",
+        f"model.position={model.position.name}. "
+        "Set model.position=rope or model.rope_scaling=none.",
     )
     require(
         not (model.parallel_residual and model.norm_placement is NormPlacement.post),
-        "model.parallel_residual=true needs model.norm_placement=pre: a parallel block has one sum "
-        "to normalise before.",
+        "model.parallel_residual=true needs model.norm_placement=pre: "
+        "a parallel block has one sum to normalise before.",
     )
     moe = model.moe
     if moe.num_experts:
@@ -89,8 +88,8 @@ def check_model(model: ModelConfig, *, tensor_parallel_size: int) -> None:
         )
         require(
             not model.bias,
-            "mixture-of-experts layers have no biases: set model.bias=false (model.qkv_bias=true "
-            "keeps the attention's).",
+            "mixture-of-experts layers have no biases: "
+            "set model.bias=false (model.qkv_bias=true keeps the attention's).",
         )
 
 
@@ -127,8 +126,8 @@ def check_engine(cfg: PretrainConfig) -> None:
     )
     require(
         not parallel.sequence_parallel or parallel.tensor_parallel_size > 1,
-        "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. Set "
-        "it false.",
+        "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
+        "Set it false.",
     )
     require(
         parallel.expert_parallel_size == 1,
@@ -169,10 +168,11 @@ def check_libraries(cfg: PretrainConfig) -> None:
     if cfg.optimizer.name is not OptimizerName.adamw:
         reasons = {
             OptimizerName.lion: "no maintained fused Lion composes with every ZeRO stage here",
-            OptimizerName.adafactor: "its factored moments need whole matrices, and ZeRO partitions flat buffers",
-            OptimizerName.muon: "DeepSpeed 0.19's composes with ZeRO but not with tensor parallelism, which splits the "
-            "matrices it orthogonalises, and its momentum has moved before a bad step can be left "
-            "out",
+            OptimizerName.adafactor: "its factored moments need whole matrices, and ZeRO "
+            "partitions flat buffers",
+            OptimizerName.muon: "DeepSpeed 0.19's composes with ZeRO but not with tensor "
+            "parallelism, which splits the matrices it orthogonalises, and its momentum has moved "
+            "before a bad step can be left out",
         }
         raise ConfigError(
             f"optimizer.name={cfg.optimizer.name.name} is not supported: "

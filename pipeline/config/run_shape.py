@@ -2,8 +2,7 @@
 
     derive(cfg, world_size, tokenizer_vocab_size)  --rules-->  ConfigError, or a frozen RunShape
 
-Runs before process groups form and imports no torch: an impossible run costs seconds, not GPU
-    hours.
+Runs before process groups form and imports no torch: an impossible run costs seconds, no GPU hours.
 """
 
 from __future__ import annotations
@@ -195,8 +194,8 @@ def _ramp(
             cfg.parallel.pipeline_schedule is not PipelineSchedule["dualpipev"]
             or micro_batches >= minimum,
             f"parallel.pipeline_schedule=dualpipev needs at least {minimum} micro-batches (2 * "
-            f"pipeline_parallel_size), not {micro_batches}. Set {name}={minimum * per_pass}, or "
-            "parallel.pipeline_schedule=1f1b.",
+            f"pipeline_parallel_size), not {micro_batches}. "
+            f"Set {name}={minimum * per_pass}, or parallel.pipeline_schedule=1f1b.",
         )
         last = stage.until_step
         yield stage.until_step, StepShape(batch, length, micro_batches, batch // pieces)

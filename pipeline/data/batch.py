@@ -113,8 +113,7 @@ def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
     """(document_ids, positions), (rows, seq_len) each, from the flat ascending starts of documents.
 
     Every row begins a new count, whether or not a document begins there. Runs of equal values are
-    repeated, not
-    scanned for: several times faster than cumulative sums.
+    repeated, not scanned for: several times faster than cumulative sums.
     """
     begins = np.unique(np.concatenate([np.arange(rows) * seq_len, starts]))
     lengths = np.diff(begins, append=rows * seq_len)

@@ -1,11 +1,11 @@
 """Folders of a dataset: a local one as it is, a remote one through a cache that a node shares.
 
-    s3:// gs:// http(s):// ...  --ranges, retries, sha256-->  <cache>/<manifest sha256>/shards/...  --mmap--> reader
+    s3:// gs:// http(s):// ...  --ranges, retries, sha256-->  <cache>/<manifest sha256>/shards/...
+                                --mmap-->  reader
 
 Files appear whole (written aside, then renamed) and the least recently used ones make room. Ranks
-agree through locks
-on the files themselves: a shard is downloaded once a node, and a killed process leaves nothing that
-    blocks the others.
+agree through locks on the files themselves: a shard is downloaded once a node, and a killed process
+leaves nothing that blocks the others.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ class RemoteFolder:
     def _work(self) -> None:
         while True:
             file = self._wanted.get()
-            with contextlib.suppress(
-                Exception
-            ):  # the fetch() that needs the shard meets the same error and raises it
+            # The fetch() that needs the shard meets the same error and raises it.
+            with contextlib.suppress(Exception):
                 self._fill(file, wait=False)
             self._queued.discard(file.path)
 
@@ -190,8 +189,8 @@ class RemoteFolder:
             if last:
                 raise ShardError(
                     f"{self.url}/{file.path} is corrupt: sha256 {digest.hexdigest()[:16]}, the "
-                    f"manifest has {file.sha256[:16]} (downloaded twice). Copy the shard again "
-                    "from where it was made."
+                    f"manifest has {file.sha256[:16]} (downloaded twice). "
+                    "Copy the shard again from where it was made."
                 )
 
     def _make_room(self, file: RemoteFile, part: int, aside: Path) -> None:
@@ -202,8 +201,8 @@ class RemoteFolder:
         if file.size_bytes > self.size_bytes:
             raise ConfigError(
                 f"data.cache_size_gib ({self.size_bytes / 2**30:.3f}) is smaller than one shard "
-                f"({file.size_bytes / 2**30:.3f} GiB); windows of data.window shards should fit "
-                "twice."
+                f"({file.size_bytes / 2**30:.3f} GiB); "
+                "windows of data.window shards should fit twice."
             )
         with _lock(self.cache_dir / "lock", wait=True, keep=True):
             sizes = sorted(entry for entry in _cached(self.cache_dir) if entry[2] != aside)
@@ -211,9 +210,8 @@ class RemoteFolder:
             for _, size, path in sizes:
                 if total + file.size_bytes <= self.size_bytes:
                     break
-                if (
-                    path.suffix == ".part"
-                ):  # being written, or left by a killed process: then its lock is free
+                # Being written, or left by a killed process: then its lock is free.
+                if path.suffix == ".part":
                     with _lock(path, wait=False) as stale:
                         if stale is None:
                             continue
@@ -247,13 +245,13 @@ class RemoteFolder:
                 return bytes(get())
             except FileNotFoundError:
                 raise ShardError(
-                    f"{self.url}/{path} does not exist. Copy the dataset again, or correct its "
-                    "path."
+                    f"{self.url}/{path} does not exist. "
+                    "Copy the dataset again, or correct its path."
                 ) from None
             except PermissionError as error:
                 raise DataError(
-                    f"{self.url}/{path} may not be read: {error}. Check the credentials of this "
-                    "store."
+                    f"{self.url}/{path} may not be read: {error}. "
+                    "Check the credentials of this store."
                 ) from None
             except (
                 Exception
@@ -261,12 +259,11 @@ class RemoteFolder:
                 if attempt == ATTEMPTS - 1:
                     raise DataError(
                         f"{self.url}/{path}: {what} could not be read in {ATTEMPTS} attempts; the "
-                        f"last error was {type(error).__name__}: {error}. Check the network and "
-                        "the store, then start again."
+                        f"last error was {type(error).__name__}: {error}. "
+                        "Check the network and the store, then start again."
                     ) from error
-                pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(
-                    0.5, 1.0
-                )  # ranks spread out
+                # Ranks spread out
+                pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
                 logger.warning(
                     "%s/%s: %s (%s), trying again in %.1f s",
                     self.url,

@@ -146,8 +146,8 @@ def _names(configs: Sequence[DatasetConfig]) -> list[str]:
             return names
     double = sorted({name for name in names if names.count(name) > 1})
     raise ConfigError(
-        f"two datasets are called {', '.join(double)}: give each a name of its own "
-        "(data.train[].name)."
+        f"two datasets are called {', '.join(double)}: "
+        "give each a name of its own (data.train[].name)."
     )
 
 

@@ -1,11 +1,11 @@
 """Batches of token ids for one rank: the sampler's order, read ahead by a background thread.
 
     Position --Sampler.advance, share--> my samples --Reader.gather--> (n, seq_len + 1) ids
-             --to device, cut--> num_micro_batches x Batch       all of it `prefetch_steps` ahead of the training
+             --to device, cut--> num_micro_batches x Batch
 
-Every number of a Batch is a function of (seed, datasets, weights, seq_len, global batch) and of
-which samples this rank reads; the state is the Position after the step that was handed out last,
-never after what was read ahead.
+All of it runs `prefetch_steps` ahead of the training. Every number of a Batch is a function of
+(seed, datasets, weights, seq_len, global batch) and of which samples this rank reads; the state is
+the Position after the step that was handed out last, never after what was read ahead.
 """
 
 from __future__ import annotations
@@ -192,9 +192,14 @@ class Loader:
     ) -> tuple[list[Batch], torch.cuda.Event | None]:
         def make() -> list[Batch]:
             return make_batches(
-                windows, number, seq_len=shape.seq_len, micro_batch_size=self.shape.micro_batch_size,
-                masks=self.masks, eod=self.reader.eod, device=self.device,
-            )  # fmt: skip
+                windows,
+                number,
+                seq_len=shape.seq_len,
+                micro_batch_size=self.shape.micro_batch_size,
+                masks=self.masks,
+                eod=self.reader.eod,
+                device=self.device,
+            )
 
         if self.device.type != "cuda":
             return make(), None

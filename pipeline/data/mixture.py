@@ -1,13 +1,13 @@
 """Which dataset each sample comes from: a pure function of the weights and the sample number.
 
-    weights --quantise--> slots of a period --spread--> table --Segment--> (dataset, its own sample
-    number k)
+    weights --quantise--> slots of a period --spread--> table
+            --Segment--> (dataset, its own sample number k)
 
 A table of PERIOD slots is filled so that after any number of samples each dataset is within one
 sample of its share. A change of weights (a schedule, an edit on resume, a dataset that is used up)
-starts a new Segment, which remembers how
-many samples of each dataset were consumed before it: nothing is read twice before its epoch ends. A
-Position is the loader's whole state; `Mixture.advance` is the only thing that moves it.
+starts a new Segment, which remembers how many samples of each dataset were consumed before it:
+nothing is read twice before its epoch ends. A Position is the loader's whole state;
+`Mixture.advance` is the only thing that moves it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def spread(slots: tuple[int, ...]) -> tuple[Ints, Ints]:
     """
     source = np.empty(PERIOD, dtype=np.int64)
     nth = np.empty(PERIOD, dtype=np.int64)
-    waiting = [
-        (0, -(-PERIOD // c), s, 0) for s, c in enumerate(slots) if c
-    ]  # (release, deadline, dataset, j)
+    # (release, deadline, dataset, j)
+    waiting = [(0, -(-PERIOD // c), s, 0) for s, c in enumerate(slots) if c]
     heapq.heapify(waiting)
     ready: list[tuple[int, int, int]] = []
     for slot in range(PERIOD):
@@ -223,8 +222,8 @@ class Mixture:
             )
             raise DataError(
                 f"the training data is used up at sample {start:,}: {used} reached "
-                "data.train[].max_epochs. Raise max_epochs, add a dataset, or shorten the run "
-                "(training.total_steps)."
+                "data.train[].max_epochs. "
+                "Raise max_epochs, add a dataset, or shorten the run (training.total_steps)."
             )
         return Segment(start, weights, quantise(live), consumed)
 
@@ -233,8 +232,8 @@ def cut(samples: Samples, lane: Ints, *, data_rank: int, data_parallel_size: int
     """The equal share of a step's samples that one data-parallel rank reads.
 
     Sorted by lane first, so that a rank keeps its lanes from step to step and a remote shard stays
-    on one node. Which
-    rank reads a sample changes speed only: the step's gradient is a sum over all of them.
+    on one node. Which rank reads a sample changes speed only: the step's gradient is a sum over all
+    of them.
     """
     mine = np.argsort(lane, kind="stable")
     size = len(mine) // data_parallel_size

@@ -1,14 +1,13 @@
 """The order of one dataset's sequences: sample number to (shard, sequence), O(1) anywhere.
 
-    k  --divmod epoch_size-->  epoch, r  --interleave-->  lane, t  --window, Feistel-->  shard, sequence
+    k --divmod epoch_size--> epoch, r --interleave--> lane, t --window, Feistel--> shard, sequence
 
 Every epoch reads each sequence exactly once. Per epoch the shards are permuted and dealt to `lanes`
 like cards; a lane is cut into windows of `window` consecutive shards; inside a window a keyed
 Feistel permutation shuffles all sequences. Position r visits the lanes in turn (a lane that is used
-up drops out, so nothing is lost when lanes are uneven).
-Lanes bound traffic: while ranks own whole lanes, a shard is read on one node only, and `window`
-shards of a lane are live at a time. Nothing here depends on ranks, workers or restarts, and nothing
-is stored but a few numbers a shard.
+up drops out, so nothing is lost when lanes are uneven). Lanes bound traffic: while ranks own whole
+lanes, a shard is read on one node only, and `window` shards of a lane are live at a time. Nothing
+here depends on ranks, workers or restarts, and nothing is stored but a few numbers a shard.
 """
 
 from __future__ import annotations
@@ -186,7 +185,7 @@ class Order:
         return _Epoch(number, shards, first, lane_start, by_length, phase_round, phase_first)
 
     def _interleave(self, epoch: _Epoch, position: Ints) -> tuple[Ints, Ints]:
-        """(lane, turn in it) of positions in the epoch; lanes that still have sequences take turns."""
+        """(lane, turn in it) of positions in the epoch; lanes with sequences left take turns."""
         phase = np.searchsorted(epoch.phase_first, position, "right") - 1
         turn, nth = np.divmod(position - epoch.phase_first[phase], self.lanes - phase)
         return epoch.by_length[phase + nth], epoch.phase_round[phase] + turn

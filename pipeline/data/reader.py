@@ -1,7 +1,7 @@
 """Token windows out of mapped shards; the first touch of a block checks it.
 
-    (dataset, shard, sequence) --open, map--> shard --check once--> block --slice--> (n, seq_len +
-    1) ids
+    (dataset, shard, sequence) --open, map--> shard --check once--> block
+                               --slice--> (n, seq_len + 1) ids
 
 A shard is mapped, never read whole: the page cache is the only copy, shared by all ranks of a node.
 Size is checked when a shard is opened, crc32 when a block is first touched; errors name shard,
@@ -53,9 +53,8 @@ class _Shard:
     """One mapped shard."""
 
     data: mmap.mmap
-    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(
-        default_factory=dict
-    )  # checked (tokens, document starts)
+    # Checked (tokens, document starts).
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 class Reader:
@@ -83,9 +82,8 @@ class Reader:
         Raises:
             ShardError: a shard is missing, truncated or corrupt, unless skip_corrupt.
         """
-        windows = self.blank(
-            len(source), documents=documents, make=np.empty
-        )  # every row is filled below
+        # Every row is filled below.
+        windows = self.blank(len(source), documents=documents, make=np.empty)
         block, offset = np.divmod(sequence * self.seq_len, self._block_tokens[source])
         for row, place in enumerate(
             zip(source.tolist(), shard.tolist(), block.tolist(), offset.tolist())

@@ -1,7 +1,7 @@
 """From config and datasets to the samples of any step, and the state for a checkpoint.
 
-    Position --advance--> Samples of the step --share--> this rank's --addresses--> (dataset, shard,
-    sequence)
+    Position --advance--> Samples of the step --share--> this rank's
+             --addresses--> (dataset, shard, sequence)
 
 No file is read and no torch is needed here: the audit proves the order of a run on a laptop.
 Datasets are kept in the order of their identities, so the order they are listed in the config
@@ -149,9 +149,8 @@ class Sampler:
             )
             return Position(step, seen, segments)
         consumed = tuple(int(ledger.get(identity, 0)) for identity in self.identities)
-        if (
-            not same_order
-        ):  # another order cannot go on inside an epoch: each dataset begins its next one
+        # Another order cannot go on inside an epoch: each dataset begins its next one.
+        if not same_order:
             old = int(state["order"]["seq_len"])
             sizes = [max(int(num_sequences(d.shard_tokens, old).sum()), 1) for d in self.datasets]
             consumed = tuple(
@@ -212,8 +211,8 @@ def _order(dataset: Dataset, index: int, cfg: DataConfig, *, seq_len: int, seed:
     if not order.epoch_size:
         raise DataError(
             f"dataset {dataset.name} ({dataset.path}) has no sequence of {seq_len + 1} tokens: its "
-            f"longest shard has {int(max(dataset.shard_tokens, default=0))}. Set a smaller "
-            "training.seq_len, or prepare more text."
+            f"longest shard has {int(max(dataset.shard_tokens, default=0))}. "
+            "Set a smaller training.seq_len, or prepare more text."
         )
     if dataset.max_epochs is not None and int(dataset.max_epochs * order.epoch_size) < 1:
         raise ConfigError(
@@ -241,8 +240,8 @@ def _stages(
         where = f"data.blend_schedule[{index}]"
         if unknown := sorted(set(stage.weights) - set(base)):
             raise ConfigError(
-                f"{where}.weights names {', '.join(unknown)}; the datasets are "
-                f"{', '.join(sorted(base))}."
+                f"{where}.weights names {', '.join(unknown)}; "
+                f"the datasets are {', '.join(sorted(base))}."
             )
         if stage.start_step <= last:
             raise ConfigError(f"{where}.start_step ({stage.start_step}) must be above {last}.")

@@ -1,17 +1,18 @@
 """The datasets on disk: data_prep writes them, pipeline reads them, and nothing else is shared.
 
-    DATASET/manifest.json                    written last, atomically; its sha256 is the dataset's identity
+    DATASET/manifest.json                    written last, in one go; its sha256 is the identity
     DATASET/index.npy                        one INDEX_DTYPE row a block, shard by shard
     DATASET/tokenizer.json                   exact copy; its sha256 stands in the manifest
     DATASET/provenance.jsonl                 one line a shard: the inputs it was made of
-    DATASET/shards/00000/tok-00000000.tar    1,000 a folder, up to SHARD_TOKENS tokens each, uncompressed USTAR
-        KKKKKKKK-0000.tokens.npy             uint16 (vocab_size <= 65,536) or uint32; one sample = one block; K: key
-        KKKKKKKK-0000.docs.npy               uint32 starts, inside the block, of the documents that start in it
+    DATASET/shards/00000/tok-00000000.tar    1,000 a folder; uncompressed USTAR, SHARD_TOKENS each
+        KKKKKKKK-0000.tokens.npy             one block: uint16 (vocab_size <= 65,536) or uint32
+        KKKKKKKK-0000.docs.npy               uint32: where in the block documents start
 
-Every block of a shard but its last holds exactly block_tokens tokens. A document ends with EOD and
-may run over blocks and shards; where it runs on it has no entry in docs. Stock `webdataset` reads
-the tars. Offsets in the index point at the raw array, past the tar and npy headers, so a block is
-one np.memmap. Only numpy and the standard library.
+A block and its starts are one sample of the tar, with the key KKKKKKKK-0000. Every block of a shard
+but its last holds exactly block_tokens tokens. A document ends with EOD and may run over blocks and
+shards; where it runs on it has no entry in docs. Stock `webdataset` reads the tars. Offsets in the
+index point at the raw array, past the tar and npy headers, so a block is one np.memmap. Only numpy
+and the standard library.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ class Manifest:
             )
         if content.get("version") != VERSION:
             raise DataError(
-                f"{path} has version {content.get('version')}; this release reads version "
-                f"{VERSION}."
+                f"{path} has version {content.get('version')}; "
+                f"this release reads version {VERSION}."
             )
         try:
             paths, tokens, sizes, documents, sha256, sources, shard_keys = _columns(
@@ -153,8 +154,8 @@ class Manifest:
         if sums != (manifest.tokens, manifest.documents):
             raise DataError(
                 f"{path} contradicts itself: its shards add up to {sums[0]} tokens and {sums[1]} "
-                f"documents, its totals are {manifest.tokens} and {manifest.documents}. Prepare "
-                "the dataset again."
+                f"documents, its totals are {manifest.tokens} and {manifest.documents}. "
+                "Prepare the dataset again."
             )
         return manifest
 
@@ -165,7 +166,7 @@ class Manifest:
 
     @cached_property
     def block_starts(self) -> np.ndarray:
-        """(shards + 1,) int64: shard s has the index's rows block_starts[s] to block_starts[s + 1]."""
+        """(shards + 1,) int64: shard s has the rows block_starts[s] to block_starts[s + 1]."""
         blocks = -(-self.shard_tokens // self.block_tokens)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
 
@@ -297,10 +298,25 @@ def npy_header(dtype: np.dtype, count: int) -> bytes:
 
 def tar_header(name: str, size: int) -> bytes:
     """The 512 bytes before a member of `size` bytes: USTAR, owner 0, time 0."""
-    header = bytearray(struct.pack(
-        "<100s8s8s8s12s12s8s1s100s8s32s32s8s8s167x", name.encode(), b"0000644", b"0000000", b"0000000",
-        f"{size:011o}".encode(), b"00000000000", b" " * 8, b"0", b"", b"ustar\x0000", b"", b"", b"0000000", b"0000000",
-    ))  # fmt: skip
+    fields = {
+        "name": ("100s", name.encode()),
+        "mode": ("8s", b"0000644"),
+        "uid": ("8s", b"0000000"),
+        "gid": ("8s", b"0000000"),
+        "size": ("12s", f"{size:011o}".encode()),
+        "mtime": ("12s", b"00000000000"),
+        "checksum": ("8s", b" " * 8),  # while it is summed
+        "type": ("1s", b"0"),
+        "link": ("100s", b""),
+        "magic": ("8s", b"ustar\x0000"),
+        "owner": ("32s", b""),
+        "group": ("32s", b""),
+        "major": ("8s", b"0000000"),
+        "minor": ("8s", b"0000000"),
+        "prefix": ("167s", b""),
+    }
+    layout = "<" + "".join(code for code, _ in fields.values())
+    header = bytearray(struct.pack(layout, *(value for _, value in fields.values())))
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     return bytes(header)
 

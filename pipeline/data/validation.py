@@ -50,8 +50,8 @@ def validation_batches(
     total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
     if not total:
         raise DataError(
-            f"dataset {dataset.name} ({dataset.path}) has nothing to predict: no shard has two "
-            "tokens."
+            f"dataset {dataset.name} ({dataset.path}) has nothing to predict: "
+            "no shard has two tokens."
         )
     stride = micro_batch_size * data_parallel_size
     for start in range(0, total, stride):
@@ -63,6 +63,11 @@ def validation_batches(
         )
         windows.num_labels[number >= total] = 0
         yield from make_batches(
-            windows, number, seq_len=seq_len, micro_batch_size=micro_batch_size,
-            masks=masks, eod=reader.eod, device=device,
-        )  # fmt: skip
+            windows,
+            number,
+            seq_len=seq_len,
+            micro_batch_size=micro_batch_size,
+            masks=masks,
+            eod=reader.eod,
+            device=device,
+        )

@@ -3,7 +3,7 @@
     Ranks -> connect() -> ParallelLayout
 
 Ranks are laid out tensor fastest, then data, then pipeline: tensor-parallel peers are neighbours
-    and so share a node.
+and so share a node.
 """
 
 from __future__ import annotations

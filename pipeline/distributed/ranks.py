@@ -1,6 +1,6 @@
 """Who am I among the ranks, and who are the others.
 
-    environment (srun, torchrun, or one process) -> Ranks;   gather_hosts -> a RankHost of every rank
+    environment (srun, torchrun, or one process) -> Ranks; gather_hosts -> a RankHost of every rank
 
 Needs no torch until the others are asked.
 """
@@ -41,9 +41,8 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         default_local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    elif "SLURM_STEP_ID" in environment and environment.get(
-        "SLURM_PROCID"
-    ):  # under srun, not in the batch script
+    elif "SLURM_STEP_ID" in environment and environment.get("SLURM_PROCID"):
+        # Under srun: the batch script has no SLURM_PROCID.
         names = (
             "SLURM_PROCID",
             "SLURM_STEP_NUM_TASKS",
@@ -62,8 +61,8 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     except ValueError:
         shown = ", ".join(f"{n}={environment.get(n)}" for n in names)
         raise ConfigError(
-            f"the launcher's environment is incomplete: {shown}. Start with launch/local.sh or "
-            "srun."
+            f"the launcher's environment is incomplete: {shown}. "
+            "Start with launch/local.sh or srun."
         ) from None
     rank, world_size, local_rank, local_world_size = values
     if not 0 <= rank < world_size:
@@ -100,9 +99,8 @@ def export_to_environment(ranks: Ranks) -> None:
     os.environ.update({key: str(value) for key, value in values.items()})
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault(
-            "MASTER_PORT", "29500"
-        )  # never opened: one process uses an in-memory store
+        # Never opened: one process uses an in-memory store.
+        os.environ.setdefault("MASTER_PORT", "29500")
     elif "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             f"{ranks.world_size} ranks need MASTER_ADDR and MASTER_PORT to find each other. "

@@ -5,9 +5,8 @@
 pipeline_parallel_size 1: DeepSpeed's plain engine, ZeRO 0 to 3. Above: its PipelineModule with
 ZeRO-1, under the 1F1B or the DualPipeV schedule. Both give the same losses and gradient norms;
 `Engine` hides which one runs. Every DeepSpeed key that matters is written in `deepspeed_config`:
-its defaults have changed between releases. The host launches a step
-and reads nothing back: clipping and leaving a bad step out happen in the optimizer's kernel
-    (update.py).
+its defaults have changed between releases. The host launches a step and reads nothing back:
+clipping and leaving a bad step out happen in the optimizer's kernel (verdict.py).
 """
 
 from __future__ import annotations
@@ -88,13 +87,12 @@ class Engine:
             and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
         ):
             raise ConfigError(
-                "training.precision=fp16 is not supported on this device. Set "
-                "training.precision=bf16 or fp32."
+                "training.precision=fp16 is not supported on this device. "
+                "Set training.precision=bf16 or fp32."
             )
         pin_attention_kernels()
-        deepspeed.init_distributed(
-            dist_init_required=False, verbose=False
-        )  # takes over torch's process group
+        # Takes over torch's process group.
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.architecture = Architecture(
             cfg.model, cfg.parallel, cfg.training, shape.vocab_size, shape.padded_vocab_size
         )
@@ -166,9 +164,12 @@ class Engine:
         self._set_micro_batches(len(batches))
         seed_step(self.cfg.seed, step, self.layout)
         lr = lr_at(
-            step, lr=self.cfg.optimizer.lr, schedule=self.cfg.schedule,
-            warmup_steps=self.shape.warmup_steps, total_steps=self.shape.total_steps,
-        )  # fmt: skip
+            step,
+            lr=self.cfg.optimizer.lr,
+            schedule=self.cfg.schedule,
+            warmup_steps=self.shape.warmup_steps,
+            total_steps=self.shape.total_steps,
+        )
         optimizer_module.set_lr(self.deepspeed.optimizer, lr)
         weights = self._token_weights(batches)
         loss = (
@@ -314,9 +315,8 @@ class Engine:
 
     def _pipeline_evaluate(self, batches: list[Batch], masks: list[Tensor]) -> Tensor:
         self._expect_shape(batches[0])
-        missing = max(
-            0, 2 * self.shape.sizes.pipeline - len(batches)
-        )  # DualPipeV needs that many in flight
+        # DualPipeV needs that many in flight.
+        missing = max(0, 2 * self.shape.sizes.pipeline - len(batches))
         weights: list[Tensor | None] = [*masks, *[torch.zeros_like(masks[0])] * missing]
         batches = [*batches, *[batches[0]] * missing]
         mean = self.deepspeed.eval_batch(
@@ -327,7 +327,7 @@ class Engine:
     # ---- parameters ------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
-        """Canonical name -> (parameter, its partition) of this rank's stage, without the later copy of a tied one."""
+        """Canonical name -> (parameter, its partition) of this stage, a tied one once."""
         return {
             name: (parameter, self.partitions[name])
             for name, parameter in self._named(self.deepspeed.module)

@@ -15,8 +15,7 @@ class LossScale:
     It is at least 1.
 
     Takes the place of DeepSpeed's scaler, which asks the host at every step whether the gradients
-    overflowed.
-    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+    overflowed. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
     """
 
     dynamic = True

@@ -14,9 +14,8 @@ def lr_at(
     """Learning rate of optimizer step `step` (0 is the first).
 
     Warm-up is linear and ends at `lr`; then cosine (Loshchilov & Hutter 2017, arXiv:1608.03983),
-    linear, or wsd: constant
-    and a linear descent over the last decay_steps (Hu et al. 2024, arXiv:2404.06395), each ending
-    at min_lr.
+    linear, or wsd: constant and a linear descent over the last decay_steps (Hu et al. 2024,
+    arXiv:2404.06395), each ending at min_lr.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

@@ -36,9 +36,8 @@ def parameter_groups(
         is_embedding = name.startswith(("embedding.", "head."))
         decays = is_matrix and (cfg.decay_embeddings or not is_embedding)
         groups.setdefault((cfg.weight_decay if decays else 0.0, scale), []).append(parameter)
-    if (
-        unused and torch.distributed.get_world_size() == 1
-    ):  # a stage of a pipeline need not hold every name
+    # A stage of a pipeline need not hold every name.
+    if unused and torch.distributed.get_world_size() == 1:
         raise ConfigError(f"optimizer.lr_scale names no parameter: {', '.join(sorted(unused))}.")
     return [
         {"params": members, "weight_decay": decay, "lr_scale": scale}

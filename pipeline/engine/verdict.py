@@ -1,7 +1,7 @@
 """What the optimizer's kernel is told of a step: clip it, leave it out, undo the loss scale.
 
-    gradient norm, loss --decide_update--> Verdict --> fused AdamW (optimizer.grad_scale, optimizer.found_inf)
-                                           --> LossScale.update (fp16)
+    gradient norm, loss --decide_update--> Verdict --> fused AdamW (its grad_scale, found_inf)
+                                                   --> LossScale.update (fp16)
 
 The host launches a step and goes on with the next; it learns what was decided when it reads the
 numbers. Both decisions travel as tensors, by the protocol of torch.amp.GradScaler: the kernel

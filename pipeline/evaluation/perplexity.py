@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte on held-out datasets, at any layout.
 
-    validation_batches -> engine.evaluate -> (nats, tokens); bytes of the labels -> EvalResult per dataset
+    validation_batches -> engine.evaluate -> (nats, tokens)
+    with the bytes of the labels          -> EvalResult of each dataset
 
 The trainer and `python -m pipeline.evaluate` score alike.
 """
@@ -127,9 +128,8 @@ class Evaluator:
         import torch.distributed as dist
 
         layout = self.engine.layout
-        totals = torch.zeros(
-            3, dtype=torch.float64, device=layout.device
-        )  # nats, tokens; bytes of this rank's labels
+        # nats, tokens; bytes of this rank's labels
+        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)
         batches = self._batches(dataset)
         while group := list(islice(batches, MICRO_BATCHES)):
             nats, tokens = self.engine.evaluate(group)
@@ -156,7 +156,12 @@ class Evaluator:
 
         layout = self.engine.layout
         return validation_batches(
-            dataset, seq_len=self.run_shape.seq_len, micro_batch_size=self.run_shape.micro_batch_size,
-            data_rank=layout.data.rank, data_parallel_size=layout.data.size,
-            num_sequences=self.cfg.training.eval_sequences, device=layout.device, masks=Masks.of(self.cfg.data),
-        )  # fmt: skip
+            dataset,
+            seq_len=self.run_shape.seq_len,
+            micro_batch_size=self.run_shape.micro_batch_size,
+            data_rank=layout.data.rank,
+            data_parallel_size=layout.data.size,
+            num_sequences=self.cfg.training.eval_sequences,
+            device=layout.device,
+            masks=Masks.of(self.cfg.data),
+        )

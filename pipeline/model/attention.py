@@ -64,13 +64,15 @@ class CoreAttention(nn.Module):
         if mask is None and not drops and cpu_attention.is_faster(q):
             return cpu_attention.causal_attention(q, k, v, self.scale or q.shape[-1] ** -0.5)
         attend = partial(
-            F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+            F.scaled_dot_product_attention,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        )
         if drops:
-            with (
-                get_cuda_rng_tracker().fork()
-            ):  # heads are split: every tensor-parallel rank its own stream
+            # Heads are split: every tensor-parallel rank its own stream.
+            with get_cuda_rng_tracker().fork():
                 return attend(q, k, v, dropout_p=self.dropout)
         return attend(q, k, v)
 
@@ -100,9 +102,8 @@ class Attention(McoreSelfAttention):
         # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
         if queries == 1 and (rope is None or self.q_layernorm is not None):
             q, k, v = qkv.unbind(3)
-        elif (
-            self.q_layernorm is None and rope is not None
-        ):  # queries and keys turn alike: rotate them in one go
+        elif self.q_layernorm is None and rope is not None:
+            # Queries and keys turn alike: rotate them in one go.
             qk, v = qkv.split((queries + 1, 1), dim=3)
             q, k = apply_rope(qk, *rope).split((queries, 1), dim=3)
             q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)

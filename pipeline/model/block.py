@@ -68,10 +68,15 @@ class Block(nn.Module):
         )
         self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.is_moe = bool(model.moe.num_experts)
-        self.mlp = self._experts(config, layer) if self.is_moe else MLP(
-            config, MLPSubmodules(linear_fc1=column, linear_fc2=row),
-            ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp,
-        )  # fmt: skip
+        if self.is_moe:
+            self.mlp = self._experts(config, layer)
+        else:
+            self.mlp = MLP(
+                config,
+                MLPSubmodules(linear_fc1=column, linear_fc2=row),
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=groups.tp,
+            )
         if model.compile:
             self.compile()
 

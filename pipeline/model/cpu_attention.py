@@ -3,8 +3,7 @@
 As in flash attention the scores are fp32, exist a block at a time, small enough for the cache, and
 are computed again in the backward pass; here by batched matrix products and softmax, which torch
 does fast. With more threads each of these operators ends in a barrier, and torch's kernel, which
-spreads whole heads over the threads, is the faster one.
-Figures: docs/performance.md.
+spreads whole heads over the threads, is the faster one. Figures: docs/performance.md.
 
 B batch, G key/value heads, Q query heads of each, S sequence, D head width.
 """

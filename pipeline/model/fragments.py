@@ -1,9 +1,9 @@
 """What a rank updates, as runs of parameters, and as rectangles of whole tensors.
 
-    Fragment(name, partition, start, views)  --chunks_of-->  Chunk(entry name, whole shape, offsets, view)
+    Fragment(name, partition, start, views) --chunks_of--> Chunk(entry, whole shape, offsets, view)
 
 Entry names: weights/<parameter>, and <optimizer state>/<parameter>, such as
-    exp_avg/layers.0.mlp.linear_fc1.weight.
+exp_avg/layers.0.mlp.linear_fc1.weight.
 """
 
 from __future__ import annotations

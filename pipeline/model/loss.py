@@ -1,6 +1,7 @@
 """Output projection and cross entropy in one: a micro-batch's logits never exist at once.
 
-    hidden (B, S, H), weight (V / tensor_parallel_size, H), labels (B, S)  ->  sum of weights * cross entropy
+    hidden (B, S, H), weight (V / tensor_parallel_size, H), labels (B, S)
+    -> sum of weights * cross entropy
 
 Tokens go through in chunks: logits of a chunk, their loss, and in training at once the gradients of
 hidden and weight, as in Liger's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989). The
@@ -133,9 +134,8 @@ def _cross_entropy(
         )
         log_z = maximum - probability.amax(dim=1, keepdim=True).log()
     else:
-        target = torch.where(
-            is_here, target, 0.0
-        )  # not times 0: a rank of padding only has -inf there
+        # Not times 0: a rank of padding only has -inf there.
+        target = torch.where(is_here, target, 0.0)
         probability, log_z, target = _parallel_softmax(logits, target, projection.group)
     losses = (log_z - target).squeeze(1)
     if projection.z_loss_coeff:

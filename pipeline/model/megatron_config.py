@@ -50,9 +50,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             "moe_router_dtype": "fp32",
         }
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # advice about Transformer Engine and fusions that we do not use
+        # Advice about Transformer Engine and fusions that we do not use.
+        warnings.simplefilter("ignore")
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,

@@ -1,7 +1,7 @@
 """Which rectangles of a whole parameter one tensor-parallel rank holds; pure arithmetic, no torch.
 
-    local shape, partition_dim, partition_stride, rank, size --Partition.of--> [(local slices,
-    global slices), ...]
+    local shape, partition_dim, partition_stride, rank, size
+    --Partition.of--> [(local slices, global slices), ...]
 
 The global shape is the layout-free one: what checkpoints, initial weights and exports are written
 in. It has no vocabulary padding; local rows without a place in it (padding) are in no piece.

@@ -1,4 +1,6 @@
-"""The layers of a GPT as a pipeline runs them: StageEmbedding -> StageBlock x num_layers -> StageHead.
+"""The layers of a GPT as a pipeline runs them.
+
+    StageEmbedding -> StageBlock x num_layers -> StageHead
 
 They are the layers of gpt.py with one argument: what stage_io.py packed. model/stages.py says
 which stage holds which of them.

@@ -1,6 +1,8 @@
 """What a device must hold, before it is asked to; and which settings make it less.
 
-    PretrainConfig, RunShape --> estimate --> GiB of weights, gradients, optimizer, activations on the fullest rank
+    PretrainConfig, RunShape --> estimate --> GiB of weights, gradients, optimizer, activations
+
+Of the rank that holds most.
 
 Printed by the preflight, and when a device runs out of memory. Pure arithmetic, good to about 15 %:
 allocator slack, communication buffers (1 to 2 GiB) and the CUDA context are not in it. Imports no
@@ -100,9 +102,8 @@ def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight
     common = 5 * hidden / (tensor if cfg.parallel.sequence_parallel else 1)
     split = ((2 * heads + 2 * groups) * width + inner) / tensor
     layer = tokens * wide * (common + split)
-    if (
-        cfg.training.recompute is Recompute.full
-    ):  # every n-th block keeps its input only, and lives again one at a time
+    # Every n-th block keeps its input only, and lives again one at a time.
+    if cfg.training.recompute is Recompute.full:
         kept = tokens * wide * hidden
         again = math.ceil(layers / cfg.training.recompute_every)
         return in_flight * (again * kept + (layers - again) * layer) + layer

@@ -1,7 +1,6 @@
 """The end of a failed job, in ten lines: the first rank that fails speaks for all.
 
-    exception on a rank --claim a file--> first: message and the last frames of our code, on
-    standard error
+    exception on a rank --claim a file--> first: message, our last frames, on standard error
                                           others: logs/failures/<launch>/00012.txt only
 
 A crash on one rank makes every other rank fail in a collective; without the claim a job log ends in
@@ -69,12 +68,18 @@ def short_report(
     stack = traceback.extract_tb(error.__traceback__)
     frames = [f for f in stack if Path(f.filename).is_relative_to(PACKAGE)][-MAX_FRAMES:]
     message = str(error).strip().splitlines() or [""]
-    return "\n".join([
+    lines = [
         f"error: {where}: {type(error).__name__}: {message[0][:300]}",
-        *(f"  {PACKAGE.name}/{Path(f.filename).relative_to(PACKAGE)}:{f.lineno} {f.name}: {f.line}" for f in frames),
+        *(f"  {_place(f)}:{f.lineno} {f.name}: {f.line}" for f in frames),
         f"  whole traceback: {path}; the other ranks' beside it",
         *advice.splitlines(),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    """A file of this package as a person names it, e.g. pipeline/train.py."""
+    return f"{PACKAGE.name}/{Path(frame.filename).relative_to(PACKAGE)}"
 
 
 def launch_name(environment: os._Environ[str] | dict[str, str] = os.environ) -> str:

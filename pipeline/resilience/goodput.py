@@ -1,12 +1,10 @@
 """Where the time of a run goes: one file per start of the run, and the account over all of them.
 
-    clock.Clock --enter("data", step)--> seconds per phase --Goodput.write-->
-    logs/attempts/0003.json
+    Clock --enter("data", step)--> seconds per phase --Goodput.write--> logs/attempts/0003.json
 
 Goodput is the share of wall time, queueing between two starts included, that became training
-progress which was not
-lost again: steps done after the last checkpoint before a crash count as lost. Standard library
-    only.
+progress which was not lost again: steps done after the last checkpoint before a crash count as
+lost. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Bad numbers and loss spikes: what every rank decides alike after each step.
 
-    StepResult --step_agreement: one tiny all-reduce--> StepSummary --Guard.judge--> Action (+ an
-    entry in the ledger)
+    StepResult --step_agreement--> StepSummary --Guard.judge--> Action, perhaps a ledger entry
 
 `Guard` is pure: the same summaries give the same actions on every rank and on every replay. Its
-state (history, ledger) lives in the checkpoint, so a resumed run judges as the undisturbed one
-does.
+state (history, ledger) lives in the checkpoint: a resumed run judges as the undisturbed one does.
 """
 
 from __future__ import annotations
@@ -151,16 +149,15 @@ class Guard:
             for e in self.ledger[-max(self.cfg.max_bad_steps, MAX_ROLLBACKS + 1) :]
         ]
         last = self.ledger[-1]
-        why = (
-            f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to one checkpoint (step "
-            f"{last.step})"
-            if self.rollbacks > MAX_ROLLBACKS
-            else f"{self.bad_in_a_row} steps in a row could not be applied (resilience.max_bad_steps)"
-        )
-        return "\n".join([
-            f"{why}.", *lines,
-            "The newest checkpoint is from before the last of them. Lower optimizer.lr, raise "
-            "schedule.warmup_steps,",
-            "or set model.qk_norm=true or model.z_loss_coeff=1e-4. tracking.sample_hash=true: "
-            "which data it was.",
-        ])  # fmt: skip
+        if self.rollbacks > MAX_ROLLBACKS:
+            why = f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to step {last.step}"
+        else:
+            why = f"{self.bad_in_a_row} steps in a row could not be applied"
+            why += " (resilience.max_bad_steps)"
+        ways_out = [
+            "The newest checkpoint is from before the last of them.",
+            "Lower optimizer.lr, raise schedule.warmup_steps, or set model.qk_norm=true or "
+            "model.z_loss_coeff=1e-4.",
+            "tracking.sample_hash=true tells which data it was.",
+        ]
+        return "\n".join([f"{why}.", *lines, *ways_out])

@@ -29,9 +29,12 @@ PLACES = (
     ("pipeline/model/", "forward"),
 )
 WAYS_OUT = {
-    "data": "- Is the file system or the object store of data.path slow? See data.prefetch_steps, data.cache_dir.",
-    "save": "- Is the file system of runs_dir slow or full? A longer resilience.hang_timeout_s may be right.",
-    "collective": "- `NCCL_DEBUG=INFO` names the link; `srun python -m pipeline.node_check` tests every node and link.",
+    "data": "- Is the file system or the object store of data.path slow? "
+    "See data.prefetch_steps, data.cache_dir.",
+    "save": "- Is the file system of runs_dir slow or full? "
+    "A longer resilience.hang_timeout_s may be right.",
+    "collective": "- `NCCL_DEBUG=INFO` names the link; "
+    "`srun python -m pipeline.node_check` tests every node and link.",
 }
 MAX_STACKS = 4  # in the page; the folder beside it holds all
 
@@ -125,14 +128,14 @@ def _advice(
             "disk or driver.",
             f"- Look at the node: `scontrol show node {names}`, `dmesg`, `nvidia-smi -q | grep -i "
             "xid`.",
-            "- The job goes on at its newest checkpoint; elsewhere: `scontrol update jobid=ID "
-            f"ExcNodeList={names}`.",
+            "- The job goes on at its newest checkpoint; elsewhere: "
+            f"`scontrol update jobid=ID ExcNodeList={names}`.",
         ]
     doings = {sightings[rank].doing.split(" ")[0] for rank in who}
     return [
         *[way for place, way in WAYS_OUT.items() if place in doings],
-        "- The stacks below show the line. If the step is right but slow, raise "
-        "resilience.hang_timeout_s.",
+        "- The stacks below show the line. "
+        "If the step is right but slow, raise resilience.hang_timeout_s.",
     ]
 
 

@@ -1,7 +1,7 @@
 """Every device computes, every link carries, every clock agrees, or the bad node is named.
 
 A GEMM of small integers has one right answer on any hardware: a device is judged by itself, not by
-    the majority.
+the majority.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def find_bad_ranks(
     ):
         typical = _median(values)
         slow += [
-            f"node check: rank {rank} on {hosts[rank].node}: {what} took {ms:.1f} ms, median "
-            f"{typical:.1f} ms"
+            f"node check: rank {rank} on {hosts[rank].node}: "
+            f"{what} took {ms:.1f} ms, median {typical:.1f} ms"
             for rank, ms in enumerate(values)
             if len(values) > 2 and ms > SLOW * typical and ms - typical > 5.0
         ]

@@ -1,11 +1,11 @@
 """No run hangs for ever: one page says which rank stands still and where, and the job ends.
 
-    each rank, a thread: Clock.now is old --> logs/.hang-<start>/00003.json   what this rank was doing, its stacks
-    lowest rank that writes one: waits for the others' --> logs/hang-<step>.md, exit code 4 on every rank
+    each rank, a thread: Clock.now is old --> logs/.hang-<start>/00003.json, what it was doing
+    lowest rank that writes one, after the others --> logs/hang-<step>.md, exit code 4 everywhere
 
 While all goes well nothing is written and nothing is sent. A rank that is stopped, dead, or cut off
 writes no page: its silence names it. Who writes is judged by the number of phases it has been
-    through, then by what its stack shows.
+through, then by what its stack shows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run tells the world: metrics.jsonl, a line a logged step, a progress bar, W&B.
 
-    trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl          the record; history.py reads it
+    trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl, for history.py
                                                              --> console, progress bar
-                                                             --> WandbRun, a thread     wandb_run.py
+                                                             --> WandbRun, a thread
 
 Scalars stay on the device until a logged step reads them, so only logged steps wait for it.
 """

@@ -13,14 +13,14 @@ from pipeline.tracking.history import History
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAIN_COLOR, VAL_COLORS = (
-    "#4477aa",
-    ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee"),
-)  # told apart by everyone
+# Told apart by everyone.
+TRAIN_COLOR = "#4477aa"
+VAL_COLORS = ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222;
+       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 img {{ width: 100%; }} table {{ border-collapse: collapse; margin: 1rem 0; }}
 td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
@@ -28,7 +28,8 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>
-<img alt="Loss, learning rate, gradient norm and throughput over the steps" src="data:image/png;base64,{picture}">
+<img alt="Loss, learning rate, gradient norm and throughput over the steps"
+     src="data:image/png;base64,{picture}">
 <h2>Held-out data</h2>
 {evaluations}
 <h2>Run</h2>
@@ -77,7 +78,10 @@ def page(history: History, run_dir: Path, picture: Path) -> str:
         f"{last['resilience/restarts']} restarts, {last['resilience/skipped_steps']} skipped steps."
     )
     if "goodput/goodput" in last:
-        summary += f" Goodput {100 * last['goodput/goodput']:.0f} %, {last['goodput/lost_steps']:.0f} steps done twice."
+        summary += (
+            f" Goodput {100 * last['goodput/goodput']:.0f} %, "
+            f"{last['goodput/lost_steps']:.0f} steps done twice."
+        )
     rows = [
         [name, row["step"], row["loss"], row["ppl"], row["bits_per_byte"]]
         for name, found in history.evaluations.items()

@@ -60,16 +60,23 @@ class WandbRun:
             # One run for the job's whole life. Offline every restart writes a folder of its own
             # with this id, and `wandb sync` joins them; `resume` means nothing there.
             run = wandb.init(
-                project=cfg.project, entity=cfg.entity, group=cfg.group, tags=cfg.tags, name=run_dir.name, dir=run_dir,
-                id=_wandb_id(run_dir), resume="allow" if mode == "online" else None, mode=mode, config=config,
+                project=cfg.project,
+                entity=cfg.entity,
+                group=cfg.group,
+                tags=cfg.tags,
+                name=run_dir.name,
+                dir=run_dir,
+                id=_wandb_id(run_dir),
+                resume="allow" if mode == "online" else None,
+                mode=mode,
+                config=config,
                 settings=settings,
-            )  # fmt: skip
+            )
             logger.info(
                 "wandb: %s", run.url if mode == "online" else f"{mode}; kept in {run_dir}/wandb"
             )
-            run.define_metric(
-                "*", step_metric="step"
-            )  # after a restart steps repeat: W&B's own step cannot
+            # After a restart steps repeat: W&B's own step cannot.
+            run.define_metric("*", step_metric="step")
             while isinstance(row := self._queue.get(), dict):
                 run.log(row)
             run.finish(exit_code=row)

@@ -60,16 +60,16 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
         probe.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise MachineError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}). Choose another with "
-            "runs_dir=... or name=..."
+            f"the run folder {run_dir} cannot be written ({error.strerror}). "
+            "Choose another with runs_dir=... or name=..."
         ) from None
     size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(cfg.model, shape.vocab_size)
     free = shutil.disk_usage(run_dir).free
     if free < 2 * size:  # the newest checkpoint and the one being written
         raise MachineError(
             f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model "
-            f"need {2 * size / 2**30:.2f} GiB. Free some space or choose another disk with "
-            "runs_dir=..."
+            f"need {2 * size / 2**30:.2f} GiB. "
+            "Free some space or choose another disk with runs_dir=..."
         )
 
 
@@ -93,8 +93,8 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"{run_dir} holds a run of another model ({'; '.join(changed)}). Give this run another "
-            "name=..., or delete that folder."
+            f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
+            "Give this run another name=..., or delete that folder."
         )
 
 

@@ -1,4 +1,6 @@
-"""The loop: data -> step -> metrics -> evaluation -> checkpoint, until the steps are done or a notice comes.
+"""The loop, until the steps are done or a notice comes.
+
+    data -> step -> metrics -> evaluation -> checkpoint
 
 Everything it needs is built in `Trainer.__init__`; every method is called on every rank alike.
 """
@@ -57,19 +59,29 @@ class Trainer:
     """One run, from its newest checkpoint to its last step."""
 
     def __init__(
-        self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout, *, run_dir: Path, clock: Clock,
+        self,
+        cfg: PretrainConfig,
+        shape: RunShape,
+        layout: ParallelLayout,
+        *,
+        run_dir: Path,
+        clock: Clock,
         hosts: list[RankHost],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cfg, self.shape, self.layout = cfg, shape, layout
         self.run_dir, self.clock, self.hosts = run_dir, clock, hosts
         self.state = TrainState()
         self.engine = Engine(cfg, shape, layout)
         clock.alive()
         self.loader = Loader(
-            cfg.data, shape=shape, seed=cfg.seed, data_rank=layout.data.rank, device=layout.device,
+            cfg.data,
+            shape=shape,
+            seed=cfg.seed,
+            data_rank=layout.data.rank,
+            device=layout.device,
             cache_dir=Path(cfg.data.cache_dir or run_dir / "cache"),
             reads_tokens=layout.pipeline.rank in (0, shape.sizes.pipeline - 1),
-        )  # fmt: skip
+        )
         self.evaluator = Evaluator(cfg, shape=shape, engine=self.engine)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,
@@ -122,9 +134,8 @@ class Trainer:
                 continue
             if self.is_due(self.cfg.training.eval_every):
                 self.evaluate()
-            if any(
-                summary.notice for summary in summaries
-            ):  # some rank was asked to leave, all know
+            # Some rank was asked to leave, all know.
+            if any(summary.notice for summary in summaries):
                 break
             if self.is_due(self.cfg.checkpoint.save_every):
                 self.save()
@@ -173,10 +184,13 @@ class Trainer:
         step = self.state.step
         known = [
             self.agreement.agree(
-                step - 1, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped,
+                step - 1,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                skipped=result.skipped,
                 notice=notice.received() is not None,
             )
-        ]  # fmt: skip
+        ]
         if self.is_due(self.cfg.checkpoint.save_every) or step == self.shape.total_steps:
             known.append(self.agreement.drain())
         return [summary for summary in known if summary]
@@ -214,8 +228,8 @@ class Trainer:
         self.loader.restore(record["loader"])
         self.loader.skip_samples(reached - self.state.samples_seen)
         self.warn(
-            f"rolled back to step {self.state.step}; {reached - self.state.samples_seen} samples "
-            "are skipped"
+            f"rolled back to step {self.state.step}; "
+            f"{reached - self.state.samples_seen} samples are skipped"
         )
         self.state.samples_seen = reached
 
@@ -294,8 +308,8 @@ class Trainer:
         if not self.checkpoints.wait():
             raise CheckpointError(
                 f"the checkpoint of step {self.state.step} could not be written (see above); the "
-                "run ends with the one before. Free the disk, or whatever the message says, and "
-                "start the same command again."
+                "run ends with the one before. "
+                "Free the disk, or whatever the message says, and start the same command again."
             )
         self.clock.enter("end", self.state.step)
         if self.layout.ranks.is_main and is_done:

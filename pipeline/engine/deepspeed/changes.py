@@ -1,13 +1,13 @@
 """What DeepSpeed 0.19 would make the host wait for in every step, and what stands there instead.
 
-    is_invalid_grad_norm, check_overflow    read the norm: a step with bad gradients is left out by the optimizer's
-                                            kernel instead (engine/verdict.py)
-    unscale_and_clip_grads                  a pass over the gradients: the kernel divides by grad_scale instead
-    get_grad_norm_direct, ..._of_tensors    copy constants to the device one by one: `_total_norm` instead
+    is_invalid_grad_norm, check_overflow    read the norm: the optimizer's kernel leaves a step with
+                                            bad gradients out instead (engine/verdict.py)
+    unscale_and_clip_grads                  a pass over the gradients: the kernel divides instead
+    get_grad_norm_direct, ..._of_tensors    copy constants one by one: `_total_norm` instead
     the loss scaler of fp16                 reads the overflow: `LossScale` instead
-    synchronize() after a backward pass     waits for the reductions' stream: the next kernel waits instead
+    synchronize() after a backward pass     waits for the reductions: the next kernel waits instead
 
-tests/test_host_waits.py finds what a new release adds.
+tests/engine/test_host_waits.py finds what a new release adds.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def reduce_tied_sums(engine: Any) -> None:
     """Let a pipeline of fp16 reduce the fp32 sums of a tied weight's gradients.
 
     PipelineEngine reduces weight.grad, which is None where the sums are kept apart
-    (grad_accum_dtype), and says
-    nothing: the copies of the weight drift apart.
+    (grad_accum_dtype), and says nothing: the copies of the weight drift apart.
     """
     weights = engine.module.get_tied_weights_and_groups
     engine.module.get_tied_weights_and_groups = lambda: [

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration, from ours.
 
 Every key we rely on is written out: DeepSpeed's defaults have changed between releases, and some
-    are wrong for us.
+are wrong for us.
 """
 
 from __future__ import annotations

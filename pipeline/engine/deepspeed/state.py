@@ -1,11 +1,11 @@
 """Where DeepSpeed keeps fp32 weights and optimizer state, as views under layout-free names.
 
-    fragments(engine) -> [Fragment(name, start, {"weight": view, "exp_avg": view, ...})]     every ZeRO stage and engine
+    fragments(engine) -> [Fragment(name, start, {"weight": view, "exp_avg": view, ...})]
 
 A checkpoint is written from these views and read into them; nothing is gathered. Loading is
 `create_state`, writing into the views, then `publish_weights`, which hands the fp32 weights to the
-copies that forward and backward use. With engine.py the only file that knows DeepSpeed; its
-attribute names here are those of 0.19.
+copies that forward and backward use. Alike for every ZeRO stage and for pipelines; DeepSpeed's
+attribute names are those of 0.19.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def publish_weights(engine: Engine) -> None:
         )
         for held, piece in zip(optimizer.fp16_partitioned_groups[i], pieces, strict=True):
             held.data = piece
-    if (
-        persistent := optimizer.persistent_parameters
-    ):  # small parameters that stay whole on every rank
+    # Small parameters that stay whole on every rank.
+    if persistent := optimizer.persistent_parameters:
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
