@@ -29,7 +29,7 @@ def test_first_failing_rank_speaks_and_the_others_write_files(tmp_path, capfd, m
     printed = capfd.readouterr().err
     assert len(printed.splitlines()) <= 10
     assert printed.startswith("error: rank 9 on n2 after step 120: AssertionError: no such phase")
-    assert re.search(r"pipeline/goodput\.py:\d+ enter: assert phase in PHASES", printed)
+    assert re.search(r"pipeline/resilience/clock\.py:\d+ enter: assert phase in PHASES", printed)
     files = sorted(path.name for path in (tmp_path / "logs" / "failures" / "17-0").iterdir())
     assert files == ["00000.txt", "00009.txt", "00063.txt", "first"]
     assert "Traceback" in (tmp_path / "logs" / "failures" / "17-0" / "00063.txt").read_text()
