@@ -1,10 +1,11 @@
 """Is this dataset whole? Every byte is read and compared with what the manifest and the index say.
 
     python -m data_prep.verify DATASET              all of it, at the speed of the disk
-    python -m data_prep.verify DATASET quick=true   sizes, index and tokenizer only: seconds for any dataset
+    python -m data_prep.verify DATASET quick=true   sizes, index and tokenizer only: seconds
 
     manifest.json, index.npy, tokenizer.json -> checksums, totals
-    each tar -> sha256; each member -> headers, padding, crc32; tokens < vocab_size; a document starts after each EOD
+    each tar -> sha256; each member -> headers, padding, crc32; tokens < vocab_size; a document
+                starts after each EOD
 
 DATASET is a folder or an address that fsspec understands; OUT of data_prep/tokenize.py stands for
 OUT/train and OUT/validation. Exit code 0: whole; 1: not, and each fault is named.
@@ -12,27 +13,14 @@ OUT/train and OUT/validation. Exit code 0: whole; 1: not, and each fault is name
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import fsspec
-import numpy as np
-from isal.isal_zlib import crc32
 from omegaconf import MISSING
-from tqdm import tqdm
 
+from data_prep.tokens.check import find_faults
 from pipeline import cli
-from pipeline.data import shard_format as fmt
 from pipeline.data.shard_format import Manifest
-from pipeline.errors import DataError
-from pipeline.files import sha256_of
 
 
 @dataclass
@@ -58,7 +46,7 @@ def main(cfg: VerifyConfig) -> int:
     num_faults = 0
     for folder in datasets_in(cfg.dataset):
         found = 0
-        for fault in verify(folder, quick=cfg.quick, workers=cfg.workers):
+        for fault in find_faults(folder, quick=cfg.quick, workers=cfg.workers):
             found += 1
             if num_faults + found <= cfg.max_faults:
                 print(f"fault: {fault}")
@@ -78,201 +66,6 @@ def datasets_in(folder: str) -> list[str]:
     if "://" in folder or not Path(folder).is_dir() or Path(folder, "manifest.json").exists():
         return [folder]
     return [split for split in splits if Path(split).is_dir()] or [folder]
-
-
-def verify(folder: str, *, quick: bool = False, workers: int | None = None) -> Iterator[str]:
-    """A sentence for each fault of one dataset; with quick, the shards are not read."""
-    try:
-        manifest = Manifest.load(folder)
-        index = manifest.index
-    except DataError as error:
-        yield str(error)
-        return
-    yield from _check_small_files(manifest)
-    if "://" not in folder:
-        yield from _check_files(manifest)
-    if quick:
-        return
-    if manifest.num_shards and not _ends_with_eod(manifest, manifest.num_shards - 1):
-        yield f"{folder}: the last document does not end with EOD."
-    del index
-    num_workers = min(workers or os.cpu_count() or 1, max(manifest.num_shards, 1))
-    shards = range(manifest.num_shards)
-    with _progress(manifest) as bar:
-        for shard, faults in zip(
-            shards, _map(partial(_check_shard_of, folder), shards, num_workers)
-        ):
-            bar.update(int(manifest.shard_bytes[shard]))
-            yield from faults
-
-
-def _check_small_files(manifest: Manifest) -> Iterator[str]:
-    folder, facts = manifest.folder, manifest.tokenizer
-    raw = fmt.read_bytes(f"{folder}/manifest.json")
-    if not fmt.is_sealed(raw):
-        yield f"{folder}/manifest.json has changed since it was written: its checksum does not fit."
-    checksums = {
-        "index.npy": manifest.index_sha256,
-        "tokenizer.json": facts.sha256,
-        "provenance.jsonl": json.loads(raw).get("provenance_sha256"),
-    }
-    for name, expected in checksums.items():
-        try:
-            actual = sha256_of(fmt.read_bytes(f"{folder}/{name}"))
-        except DataError as error:
-            yield str(error)
-            continue
-        if actual != expected:
-            yield f"{folder}/{name} has sha256 {actual}, the manifest says {expected}."
-    if not 0 <= facts.eod < facts.vocab_size:
-        yield f"{folder}: eod ({facts.eod}) is not below vocab_size ({facts.vocab_size})."
-    if manifest.dtype != fmt.token_dtype(facts.vocab_size):
-        yield f"{folder}: dtype {manifest.dtype.str} does not belong to vocab_size {facts.vocab_size}."
-
-
-def _check_files(manifest: Manifest) -> Iterator[str]:
-    """Each tar of a local dataset has its size, and no other file lies under shards/."""
-    listed = set(manifest.paths)
-    for path, size in zip(manifest.paths, manifest.shard_bytes.tolist()):
-        file = Path(manifest.folder, path)
-        if not file.is_file():
-            yield f"{file} is missing."
-        elif file.stat().st_size != size:
-            yield f"{file} has {file.stat().st_size} bytes, the manifest says {size}."
-    for file in sorted(Path(manifest.folder, "shards").rglob("*")):
-        if file.is_file() and str(file.relative_to(manifest.folder)) not in listed:
-            yield f"{file} is not part of the dataset."
-
-
-@lru_cache(maxsize=1)
-def _load(folder: str) -> Manifest:
-    return Manifest.load(folder)
-
-
-def _check_shard_of(folder: str, shard: int) -> list[str]:
-    """In a worker: the manifest is read once a process."""
-    return list(check_shard(_load(folder), shard))
-
-
-def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
-    """A sentence for each fault of one tar; what is wrong is named as closely as the headers
-    allow.
-    """
-    path = f"{manifest.folder}/{manifest.paths[shard]}"
-    try:
-        data = _bytes_of(path)
-    except (DataError, OSError, ValueError) as error:
-        yield f"{path} cannot be read: {error}"
-        return
-    faults = list(_check_members(manifest, shard, data))
-    if sha256_of(data.data) != manifest.sha256[shard]:
-        where = (
-            ""
-            if faults
-            else " Headers, padding and arrays fit the index: the manifest's sha256 itself may be damaged."
-        )
-        faults.insert(0, f"sha256 is not the manifest's {manifest.sha256[shard][:12]}...{where}")
-    for fault in faults:
-        yield f"{path}: {fault}"
-
-
-def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator[str]:
-    rows = manifest.index[manifest.block_starts[shard] : manifest.block_starts[shard + 1]]
-    begins_document = shard == 0 or _ends_with_eod(manifest, shard - 1)
-    place = 0
-    for block, row in enumerate(rows):
-        last = block == len(rows) - 1
-        tokens_name, docs_name = fmt.member_names(manifest.shard_keys[shard], block)
-        arrays = []
-        for name, dtype, kind in (
-            (tokens_name, manifest.dtype, "tokens"),
-            (docs_name, fmt.DOCS_DTYPE, "docs"),
-        ):
-            count, offset, crc = (
-                int(row[f]) for f in (f"num_{kind}", f"{kind}_offset", f"{kind}_crc32")
-            )
-            size = count * dtype.itemsize
-            if offset != place + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES or offset + size > len(data):
-                yield f"{name}: the index puts it at byte {offset}, which cannot be. The rest was not looked at."
-                return
-            header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size) + fmt.npy_header(
-                dtype, count
-            )
-            if data[place:offset].tobytes() != header:
-                yield f"{name}: its tar or npy header is damaged."
-            place = offset + size + -(fmt.NPY_HEADER_BYTES + size) % fmt.TAR_BLOCK
-            if data[offset + size : place].any():
-                yield f"{name}: the padding after it is damaged."
-            if crc32(data[offset : offset + size]) != crc:
-                yield f"{name}: crc32 is not the index's."
-            arrays.append(data[offset : offset + size].view(dtype))
-        tokens, docs = arrays
-        if not last and len(tokens) != manifest.block_tokens:
-            yield f"{tokens_name}: {len(tokens)} tokens; every block but the last has {manifest.block_tokens}."
-        yield from _check_tokens(manifest, tokens_name, tokens, docs, begins_document)
-        begins_document = bool(len(tokens)) and int(tokens[-1]) == manifest.tokenizer.eod
-    if data[place:].any() or len(data) < place + 2 * fmt.TAR_BLOCK:
-        yield "the end of the archive is damaged."
-    totals = int(rows["num_tokens"].sum()), int(rows["num_docs"].sum())
-    expected = int(manifest.shard_tokens[shard]), int(manifest.shard_documents[shard])
-    if totals != expected:
-        yield f"the index counts {totals} tokens and documents, the manifest {expected}."
-
-
-def _check_tokens(
-    manifest: Manifest, name: str, tokens: np.ndarray, docs: np.ndarray, begins_document: bool
-) -> Iterator[str]:
-    """Ids are below vocab_size; documents start exactly after each EOD."""
-    facts = manifest.tokenizer
-    if len(tokens) and int(tokens.max()) >= facts.vocab_size:
-        yield f"{name}: id {int(tokens.max())} is not below vocab_size ({facts.vocab_size})."
-    starts = np.flatnonzero(tokens[:-1] == facts.eod) + 1
-    if begins_document:
-        starts = np.concatenate([[0], starts])
-    if not np.array_equal(starts, docs):
-        yield f"{name}: {len(docs)} documents are listed, {len(starts)} start after an EOD; their places must agree."
-
-
-def _ends_with_eod(manifest: Manifest, shard: int) -> bool:
-    """Whether the last document of a shard ends in it; one that cannot be read says yes, its own
-    check tells.
-    """
-    row = manifest.index[manifest.block_starts[shard + 1] - 1]
-    place = int(row["tokens_offset"]) + (int(row["num_tokens"]) - 1) * manifest.dtype.itemsize
-    try:
-        with fsspec.open(f"{manifest.folder}/{manifest.paths[shard]}", "rb") as file:
-            file.seek(place)
-            last = np.frombuffer(file.read(manifest.dtype.itemsize), manifest.dtype)
-    except OSError:
-        return True
-    return not len(last) or int(last[0]) == manifest.tokenizer.eod
-
-
-def _bytes_of(path: str) -> np.ndarray:
-    """(n,) uint8: a local file mapped, another one read."""
-    if "://" in path:
-        return np.frombuffer(fmt.read_bytes(path), np.uint8)
-    return np.memmap(path, np.uint8, "r")
-
-
-def _map(function: Callable[[int], list[str]], shards: range, workers: int) -> Iterator[list[str]]:
-    """Results in order, from this process or from several."""
-    if workers == 1:
-        yield from map(function, shards)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(function, shards)
-
-
-def _progress(manifest: Manifest) -> tqdm:
-    total = int(manifest.shard_bytes.sum())
-    return tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=Path(manifest.folder).name,
-        disable=not sys.stderr.isatty(),
-    )
 
 
 def _summary(folder: str, *, quick: bool) -> str:

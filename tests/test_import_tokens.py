@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import verify
 from data_prep.import_tokens import ImportConfig, main
-from data_prep.show import read_document
 from data_prep.sources import token_files
+from data_prep.tokens import check
+from data_prep.tokens.browse import read_document
 from pipeline import cli
 from pipeline.data.shard_format import Manifest
 from pipeline.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def run(output: Path, source: Path | str, tokenizer: Tokenizer, *changes: str) -
 
 
 def texts_of(output: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
-    assert list(verify.verify(str(output / split), workers=1)) == []
+    assert list(check.find_faults(str(output / split), workers=1)) == []
     manifest = Manifest.load(output / split)
     return [tokenizer.decode(read_document(manifest, n)[:-1]) for n in range(manifest.documents)]
 

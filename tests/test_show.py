@@ -9,6 +9,7 @@ import pytest
 
 from data_prep import show
 from data_prep.show import ShowConfig
+from data_prep.tokens import browse
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
@@ -26,7 +27,7 @@ ALL = TEXTS["web"] + TEXTS["code"]
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources, blocks of 1,000 tokens: documents run over blocks."""
-    folder = tmp_path_factory.mktemp("inspect")
+    folder = tmp_path_factory.mktemp("show")
     tokenizer = make_tokenizer(folder / "tokenizer.json")
     for source, texts in TEXTS.items():
         write_jsonl(folder / f"{source}.jsonl", texts)
@@ -52,14 +53,14 @@ def manifest(output: Path) -> Manifest:
 def test_every_document_is_read_back(manifest: Manifest, output: Path) -> None:
     tokenizer = Tokenizer.from_file(output / "train")
     for number, text in enumerate(ALL):
-        ids = show.read_document(manifest, number)
+        ids = browse.read_document(manifest, number)
         assert ids[-1] == manifest.tokenizer.eod
         assert tokenizer.decode(ids[:-1]) == text
 
 
 def test_lengths_are_those_of_the_documents(manifest: Manifest) -> None:
-    expected = [len(show.read_document(manifest, number)) for number in range(len(ALL))]
-    assert show.document_lengths(manifest).tolist() == expected
+    expected = [len(browse.read_document(manifest, number)) for number in range(len(ALL))]
+    assert browse.document_lengths(manifest).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -69,13 +70,13 @@ def test_lengths_are_those_of_the_documents(manifest: Manifest) -> None:
 def test_search_finds_the_documents_that_a_plain_search_finds(
     manifest: Manifest, text: str
 ) -> None:
-    assert list(show.search(manifest, text)) == [
+    assert list(browse.search(manifest, text)) == [
         n for n, document in enumerate(ALL) if text in document
     ]
 
 
 def test_a_text_across_two_documents_is_no_match(manifest: Manifest) -> None:
-    assert list(show.search(manifest, ALL[4][-4:] + ALL[5][:4])) == []
+    assert list(browse.search(manifest, ALL[4][-4:] + ALL[5][:4])) == []
 
 
 def test_totals_by_source_and_histogram(
@@ -105,7 +106,7 @@ def test_a_search_stops_at_its_limit(output: Path, capsys: pytest.CaptureFixture
 
 def test_a_document_that_is_not_there_is_refused(manifest: Manifest) -> None:
     with pytest.raises(ConfigError, match="documents 0 to 99"):
-        show.read_document(manifest, 100)
+        browse.read_document(manifest, 100)
 
 
 def test_the_command_shows_a_document(output: Path) -> None:
@@ -124,7 +125,7 @@ def test_an_empty_dataset_has_no_lengths(tmp_path: Path) -> None:
     from tests.support.token_dataset import write_dataset
 
     write_dataset(tmp_path, [])
-    assert np.array_equal(show.document_lengths(Manifest.load(tmp_path)), np.zeros(0, np.int64))
+    assert np.array_equal(browse.document_lengths(Manifest.load(tmp_path)), np.zeros(0, np.int64))
 
 
 def test_documents_of_a_tokenizer_whose_end_was_named_are_shown(tmp_path: Path) -> None:
@@ -134,4 +135,4 @@ def test_documents_of_a_tokenizer_whose_end_was_named_are_shown(tmp_path: Path) 
     words = [f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out", f"tokenizer={path}", "eod=0"]
     more = ["workers=1", "encoder=hf", "validation_fraction=0"]
     tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
-    assert list(show.search(Manifest.load(tmp_path / "out" / "train"), "dog")) == [1]
+    assert list(browse.search(Manifest.load(tmp_path / "out" / "train"), "dog")) == [1]

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from data_prep import finalize
-from data_prep.tokens.split import is_held_out
+from data_prep.tokens.split import digest_text, is_held_out
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.shard_format import Manifest
@@ -80,7 +80,9 @@ def reference(corpus, tmp_path_factory):
 
 def test_datasets_hold_each_document_once_with_the_ids_of_hugging_face(corpus, reference):
     for name, is_validation in (("train", False), ("validation", True)):
-        expected = [text for text in TEXTS if is_held_out(text, 0.005) == is_validation]
+        expected = [
+            text for text in TEXTS if is_held_out(digest_text(text), 0.005) == is_validation
+        ]
         assert documents(reference / name) == parts_in_order(expected, corpus / "tokenizer.json")
         manifest = Manifest.load(reference / name)
         assert manifest.documents == len(expected)
@@ -100,7 +102,7 @@ def test_document_starts_follow_the_ends(reference):
 
 def test_hugging_face_decodes_documents_to_the_original_text(corpus, reference):
     backend = Backend.from_file(str(corpus / "tokenizer.json"))
-    expected = [text for text in TEXTS if not is_held_out(text, 0.005)]
+    expected = [text for text in TEXTS if not is_held_out(digest_text(text), 0.005)]
     for ids, text in list(zip(documents(reference / "train"), expected, strict=True))[::13]:
         assert backend.decode(ids, skip_special_tokens=False) == text
 
@@ -281,7 +283,8 @@ def test_without_validation_only_the_training_set_is_written(corpus, tmp_path):
 
 def test_held_out_documents_stay_held_out_when_the_fraction_grows():
     chosen = [
-        {text for text in TEXTS if is_held_out(text, fraction)} for fraction in (0.01, 0.05, 0.2)
+        {text for text in TEXTS if is_held_out(digest_text(text), fraction)}
+        for fraction in (0.01, 0.05, 0.2)
     ]
     assert chosen[0] < chosen[1] < chosen[2]
     assert 0.1 < len(chosen[2]) / len(TEXTS) < 0.3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep import verify
+from data_prep.tokens import check
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from data_prep.verify import VerifyConfig
@@ -49,7 +50,7 @@ def dataset(prepared: Path, tmp_path: Path) -> Path:
 
 
 def faults(dataset: Path, *, quick: bool = False) -> list[str]:
-    return list(verify.verify(str(dataset), quick=quick, workers=1))
+    return list(check.find_faults(str(dataset), quick=quick, workers=1))
 
 
 def flip(path: Path, place: int, bit: int = 1) -> None:
@@ -135,9 +136,9 @@ def test_random_flips_of_a_shard_are_all_found(dataset: Path) -> None:
     rng = random.Random(1)
     for _ in range(60):
         flip(path, rng.randrange(len(whole)), 1 << rng.randrange(8))
-        assert list(verify.check_shard(Manifest.load(dataset), 1))
+        assert list(check.check_shard(Manifest.load(dataset), 1))
         path.write_bytes(whole)
-    assert not list(verify.check_shard(Manifest.load(dataset), 1))
+    assert not list(check.check_shard(Manifest.load(dataset), 1))
 
 
 def test_quick_finds_sizes_and_strangers_but_reads_no_shard(dataset: Path) -> None:
@@ -199,7 +200,8 @@ def test_a_document_without_end_is_found(dataset: Path) -> None:
     data[offset + size - 2 : offset + size].view("<u2")[0] = 1
     path.write_bytes(data.tobytes())
     assert any(
-        "last document does not end" in fault for fault in verify.verify(str(dataset), workers=1)
+        "last document does not end" in fault
+        for fault in check.find_faults(str(dataset), workers=1)
     )
     assert manifest.tokenizer.eod != 1
 
@@ -216,7 +218,7 @@ def test_exit_code_and_list_of_faults(dataset: Path, capsys: pytest.CaptureFixtu
 def test_several_processes_find_the_same(dataset: Path) -> None:
     path, blocks = members(dataset)
     flip(path, blocks[0][0])
-    assert list(verify.verify(str(dataset), workers=2)) == faults(dataset)
+    assert list(check.find_faults(str(dataset), workers=2)) == faults(dataset)
 
 
 def test_a_missing_dataset_is_a_fault(tmp_path: Path) -> None:
@@ -228,12 +230,12 @@ def test_a_dataset_in_object_storage_is_read_through_fsspec(dataset: Path) -> No
 
     memory = fsspec.filesystem("memory")
     memory.put(str(dataset), "/verify/dataset", recursive=True)
-    assert list(verify.verify("memory://verify/dataset", workers=1)) == []
+    assert list(check.find_faults("memory://verify/dataset", workers=1)) == []
     shard = f"/verify/dataset/{Manifest.load(dataset).paths[0]}"
     data = bytearray(memory.cat_file(shard))
     data[5000] ^= 4
     memory.pipe_file(shard, bytes(data))
-    found = list(verify.verify("memory://verify/dataset", workers=1))
+    found = list(check.find_faults("memory://verify/dataset", workers=1))
     assert "sha256 is not the manifest's" in found[0]
     assert "crc32" in found[1]
     memory.rm("/verify", recursive=True)

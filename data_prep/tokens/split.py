@@ -1,21 +1,115 @@
-"""Which documents are held out: decided by a hash of their content, so that no list is kept."""
+"""Which documents are held out, and the parts of one work unit: a writer for each split.
+
+document -> digest of its content -> below fraction * 2^64: validation, else train -> PartWriter
+"""
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.tokens.shard_writer import PARTS_PER_KEY_RANGE, PartWriter
+from pipeline.errors import ConfigError
 
 SPLITS = ("train", "validation")
 SPLIT_CHARACTERS = 4096  # that decide, with the length, to which split a document goes
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """True for `fraction` of all texts; the same for texts that begin alike and are equally long.
+def check_fraction(fraction: float) -> None:
+    """Refuse a share that leaves nothing to train on.
 
-    With a larger fraction the documents that were held out stay so.
+    Raises:
+        ConfigError: it is not in [0, 1).
     """
-    if not fraction:
-        return False
-    digest = hashlib.blake2b(
-        f"{len(text)} {text[:SPLIT_CHARACTERS]}".encode(), digest_size=8
-    ).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"validation_fraction ({fraction}) must be at least 0 and below 1.")
+
+
+def digest_text(text: str) -> int:
+    """A number below 2^64; the same for texts that begin alike and are equally long."""
+    return _digest(f"{len(text)} {text[:SPLIT_CHARACTERS]}".encode())
+
+
+def digest_ids(ids: np.ndarray) -> int:
+    """A number below 2^64 of a document's ids, without the end-of-document id."""
+    return _digest(ids.astype("<u4").tobytes())
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def is_held_out(digest: int, fraction: float) -> bool:
+    """True for `fraction` of all digests; with a larger one, what was held out stays so."""
+    return digest < fraction * 2**64
+
+
+class UnitWriter:
+    """The parts of one work unit by split, and what its marker says of them.
+
+    Used as a context manager: left with an error, the parts that were being written are removed.
+    """
+
+    def __init__(
+        self, folder: Path, *, number: int, source: str, dtype: np.dtype, fraction: float
+    ) -> None:
+        """Write into `folder`.
+
+        Args:
+            folder: of the parts.
+            number: of the unit; parts are named and keyed by it.
+            source: label of the unit.
+            dtype: of the tokens.
+            fraction: share that is held out; 0: there is no validation split.
+        """
+        self._writers = {
+            name: PartWriter(
+                folder,
+                stem=f"{number:08d}-{name}",
+                key=number * PARTS_PER_KEY_RANGE,
+                source=source,
+                dtype=dtype,
+            )
+            for name in SPLITS[: 2 if fraction else 1]
+        }
+        self._text_bytes = dict.fromkeys(self._writers, 0)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> UnitWriter:
+        """Nothing is written yet."""
+        for writer in self._writers.values():
+            self._stack.enter_context(writer)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Remove unfinished parts, if an error ended the block."""
+        self._stack.__exit__(*error)
+
+    def add(
+        self, split: str, tokens: np.ndarray, starts: np.ndarray, ids: list[str], text_bytes: int
+    ) -> None:
+        """Append whole documents to a split.
+
+        Args:
+            split: one of SPLITS.
+            tokens: (n,) ids, each document with its end-of-document id.
+            starts: places in `tokens` where documents start.
+            ids: of these documents.
+            text_bytes: UTF-8 bytes of their text.
+        """
+        self._writers[split].add(tokens, starts, ids)
+        self._text_bytes[split] += text_bytes
+
+    def close(self) -> dict[str, Any]:
+        """Finish all parts; `splits` of the unit's marker."""
+        return {
+            name: {
+                "parts": [part.as_json() for part in writer.close()],
+                "text_bytes": self._text_bytes[name],
+            }
+            for name, writer in self._writers.items()
+        }

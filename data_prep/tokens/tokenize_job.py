@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,10 @@ from data_prep.sources.documents import Document, Rejects, read_documents
 from data_prep.sources.inputs import InputConfig, Unit, find_units
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
-from data_prep.tokens.shard_writer import PARTS_PER_KEY_RANGE, PartWriter
-from data_prep.tokens.split import SPLITS, is_held_out
+from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text, is_held_out
 from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.errors import ConfigError
 from pipeline.files import write_durably
 from pipeline.log import logger
 
@@ -72,10 +69,7 @@ def main(cfg: TokenizeConfig) -> None:
         PipelineError: see docs/data.md.
     """
     log.setup()
-    if not 0 <= cfg.validation_fraction < 1:
-        raise ConfigError(
-            f"validation_fraction ({cfg.validation_fraction}) must be at least 0 and below 1."
-        )
+    check_fraction(cfg.validation_fraction)
     output = Path(cfg.output)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
     task, num_tasks = task_of(cfg)
@@ -144,17 +138,21 @@ def tokenize_unit(
     encoder = get_encoder(cfg.tokenizer, tokenizer.sha256, tokenizer.eod, cfg.encoder)
     rejects = Rejects(cfg.on_error)
     dtype = token_dtype(tokenizer.vocab_size)
-    with ExitStack() as stack:
-        splits = {
-            name: _Split(encoder, tokenizer.eod, dtype, stack.enter_context(PartWriter(
-                dataset_writer.parts_folder(output), stem=f"{unit.number:08d}-{name}",
-                key=unit.number * PARTS_PER_KEY_RANGE, source=unit.source, dtype=dtype,
-            )))
-            for name in SPLITS[: 2 if cfg.validation_fraction else 1]
-        }  # fmt: skip
+    with UnitWriter(
+        dataset_writer.parts_folder(output),
+        number=unit.number,
+        source=unit.source,
+        dtype=dtype,
+        fraction=cfg.validation_fraction,
+    ) as writer:
+        batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}
         for document in read_documents(unit, cfg, rejects):
-            splits[SPLITS[is_held_out(document.text, cfg.validation_fraction)]].add(document)
-        result = {"splits": {name: split.close() for name, split in splits.items()}}
+            digest = digest_text(document.text) if cfg.validation_fraction else 0
+            held_out = is_held_out(digest, cfg.validation_fraction)
+            batches[SPLITS[held_out]].add(document)
+        for batch in batches.values():
+            batch.flush()
+        result = {"splits": writer.close()}
     if rejects.rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.rows)
         write_durably(
@@ -164,42 +162,41 @@ def tokenize_unit(
     return result | {"rejects": dict(Counter(row["reason"] for row in rejects.rows))}
 
 
-class _Split:
-    """Documents of one split on their way from text to parts."""
+class _Batch:
+    """Documents of one split on their way from text to a unit's parts; encoded many at a time."""
 
-    def __init__(self, encoder: Encoder, eod: int, dtype: np.dtype, writer: PartWriter) -> None:
-        self._encoder, self._eod, self._dtype, self._writer = encoder, eod, dtype, writer
+    def __init__(
+        self, encoder: Encoder, eod: int, dtype: np.dtype, split: str, writer: UnitWriter
+    ) -> None:
+        self._encoder, self._eod, self._dtype = encoder, eod, dtype
+        self._split, self._writer = split, writer
         self._texts: list[str] = []
         self._ids: list[str] = []
-        self._waiting = self._text_bytes = 0
+        self._waiting = 0
 
     def add(self, document: Document) -> None:
         self._texts.append(document.text)
         self._ids.append(document.id)
         self._waiting += len(document.text)
         if self._waiting >= BATCH_CHARACTERS:
-            self._flush()
+            self.flush()
 
-    def close(self) -> dict[str, Any]:
-        self._flush()
-        return {
-            "parts": [part.as_json() for part in self._writer.close()],
-            "text_bytes": self._text_bytes,
-        }
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Encode what waits, and put the end-of-document id after each document."""
         if not self._texts:
             return
         ids, lengths = self._encoder.encode(self._texts)
+        # Document i ends at ends[i], one place later for each end mark before it: everything else
+        # is text, in the order of `ids`.
         ends = np.cumsum(lengths + 1)
         tokens = np.full(ends[-1], self._eod, self._dtype)
         is_text = np.ones(len(tokens), bool)
         is_text[ends - 1] = False
         tokens[is_text] = ids
-        self._text_bytes += sum(
+        text_bytes = sum(
             len(text) if text.isascii() else len(text.encode()) for text in self._texts
         )
-        self._writer.add(tokens, ends - lengths - 1, self._ids)
+        self._writer.add(self._split, tokens, ends - lengths - 1, self._ids, text_bytes)
         self._texts, self._ids, self._waiting = [], [], 0
 
 

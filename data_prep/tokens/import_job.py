@@ -1,0 +1,183 @@
+"""Work units of token files, and one unit's way into parts.
+
+files -> ranges -> ImportUnit -> documents -> streams of ids, checked -> UnitWriter
+
+An end-of-document id inside a document cuts it; empty documents are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.inputs import InputConfig, find_files
+from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
+from data_prep.tokens import dataset_writer
+from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids, is_held_out
+from pipeline.data.shard_format import TokenizerIdentity, token_dtype
+from pipeline.errors import ConfigError, DataError
+from pipeline.files import sha256_of
+
+BATCH_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ImportUnit:
+    """A range of one file."""
+
+    number: int
+    source: str
+    path: str
+    begin: int
+    end: int
+
+
+def find_token_units(
+    source: str, *, column: str, tokenizer: TokenizerIdentity
+) -> tuple[list[ImportUnit], int, str]:
+    """(units in order, number of files, sha256 of both lists) of an input.
+
+    Args:
+        source: see InputConfig.input.
+        column: of .parquet and .arrow files.
+        tokenizer: that made the ids.
+
+    Raises:
+        ConfigError: a file is not of a known kind.
+        DataError: a file is damaged, or no tokens were found.
+    """
+    files = [
+        (label, piece.path, piece.size)
+        for label, piece in find_files(InputConfig(input=source, include=".bin,.parquet,.arrow"))
+        if not piece.path.endswith(".idx")
+    ]
+    units: list[ImportUnit] = []
+    for label, path, _ in files:
+        for begin, end in _open(path, column, tokenizer).ranges():
+            units.append(ImportUnit(len(units), label, path, begin, end))
+    if not units:
+        raise DataError(
+            f"input={source}: no tokens were found; .bin, .parquet and .arrow files are read."
+        )
+    digest = sha256_of(repr((files, units)).encode("utf-8", "surrogateescape"))
+    return units, len(files), digest
+
+
+@cache
+def _open(path: str, column: str, tokenizer: TokenizerIdentity) -> TokenFile:
+    """The file of a unit; an index is read once in each worker."""
+    if "://" in path:
+        raise ConfigError(f"{path}: token files are read from local disks only; copy it first.")
+    file = Path(path)
+    if file.suffix in (".parquet", ".arrow"):
+        return ColumnTokens(file, column=column)
+    if file.suffix != ".bin":
+        raise ConfigError(f"{path}: token files end in .bin, .parquet or .arrow.")
+    if file.with_suffix(".idx").exists():
+        return MegatronTokens(file)
+    return FlatTokens(file, eod=tokenizer.eod)
+
+
+def import_unit(
+    unit: ImportUnit,
+    *,
+    output: Path,
+    column: str,
+    tokenizer: TokenizerIdentity,
+    token_byte_lengths: np.ndarray,
+    validation_fraction: float,
+) -> dict[str, Any]:
+    """Write a unit's parts; its marker is that of tokenize_job.tokenize_unit.
+
+    Args:
+        unit: what to read.
+        output: of the job.
+        column: of .parquet and .arrow files.
+        tokenizer: of the ids.
+        token_byte_lengths: (2, vocab_size) UTF-8 bytes of each id: first of a document, and later.
+        validation_fraction: share of the documents that is held out.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    place = f"{unit.path}[{unit.begin}:{unit.end}]"
+    empty = 0
+    with UnitWriter(
+        dataset_writer.parts_folder(output),
+        number=unit.number,
+        source=unit.source,
+        dtype=dtype,
+        fraction=validation_fraction,
+    ) as writer:
+        documents = _open(unit.path, column, tokenizer).read(unit.begin, unit.end)
+        for stream in _streams(documents, tokenizer.eod):
+            _check_ids(stream, tokenizer, place)
+            kept, left_out = _drop_empty(stream, tokenizer.eod)
+            empty += left_out
+            parts = _split(kept, tokenizer.eod, validation_fraction)
+            for name, tokens in zip(SPLITS, parts):
+                if len(tokens):
+                    starts = np.flatnonzero(_begins(tokens, tokenizer.eod))
+                    text_bytes = _text_bytes(tokens, starts, token_byte_lengths)
+                    ids = [place] * len(starts)
+                    writer.add(name, tokens.astype(dtype), starts, ids, text_bytes)
+        splits = writer.close()
+    return {"splits": splits, "rejects": {"empty": empty} if empty else {}}
+
+
+def _streams(documents: Iterator[np.ndarray], eod: int) -> Iterator[np.ndarray]:
+    """Documents joined to streams of about BATCH_TOKENS ids, each document with EOD at its end."""
+    end = np.array([eod], np.int64)
+    waiting: list[np.ndarray] = []
+    size = 0
+    for document in documents:
+        waiting.append(document)
+        if not len(document) or document[-1] != eod:
+            waiting.append(end)
+        size += len(document)
+        if size >= BATCH_TOKENS:
+            yield np.concatenate(waiting).astype(np.int64)
+            waiting, size = [], 0
+    if waiting:
+        yield np.concatenate(waiting).astype(np.int64)
+
+
+def _begins(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """(n,) bool: a document begins here; tokens[0] begins one."""
+    return np.concatenate(([True], tokens[:-1] == eod))[: len(tokens)]
+
+
+def _drop_empty(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, int]:
+    """The stream without documents that are an end mark only, and their number."""
+    is_empty = (tokens == eod) & _begins(tokens, eod)
+    return tokens[~is_empty], int(is_empty.sum())
+
+
+def _text_bytes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> int:
+    """Bytes of the text of whole documents; their first tokens may add less than inside a text."""
+    at_start, inside = lengths[:, tokens[starts]].sum(axis=1, dtype=np.int64)
+    return int(lengths[1, tokens].sum(dtype=np.int64) + at_start - inside)
+
+
+def _check_ids(tokens: np.ndarray, tokenizer: TokenizerIdentity, place: str) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise DataError(
+            f"{place} holds the id {high if low >= 0 else low}; the tokenizer has the ids 0 to "
+            f"{tokenizer.vocab_size - 1}. Give the tokenizer.json that made these ids."
+        )
+
+
+def _split(tokens: np.ndarray, eod: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(train, validation): whole documents, by the digest of their ids."""
+    if not fraction:
+        return tokens, tokens[:0]
+    ends = np.flatnonzero(tokens == eod)
+    starts = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
+    digests = [digest_ids(tokens[a:b]) for a, b in zip(starts.tolist(), ends.tolist())]
+    held_out = np.array([is_held_out(digest, fraction) for digest in digests], bool)
+    is_validation = np.repeat(held_out, ends + 1 - starts)
+    return tokens[~is_validation], tokens[is_validation]
