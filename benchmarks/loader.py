@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
 import argparse  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
@@ -34,6 +35,8 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
+
+from pipeline.data import shard_format as fmt  # noqa: E402
 
 SEQ_LEN, MICRO_BATCH, VOCAB = 2048, 8, 32768
 SHARD_TOKENS, NUM_SHARDS = 1 << 22, 16
@@ -64,24 +67,30 @@ def prepare(folder: Path) -> None:
 
 
 def many_shards(folder: Path, name: str, count: int, repeat: int = 1) -> None:
-    """A dataset of `count` shards whose rows all point at the 16 tars, `repeat` times as long: for start-up."""
+    """A dataset of `count` shards that are the 16 tars over and over, `repeat` times as long on paper: for start-up."""
     source, target = folder / "ours", folder / name
     manifest = json.loads((source / "manifest.json").read_text())
     target.mkdir()
-    (target / "shards").symlink_to(source / "shards")
     (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     index = np.load(source / "index.npy")
     np.save(target / "index.npy", np.tile(index, count // NUM_SHARDS))
-    rows = [[path, tokens * repeat, *rest] for path, tokens, *rest in manifest["shards"]]
-    table = ",\n".join([json.dumps(row) for row in rows] * (count // NUM_SHARDS))
+    rows = []
+    for number in range(count):
+        path, tokens, *rest = manifest["shards"][number % NUM_SHARDS]
+        rows.append(json.dumps([fmt.shard_path(number), tokens * repeat, *rest]))
+        if repeat == 1:  # shards that are read
+            (target / fmt.shard_path(number)).parent.mkdir(parents=True, exist_ok=True)
+            os.link(source / path, target / fmt.shard_path(number))
+    table = ",\n".join(rows)
     del manifest["shards"]
     for key in ("tokens", "documents", "text_bytes"):
         manifest[key] *= count // NUM_SHARDS
     manifest["tokens"] *= repeat
+    manifest["index_sha256"] = hashlib.sha256((target / "index.npy").read_bytes()).hexdigest()
+    manifest["checksum"] = fmt.UNSEALED
     # As data_prep/tokens/dataset_writer.py writes it: a row on a line.
-    (target / "manifest.json").write_text(
-        json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
-    )
+    text = json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
+    (target / "manifest.json").write_bytes(fmt.seal(text.encode()))
 
 
 def prepare_gptdataset(folder: Path, shards: list[np.ndarray], starts: list[np.ndarray]) -> None:

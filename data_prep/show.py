@@ -23,7 +23,7 @@ from data_prep.tokens.browse import (
     tokenizer_of,
 )
 from pipeline import cli
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 
 

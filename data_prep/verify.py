@@ -20,7 +20,7 @@ from omegaconf import MISSING
 
 from data_prep.tokens.check import find_faults
 from pipeline import cli
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 
 
 @dataclass

@@ -75,7 +75,7 @@ def main(cfg: PreflightConfig) -> None:
 
 def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
     """Shards of local datasets that are absent or have the wrong size."""
-    from pipeline.data.shard_format import Manifest
+    from pipeline.data.manifest import Manifest
 
     for dataset in [*cfg.data.train, *cfg.data.validation]:
         folder = Path(dataset.path)

@@ -13,7 +13,7 @@ from data_prep.sources import token_files
 from data_prep.tokens import check
 from data_prep.tokens.browse import read_document
 from pipeline import cli
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, make_tokenizer

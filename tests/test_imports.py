@@ -46,6 +46,7 @@ SHARED = {
     "pipeline",
     "pipeline.cli",
     "pipeline.data",
+    "pipeline.data.manifest",
     "pipeline.data.shard_format",
     "pipeline.data.tokenizer",
     "pipeline.errors",

@@ -14,7 +14,7 @@ from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
 from pipeline.data import shard_format as fmt
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer, write_jsonl

@@ -20,7 +20,7 @@ from data_prep import finalize
 from data_prep.tokens.split import digest_text, is_held_out
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 

@@ -16,7 +16,7 @@ from data_prep.tokens.tokenize_job import main as tokenize
 from data_prep.verify import VerifyConfig
 from pipeline import cli
 from pipeline.data import shard_format as fmt
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 
 

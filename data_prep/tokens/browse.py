@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.data import shard_format as fmt
+from pipeline.data.manifest import map_block
 from pipeline.files import whole_file
 
 PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
@@ -184,7 +185,7 @@ def copy_parts(
     with PartWriter(scratch, stem=stem, key=first.key, source=first.source, dtype=dtype) as writer:
         for path, part in zip(sources, parts):
             for row in part.blocks:
-                tokens, starts = fmt.map_block(
+                tokens, starts = map_block(
                     str(path), np.array([tuple(row)], fmt.INDEX_DTYPE)[0], dtype
                 )
                 writer.add(tokens, starts)

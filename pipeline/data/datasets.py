@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
+from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Ints
-from pipeline.data.shard_format import Manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
 

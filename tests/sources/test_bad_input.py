@@ -16,7 +16,7 @@ from data_prep.sources.documents import REASONS, Rejects, read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 

@@ -71,9 +71,10 @@ def write_dataset(
         "documents": sum(row[3] for row in rows),
         "text_bytes": 4 * sum(row[1] for row in rows),
         "index_sha256": hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest(),
+        "checksum": fmt.UNSEALED,
         "shards": rows,
     }
-    (folder / "manifest.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_bytes(fmt.seal(json.dumps(content).encode()))
     return folder
 
 

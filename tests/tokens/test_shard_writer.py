@@ -11,7 +11,7 @@ from data_prep.train_tokenizer import TrainTokenizerConfig
 from data_prep.train_tokenizer import main as train_tokenizer
 from pipeline import cli
 from pipeline.data import shard_format as fmt
-from pipeline.data.shard_format import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, write_jsonl
 

@@ -1,0 +1,370 @@
+"""A dataset's manifest and index, read and checked: nothing of a folder is believed before.
+
+    manifest.json --seal, types, ranges--> Manifest --sha256--> index --bounds--> block (mapped)
+
+Both come from wherever the dataset came from. A manifest whose seal does not fit was damaged or
+edited; one whose shards lie elsewhere than the format puts them could name any file of this
+machine. Only numpy and the standard library.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import stat
+import sys
+from array import array
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.shard_format import (
+    DOCS_DTYPE,
+    FORMAT,
+    INDEX_DTYPE,
+    SHARD_COLUMNS,
+    VERSION,
+    TokenizerIdentity,
+    is_sealed,
+    shard_path,
+    token_dtype,
+)
+from pipeline.errors import DataError, ShardError
+from pipeline.files import sha256_of
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """manifest.json of one dataset, shard by shard in columns."""
+
+    folder: str
+    identity: str
+    """sha256 of manifest.json."""
+    dtype: np.dtype
+    """Of the tokens: <u2 or <u4."""
+    block_tokens: int
+    tokenizer: TokenizerIdentity
+    tokens: int
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of all documents."""
+    index_sha256: str
+    paths: list[str] = field(repr=False)
+    """Of the shards, relative to the folder."""
+    shard_tokens: np.ndarray = field(repr=False)
+    """(shards,) int64."""
+    shard_bytes: np.ndarray = field(repr=False)
+    """(shards,) int64, size of the tar."""
+    shard_documents: np.ndarray = field(repr=False)
+    """(shards,) int64, documents that start in the shard."""
+    sha256: list[str] = field(repr=False)
+    """Of the tars."""
+    sources: list[str] = field(repr=False)
+    """Label of each shard."""
+    shard_keys: list[int] = field(repr=False)
+    """First number in the names of a shard's members; each number occurs once in a dataset."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a dataset folder: a local path or an address that fsspec understands.
+
+        Raises:
+            DataError: no manifest there, not one of ours, of a later version, changed since it was
+                sealed, or its values are not those that the format allows.
+        """
+        path = f"{str(folder).rstrip('/')}/manifest.json"
+        raw = read_bytes(path)
+        try:
+            content = json.loads(b"".join(_without_rows(raw)))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON ({error}). Prepare the dataset again.") from error
+        return cls._parse(raw, content, folder=str(folder).rstrip("/"))
+
+    @classmethod
+    def _parse(cls, raw: bytes, content: Any, *, folder: str) -> Manifest:
+        path = f"{folder}/manifest.json"
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise DataError(
+                f"{path} is not the manifest of a token dataset: its format is not '{FORMAT}'."
+            )
+        if content.get("version") != VERSION:
+            raise DataError(
+                f"{path} has version {content.get('version')}; this release reads version "
+                f"{VERSION}."
+            )
+        if not is_sealed(raw):
+            raise DataError(
+                f"{path} has changed since it was written: its checksum does not fit. Copy the "
+                "dataset again, or prepare it again."
+            )
+        try:
+            return cls(**_checked(raw, content), folder=folder)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{path} is not a manifest as data_prep writes it ({error!r}). Prepare the dataset "
+                "again."
+            ) from error
+
+    @property
+    def num_shards(self) -> int:
+        """Number of tars."""
+        return len(self.paths)
+
+    @cached_property
+    def block_starts(self) -> np.ndarray:
+        """(shards + 1,) int64: rows block_starts[s] to block_starts[s + 1] of the index belong to
+        shard s.
+        """
+        blocks = -(-self.shard_tokens // self.block_tokens)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """(blocks,) INDEX_DTYPE; mapped, not read, when the dataset is local.
+
+        Raises:
+            DataError: index.npy is missing, is not the file the manifest names by its sha256, or
+                does not have this dataset's number of blocks.
+        """
+        path = f"{self.folder}/index.npy"
+        expected = int(self.block_starts[-1])
+        try:
+            if "://" in path or not expected:  # an empty file cannot be mapped
+                raw: Any = read_bytes(path)
+            else:
+                raw = np.memmap(regular_file(path), np.uint8, "r")
+            index = _npy_rows(raw)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}). Copy or prepare the dataset again."
+            ) from error
+        if len(index) != expected:
+            raise DataError(
+                f"{path} holds {len(index)} rows, the manifest asks for {expected} rows of "
+                f"{INDEX_DTYPE.itemsize} bytes. Copy or prepare the dataset again."
+            )
+        if (found := sha256_of(raw)) != self.index_sha256:
+            raise DataError(
+                f"{path} has sha256 {found[:12]}, the manifest says {self.index_sha256[:12]}. Copy "
+                "or prepare the dataset again."
+            )
+        return index
+
+    def block_row(self, shard: int, block: int) -> np.void:
+        """A block's row of the index.
+
+        Raises:
+            ShardError: the row does not fit its shard: another number of tokens, or a place
+                outside the tar.
+        """
+        row = self.index[self.block_starts[shard] + block]
+        rest = int(self.shard_tokens[shard]) - block * self.block_tokens
+        size = int(self.shard_bytes[shard])
+        ends = (
+            int(row["tokens_offset"]) + int(row["num_tokens"]) * self.dtype.itemsize,
+            int(row["docs_offset"]) + int(row["num_docs"]) * DOCS_DTYPE.itemsize,
+        )
+        if int(row["num_tokens"]) != min(rest, self.block_tokens) or max(ends) > size:
+            raise ShardError(
+                f"{self.folder}/index.npy contradicts the manifest: block {block} of "
+                f"{self.paths[shard]} has {int(row['num_tokens'])} tokens and ends at byte "
+                f"{max(ends)} of {size}. Prepare the dataset again."
+            )
+        return row
+
+    def map_block(self, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, document starts) of one block of a local dataset, mapped.
+
+        Raises:
+            ShardError: the tar is missing or shorter than the index says.
+        """
+        return map_block(
+            f"{self.folder}/{self.paths[shard]}", self.block_row(shard, block), self.dtype
+        )
+
+
+def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Manifest but its folder, each of the type and in the range of the format.
+
+    Raises:
+        KeyError, TypeError, ValueError: what is missing or wrong.
+    """
+    tokenizer = content["tokenizer"]
+    identity = TokenizerIdentity(
+        sha256=_sha256(tokenizer["sha256"]),
+        vocab_size=_count(tokenizer["vocab_size"], "vocab_size", least=1, most=2**31),
+        eod=_count(tokenizer["eod"], "eod"),
+    )
+    if identity.eod >= identity.vocab_size:
+        raise ValueError(f"eod {identity.eod} is not below vocab_size {identity.vocab_size}")
+    if content["dtype"] != token_dtype(identity.vocab_size).str:
+        raise ValueError(f"dtype {content['dtype']!r} for a vocab_size of {identity.vocab_size}")
+    paths, tokens, sizes, documents, sha256, sources, keys = _columns(raw, content["shards"])
+    # Only the format's own names: another one could lead to any file of this machine.
+    for number, path in enumerate(paths):
+        if path != shard_path(number):
+            raise ValueError(f"shard {number} is called {path!r}, not {shard_path(number)!r}")
+    for digest in sha256:
+        _sha256(digest)
+    columns = [np.array(values, np.int64) for values in (tokens, sizes, documents)]
+    if any(len(column) and int(column.min()) < 0 for column in columns):
+        raise ValueError("a shard has a negative size")
+    sums = int(columns[0].sum()), int(columns[2].sum())
+    if sums != (content["tokens"], content["documents"]):
+        raise ValueError(
+            f"it contradicts itself: its shards add up to {sums[0]} tokens and {sums[1]} "
+            f"documents, its totals are {content['tokens']} and {content['documents']}"
+        )
+    return {
+        "identity": sha256_of(raw),
+        "dtype": np.dtype(content["dtype"]),
+        "block_tokens": _count(content["block_tokens"], "block_tokens", least=1, most=2**31),
+        "tokenizer": identity,
+        "tokens": _count(content["tokens"], "tokens"),
+        "documents": _count(content["documents"], "documents"),
+        "text_bytes": _count(content["text_bytes"], "text_bytes"),
+        "index_sha256": _sha256(content["index_sha256"]),
+        "paths": paths,
+        "shard_tokens": columns[0],
+        "shard_bytes": columns[1],
+        "shard_documents": columns[2],
+        "sha256": sha256,
+        "sources": sources,
+        "shard_keys": keys.tolist(),
+    }
+
+
+def _count(value: Any, name: str, *, least: int = 0, most: int = 2**62) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, not a whole number from {least} to {most}")
+    return value
+
+
+def _sha256(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{value!r} is not a sha256")
+    return value
+
+
+def _npy_rows(raw: Any) -> np.ndarray:
+    """(rows,) INDEX_DTYPE of an index.npy's bytes, a view of them.
+
+    Raises:
+        ValueError: not a one-dimensional npy array of that type.
+    """
+    stream = io.BytesIO(bytes(raw[:4096]))  # numpy's headers end long before
+    major, minor = np.lib.format.read_magic(stream)
+    if (major, minor) != (1, 0):
+        raise ValueError(f"it is an npy file of version {major}.{minor}, not 1.0")
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # numpy parses a damaged header as Python: whatever that raises
+        raise ValueError(f"its header is damaged: {error}") from None
+    if dtype != INDEX_DTYPE or len(shape) != 1 or fortran_order:
+        raise ValueError(f"it holds {shape} of {dtype}, not rows of {INDEX_DTYPE.itemsize} bytes")
+    body = raw[stream.tell() :]
+    if len(body) != shape[0] * INDEX_DTYPE.itemsize:
+        raise ValueError(f"it holds {len(body)} bytes of rows, its header says {shape[0]} rows")
+    return np.frombuffer(body, INDEX_DTYPE)
+
+
+# The writer puts one row on a line between these. 300,000 rows parsed at once would be 250 MB of
+# Python objects.
+_ROWS_BEGIN, _ROWS_END, _PIECE_BYTES = b'"shards": [\n', b"\n ]\n", 1 << 16
+
+
+def _rows_span(raw: bytes) -> tuple[int, int]:
+    """[begin, end) of the rows in a manifest as our writer makes it; (0, 0): it has another
+    layout.
+    """
+    begin, end = raw.find(_ROWS_BEGIN) + len(_ROWS_BEGIN), raw.rfind(_ROWS_END)
+    return (begin, end) if len(_ROWS_BEGIN) <= begin <= end else (0, 0)
+
+
+def _without_rows(raw: bytes) -> tuple[bytes, bytes]:
+    begin, end = _rows_span(raw)
+    return raw[:begin], raw[end:]
+
+
+def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
+    """The shards' rows as columns, a piece of the file at a time; `rows` where they were parsed
+    already.
+    """
+    columns: list[Any] = [
+        [] if name in ("path", "sha256", "source") else array("q") for name in SHARD_COLUMNS
+    ]
+    at, end = _rows_span(raw)
+    while rows or at < end:
+        if not rows:
+            stop = raw.find(b"\n", at + _PIECE_BYTES, end)
+            stop = end if stop < 0 else stop
+            rows = json.loads(b"[" + raw[at:stop].rstrip(b",\n") + b"]")
+            at = stop + 1
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+            column.extend(map(sys.intern, values) if column is columns[5] else values)
+        rows = []
+    return columns
+
+
+def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its row of the
+    index.
+
+    Raises:
+        ShardError: the tar is missing or shorter than the row says.
+    """
+    try:
+        tokens = np.memmap(path, dtype, "r", int(row["tokens_offset"]), (int(row["num_tokens"]),))
+        if not row["num_docs"]:  # an empty map is an error
+            return tokens, np.empty(0, DOCS_DTYPE)
+        return tokens, np.memmap(
+            path, DOCS_DTYPE, "r", int(row["docs_offset"]), (int(row["num_docs"]),)
+        )
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"{path} is missing or truncated ({error}). Copy or prepare the dataset again."
+        ) from error
+
+
+def regular_file(path: str | Path, *, inside: str | Path | None = None) -> Path:
+    """`path`, when it is an ordinary file of the folder `inside` (None: the one it is named in).
+
+    Raises:
+        OSError: it is missing; or a pipe or device, which would be waited for; or a link leads
+            out of the folder.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    if not path.resolve().is_relative_to(Path(inside or path.parent).resolve()):
+        raise OSError(errno.ELOOP, f"a link leads out of the dataset, to {path.resolve()}")
+    return path
+
+
+def read_bytes(path: str) -> bytes:
+    """Content of a file of a dataset, local or at an address that fsspec understands.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        if "://" not in path:
+            return regular_file(path).read_bytes()
+        import fsspec
+
+        return bytes(fsspec.open(path, "rb").open().read())
+    except Exception as error:  # every fsspec file system raises its own
+        reason = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise DataError(
+            f"{path} cannot be read: {reason}. A dataset is a folder that data_prep/tokenize.py "
+            "has written; its manifest.json appears when the last piece of work is done."
+        ) from error
