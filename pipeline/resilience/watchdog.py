@@ -64,6 +64,9 @@ class Watchdog:
         self.grace_s = min(10.0, timeout_s / 4)
         self.logs = run_dir / "logs"
         self.folder = self.logs / f".hang-{hosts[0].launched_at:.0f}"
+        # A start has one page. A stopped rank that is woken when the others have left (Slurm sends
+        # CONT before TERM) hears nobody: its page would blame them, in place of the true one.
+        self.told = self.logs / f"{self.folder.name}.told"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -92,6 +95,8 @@ class Watchdog:
 
     def _report(self, beat: Beat) -> None:
         """Write down what this rank is doing; the lowest rank of those that did writes the page."""
+        if self.told.exists():
+            return
         path = self._write_sighting()
         if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4):
             self._write_page()
@@ -136,6 +141,10 @@ class Watchdog:
     def _write_page(self) -> None:
         pages = sorted(self.folder.glob("*.json"))
         if not pages or int(pages[0].stem) != self.global_rank:
+            return
+        try:
+            self.told.touch(exist_ok=False)
+        except FileExistsError:
             return
         seen = [Sighting(**json.loads(path.read_text())) for path in pages]
         step = max(sighting.step for sighting in seen)

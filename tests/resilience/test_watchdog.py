@@ -69,8 +69,9 @@ from pipeline.distributed.ranks import RankHost
 from pipeline.resilience.watchdog import Watchdog
 import os
 clock = Clock()
-hosts = [RankHost(0, "here", os.getpid(), 1.0)]
-with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=0, timeout_s=1.0) as watchdog:
+rank, world_size = int(sys.argv[2]), int(sys.argv[3])
+hosts = [RankHost(r, f"n{r + 1}", os.getpid(), 1.0) for r in range(world_size)]
+with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=rank, timeout_s=1.0) as watchdog:
     watchdog.describe_step = lambda: "samples beef"
     clock.enter("data", 7)
     def wait_for_a_disk_that_never_answers(): time.sleep(60)
@@ -78,18 +79,18 @@ with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=0, time
 """
 
 
+def hang(run_dir, *, rank=0, world_size=1, program=HANGING) -> subprocess.CompletedProcess:
+    """What becomes of one rank of a run that hangs."""
+    command = [sys.executable, "-c", program, str(run_dir), str(rank), str(world_size)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=20)
+
+
 def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, str(tmp_path)],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    done = hang(tmp_path)
     assert done.returncode == EXIT_HANG
     assert time.monotonic() - started < 5
-    assert "no progress for 1 s at step 7: rank 0 on here" in done.stderr
+    assert "no progress for 1 s at step 7: rank 0 on n1" in done.stderr
     page = (tmp_path / "logs" / "hang-7.md").read_text()
     assert "wait_for_a_disk_that_never_answers" in page and "samples beef" in page
     kept = json.loads((tmp_path / "logs" / "hang-7" / "00000.json").read_text())
@@ -115,7 +116,15 @@ def test_a_disk_that_hangs_does_not_keep_the_job(tmp_path):
     program = HANGING.replace(
         "clock = Clock()", "Watchdog._write_sighting = lambda _: time.sleep(60)\nclock = Clock()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=REPO, capture_output=True, timeout=20
-    )
-    assert done.returncode == EXIT_HANG
+    assert hang(tmp_path, program=program).returncode == EXIT_HANG
+
+
+def test_a_rank_that_wakes_after_the_others_left_does_not_replace_their_page(tmp_path):
+    """Slurm sends CONT to what it ends: a rank that was stopped would find everybody else silent."""
+    assert hang(tmp_path, rank=0, world_size=2).returncode == EXIT_HANG
+    woken = hang(tmp_path, rank=1, world_size=2)
+    assert woken.returncode == EXIT_HANG
+    assert "no progress" not in woken.stderr
+    assert "**rank 1 on n2**: silent" in (tmp_path / "logs" / "hang-7.md").read_text()
+    assert (tmp_path / "logs" / "hang-7" / "00000.json").exists()
+    assert not (tmp_path / "logs" / ".hang-1").exists()
