@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,8 +45,15 @@ def launch(tmp_path):
     environment = {**os.environ, "PYTHON": str(program)}
     started = []
 
-    def start(*arguments: str) -> subprocess.Popen:
-        process = subprocess.Popen([SCRIPT, *arguments], cwd=tmp_path, env=environment)
+    def start(*arguments: str, in_background: bool = False) -> subprocess.Popen:
+        # `nohup`, `&` and many CI runners start their children with Ctrl-C ignored.
+        ctrl_c = signal.SIG_IGN if in_background else signal.SIG_DFL
+        process = subprocess.Popen(
+            [SCRIPT, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
+        )
         started.append(process)
         return process
 
@@ -81,6 +89,15 @@ def wait_until_dead(processes: list[int]) -> None:
     assert [pid for pid in processes if is_alive(pid)] == []
 
 
+def wait_until_caught(process: subprocess.Popen, number: int) -> None:
+    """Return once the script has its trap: a signal before it would kill."""
+    deadline = time.monotonic() + 30
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> number - 1 & 1:
+        assert time.monotonic() < deadline, f"signal {number} is never caught"
+        time.sleep(0.02)
+
+
 def test_ranks_get_their_place_and_end_well(launch, tmp_path):
     """Each rank learns the same world and the same port."""
     assert launch("3", "quick").wait(60) == 0
@@ -108,7 +125,19 @@ def test_notice_reaches_every_rank_and_waits_for_their_save(launch, tmp_path, nu
     """A notice to the script is a notice to the run."""
     process = launch("2", "run")
     pids(tmp_path, 2)
-    time.sleep(0.2)
+    wait_until_caught(process, number)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert len(list(tmp_path.glob("saved*"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_run_in_the_background_obeys_notices(launch, tmp_path, number):
+    """Bash cannot trap a signal that was ignored when it started; the others must work all the same."""
+    process = launch("2", "run", in_background=True)
+    pids(tmp_path, 2)
+    wait_until_caught(process, number)
+    process.send_signal(signal.SIGINT)
     process.send_signal(number)
     assert process.wait(60) == 0
     assert len(list(tmp_path.glob("saved*"))) == 2

@@ -21,9 +21,10 @@ if [[ $2 == pipeline.preflight ]]; then
   echo "preflight: $*" >&2; echo "$PWD/run"; exit 0
 fi
 mkdir -p run/checkpoints
-printf 'rank %s of %s on %s, meet at %s:%s, OMP %s, arguments:' \\
-  "$SLURM_PROCID" "$SLURM_NTASKS" "$(hostname)" "$MASTER_ADDR" "$MASTER_PORT" "$OMP_NUM_THREADS" >>ranks
-printf ' [%s]' "${@:3}" >>ranks; echo >>ranks
+arguments=$(printf ' [%s]' "${@:3}")
+# One line, one write: four ranks append to the same file.
+printf 'rank %s of %s on %s, meet at %s:%s, OMP %s, arguments:%s\\n' "$SLURM_PROCID" "$SLURM_NTASKS" "$(hostname)" \\
+  "$MASTER_ADDR" "$MASTER_PORT" "$OMP_NUM_THREADS" "$arguments" >>ranks
 if [[ $MODE != stuck && $SLURM_PROCID == 0 ]]; then echo "step-$SLURM_RESTART_COUNT" >run/checkpoints/latest; fi
 [[ $MODE == done ]] && { touch run/DONE; exit 0; }
 # Ranks start with the signals blocked: they wait to be asked for.
