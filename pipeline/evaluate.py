@@ -110,7 +110,7 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
 
 def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any]]:
     if (path / "config.json").is_file():
-        from pipeline.huggingface.reader import read_model_config
+        from pipeline.huggingface.settings import read_model_config
 
         return read_model_config(path), path, {}
     path = folders.find(path)

@@ -3,7 +3,8 @@
     python -m pipeline.export checkpoint=runs/NAME output=FOLDER [dtype=bf16]
 
     checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
-    tokenizer, README.md FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
+                                            tokenizer, README.md
+    FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
 
 GPT-2 models become GPT2LMHeadModel, modern ones LlamaForCausalLM or Qwen3ForCausalLM (q/k-norm),
 mixtures of experts MixtralForCausalLM or Qwen3MoeForCausalLM. Memory: one parameter, and for the

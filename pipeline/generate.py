@@ -1,10 +1,10 @@
 """Sample text from a checkpoint or an exported folder.
 
-    python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" [temperature=0.8 top_k=50
-    top_p=0.95 seed=1]
-    python -m pipeline.generate checkpoint=runs/NAME file=prompts.txt num_samples=4      one prompt a line, in batches
-    python -m pipeline.generate checkpoint=FOLDER interactive=true                       type prompts, end with Ctrl-D
+    python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" temperature=0.8 top_k=50
+    python -m pipeline.generate checkpoint=runs/NAME file=prompts.txt num_samples=4
+    python -m pipeline.generate checkpoint=FOLDER interactive=true
 
+A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D.
 transformers samples, with its key/value cache: a checkpoint is exported to a temporary folder
 first. A model that no transformers class computes is sampled through our own forward pass, which
 computes the whole prefix for every token.

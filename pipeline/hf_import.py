@@ -1,6 +1,7 @@
 """Start from a Hugging Face folder: its settings, and its weights one parameter at a time.
 
-    python -m pipeline.hf_import FOLDER > conf/model/mine.yaml    then train with model=mine checkpoint.init_from=FOLDER
+    python -m pipeline.hf_import FOLDER > conf/model/mine.yaml
+    python -m pipeline.train model=mine checkpoint.init_from=FOLDER ...
 
 Reads GPT-2, Llama, Qwen2, Qwen3, Mixtral and Qwen3-MoE folders with safetensors, without
 transformers.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
-from pipeline.huggingface.reader import read_model_config
+from pipeline.huggingface.settings import read_model_config
 
 
 @dataclass

@@ -20,11 +20,11 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate import EvaluateConfig, main
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from tests.support.checkpoint_runs import Run
+from tests.support.exported import tokenizer_file
 from tests.support.layouts import SEQ_LEN, VOCAB, config
 from tests.support.ranks import run_on_ranks
 from tests.support.reference import ReferenceGPT
 from tests.support.token_dataset import write_dataset
-from tests.test_export import tokenizer_file
 
 SIZES = [70, 45]  # tokens of the shards: their last windows are not full
 

@@ -1,4 +1,4 @@
-"""Sampling: what is asked for is what is drawn, through transformers and through our own forward pass."""
+"""The generate command: prints prompts and continuations, repeats with the seed, stops."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateConfig, main
-from pipeline.inference.samplers import (
-    LocalSampler,
-    TransformersSampler,
-    choose,
-    cut_at_stop,
-    open_sampler,
-)
+from tests.support.exported import save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
-from tests.test_export import save_models, tokenizer_file
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +35,6 @@ def outputs(settings: list[dict[str, Any]]) -> list[str]:
             assert main(GenerateConfig(**setting)) == 0
         found.append(printed.getvalue())
     return found
-
-
-def both_samplers(root: Path) -> dict[str, list[str]]:
-    """Greedy continuations of the same model by both samplers."""
-    warnings.simplefilter("ignore")
-    cfg = GenerateConfig(checkpoint=str(root / "gpt2"), temperature=0.0, max_new_tokens=12)
-    prompts = ["t5 t6 t7", "t1"]
-    found = {}
-    with open_sampler(cfg) as sampler:
-        assert isinstance(sampler, TransformersSampler)
-        found["transformers"] = [sampler.sample([prompt], on_text=None)[0] for prompt in prompts]
-        found["batch"] = sampler.sample(prompts, on_text=None)
-    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(
-        prompts, on_text=None
-    )
-    return found
-
-
-def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
-    """Greedy: with and without key/value cache, alone and left-padded in a batch."""
-    found = run_on_ranks(both_samplers, 1, checkpoints)[0]
-    words = {kind: [text.split() for text in texts] for kind, texts in found.items()}
-    assert words["transformers"] == words["batch"] == words["own"]
-    assert len(words["own"][0]) == 12
 
 
 def test_command_prints_prompt_and_continuation_and_repeats_with_the_seed(
@@ -105,36 +71,6 @@ def test_stop_string_ends_the_text(checkpoints: Path) -> None:
     stop = whole.split()[4]
     cut = run_on_ranks(outputs, 1, [{**gpt2, "stop": [stop]}])[0][0]
     assert cut == whole[: whole.index(stop, len(gpt2["prompt"]))] + "\n"
-
-
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
-def test_cut_text_holds_no_stop_string(text: str, stop: list[str]) -> None:
-    """The longest beginning without one."""
-    cut = cut_at_stop(text, stop)
-    assert text.startswith(cut) and not any(end in cut for end in stop)
-    assert cut == text or any(text[len(cut) :].startswith(end) for end in stop)
-
-
-def test_top_k_and_top_p_leave_out_the_tail() -> None:
-    """Worked by hand: probabilities 0.5, 0.3, 0.15, 0.05."""
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
-    torch.manual_seed(0)
-
-    def drawn(**kwargs: Any) -> set[int]:
-        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **kwargs}
-        return {int(choose(logits, **options)) for _ in range(200)}
-
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {1, 3}
-    assert drawn(top_p=0.5) == {1}  # the first token alone reaches one half
-    assert drawn(top_p=0.51) == {1, 3}
-    assert drawn(top_k=3, top_p=0.9) == {1, 3, 2}
-    assert drawn(temperature=0.0) == {1}
-    counts = torch.bincount(
-        torch.stack([choose(logits, temperature=1.0, top_k=0, top_p=1.0) for _ in range(2000)]),
-        minlength=4,
-    )
-    assert torch.allclose(counts / 2000, logits.exp(), atol=0.04)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])

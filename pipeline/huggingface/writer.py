@@ -1,8 +1,8 @@
-"""A checkpoint as a Hugging Face folder that loads without remote code, and the proof that it
-computes the same.
+"""A checkpoint as a Hugging Face folder that loads without remote code, and the proof of it.
 
     checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
-    tokenizer, README.md FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
+                                            tokenizer, README.md
+    FOLDER --transformers--> logits on fixed tokens == our own forward pass, or the export fails
 
 Memory: one parameter, and for the check the model twice.
 """
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import record as folders
 from pipeline.config.model import ModelConfig
 from pipeline.files import whole_file, write_durably
-from pipeline.huggingface.mapping import Mapping, Rule, mapping_for
+from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.rules import Mapping, Rule
 
 if TYPE_CHECKING:
     import torch
@@ -218,13 +219,19 @@ def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dt
     config, state = record["config"], record.get("state", {})
     facts = {
         "Class": mapping.architecture,
-        "Layers, hidden size, heads": f"{model.num_layers}, {model.hidden_size}, {model.num_attention_heads}",
+        "Layers, hidden size, heads": (
+            f"{model.num_layers}, {model.hidden_size}, {model.num_attention_heads}"
+        ),
         "Vocabulary, context": f"{model.vocab_size:,} tokens, {model.max_seq_len:,} tokens",
         "Trained on": f"{state.get('tokens_seen', 0):,} tokens in {record['step']:,} steps",
         "Data": ", ".join(str(d["path"]) for d in config["data"]["train"]) or "unknown",
         "Dataset identities (SHA-256)": _identities(record),
-        "Optimizer, peak learning rate": f"{config['optimizer']['name']}, {config['optimizer']['lr']}",
-        "Precision in training, of these weights": f"{config['training']['precision']}, {dtype.name}",
+        "Optimizer, peak learning rate": (
+            f"{config['optimizer']['name']}, {config['optimizer']['lr']}"
+        ),
+        "Precision in training, of these weights": (
+            f"{config['training']['precision']}, {dtype.name}"
+        ),
         "Seed": config["seed"],
         "Checkpoint": f"step {record['step']}, saved {record['saved_at']}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

@@ -114,9 +114,13 @@ class TransformersSampler:
         start = self.tokenizer.eos_token or ""
         self.tokenizer.truncation_side = "left"  # a long prompt loses its beginning
         inputs = self.tokenizer(
-            [prompt or start for prompt in prompts], return_tensors="pt", padding=True, truncation=True,
-            max_length=room, return_token_type_ids=False,
-        ).to(self.device)  # fmt: skip
+            [prompt or start for prompt in prompts],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=room,
+            return_token_type_ids=False,
+        ).to(self.device)
         length = inputs["input_ids"].shape[1]
         options: dict[str, Any] = {"do_sample": cfg.temperature > 0}
         if cfg.temperature > 0:

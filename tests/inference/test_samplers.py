@@ -1,0 +1,86 @@
+"""What is asked for is what is drawn, through transformers and through our own forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.inference.samplers import (
+    GenerateConfig,
+    LocalSampler,
+    TransformersSampler,
+    choose,
+    cut_at_stop,
+    open_sampler,
+)
+from tests.support.exported import save_models, tokenizer_file
+from tests.support.layouts import MODELS
+from tests.support.ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of GPT-2."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    run_on_ranks(save_models, 1, {"gpt2": MODELS["gpt2"]}, root, tokenizer_file(root))
+    return root
+
+
+def both_samplers(root: Path) -> dict[str, list[str]]:
+    """Greedy continuations of the same model by both samplers."""
+    warnings.simplefilter("ignore")
+    cfg = GenerateConfig(checkpoint=str(root / "gpt2"), temperature=0.0, max_new_tokens=12)
+    prompts = ["t5 t6 t7", "t1"]
+    found = {}
+    with open_sampler(cfg) as sampler:
+        assert isinstance(sampler, TransformersSampler)
+        found["transformers"] = [sampler.sample([prompt], on_text=None)[0] for prompt in prompts]
+        found["batch"] = sampler.sample(prompts, on_text=None)
+    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(
+        prompts, on_text=None
+    )
+    return found
+
+
+def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
+    """Greedy: with and without key/value cache, alone and left-padded in a batch."""
+    found = run_on_ranks(both_samplers, 1, checkpoints)[0]
+    words = {kind: [text.split() for text in texts] for kind, texts in found.items()}
+    assert words["transformers"] == words["batch"] == words["own"]
+    assert len(words["own"][0]) == 12
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_cut_text_holds_no_stop_string(text: str, stop: list[str]) -> None:
+    """The longest beginning without one."""
+    cut = cut_at_stop(text, stop)
+    assert text.startswith(cut) and not any(end in cut for end in stop)
+    assert cut == text or any(text[len(cut) :].startswith(end) for end in stop)
+
+
+def test_top_k_and_top_p_leave_out_the_tail() -> None:
+    """Worked by hand: probabilities 0.5, 0.3, 0.15, 0.05."""
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
+    torch.manual_seed(0)
+
+    def drawn(**kwargs: Any) -> set[int]:
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **kwargs}
+        return {int(choose(logits, **options)) for _ in range(200)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_p=0.5) == {1}  # the first token alone reaches one half
+    assert drawn(top_p=0.51) == {1, 3}
+    assert drawn(top_k=3, top_p=0.9) == {1, 3, 2}
+    assert drawn(temperature=0.0) == {1}
+    counts = torch.bincount(
+        torch.stack([choose(logits, temperature=1.0, top_k=0, top_p=1.0) for _ in range(2000)]),
+        minlength=4,
+    )
+    assert torch.allclose(counts / 2000, logits.exp(), atol=0.04)
