@@ -101,9 +101,11 @@ def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> 
     import torch
     import torch.distributed.checkpoint as dcp
 
+    from pipeline.checkpoint.record import RunRecord
+
     start = time.perf_counter()
     if name == "ours":
-        checkpointer.save(engine, step=step, record={"state": {}, "config": {}})
+        checkpointer.save(engine, step=step, run=RunRecord(state={}, config={}))
         stall = time.perf_counter() - start
         assert checkpointer.wait()
     elif name == "torch.save":
@@ -117,7 +119,7 @@ def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> 
         stall = save
     start = time.perf_counter()
     if name == "ours":
-        assert checkpointer.restore(engine)["step"] == step
+        assert checkpointer.restore(engine).step == step
     elif name == "torch.save":
         loaded = torch.load(path / "state.pt")
         for key, view in state_of(engine).items():

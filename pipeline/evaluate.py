@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import read_record, saved_model
+from pipeline.checkpoint.record import read_record
 from pipeline.config.choices import PipelineSchedule, Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
@@ -115,7 +115,7 @@ def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any]]:
         return read_model_config(path), path, {}
     path = folders.find(path)
     record = read_record(path)
-    return saved_model(record), path, record["config"]["training"]
+    return record.model(), path, record.config["training"]
 
 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:

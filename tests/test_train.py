@@ -198,8 +198,8 @@ def train_late(arguments: list[str], faults: dict[str, float]) -> int:
 def ledger(run: Path, step: int) -> tuple[int, list[tuple[int, str, str]]]:
     """(skipped steps, [(step, kind, action)]) as a checkpoint holds them."""
     record = read_record(run / "checkpoints" / f"step-{step:08d}")
-    return record["state"]["skipped_steps"], [
-        (e["step"], e["kind"], e["action"]) for e in record["guard"]["ledger"]
+    return record.state["skipped_steps"], [
+        (e["step"], e["kind"], e["action"]) for e in record.guard["ledger"]
     ]
 
 

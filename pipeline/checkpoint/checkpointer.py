@@ -13,13 +13,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.agreement import Agreement
-from pipeline.checkpoint.record import FORMAT, VERSION
+from pipeline.checkpoint.record import CheckpointRecord, RunRecord
 from pipeline.config.operation import CheckpointConfig
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
@@ -71,14 +72,14 @@ class Checkpointer:
 
     # ---- save ------------------------------------------------------------------------------------
 
-    def save(self, engine: Engine, *, step: int, record: dict[str, Any]) -> float:
+    def save(self, engine: Engine, *, step: int, run: RunRecord) -> float:
         """Write a checkpoint; returns the milliseconds that training stood still.
 
         A step that is on the disk, or on its way, is not written again.
 
         Args:
             step: optimizer steps done.
-            record: JSON-able facts of the trainer; they come back from `restore` as they were.
+            run: facts of the trainer; they come back from `restore` as they were.
         """
         if step == self._last_saved:
             return 0.0
@@ -87,22 +88,20 @@ class Checkpointer:
         from pipeline.engine.deepspeed import state
 
         chunks = self._host_copy.take(state.fragments(engine))
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "optimizer": engine.cfg.optimizer.name.name,
-            "optimizer_step": state.optimizer_step(engine),
-            "loss_scale": engine.loss_scale.state() if engine.loss_scale else None,
-            "vocab_size": engine.shape.vocab_size,
-            "layout": _layout_facts(self.layout),
-            "versions": _versions(),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **record,
-        }
+        record = CheckpointRecord(
+            **vars(run),
+            step=step,
+            optimizer=engine.cfg.optimizer.name.name,
+            optimizer_step=state.optimizer_step(engine),
+            loss_scale=engine.loss_scale.state() if engine.loss_scale else None,
+            vocab_size=engine.shape.vocab_size,
+            layout=_layout_facts(self.layout),
+            versions=_versions(),
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
         self._last_saved, self._outcome = step, "the writing thread died"
         self._thread = threading.Thread(
-            target=self._write, args=(chunks, step, facts), name="checkpoint-writer", daemon=True
+            target=self._write, args=(chunks, record), name="checkpoint-writer", daemon=True
         )
         self._thread.start()
         if not self.cfg.asynchronous:
@@ -121,10 +120,10 @@ class Checkpointer:
         self._last_saved = None
         return False
 
-    def _write(self, chunks: list, step: int, facts: dict[str, Any]) -> None:
+    def _write(self, chunks: list, record: CheckpointRecord) -> None:
         """Body of the background thread; never raises. Collective over the checkpoint group."""
         for attempt in range(ATTEMPTS):
-            self._outcome = _first_problem(self._try_write, chunks, step, facts)
+            self._outcome = _first_problem(self._try_write, chunks, record)
             if self._outcome is None:
                 return
             if self._ranks.rank == 0:
@@ -133,24 +132,23 @@ class Checkpointer:
                     if attempt + 1 < ATTEMPTS
                     else "given up; training goes on"
                 )
-                logger.error("checkpoint of step %d failed: %s (%s)", step, self._outcome, again)
+                logger.error(
+                    "checkpoint of step %d failed: %s (%s)", record.step, self._outcome, again
+                )
             if attempt + 1 < ATTEMPTS:
                 time.sleep(RETRY_PAUSE_S)
 
-    def _try_write(self, chunks: list, step: int, facts: dict[str, Any]) -> None:
+    def _try_write(self, chunks: list, record: CheckpointRecord) -> None:
         from pipeline.checkpoint import tensors
 
-        start, saving = time.monotonic(), folders.saving_folder(self.folder, step)
+        start, saving = time.monotonic(), folders.saving_folder(self.folder, record.step)
         size_bytes = sum(self._ranks.gather(sum(c.data.nbytes for c in chunks)))
         self._ranks.on_main(lambda: self._make_room(saving, size_bytes))
         sums = tensors.write(chunks, saving, group=self._ranks.group)
         sums = {name: digest for part in self._ranks.gather(sums) for name, digest in part.items()}
-        seconds = time.monotonic() - start
-        self._ranks.on_main(
-            lambda: self._publish(
-                step, {**facts, "size_bytes": size_bytes, "write_s": round(seconds, 3)}, sums
-            )
-        )
+        seconds = round(time.monotonic() - start, 3)
+        record = replace(record, size_bytes=size_bytes, write_s=seconds)
+        self._ranks.on_main(lambda: self._publish(record, sums))
 
     def _make_room(self, saving: Path, size_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,15 +161,15 @@ class Checkpointer:
             )
         saving.mkdir()
 
-    def _publish(self, step: int, record: dict[str, Any], sums: dict[str, str]) -> None:
-        saving = folders.saving_folder(self.folder, step)
+    def _publish(self, record: CheckpointRecord, sums: dict[str, str]) -> None:
+        saving = folders.saving_folder(self.folder, record.step)
         attached = {
             name: write_durably(saving / name, path.read_bytes())
             for name, path in self.attachments.items()
         }
-        final = folders.publish(self.folder, step, record, {**sums, **attached})
-        gib = record["size_bytes"] / 2**30
-        logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record["write_s"])
+        final = folders.publish(self.folder, record, {**sums, **attached})
+        gib = record.size_bytes / 2**30
+        logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record.write_s)
         try:
             folders.prune(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
         except OSError as error:
@@ -179,7 +177,7 @@ class Checkpointer:
 
     # ---- restore ---------------------------------------------------------------------------------
 
-    def restore(self, engine: Engine, *, not_after: int | None = None) -> dict[str, Any] | None:
+    def restore(self, engine: Engine, *, not_after: int | None = None) -> CheckpointRecord | None:
         """Load the newest whole checkpoint into the engine; its record, or None when there is none.
 
         Damaged ones are reported, renamed to damaged-step-..., and the one before is taken.

@@ -14,16 +14,14 @@ final name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from pipeline.checkpoint.record import RECORD
+from pipeline.checkpoint.record import RECORD, CheckpointRecord
 from pipeline.errors import CheckpointError
 from pipeline.files import sha256_of, sync_folder, write_durably
 
@@ -123,16 +121,15 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
         return [problem for problem in pool.map(check, sorted(sums)[part::parts]) if problem]
 
 
-def publish(root: Path, step: int, record: dict[str, Any], sums: dict[str, str]) -> Path:
+def publish(root: Path, record: CheckpointRecord, sums: dict[str, str]) -> Path:
     """Turn a saving folder, whose tensors are written, into a checkpoint; moves `latest` last.
 
     Args:
         record: what checkpoint.json says.
         sums: SHA-256 of the files that are there already.
     """
-    folder, final = saving_folder(root, step), root / name_of(step)
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    sums = {**sums, RECORD: write_durably(folder / RECORD, text.encode())}
+    folder, final = saving_folder(root, record.step), root / name_of(record.step)
+    sums = {**sums, RECORD: write_durably(folder / RECORD, record.to_json().encode())}
     write_durably(folder / SUMS, sums_text(sums).encode())
     if final.exists():  # the step was trained again, after a rollback or from a damaged checkpoint
         remove(final)

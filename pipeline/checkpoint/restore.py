@@ -7,9 +7,8 @@ weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from pipeline.checkpoint import record as folders
+from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.engine.deepspeed import state
 from pipeline.engine.engine import Engine
@@ -17,23 +16,23 @@ from pipeline.errors import CheckpointError
 from pipeline.model.fragments import chunks_of
 
 
-def read_state(engine: Engine, folder: Path) -> dict[str, Any]:
+def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     """Fill this rank's views of weights and optimizer state, and the loss scale; the record."""
-    record, tensors = folders.read_record(folder), CheckpointTensors(folder)
+    record, tensors = read_record(folder), CheckpointTensors(folder)
     _check_parameters(engine, tensors.parameters, folder)
-    if record["optimizer"] != engine.cfg.optimizer.name.name:
+    if record.optimizer != engine.cfg.optimizer.name.name:
         raise CheckpointError(
-            f"{folder} was saved with optimizer.name={record['optimizer']}, this run has "
+            f"{folder} was saved with optimizer.name={record.optimizer}, this run has "
             f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with "
             "the weights only, give another name=... and checkpoint.init_from=..."
         )
-    state.create_state(engine, tensors.optimizer_keys, optimizer_step=record["optimizer_step"])
+    state.create_state(engine, tensors.optimizer_keys, optimizer_step=record.optimizer_step)
     keys = ["weight", *tensors.optimizer_keys]
     tensors.read_into(
         chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys)
     )
-    if engine.loss_scale and record["loss_scale"]:
-        engine.loss_scale.restore(record["loss_scale"])
+    if engine.loss_scale and record.loss_scale:
+        engine.loss_scale.restore(record.loss_scale)
     return record
 
 

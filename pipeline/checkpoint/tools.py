@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ def list_all(path: Path) -> int:
         except CheckpointError as error:
             print(f"{'?':>10}  damaged: {error}")
             continue
-        size = record["size_bytes"] / 2**30
-        tokens = record.get("state", {}).get("tokens_seen", "?")
-        print(f"{record['step']:>10}  {tokens:>16}  {size:8.2f}  {record['saved_at']:20}  {folder}")
+        size = record.size_bytes / 2**30
+        print(
+            f"{record.step:>10}  {record.tokens_seen:>16}  {size:8.2f}  {record.saved_at:20}  "
+            f"{folder}"
+        )
     return 0
 
 
@@ -53,7 +56,9 @@ def show(path: Path) -> int:
     folder = folders.find(path)
     record, tensors = read_record(folder), CheckpointTensors(folder)
     print(f"folder: {folder}")
-    for key, value in _flat({k: v for k, v in record.items() if k != "loader"}):
+    for key, value in _flat(
+        {k: v for k, v in json.loads(record.to_json()).items() if k != "loader"}
+    ):
         print(f"{key}: {value}")
     shapes = {name: tensors.shape(f"weights/{name}") for name in tensors.parameters}
     print(f"optimizer state: {', '.join(tensors.optimizer_keys) or 'none'}")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint import record as folders
+from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.config.model import ModelConfig
 from pipeline.files import whole_file, write_durably
 from pipeline.huggingface.mapping import mapping_for
@@ -52,8 +52,8 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
     from pipeline.checkpoint.tensors import CheckpointTensors
     from pipeline.data.tokenizer import Tokenizer
 
-    record, tensors = folders.read_record(checkpoint), CheckpointTensors(checkpoint)
-    model = folders.saved_model(record)
+    record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
+    model = record.model()
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(tensors, mapping, output, dtype=dtype)
@@ -192,7 +192,7 @@ def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
 
     tensors, model = (
         CheckpointTensors(checkpoint),
-        folders.saved_model(folders.read_record(checkpoint)),
+        read_record(checkpoint).model(),
     )
     rounded = getattr(torch, DTYPES[dtype][1])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
@@ -215,15 +215,17 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
 
 
-def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dtype: DType) -> str:
-    config, state = record["config"], record.get("state", {})
+def _model_card(
+    record: CheckpointRecord, model: ModelConfig, mapping: Mapping, dtype: DType
+) -> str:
+    config = record.config
     facts = {
         "Class": mapping.architecture,
         "Layers, hidden size, heads": (
             f"{model.num_layers}, {model.hidden_size}, {model.num_attention_heads}"
         ),
         "Vocabulary, context": f"{model.vocab_size:,} tokens, {model.max_seq_len:,} tokens",
-        "Trained on": f"{state.get('tokens_seen', 0):,} tokens in {record['step']:,} steps",
+        "Trained on": f"{record.tokens_seen:,} tokens in {record.step:,} steps",
         "Data": ", ".join(str(d["path"]) for d in config["data"]["train"]) or "unknown",
         "Dataset identities (SHA-256)": _identities(record),
         "Optimizer, peak learning rate": (
@@ -233,8 +235,8 @@ def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dt
             f"{config['training']['precision']}, {dtype.name}"
         ),
         "Seed": config["seed"],
-        "Checkpoint": f"step {record['step']}, saved {record['saved_at']}",
-        "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "Checkpoint": f"step {record.step}, saved {record.saved_at}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
@@ -245,10 +247,11 @@ def _model_card(record: dict[str, Any], model: ModelConfig, mapping: Mapping, dt
     )
 
 
-def _identities(record: dict[str, Any]) -> str:
-    datasets = record.get("loader", {}).get("datasets", {})
+def _identities(record: CheckpointRecord) -> str:
     return (
-        ", ".join(f"{facts['name']} {identity[:16]}..." for identity, facts in datasets.items())
+        ", ".join(
+            f"{facts['name']} {identity[:16]}..." for identity, facts in record.datasets.items()
+        )
         or "unknown"
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint import record
+from pipeline.checkpoint.record import read_record
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.writer import DType, export, load_transformers
 from pipeline.log import logger
@@ -150,7 +150,7 @@ class LocalSampler:
         self.cfg = cfg
         self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
         self.model = LocalModel(
-            record.saved_model(record.read_record(folder)),
+            read_record(folder).model(),
             lambda name: tensors.tensor(f"weights/{name}"),
         )
 

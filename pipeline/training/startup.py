@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline import cli, log
 from pipeline.config.pretrain import PretrainConfig
@@ -12,6 +12,9 @@ from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import CheckpointError, MachineError
 from pipeline.files import write_durably
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.record import CheckpointRecord
 
 # fp32 weights and two moments in a checkpoint.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -84,7 +87,7 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     newest = next((record for record in records if record), None)
     if newest is None or not cfg.checkpoint.resume:
         return
-    saved, now = newest["config"]["model"], cli.to_dict(cfg)["model"]
+    saved, now = newest.config["model"], cli.to_dict(cfg)["model"]
     free = {"name", "compile", "backend", "hidden_dropout", "attention_dropout"}
     changed = [
         f"model.{key}: {saved[key]} there, {now[key]} here"
@@ -98,7 +101,7 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
         )
 
 
-def _record_if_whole(path: Path) -> dict[str, Any] | None:
+def _record_if_whole(path: Path) -> CheckpointRecord | None:
     from pipeline.checkpoint.record import read_record
 
     try:

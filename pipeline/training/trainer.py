@@ -16,6 +16,7 @@ import torch
 
 from pipeline import cli
 from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.checkpoint.record import RunRecord
 from pipeline.config.choices import OnCorrupt, Precision
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, StepShape
@@ -223,9 +224,9 @@ class Trainer:
         if record is None:
             raise DivergedError(f"there is no checkpoint to roll back to.\n{self.guard.report()}")
         self.agreement.drain()  # of a step that started from the bad one
-        self.guard.restore(record["guard"], keep_ledger=True)
-        self.state = TrainState(**record["state"])
-        self.loader.restore(record["loader"])
+        self.guard.restore(record.guard, keep_ledger=True)
+        self.state = TrainState(**record.state)
+        self.loader.restore(record.loader)
         self.loader.skip_samples(reached - self.state.samples_seen)
         self.warn(
             f"rolled back to step {self.state.step}; "
@@ -265,17 +266,17 @@ class Trainer:
             (self.run_dir / "DONE").unlink(missing_ok=True)
         record = self.checkpoints.restore(self.engine) if self.cfg.checkpoint.resume else None
         if record is not None:
-            self.state = TrainState(**record["state"])
+            self.state = TrainState(**record.state)
             self.state.restarts += 1
-            self.loader.restore(record["loader"])
-            self.guard.restore(record["guard"])
+            self.loader.restore(record.loader)
+            self.guard.restore(record.guard)
         elif self.cfg.checkpoint.init_from:
             load_weights(self.engine, Path(self.cfg.checkpoint.init_from))
 
     def save(self) -> None:
         """Write a checkpoint; does nothing when this step is already on disk."""
         self.clock.enter("save", self.state.step)
-        stall_ms = self.checkpoints.save(self.engine, step=self.state.step, record=self.record())
+        stall_ms = self.checkpoints.save(self.engine, step=self.state.step, run=self.record())
         self.guard.checkpoint_saved()
         values = {
             "resilience/checkpoint_stall_ms": stall_ms,
@@ -283,14 +284,14 @@ class Trainer:
         }
         self.metrics.event(self.state, values)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunRecord:
         """What a checkpoint holds besides tensors."""
-        return {
-            "state": asdict(self.state),
-            "loader": self.loader.state(),
-            "guard": self.guard.state(),
-            "config": cli.to_dict(self.cfg),
-        }
+        return RunRecord(
+            state=asdict(self.state),
+            loader=self.loader.state(),
+            guard=self.guard.state(),
+            config=cli.to_dict(self.cfg),
+        )
 
     def finish(self) -> None:
         """Leave everything on disk.

@@ -26,7 +26,7 @@ from pipeline.checkpoint import checkpointer as checkpoint_module
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.__main__ import ToolConfig, main
 from pipeline.checkpoint.checkpointer import Checkpointer
-from pipeline.checkpoint.record import FORMAT, VERSION
+from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.checkpoint.tensors import CheckpointTensors, HostCopy, write
 from pipeline.config.operation import CheckpointConfig
 from pipeline.errors import CheckpointError
@@ -171,7 +171,7 @@ def write_small(folder: Path, steps: list[int]) -> None:
     cfg = CheckpointConfig(keep_last=99)
     checkpointer = Checkpointer(cfg, folder=folder, layout=None)  # type: ignore[arg-type]
     for step in steps:
-        checkpointer._write(small_chunks(step), step, facts(step))
+        checkpointer._write(small_chunks(step), record_of(step))
         assert checkpointer._outcome is None, checkpointer._outcome
 
 
@@ -185,8 +185,11 @@ def small_chunks(step: int, size: int = 40) -> list[Chunk]:
     return [Chunk("weights/a", (size, 30), (rows * rank, 0), data)]
 
 
-def facts(step: int) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "step": step, "saved_at": "now"}
+def record_of(step: int) -> CheckpointRecord:
+    return CheckpointRecord(
+        state={}, config={}, step=step, optimizer="adamw", optimizer_step=step, loss_scale=None, vocab_size=7,
+        layout={}, versions={}, saved_at="now",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def restore_after_damage(folder: Path) -> tuple[dict, list[str], list]:
     logger.addHandler(handler)
     record = run.checkpointer.restore(run.engine)
     assert record is not None
-    history = run.train(record["step"], 4)
+    history = run.train(record.step, 4)
     run.save(4)
     run.close()
     return record, messages, history
@@ -273,7 +276,7 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_pa
     newest = tmp_path / folders.name_of(3) / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-1000])
     record, messages, resumed = run_on_ranks(restore_after_damage, 1, tmp_path)[0]
-    assert record["step"] == 2 and resumed == history[2:]
+    assert record.step == 2 and resumed == history[2:]
     assert any(
         "step-00000003 is DAMAGED" in message and "__0_0.distcp" in message for message in messages
     )
@@ -364,7 +367,7 @@ def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
         CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=None
     )  # type: ignore[arg-type]
     for step in range(first, first + 10_000):
-        checkpointer._write(small_chunks(step, size=4000), step, facts(step))
+        checkpointer._write(small_chunks(step, size=4000), record_of(step))
         if rank == 0 and checkpointer._outcome is None:
             (root / "noted").write_text(str(step))
             (root / "noted").replace(root / "completed")  # never half a note

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.checkpoint.record import RunRecord
 from pipeline.cli import to_dict
 from pipeline.config.operation import CheckpointConfig
 from pipeline.config.pretrain import PretrainConfig
@@ -46,11 +47,10 @@ class Run:
 
     def save(self, step: int) -> None:
         """Start writing a checkpoint."""
-        record = {
-            "state": {"step": step, "tokens_seen": step * BATCH * SEQ_LEN},
-            "config": to_dict(self.cfg),
-        }
-        self.checkpointer.save(self.engine, step=step, record=record)
+        record = RunRecord(
+            state={"step": step, "tokens_seen": step * BATCH * SEQ_LEN}, config=to_dict(self.cfg)
+        )
+        self.checkpointer.save(self.engine, step=step, run=record)
 
     def close(self) -> None:
         """Make room for the next layout."""
@@ -81,10 +81,10 @@ def resume(cfg: PretrainConfig, folder: Path, last: int, *, save_to: Path | None
         again = Checkpointer(CheckpointConfig(), folder=save_to, layout=run.layout)
         again.save(
             run.engine,
-            step=record["step"],
-            record={key: record[key] for key in ("state", "config")},
+            step=record.step,
+            run=RunRecord(state=record.state, config=record.config),
         )
         assert again.wait()
-    history = run.train(record["step"], last)
+    history = run.train(record.step, last)
     run.close()
     return history

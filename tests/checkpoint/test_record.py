@@ -1,0 +1,67 @@
+"""checkpoint.json on the disk, and as the program sees it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.record import CheckpointRecord, read_record
+from pipeline.errors import CheckpointError
+
+# Written by the release before CheckpointRecord existed, byte for byte but for its paths.
+VERSION_1 = (Path(__file__).parent / "checkpoint_v1.json").read_text()
+
+
+def test_a_checkpoint_of_the_first_release_is_read_and_written_back_byte_for_byte():
+    """The file is a format: other programs and older checkpoints stay.
+
+    Neither a key, nor its order, nor its spacing may change without a new version.
+    """
+    record = CheckpointRecord.from_json(VERSION_1)
+    assert (record.step, record.optimizer_step, record.tokens_seen) == (5, 4, 2560)
+    assert record.state["skipped_steps"] == 1
+    assert record.guard["ledger"][0]["kind"] == "bad_numbers"
+    assert [facts["name"] for facts in record.datasets.values()] == ["train"]
+    assert record.model().vocab_size == 400, "the config left it open"
+    assert record.to_json() == VERSION_1
+
+
+def test_a_record_cannot_be_changed():
+    """What is written is what was true when the save began."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CheckpointRecord.from_json(VERSION_1).step = 6  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "something-else"}, "is not a checkpoint of this program"),
+        ({"version": 2}, "has checkpoint format 2; this program reads up to 1"),
+        ({"optimizer_step": None}, "has no optimizer_step"),
+        ("half", "cannot be read"),
+    ],
+)
+def test_a_record_of_no_use_says_which_file_and_why(tmp_path, change, message):
+    """A missing key is named here, not as a KeyError in the middle of a restore."""
+    if change == "half":
+        text = VERSION_1[: len(VERSION_1) // 2]
+    else:
+        content = json.loads(VERSION_1) | change
+        text = json.dumps(
+            {
+                key: value
+                for key, value in content.items()
+                if value is not None or key == "loss_scale"
+            }
+        )
+    (tmp_path / "checkpoint.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_record(tmp_path)
+    assert str(tmp_path / "checkpoint.json") in str(caught.value)
+
+
+def test_what_a_newer_release_adds_is_let_be():
+    """The version says what cannot be read; a key more is no reason to refuse."""
+    content = json.loads(VERSION_1) | {"colour": "blue"}
+    assert CheckpointRecord.from_json(json.dumps(content)) == CheckpointRecord.from_json(VERSION_1)
