@@ -104,7 +104,7 @@ def test_every_number_is_documented_unless_its_name_says_all():
     plain_numbers = {
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.norm_eps", "model.init_std",
         "model.attention_dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
-        "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size", "parallel.expert_parallel_size",
+        "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size",
     }  # fmt: skip
     numbers = {"int", "float", "int | None", "float | None"}
     undocumented = {

@@ -17,6 +17,8 @@ from pipeline.errors import CheckpointError
 RECORD = "checkpoint.json"
 FORMAT = "pretrain-checkpoint"
 VERSION = 1
+RETIRED = {"backend"}
+"""Model settings in older records that are gone; the one value that ever ran is what runs now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ class CheckpointRecord(RunRecord):
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            node = OmegaConf.merge(OmegaConf.structured(ModelConfig), self.config["model"])
+            saved = self.config["model"]
+            kept = {key: value for key, value in saved.items() if key not in RETIRED}
+            node = OmegaConf.merge(OmegaConf.structured(ModelConfig), kept)
             model = cast(ModelConfig, OmegaConf.to_object(node))
         except (OmegaConfBaseException, KeyError) as error:
             raise CheckpointError(

@@ -14,7 +14,6 @@ Activation = Enum("Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"])
 # scaled: GPT-2, residual projections / sqrt(2 num_layers); fixed: init_std everywhere;
 # mup: maximal update parametrisation, arXiv:2203.03466
 Init = Enum("Init", ["scaled", "fixed", "mup"])
-Backend = Enum("Backend", ["local", "te"])  # megatron-core layers over torch, or Transformer Engine
 # Arithmetic of forward and backward; weights, moments and gradient sums are fp32 in all three.
 Precision = Enum("Precision", ["fp32", "bf16", "fp16"])
 # What the backward pass computes again: nothing, the attention core, every n-th block.
@@ -23,7 +22,7 @@ Recompute = Enum("Recompute", ["none", "selective", "full"])
 PipelineSchedule = Enum("PipelineSchedule", ["1f1b", "dualpipev"])
 # wsd: constant, then linear to min_lr (arXiv:2404.06395).
 Decay = Enum("Decay", ["cosine", "linear", "wsd", "constant"])
-OptimizerName = Enum("OptimizerName", ["adamw", "lion", "adafactor", "muon"])
+OptimizerName = Enum("OptimizerName", ["adamw"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])  # auto: online with a key
 OnCorrupt = Enum("OnCorrupt", ["fail", "skip"])
 OnSpike = Enum("OnSpike", ["none", "skip", "rollback"])

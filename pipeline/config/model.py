@@ -8,7 +8,6 @@ from omegaconf import MISSING
 
 from pipeline.config.choices import (
     Activation,
-    Backend,
     Init,
     Normalization,
     NormPlacement,
@@ -92,6 +91,5 @@ class ModelConfig:
     z_loss_coeff: float = 0.0
     """Weight of log(Z)^2 in the loss (PaLM); 0: off."""
     moe: MoeConfig = field(default_factory=MoeConfig)
-    backend: Backend = Backend.local
     compile: bool = False
     """torch.compile each block (CUDA)."""

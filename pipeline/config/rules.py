@@ -5,12 +5,8 @@ Imports no torch and runs before process groups form: an impossible run costs se
 
 from __future__ import annotations
 
-import importlib.util
-
 from pipeline.config.choices import (
-    Backend,
     NormPlacement,
-    OptimizerName,
     PipelineSchedule,
     Position,
     Precision,
@@ -130,12 +126,6 @@ def check_engine(cfg: PretrainConfig) -> None:
         "Set it false.",
     )
     require(
-        parallel.expert_parallel_size == 1,
-        f"parallel.expert_parallel_size ({parallel.expert_parallel_size}) must be 1: DeepSpeed "
-        "0.19 cannot reduce the gradients of megatron-core's distributed experts. Experts are "
-        "split by parallel.tensor_parallel_size instead.",
-    )
-    require(
         not model.moe.num_experts
         or parallel.tensor_parallel_size == 1
         or parallel.sequence_parallel,
@@ -159,32 +149,4 @@ def check_engine(cfg: PretrainConfig) -> None:
         training.recompute is Recompute.full or training.recompute_every == 1,
         f"training.recompute_every ({training.recompute_every}) counts only with "
         "training.recompute=full.",
-    )
-
-
-def check_libraries(cfg: PretrainConfig) -> None:
-    """What no library here computes, or none that is installed."""
-    model = cfg.model
-    if cfg.optimizer.name is not OptimizerName.adamw:
-        reasons = {
-            OptimizerName.lion: "no maintained fused Lion composes with every ZeRO stage here",
-            OptimizerName.adafactor: "its factored moments need whole matrices, and ZeRO "
-            "partitions flat buffers",
-            OptimizerName.muon: "DeepSpeed 0.19's composes with ZeRO but not with tensor "
-            "parallelism, which splits the matrices it orthogonalises, and its momentum has moved "
-            "before a bad step can be left out",
-        }
-        raise ConfigError(
-            f"optimizer.name={cfg.optimizer.name.name} is not supported: "
-            f"{reasons[cfg.optimizer.name]}. Set optimizer.name=adamw."
-        )
-    require(
-        model.backend is Backend.local
-        or importlib.util.find_spec("transformer_engine") is not None,
-        "model.backend=te needs Transformer Engine, which is not installed. Install it (pip "
-        "install transformer-engine[pytorch]), or set model.backend=local.",
-    )
-    require(
-        model.backend is Backend.local or not model.moe.num_experts,
-        "model.backend=te has no experts: set model.backend=local.",
     )

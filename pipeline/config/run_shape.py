@@ -15,7 +15,7 @@ from pipeline.config.choices import Decay, PipelineSchedule, Precision
 from pipeline.config.model import ModelConfig
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.rules import check_engine, check_libraries, check_model, require
+from pipeline.config.rules import check_engine, check_model, require
 from pipeline.config.training import ParallelConfig, RampStage
 
 # Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
@@ -83,7 +83,6 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
     vocab_size = _vocab_size(model, tokenizer_vocab_size)
     sizes = _sizes(parallel, world_size)
     check_engine(cfg)
-    check_libraries(cfg)
     seq_len = training.seq_len or model.max_seq_len
     require(
         seq_len <= model.max_seq_len,
@@ -120,7 +119,7 @@ def _vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
 
 
 def _sizes(parallel: ParallelConfig, world_size: int) -> ParallelSizes:
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         require(
             getattr(parallel, name) >= 1,
             f"parallel.{name} ({getattr(parallel, name)}) must be at least 1.",

@@ -57,7 +57,6 @@ class ParallelConfig:
     """
     pipeline_parallel_size: int = 1
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
-    expert_parallel_size: int = 1
     zero_stage: int = 1
     """0 nothing, 1 optimizer state, 2 gradients, 3 parameters are partitioned over data-parallel
     ranks.

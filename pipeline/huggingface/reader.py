@@ -24,7 +24,6 @@ FREE = {
     "mup_base_hidden_size",
     "hidden_dropout",
     "attention_dropout",
-    "backend",
     "compile",
 }
 FREE |= {"z_loss_coeff", "moe"}

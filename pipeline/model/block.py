@@ -25,7 +25,7 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.attention import Attention, CoreAttention
 from pipeline.model.recompute import recompute
 from pipeline.model.rope import rope_table
-from pipeline.model.tensor_parallel import ColumnLinear, Norm, RowLinear, dropout, linear_classes
+from pipeline.model.tensor_parallel import ColumnLinear, Norm, RowLinear, dropout
 
 
 class MLP(McoreMLP):
@@ -55,13 +55,12 @@ class Block(nn.Module):
         self.uses_rope = model.position is Position.rope
         if self.uses_rope:
             self.rope = rope_table(model)
-        column, row = linear_classes(model.backend)
         groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         norm = Norm if config.qk_layernorm else None
         self.input_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = Attention(
             config,
-            SelfAttentionSubmodules(column, CoreAttention, row, norm, norm),
+            SelfAttentionSubmodules(ColumnLinear, CoreAttention, RowLinear, norm, norm),
             layer_number=layer + 1,
             pg_collection=groups,
             recompute_core=training.recompute is Recompute.selective,
@@ -73,7 +72,7 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(
                 config,
-                MLPSubmodules(linear_fc1=column, linear_fc2=row),
+                MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
                 ffn_hidden_size=config.ffn_hidden_size,
                 tp_group=groups.tp,
             )

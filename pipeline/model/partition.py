@@ -78,11 +78,6 @@ class Partition:
         """Whether other tensor-parallel ranks hold other parts of the parameter."""
         return self.dim is not None and self.tensor_size > 1
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether this rank has rows that belong to no piece."""
-        return sum(_volume(held) for held, _ in self.pieces()) < _product(self.local_shape)
-
     def pieces(self) -> list[tuple[Slices, Slices]]:
         """[(slices of the local tensor, slices of the whole)]: equal rectangles, in local order."""
         if self.dim is None:
@@ -162,7 +157,3 @@ def _tiles(shape: Shape, start: int, stop: int, largest: int) -> Iterator[tuple[
             tile = (min((stop - first) // width, max(1, largest // width)), width)
         yield first, tile, (row, column)
         first += tile[0] * tile[1]
-
-
-def _volume(slices: Slices) -> int:
-    return _product([s.stop - s.start for s in slices])

@@ -17,8 +17,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from pipeline.config.choices import Backend
-
 
 def _mark_split(parameter: Any, dim: int, stride: int) -> None:
     if isinstance(parameter, nn.Parameter):
@@ -58,29 +56,6 @@ class RowLinear(tensor_parallel.RowParallelLinear):
         if self.tp_group.size() == 1:
             return F.linear(x, self.weight, self.bias), None
         return super().forward(x)
-
-
-def linear_classes(backend: Backend) -> tuple[type, type]:
-    """(column-parallel, row-parallel) linear; both add their bias and return (output, None)."""
-    if backend is Backend.local:
-        return ColumnLinear, RowLinear
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TERowParallelLinear,
-    )
-
-    class TransformerEngineColumnLinear(TEColumnParallelLinear):
-        def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
-            super().__init__(*args, stride=stride, **{**kwargs, "skip_bias_add": False})
-            _mark_split(self.weight, 0, stride)
-            _mark_split(getattr(self, "bias", None), 0, stride)
-
-    class TransformerEngineRowLinear(TERowParallelLinear):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "skip_bias_add": False})
-            _mark_split(self.weight, 1, 1)
-
-    return TransformerEngineColumnLinear, TransformerEngineRowLinear
 
 
 class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):

@@ -25,12 +25,7 @@ from pipeline.planning.flops import num_parameters
 
 GIB = 2**30
 # Bytes of element-wise optimizer state per parameter, fp32.
-STATE_BYTES = {
-    OptimizerName.adamw: 8,
-    OptimizerName.lion: 4,
-    OptimizerName.adafactor: 0,
-    OptimizerName.muon: 4,
-}
+STATE_BYTES = {OptimizerName.adamw: 8}
 
 
 @dataclass(frozen=True)

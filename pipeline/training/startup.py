@@ -79,6 +79,7 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
 def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     """Raise CheckpointError where the run folder holds a run of another model."""
     from pipeline.checkpoint import folder as folders
+    from pipeline.checkpoint.record import RETIRED
 
     records = (
         _record_if_whole(path)
@@ -88,7 +89,7 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     if newest is None or not cfg.checkpoint.resume:
         return
     saved, now = newest.config["model"], cli.to_dict(cfg)["model"]
-    free = {"name", "compile", "backend", "hidden_dropout", "attention_dropout"}
+    free = {"name", "compile", "hidden_dropout", "attention_dropout", *RETIRED}
     changed = [
         f"model.{key}: {saved[key]} there, {now[key]} here"
         for key in saved
