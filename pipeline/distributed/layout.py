@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.distributed.ranks import Ranks, export_to_environment
+from pipeline.distributed.rendezvous import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -73,15 +74,14 @@ def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) ->
     timeout = timedelta(seconds=timeout_s)
     export_to_environment(ranks)
     if not dist.is_initialized():
-        # One process needs no rendezvous and no free port.
-        store = {"store": dist.HashStore()} if ranks.world_size == 1 else {"init_method": "env://"}
+        store = open_store(ranks, timeout=timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             rank=ranks.global_rank,
             world_size=ranks.world_size,
             timeout=timeout,
             device_id=device if on_cuda else None,
-            **store,
+            store=store,  # None: env://
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

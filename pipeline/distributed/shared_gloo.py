@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.distributed import ProcessGroupGloo, distributed_c10d
 
+from pipeline.distributed.rendezvous import is_one_machine
+
 
 @cache
 def _transports() -> list[Any]:
@@ -23,6 +25,8 @@ def _transports() -> list[Any]:
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     if names:
         return [ProcessGroupGloo.create_device(interface=name) for name in names]
+    if is_one_machine():  # the host name's address may be one that strangers reach
+        return [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     return [ProcessGroupGloo.create_default_device()]
 
 

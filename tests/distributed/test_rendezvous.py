@@ -1,0 +1,104 @@
+"""On one machine nothing of a run can be reached from another one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.distributed.rendezvous import is_one_machine
+
+ROOT = Path(__file__).resolve().parents[2]
+CONNECT = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from pipeline.config.parallel_sizes import ParallelSizes
+from pipeline.distributed.layout import connect, disconnect
+from pipeline.distributed.ranks import ranks_from_environment
+from pipeline.errors import MachineError
+
+try:
+    layout = connect(ranks_from_environment(), ParallelSizes(tensor=2, pipeline=1, data=1))
+except MachineError as error:
+    sys.exit(str(error))
+own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if
+       os.path.islink(f"/proc/self/fd/{name}")}
+for table in ("tcp", "tcp6"):
+    for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+        _, local, _, state, *rest = line.split()
+        if state == "0A" and f"socket:[{rest[5]}]" in own:  # 0A: listening
+            print("listens", local.split(":")[0])
+dist.barrier()
+disconnect()
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(rank: int, port: int) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CONNECT],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_listening_socket_of_a_run_on_one_machine_is_loopback():
+    """torch's store listens on all interfaces, gloo on the host name's address."""
+    port = free_port()
+    ranks = [start(rank, port) for rank in range(2)]
+    found = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], found
+    addresses = [word for out, _ in found for word in out.split() if word != "listens"]
+    # As /proc writes 127.0.0.1, also inside an IPv6 address: store and transport of rank 0, and
+    # rank 1's transport.
+    assert len(addresses) >= 3
+    assert {address[-8:] for address in addresses} == {"0100007F"}
+
+
+def test_a_taken_port_is_named_with_the_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        process = start(0, port)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"port {port} of this machine cannot be opened" in error
+    assert "Set MASTER_PORT to a free one" in error
+
+
+@pytest.mark.parametrize(
+    ("address", "local", "expected"),
+    [
+        ("127.0.0.1", "4", True),
+        ("localhost", "4", True),
+        ("::1", "4", True),
+        ("127.0.0.1", "2", False),
+        ("node7", "4", False),
+        ("10.0.0.7", "4", False),
+        ("", "4", False),
+    ],
+)
+def test_one_machine_is_a_loopback_address_and_every_rank_here(address, local, expected):
+    environment = {"MASTER_ADDR": address, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local}
+    assert is_one_machine(environment) is expected
