@@ -42,7 +42,7 @@ def build(layers: int) -> Any:
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.deepspeed import state
+    from pipeline.engine import state
     from pipeline.engine.engine import Engine
 
     cfg = compose(
@@ -65,7 +65,7 @@ def build(layers: int) -> Any:
 
 def state_of(engine: Any) -> dict[str, Any]:
     """The tensors, as views."""
-    from pipeline.engine.deepspeed import state
+    from pipeline.engine import state
 
     fragments = state.fragments(engine)
     return {f"{key}/{f.name}": view for f in fragments for key, view in f.views.items()}
@@ -111,7 +111,7 @@ def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> 
     elif name == "torch.save":
         torch.save(state_of(engine), path / "state.pt")
     elif name == "deepspeed":
-        engine.deepspeed.save_checkpoint(str(path), tag="step")
+        engine.runner.deepspeed.save_checkpoint(str(path), tag="step")
     else:
         dcp.save(state_of(engine), checkpoint_id=path)
     save = time.perf_counter() - start
@@ -125,7 +125,7 @@ def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> 
         for key, view in state_of(engine).items():
             view.copy_(loaded[key])
     elif name == "deepspeed":
-        engine.deepspeed.load_checkpoint(str(path), tag="step")
+        engine.runner.deepspeed.load_checkpoint(str(path), tag="step")
     else:
         dcp.load(state_of(engine), checkpoint_id=path)
     return {"stall": stall, "save": save, "load": time.perf_counter() - start}

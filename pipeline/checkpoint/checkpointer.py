@@ -85,7 +85,7 @@ class Checkpointer:
             return 0.0
         start = time.monotonic()
         self.wait()
-        from pipeline.engine.deepspeed import state
+        from pipeline.engine import state
 
         chunks = self._host_copy.take(state.fragments(engine))
         record = CheckpointRecord(
@@ -190,7 +190,7 @@ class Checkpointer:
                 optimizer.
         """
         from pipeline.checkpoint import restore
-        from pipeline.engine.deepspeed import state
+        from pipeline.engine import state
 
         self.wait()
         found = self._ranks.on_main(

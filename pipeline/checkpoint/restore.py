@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
-from pipeline.engine.deepspeed import state
+from pipeline.engine import state
 from pipeline.engine.engine import Engine
 from pipeline.errors import CheckpointError
 from pipeline.model.fragments import chunks_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.agreement import Agreement
-from pipeline.engine.deepspeed import state
+from pipeline.engine import state
 from pipeline.engine.engine import Engine
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.reader import HuggingFaceWeights

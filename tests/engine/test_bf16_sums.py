@@ -27,8 +27,7 @@ class ReductionAfterwards:
 
 def histories(model: str) -> list[list[tuple[float, float]]]:
     """The same run with our sums and with DeepSpeed's own, reduced afterwards."""
-    from pipeline.engine import engine as engine_module
-    from pipeline.engine.deepspeed import bf16_sums
+    from pipeline.engine.deepspeed import bf16_sums, plain
 
     bf16_sums.BUCKET_ELEMENTS = 10_000  # several buckets
     cfg = config(model, precision="bf16")
@@ -36,12 +35,12 @@ def histories(model: str) -> list[list[tuple[float, float]]]:
         moe = replace(cfg.model.moe, num_experts=64, top_k=1)
         cfg = replace(cfg, model=replace(cfg.model, moe=moe))
     spared, found = [], []
-    ours, reduction = engine_module.sum_in_place, engine_module.Reduction
+    ours, reduction = plain.sum_in_place, plain.Reduction
     for change, reduce in (
         (lambda *a: spared.append(ours(*a)), reduction),
         (lambda *_: None, ReductionAfterwards),
     ):
-        engine_module.sum_in_place, engine_module.Reduction = change, reduce
+        plain.sum_in_place, plain.Reduction = change, reduce
         found.append(train(cfg, batches()[:6])["history"])
     assert len(spared) == 1
     return found
@@ -60,7 +59,7 @@ def events() -> list[str]:
     bf16_sums.BUCKET_ELEMENTS = 10_000
     engine = engine_of(config("gpt2", precision="bf16"))
     found: list[str] = []
-    for name, parameter in engine.deepspeed.module.named_parameters():
+    for name, parameter in engine.runner.module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
     all_reduce = dist.all_reduce
 

@@ -37,7 +37,7 @@ def engine_of(cfg: Any) -> Any:
 
 
 def deepspeed_facts(cfg: Any) -> dict[str, Any]:
-    engine = engine_of(cfg).deepspeed
+    engine = engine_of(cfg).runner.deepspeed
     return {
         "stage": engine.zero_optimization_stage(),
         "clipping": engine.gradient_clipping(),
@@ -66,10 +66,10 @@ def test_the_settings_we_rely_on_arrive_in_deepspeed() -> None:
 
 def norm_without_the_first_gradient() -> float:
     engine = engine_of(config("gpt2"))
-    first, *rest = engine._all_parameters
+    first, *rest = engine.runner.parameters
     for parameter in rest:
         parameter.grad = torch.ones_like(parameter)
-    norm = engine._whole_norm()
+    norm = engine.runner.grad_norm()
     assert first.grad is None
     return float(norm) / math.sqrt(sum(p.numel() for p in rest))
 
@@ -171,7 +171,7 @@ def test_learning_rates_follow_groups() -> None:
 def group_rates(cfg: Any) -> list[float]:
     engine = engine_of(cfg)
     engine.train_step(rank_batches(batches()[0], engine.shape, engine.layout), step=0)
-    return sorted(group["lr"] for group in engine.deepspeed.optimizer.param_groups)
+    return sorted(group["lr"] for group in engine.runner.optimizer.param_groups)
 
 
 RAMP = [1, 1, 1, 2, 3, 8]  # micro-batches of a step

@@ -150,10 +150,10 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
             [2.0 / b[0].labels.numel() * (x.labels >= 0) for x in b] if whole else []
         )
     else:
-        written = engine.deepspeed_config
-        engine.deepspeed_config = lambda *a: {
-            k: v for k, v in written(*a).items() if k != "pipeline"
-        }
+        from pipeline.engine.deepspeed import base
+
+        written = base.deepspeed_config
+        base.deepspeed_config = lambda *a: {k: v for k, v in written(*a).items() if k != "pipeline"}
     return train(cfg, batches())
 
 

@@ -51,7 +51,7 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
         shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
         layout = connect(ranks_from_environment(), shape.sizes)
         engine, seen = Engine(cfg, shape, layout), {}
-        for i, block in enumerate(engine.deepspeed.module.layers):
+        for i, block in enumerate(engine.runner.module.layers):
             for name in ("self_attention", "mlp"):
                 getattr(block, name).register_forward_hook(record(seen, f"{name} {i}"))
         for number, step in enumerate(batches()[:6]):

@@ -44,7 +44,7 @@ def disturbed(cases: list[dict[str, Any]]) -> list[list[tuple[bool, bool, bool]]
 
 
 def weights(engine: Any) -> list[torch.Tensor]:
-    from pipeline.engine.deepspeed import state
+    from pipeline.engine import state
 
     return [fragment.views["weight"].clone() for fragment in state.fragments(engine)]
 

@@ -29,6 +29,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from pipeline.engine.loss_scale import LossScale
+from pipeline.model.tensor_parallel import is_split
 
 
 def keep_decisions_on_device(
@@ -68,14 +69,6 @@ def reduce_tied_sums(engine: Any) -> None:
     engine.module.get_tied_weights_and_groups = lambda: [
         (SimpleNamespace(grad=weight.grad_accum), group) for weight, group in weights()
     ]
-
-
-def is_split(parameter: Any) -> bool:
-    """Whether tensor-parallel ranks hold different parts of the parameter.
-
-    DeepSpeed and megatron-core also set the attribute, to False, on parameters that are whole.
-    """
-    return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:

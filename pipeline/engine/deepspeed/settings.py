@@ -11,24 +11,25 @@ from typing import Any
 import torch
 
 from pipeline.config.choices import Precision
-from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.engine.deepspeed.bf16_sums import BUCKET_ELEMENTS
+from pipeline.model.architecture import Architecture
 from pipeline.planning.flops import num_parameters
 
 # weights gathered at a time; larger buckets no longer raise the bandwidth
 ALLGATHER_ELEMENTS = 200_000_000
 
 
-def deepspeed_config(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
+def deepspeed_config(architecture: Architecture, shape: RunShape) -> dict[str, Any]:
     """DeepSpeed's configuration, every key we rely on written out."""
-    parallel, precision, stage = cfg.parallel, cfg.training.precision, shape.zero_stage
-    size = num_parameters(cfg.model, shape.vocab_size) // shape.sizes.ranks_per_copy
+    parallel, precision = architecture.parallel, architecture.training.precision
+    stage = shape.zero_stage
+    size = num_parameters(architecture.model, shape.vocab_size) // shape.sizes.ranks_per_copy
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
         "stage": stage,
         # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by
-        # bf16_gradients.py). DeepSpeed does not under a pipeline, and offloaded gradients leave for
+        # bf16_sums.py). DeepSpeed does not under a pipeline, and offloaded gradients leave for
         # the host one by one.
         "overlap_comm": stage > int(parallel.offload_optimizer or shape.sizes.pipeline > 1),
         "contiguous_gradients": True,

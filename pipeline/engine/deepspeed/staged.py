@@ -1,20 +1,28 @@
-"""The GPT as DeepSpeed's PipelineModule, cut by the cost of its layers, and its batches."""
+"""A pipeline: the GPT as DeepSpeed's PipelineModule, and the runner of its schedules.
+
+The module is cut into stages by the cost of its layers; 1F1B or DualPipeV, with ZeRO-1.
+"""
 
 from __future__ import annotations
 
 import pipeline.engine.deepspeed.environment  # noqa: F401
 
 # isort: split
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.choices import PipelineSchedule
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.engine.deepspeed.base import DeepSpeedRunner
+from pipeline.engine.deepspeed.changes import reduce_tied_sums
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss
 from pipeline.model.names import canonical_name
@@ -24,6 +32,53 @@ from pipeline.model.stages import layer_costs, partition
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
+
+
+class StagedRunner(DeepSpeedRunner):
+    """The Runner of pipeline_parallel_size above 1."""
+
+    @staticmethod
+    def build_module(
+        architecture: Architecture, schema: StageSchema, shape: RunShape, layout: ParallelLayout
+    ) -> nn.Module:
+        """This rank's stage (under DualPipeV: its two stages) of the model."""
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its topology
+            return pipeline_module(architecture, schema, shape, layout)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeedRunner."""
+        super().__init__(*args, **kwargs)
+        self.schema: StageSchema = vars(self.module)["schema"]
+        self._activation_shape: tuple[int, ...] = ()
+        if kwargs["loss_scale"]:
+            reduce_tied_sums(self.deepspeed)
+
+    def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:
+        """One batch through the schedule."""
+        self._expect_shape(batches[0])
+        self._loss = None
+        self._loss = self.deepspeed.train_batch(micro_batch_stream(batches, weights, self.schema))
+
+    def _mean_loss(self) -> Tensor:
+        return self.deepspeed._aggregate_total_loss()
+
+    def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+        """0-dim sum of weights * cross entropy over all ranks."""
+        self._expect_shape(batches[0])
+        # DualPipeV needs that many in flight
+        missing = max(0, 2 * self.shape.sizes.pipeline - len(batches))
+        weights = [*weights, *[torch.zeros_like(weights[0])] * missing]
+        batches = [*batches, *[batches[0]] * missing]
+        mean = self.deepspeed.eval_batch(
+            micro_batch_stream(batches, weights, self.schema), num_micro_batches=len(batches)
+        )
+        return mean.reshape(()) * (len(batches) * self.layout.data.size)
+
+    def _expect_shape(self, batch: Batch) -> None:
+        shape = tuple(batch.tokens.shape)
+        if self._activation_shape not in ((), shape):
+            self.deepspeed.reset_activation_shape()
+        self._activation_shape = shape
 
 
 def pipeline_module(
@@ -73,11 +128,12 @@ def pipeline_module(
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,
     )
+    module.schema = schema
     return module
 
 
 def micro_batch_stream(
-    batches: list[Batch], weights: list[Tensor | None], schema: StageSchema
+    batches: Sequence[Batch], weights: Sequence[Tensor | None], schema: StageSchema
 ) -> Iterator[tuple[Any, Any]]:
     """(inputs, labels) a micro-batch, as PipelineEngine takes them."""
     for batch, token_weights in zip(batches, weights, strict=True):

@@ -1,0 +1,117 @@
+"""What DeepSpeed's two engines have in common: set-up, changes, slots."""
+
+from __future__ import annotations
+
+import pipeline.engine.deepspeed.environment  # noqa: F401
+
+# isort: split
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.run_shape import RunShape
+from pipeline.config.training import OptimizerConfig
+from pipeline.distributed.layout import ParallelLayout
+from pipeline.engine import optimizer as optimizer_module
+from pipeline.engine.deepspeed import slots
+from pipeline.engine.deepspeed.changes import HostAdam, keep_decisions_on_device
+from pipeline.engine.deepspeed.settings import deepspeed_config
+from pipeline.engine.loss_scale import LossScale
+from pipeline.engine.runner import Slot
+from pipeline.model.architecture import Architecture
+
+
+class DeepSpeedRunner:
+    """A module under deepspeed.initialize, its decisions left to engine/verdict.py."""
+
+    mpu: Any = None
+    """The groups DeepSpeed asks for; None: the module brings them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        *,
+        optimizer: OptimizerConfig,
+        architecture: Architecture,
+        shape: RunShape,
+        layout: ParallelLayout,
+        loss_scale: LossScale | None,
+    ) -> None:
+        """Partition parameters and build the optimizer. Collective.
+
+        Args:
+            module: from `build_module`, with its initial weights.
+            groups: of its parameters (engine/optimizer.py).
+            architecture: of the module.
+            loss_scale: of fp16; None: there is none.
+        """
+        self.module, self.shape, self.layout = module, shape, layout
+        settings = deepspeed_config(architecture, shape)
+        is_offloaded = architecture.parallel.offload_optimizer
+        self._num_micro_batches = settings["gradient_accumulation_steps"]
+        self._loss: Tensor | None = None
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its memory, line upon line
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                model_parameters=groups,
+                optimizer=_optimizer(optimizer, is_offloaded),
+                config=settings,
+                mpu=self.mpu,
+            )
+        self.wrapper = self.deepspeed.optimizer
+        self.is_unsharded = isinstance(self.wrapper, torch.optim.Optimizer)
+        self.optimizer: torch.optim.Optimizer = (
+            self.wrapper if self.is_unsharded else self.wrapper.optimizer
+        )
+        self.parameters = list(module.parameters())
+        keep_decisions_on_device(self.wrapper, loss_scale, is_offloaded=is_offloaded)
+        if shape.sizes.data == 1:
+            # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
+            self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
+
+    def set_micro_batches(self, count: int) -> None:
+        """Steps from here on have `count` micro-batches."""
+        if count == self._num_micro_batches:
+            return
+        self._num_micro_batches = count
+        self.deepspeed.set_train_batch_size(
+            self.shape.micro_batch_size * count * self.layout.data.size
+        )
+        # read where gradients are offloaded
+        self.wrapper.gradient_accumulation_steps = count
+
+    def loss(self) -> Tensor:
+        """0-dim mean loss of the step; the ranks add up once, for verdict and result."""
+        if self._loss is None:
+            self._loss = self._mean_loss()
+        return self._loss
+
+    def _mean_loss(self) -> Tensor:
+        raise NotImplementedError
+
+    def grad_norm(self) -> Tensor:
+        """0-dim fp32 norm of the step's whole gradient."""
+        return self.wrapper._global_grad_norm
+
+    def slots(self) -> Iterator[Slot]:
+        """Where this rank's share of the fp32 weights lies."""
+        return slots.find_slots(self.wrapper, self.parameters)
+
+    @torch.no_grad()
+    def publish_weights(self) -> None:
+        """Copy the fp32 weights into those that the model computes with."""
+        slots.publish_weights(self.wrapper)
+
+
+def _optimizer(cfg: OptimizerConfig, is_offloaded: bool) -> Any:
+    if is_offloaded:
+        return lambda groups: HostAdam(
+            groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
+        )
+    return lambda groups: optimizer_module.build(groups, cfg)

@@ -1,0 +1,79 @@
+"""Where DeepSpeed keeps the fp32 weights; its attribute names here are those of 0.19."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.engine.runner import Slot
+
+
+def find_slots(wrapper: Any, parameters: list[nn.Parameter]) -> Iterator[Slot]:
+    """The slots of this rank.
+
+    Args:
+        wrapper: DeepSpeed's optimizer of any stage; torch's own at ZeRO-0.
+        parameters: of the model.
+    """
+    if isinstance(wrapper, torch.optim.Optimizer):
+        for parameter in parameters:
+            yield Slot(parameter, parameter, 0, 0, parameter.numel())
+    elif _is_stage_3(wrapper):
+        yield from _stage_3_slots(wrapper)
+    else:
+        is_bf16 = hasattr(wrapper, "bf16_groups")
+        groups = wrapper.bf16_groups if is_bf16 else wrapper.bit16_groups
+        flats = (
+            wrapper.fp32_groups_flat_partition
+            if is_bf16
+            else wrapper.single_partition_of_fp32_groups
+        )
+        for group, flat in zip(groups, flats, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # None: no element of it is updated here
+                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield Slot(parameter, flat, here.start, there.start, here.numel)
+
+
+def _stage_3_slots(wrapper: Any) -> Iterator[Slot]:
+    """Each parameter is cut into equal parts, the last one padded."""
+    for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in group:
+            rank, width = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
+            start = min(rank * width, parameter.ds_numel)
+            stop = min(start + width, parameter.ds_numel)
+            if start < stop:
+                yield Slot(parameter, flat, offset, start, stop - start)
+            offset += width
+
+
+def publish_weights(wrapper: Any) -> None:
+    """Copy the fp32 weights into those that the model computes with.
+
+    Collective over data-parallel ranks.
+    """
+    if isinstance(wrapper, torch.optim.Optimizer):
+        return
+    if not _is_stage_3(wrapper):
+        wrapper.update_lp_params()
+        return
+    for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+        wrapper.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
+        pieces = wrapper.unflatten(
+            wrapper.fp16_partitioned_groups_flat[i], wrapper.fp16_partitioned_groups[i]
+        )
+        for held, piece in zip(wrapper.fp16_partitioned_groups[i], pieces, strict=True):
+            held.data = piece
+    if persistent := wrapper.persistent_parameters:  # small ones that stay whole on every rank
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
+
+
+def _is_stage_3(wrapper: Any) -> bool:
+    return hasattr(wrapper, "fp32_partitioned_groups_flat")

@@ -1,0 +1,74 @@
+"""What a step needs of whoever holds the numbers: the border between our arithmetic and a library.
+
+    Engine: seeds, learning rate, token weights, verdict        what a step means
+    Runner: parameters, gradients, optimizer state, schedule    where its numbers are and when they move
+
+`engine/deepspeed/plain.py` runs one stage (ZeRO 0 to 3), `engine/deepspeed/staged.py` a pipeline.
+What DeepSpeed still does behind them: it partitions parameters, gradients and optimizer state over
+the data-parallel ranks, gathers and reduces them, and runs the pipeline's schedules. Norm, clipping,
+the verdict on a step, the loss scale and the sums of gradients are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pipeline.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a run of one parameter lies in a flat fp32 tensor that the optimizer knows."""
+
+    parameter: nn.Parameter
+    flat: Tensor
+    offset: int
+    """First element in `flat`."""
+    start: int
+    """First element in the parameter, row-major."""
+    numel: int
+
+
+class Runner(Protocol):
+    """A model and its optimizer on this rank. Methods are collective: call on every rank."""
+
+    module: nn.Module
+    """Its parameters' names become canonical by model/names.py."""
+    optimizer: torch.optim.Optimizer
+    """The one that does the arithmetic; its pre-hook hears of every update, and its kernel obeys
+    grad_scale and found_inf (engine/verdict.py). Its param_groups hold the learning rates.
+    """
+    is_unsharded: bool
+    """Whether every data-parallel rank holds and updates everything."""
+
+    def set_micro_batches(self, count: int) -> None:
+        """Steps from here on have `count` micro-batches."""
+
+    def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:
+        """Forward and backward passes of one step, reduction of its gradients, and the update.
+
+        Args:
+            batches: this rank's micro-batches.
+            weights: of their tokens, (B, S) fp32; None: 1 / (B S) each.
+        """
+
+    def loss(self) -> Tensor:
+        """0-dim mean over micro-batches and ranks of the step in `run`, after its forward passes."""
+
+    def grad_norm(self) -> Tensor:
+        """0-dim fp32 norm of the step's whole reduced gradient, without the loss scale."""
+
+    def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+        """0-dim sum of weights * cross entropy over all ranks, without gradients."""
+
+    def slots(self) -> Iterator[Slot]:
+        """Where this rank's share of the fp32 weights lies."""
+
+    def publish_weights(self) -> None:
+        """Copy the fp32 weights into those that the model computes with."""

@@ -1,0 +1,90 @@
+"""This rank's fp32 weights and optimizer state, as views under layout-free names.
+
+    fragments(engine) -> [Fragment(name, start, {"weight": view, "exp_avg": view, ...})]
+
+A checkpoint is written from these views and read into them; nothing is gathered. Loading is
+`create_state`, writing into the views, then `publish_weights`, which hands the fp32 weights to the
+copies that forward and backward use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.engine import Engine
+from pipeline.engine.runner import Slot
+from pipeline.model.fragments import WEIGHT, Fragment
+from pipeline.model.partition import Partition
+
+
+def fragments(engine: Engine) -> list[Fragment]:
+    """Views of what this rank holds of weights and optimizer state, tied copies included."""
+    named = {
+        id(parameter): (name, partition)
+        for name, (parameter, partition) in engine.all_parameters().items()
+    }
+    state = engine.runner.optimizer.state
+    found = []
+    for index, slot in enumerate(engine.runner.slots()):
+        name, partition = named[id(slot.parameter)]
+        views = {WEIGHT: slot.flat.data.view(-1).narrow(0, slot.offset, slot.numel)}
+        for key, value in state.get(slot.flat, {}).items():
+            if isinstance(value, Tensor) and value.numel() == slot.flat.numel() and value.dim() > 0:
+                views[key] = value.view(-1).narrow(0, slot.offset, slot.numel)
+        found.append(
+            Fragment(name, partition, slot.start, views, _is_owned(engine, slot, partition, index))
+        )
+    return found
+
+
+def _is_owned(engine: Engine, slot: Slot, partition: Partition, index: int) -> bool:
+    if getattr(slot.parameter, "ds_pipe_replicated", False):
+        return False
+    if not partition.is_split and engine.layout.tensor.rank:
+        return False
+    # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds
+    # runs of its own.
+    return (
+        not engine.runner.is_unsharded or index % engine.layout.data.size == engine.layout.data.rank
+    )
+
+
+def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:
+    """Give a fresh optimizer its step count, and zero state under `keys`.
+
+    It would create them at its first step, which is too late to read a checkpoint into.
+    """
+    optimizer = engine.runner.optimizer
+    for flat in {id(slot.flat): slot.flat for slot in engine.runner.slots()}.values():
+        state = optimizer.state[flat]
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(flat.data)
+        state["step"] = _step_count(optimizer, flat, optimizer_step)
+
+
+def optimizer_step(engine: Engine) -> int:
+    """Updates the optimizer has applied: steps without the skipped ones."""
+    states = engine.runner.optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def publish_weights(engine: Engine) -> None:
+    """Copy the views' fp32 weights into those that the model computes with.
+
+    Collective over data-parallel ranks.
+    """
+    engine.runner.publish_weights()
+
+
+def _step_count(optimizer: torch.optim.Optimizer, flat: Tensor, count: int) -> Any:
+    """As the optimizer counts: torch's in a tensor, one on the host in an int."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return count
+    is_on_device = any(
+        group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+    )
+    return torch.tensor(float(count), device=flat.device if is_on_device else "cpu")
