@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from data_prep.sources.documents import Rejects, read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, find_units
+from data_prep.sources.rejects import Rejects
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import write_durably

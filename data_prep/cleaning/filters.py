@@ -21,7 +21,7 @@ from data_prep.cleaning.pii import remove_pii
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from data_prep.sources.documents import Document
+    from data_prep.sources.rejects import Document
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.cleaning import hashing, recipes
 from data_prep.cleaning.filters import Drop, Step
-from data_prep.sources.documents import Document
+from data_prep.sources.rejects import Document
 
 BATCH_DOCUMENTS = 256
 _COLUMNS = ("documents_in", "bytes_in", "documents_out", "bytes_out", "documents_changed")

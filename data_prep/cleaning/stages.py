@@ -31,8 +31,9 @@ from data_prep.cleaning import dedup, recipes
 from data_prep.cleaning.filters import Step, build_step
 from data_prep.cleaning.one_pass import KeyCollector, Tally, clean_documents
 from data_prep.jobs import WORK_FOLDER
-from data_prep.sources.documents import Document, Rejects, read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, Unit
+from data_prep.sources.rejects import Document, Rejects
 from pipeline.files import whole_file
 
 KEYS_PER_RANGE = 1 << 25

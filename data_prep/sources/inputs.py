@@ -1,8 +1,8 @@
 """The files of an input, cut into work units that depend on the input alone, never on who will do
 the work.
 
-    "web=crawl/*.jsonl.gz,code=src/"  --find_files-->  files with sizes, in order  --find_units-->  [Unit(pieces), ...]
-    piece  --open_piece-->  binary stream, decompressed
+    "web=crawl/*.jsonl.gz,code=src/"  --find_files-->  files with sizes, in order
+    files  --find_units-->  [Unit(pieces), ...]
 
 Large plain jsonl files are cut by byte ranges; small files are packed many to a unit. A unit has
 one source label.
@@ -10,39 +10,29 @@ one source label.
 
 from __future__ import annotations
 
-import bz2
-import contextlib
 import fnmatch
-import io
-import lzma
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 from omegaconf import MISSING
 
-from pipeline.errors import ConfigError, DataError
-
-Format = Enum("Format", ["auto", "jsonl", "text", "parquet", "tar"])
-OnError = Enum("OnError", ["fail", "quarantine"])
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-FORMATS = {
-    ".jsonl": Format.jsonl,
-    ".ndjson": Format.jsonl,
-    ".parquet": Format.parquet,
-    ".tar": Format.tar,
-}
-# Files of these kinds are taken from a folder when `include` does not say which.
-TEXT_SUFFIXES = tuple(
-    ".txt .text .md .rst .tex .html .htm .xml .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go "
-    ".java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .ex .erl .swift .m .cs "
-    ".fs .sh .sql .css .json .yaml "
-    ".yml .toml .cfg .ini".split()
+from data_prep.sources.kinds import (
+    Format,
+    check_known,
+    format_of,
+    is_compressed,
+    is_pattern,
+    name_of,
 )
+from data_prep.sources.listing import list_path, match_files, split_pattern
+from data_prep.sources.pieces import Piece
+from pipeline.errors import ConfigError, DataError
+from pipeline.log import logger
+
+OnError = Enum("OnError", ["fail", "quarantine"])
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_OF_SMALL_INPUT = 4 * 2**20, 512 * 2**20, 64
 COMPRESSION_RATIO = 4  # typical of text; a compressed file counts for so many times its size
 
@@ -54,7 +44,7 @@ class InputConfig:
     input: str = MISSING
     """Files, folders or globs, separated by commas; local, s3://, gs://, http(s)://.
     `web=crawl/*.jsonl` labels its documents `web`; without a label the last name of the path is
-    taken."""
+    taken. What exists under a name with commas, brackets or `=` is that file or folder."""
     include: str = ""
     """Suffixes taken from folders, separated by commas (`.py,.md`); empty: every kind of file that
     is known.
@@ -64,8 +54,8 @@ class InputConfig:
     (`*/site-packages/*,*.min.js`).
     """
     format: Format = Format.auto
-    """jsonl, parquet, tar (WebDataset) or text (one file = one document); auto: by suffix, anything
-    else is text.
+    """jsonl, parquet, arrow, tar (WebDataset) or text (one file = one document); auto: by suffix,
+    and an unknown one is an error.
     """
     text_field: str = "text"
     """Field or column of jsonl, parquet and json members that holds the text; dots go into nested
@@ -79,18 +69,6 @@ class InputConfig:
     """Larger documents are rejected as too_large; bounds the memory of a worker."""
     unit_mb: float | None = None
     """Text of one work unit, MB; null: a 64th of the input, at least 4 and at most 512."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A file, or the lines of it that begin in a byte range."""
-
-    path: str
-    size: int
-    """Bytes of the whole file as it is stored; -1: not known (http)."""
-    start: int = 0
-    stop: int | None = None
-    """None: to the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +86,18 @@ def find_units(cfg: InputConfig) -> list[Unit]:
     """The work units of an input, in order.
 
     Raises:
-        ConfigError: a setting contradicts itself.
+        ConfigError: a setting contradicts itself, or a file is of no kind that is known.
         DataError: nothing is there, or it cannot be listed.
     """
     files = [(label, piece, _weight(piece)) for label, piece in find_files(cfg)]
     if not files:
         raise DataError(
             f"input={cfg.input}: no file was found. Folders are searched for "
-            f"{cfg.include or 'known kinds of text'}; other kinds are taken with include=.suffix "
-            "or by a glob."
+            f"{cfg.include or 'known kinds of files'}; others are taken with include=.suffix or by "
+            "a glob."
         )
-    total = sum(weight for _, _, weight in files)
-    size = min(max(total // UNITS_OF_SMALL_INPUT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    if cfg.unit_mb is not None:
-        if cfg.unit_mb <= 0:
-            raise ConfigError(f"unit_mb ({cfg.unit_mb}) must be above 0.")
-        size = max(int(cfg.unit_mb * 1e6), 1)
+    check_known([piece.path for _, piece, _ in files], cfg.format)
+    size = _unit_bytes(cfg, sum(weight for _, _, weight in files))
     units: list[Unit] = []
     packed: list[Piece] = []
     label, filled = files[0][0], 0
@@ -145,118 +119,71 @@ def find_units(cfg: InputConfig) -> list[Unit]:
     return units
 
 
+def _unit_bytes(cfg: InputConfig, total: int) -> int:
+    """Bytes of text in a unit, about, of an input of `total` bytes."""
+    if cfg.unit_mb is None:
+        return min(max(total // UNITS_OF_SMALL_INPUT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    if cfg.unit_mb <= 0:
+        raise ConfigError(f"unit_mb ({cfg.unit_mb}) must be above 0.")
+    return max(int(cfg.unit_mb * 1e6), 1)
+
+
 def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
     """(label, whole file) for everything the input names, in the order of its parts and then by
     name.
     """
-    include = tuple(s if s.startswith(".") else f".{s}" for s in _split(cfg.include))
+    include = tuple(s if s.startswith(".") else f".{s}" for s in _split(cfg.include.lower()))
     exclude = re.compile("|".join(fnmatch.translate(p) for p in _split(cfg.exclude)) or r"(?!)")
-    for entry in _split(cfg.input):
-        match = re.match(r"([\w.-]+)=(.+)", entry)
-        label, path = match.groups() if match else (_label(entry), entry)
-        for found, size in sorted(_list(path, include)):
+    seen: set[str] = set()
+    twice = 0
+    for entry in split_paths(cfg.input):
+        label, path = _parse(entry)
+        for found, size in list_path(path, include):
             if not exclude.match(found):
+                twice += found in seen
+                seen.add(found)
                 yield label, Piece(found, size)
+    if twice:
+        logger.warning(f"input={cfg.input} names {twice} files more than once; all are read again.")
 
 
-def format_of(path: str, cfg: InputConfig) -> Format:
-    """How a file is read."""
-    if cfg.format is not Format.auto:
-        return cfg.format
-    name = path.split("?")[0].lower()
-    if name.endswith(".tgz"):
-        return Format.tar
-    return FORMATS.get(os.path.splitext(_bare(name))[1], Format.text)
+def split_paths(words: str) -> list[str]:
+    """Paths between commas; a comma belongs to a path that exists with it.
 
-
-@contextlib.contextmanager
-def open_piece(piece: Piece) -> Iterator[BinaryIO]:
-    """The piece's file from its first byte, decompressed by its suffix; a plain file can seek.
-
-    Raises:
-        DataError: it is not there any more, or has another size than when the job was planned.
+    Only where a word alone names nothing are longer ones tried, the longest first: `a,b.jsonl` is
+    that file, if there is one and no file `a` beside a file `b.jsonl`.
     """
-    path = piece.path
-    try:
-        raw = _open_remote(path) if "://" in path else open(path, "rb", buffering=1 << 20)  # noqa: SIM115
-    except Exception as error:  # every fsspec file system raises its own
-        raise DataError(
-            f"{path} cannot be opened: {_reason(error)}. Nothing of its work unit was written."
-        ) from error
-    with raw:
-        yield from _decompressed(raw, piece)
+    pieces = words.split(",")
+    alone = [piece.strip() for piece in pieces if piece.strip()]
+    if all(_is_there(piece) for piece in alone):
+        return alone
+    found: list[str] = []
+    begin = 0
+    while begin < len(pieces):
+        for end in range(len(pieces), begin, -1):
+            candidate = ",".join(pieces[begin:end])
+            if end == begin + 1 or _is_there(candidate):
+                break
+        if candidate.strip():
+            found.append(candidate if _is_there(candidate) else candidate.strip())
+        begin = end
+    return found
 
 
-def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
-    path = piece.path
-    size = os.fstat(raw.fileno()).st_size if "://" not in path else piece.size
-    if size != piece.size:
-        raise DataError(
-            f"{path} has {size} bytes; it had {piece.size} when the job was planned. Prepare into "
-            "another folder, or put the old file back."
-        )
-    name = path.split("?")[0].lower()
-    if name.endswith((".gz", ".tgz")):
-        from isal import igzip
-
-        stream = cast(BinaryIO, igzip.open(raw, "rb"))
-    elif name.endswith(".zst"):
-        stream = cast(BinaryIO, io.BufferedReader(ZstdStream(raw), 1 << 20))
-    elif name.endswith(".bz2"):
-        stream = cast(BinaryIO, bz2.open(raw, "rb"))
-    elif name.endswith(".xz"):
-        stream = cast(BinaryIO, lzma.open(raw, "rb"))
-    else:
-        stream = raw
-    with stream:
-        yield stream
-
-
-class ZstdStream(io.RawIOBase):
-    """Decompressed content of a .zst file, frame after frame; a file that ends inside a frame
-    raises EOFError.
-
-    zstandard's own stream_reader takes a truncated file for a short one.
-    """
-
-    CHUNK_BYTES = 1 << 14  # bounds what one step can inflate to
-
-    def __init__(self, raw: BinaryIO) -> None:
-        """Read from `raw`, which is closed with this stream."""
-        import zstandard
-
-        self._raw = raw
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self._frame: Any = None
-        self._left = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        """Always."""
+def _is_there(entry: str) -> bool:
+    """Whether an entry names something; addresses are believed."""
+    path = _parse(entry)[1]
+    if "://" in path or os.path.exists(path):
         return True
+    return is_pattern(path) and bool(match_files(path))
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as one step of decompression goes; 0 at the end."""
-        while not self._ready:
-            data = self._left or self._raw.read(self.CHUNK_BYTES)
-            self._left = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._ready = memoryview(self._frame.decompress(data))
-            if self._frame.eof:
-                self._left, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
 
-    def close(self) -> None:
-        """Close the file too."""
-        self._raw.close()
-        super().close()
+def _parse(entry: str) -> tuple[str, str]:
+    """(label, path) of an entry; one that exists as it stands has no label of its own."""
+    match = re.match(r"([\w.-]+)=(.+)", entry)
+    if match is None or split_pattern(entry)[0]:
+        return _label(entry), entry
+    return match[1], match[2]
 
 
 def _split(words: str) -> list[str]:
@@ -265,115 +192,26 @@ def _split(words: str) -> list[str]:
 
 def _label(path: str) -> str:
     """Last name of a path that is no glob, without suffixes."""
-    names = [
-        n
-        for n in re.sub(r"^\w+://", "", path).split("/")
-        if n and n != "." and not re.search(r"[*?\[]", n)
-    ]
+    folder, rest = ("", path) if "://" in path else split_pattern(path)
+    names = [*folder.split("/"), *(n for n in rest.split("/") if not is_pattern(n))]
+    names = [name for name in names if name not in ("", ".", "..") and not name.endswith(":")]
     return names[-1].split(".")[0] or "text" if names else "text"
 
 
-def _bare(name: str) -> str:
-    """The name without the suffix of its compression."""
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix in COMPRESSIONS else name
-
-
-def _is_known(name: str, include: tuple[str, ...]) -> bool:
-    bare = _bare(name.lower())
-    suffixes = include or (*TEXT_SUFFIXES, *FORMATS, ".tgz")
-    return bare.endswith(suffixes) or bool(include) and name.lower().endswith(include)
-
-
-def _list(path: str, include: tuple[str, ...]) -> Iterable[tuple[str, int]]:
-    if "://" in path:
-        return _list_remote(path, include)
-    if re.search(r"[*?\[]", path) and not os.path.exists(path):
-        import glob
-
-        found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-        return [(p, os.path.getsize(p)) for p in found]
-    if os.path.isdir(path):
-        return _walk(Path(path), include)
-    try:
-        return [(path, os.path.getsize(path))]
-    except OSError as error:
-        raise DataError(
-            f"input {path} is not there: {error.strerror}. Give files, folders or globs."
-        ) from error
-
-
-def _walk(folder: Path, include: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Files of known kinds below a folder; hidden ones, __pycache__ and links to folders are left
-    out.
-    """
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-        for name in names:
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and _is_known(name, include) and os.path.isfile(path):
-                yield path, os.path.getsize(path)
-
-
-def _list_remote(path: str, include: tuple[str, ...]) -> list[tuple[str, int]]:
-    import fsspec
-
-    scheme = path.partition("://")[0]
-    try:
-        fs, place = fsspec.core.url_to_fs(path)
-        if scheme in ("http", "https"):
-            return [(path, int(fs.info(place).get("size") or -1))]
-        if re.search(r"[*?\[]", place):
-            found = fs.glob(place, detail=True)
-        elif fs.isfile(place):
-            found = {place: fs.info(place)}
-        else:
-            found = {p: i for p, i in fs.find(place, detail=True).items() if _is_known(p, include)}
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: {error}. Install the extra of this kind of storage, such as s3 or gcs."
-        ) from error
-    except Exception as error:  # every fsspec file system raises its own
-        raise DataError(f"input {path} cannot be listed: {_reason(error)}.") from error
-    sizes = {
-        p.removeprefix(f"{scheme}://"): int(i["size"])
-        for p, i in found.items()
-        if i["type"] == "file"
-    }
-    return [(f"{scheme}://{p}", size) for p, size in sizes.items()]
-
-
-def _open_remote(path: str) -> BinaryIO:
-    import fsspec
-
-    fs, place = fsspec.core.url_to_fs(path)
-    # Many web servers know no byte ranges, so http is streamed (0) where the format lets it.
-    is_streamed = path.startswith("http") and not path.lower().endswith(".parquet")
-    file = fs.open(place, "rb", block_size=0 if is_streamed else 8 * 2**20)
-    return cast(BinaryIO, io.BufferedReader(file, 1 << 20))
-
-
-def _reason(error: BaseException) -> str:
-    return (
-        "there is no such file"
-        if isinstance(error, FileNotFoundError)
-        else f"{type(error).__name__}: {error}"
-    )
-
-
 def _weight(piece: Piece) -> int:
-    packed = piece.path.lower().endswith((*COMPRESSIONS, ".tgz", ".parquet"))
+    """Bytes of text in a file, estimated."""
+    packed = is_compressed(piece.path) or name_of(piece.path).endswith((".tgz", ".parquet"))
     return max(piece.size, 1) * (COMPRESSION_RATIO if packed else 1)
 
 
 def _cut(cfg: InputConfig, piece: Piece, weight: int, size: int) -> Iterator[tuple[Piece, int]]:
     """Byte ranges of about `size` where lines can be found from anywhere, else the piece."""
-    path = piece.path.lower()
     can_seek = (
-        format_of(path, cfg) is Format.jsonl
-        and not path.endswith(COMPRESSIONS)
-        and not path.startswith("http")
+        format_of(piece.path, cfg.format) is Format.jsonl
+        and not is_compressed(piece.path)
+        and not piece.path.startswith(("http://", "https://"))
     )
+    # A file of up to one and a half units stays whole: two halves would both be small.
     if not can_seek or piece.size <= size * 3 // 2:
         yield piece, weight
         return

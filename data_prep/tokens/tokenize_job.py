@@ -23,8 +23,9 @@ import numpy as np
 from omegaconf import MISSING
 
 from data_prep.jobs import JobConfig, close_job, open_job, run_units, task_of
-from data_prep.sources.documents import Document, Rejects, read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, Unit, find_units
+from data_prep.sources.rejects import Document, Rejects
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
 from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text, is_held_out

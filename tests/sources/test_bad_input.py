@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.sources.documents import REASONS, Rejects, read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.rejects import REASONS, Rejects
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.manifest import Manifest
@@ -41,6 +42,38 @@ def parquet_of(**columns):
     return buffer.getvalue()
 
 
+def table_of(kind, names, *columns):
+    """Parquet or arrow, file or stream; names may come twice."""
+    table, buffer = pa.table([pa.array(c) for c in columns], names=names), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, buffer)
+    else:
+        with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(
+            buffer, table.schema
+        ) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return buffer.getvalue()
+
+
+def damaged_header(tar, member):
+    """The tar with one byte changed in the name of a member of 512 bytes or less."""
+    content = bytearray(tar)
+    content[1024 * member] ^= 1
+    return bytes(content)
+
+
+def tar_with_link():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("1.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+        link = tarfile.TarInfo("2.txt")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.txt"
+        tar.addfile(link)
+    return buffer.getvalue()
+
+
 def not_utf8_column():
     values = pa.array([b"a", b"\xff", b"c"])
     return pa.Array.from_buffers(pa.string(), 3, values.buffers())
@@ -48,6 +81,8 @@ def not_utf8_column():
 
 TAR = tar_of([("1.txt", b"one"), ("2.txt", b"two"), ("3.txt", b"three")])
 PARQUET = parquet_of(text=["a", "b"])
+STREAM = table_of("stream", ["text"], ["a", "b", "c"])
+APART = tar_of([("0.txt", b"a"), ("1.txt", b"b"), ("0.json", b'{"text": "a"}'), ("2.txt", b"c")])
 # name: (file name, content, texts that are read, reasons of what is not, further settings)
 CASES = {
     # lines
@@ -83,6 +118,19 @@ CASES = {
     "empty text": ("a.jsonl", b'{"text": ""}\n' + GOOD, ["good"], ["empty"], {}),
     "too long a text": ("a.jsonl", b'{"text": "%s"}\n' % (b"x" * 1500) + GOOD, ["good"], ["too_large"], {}),
     "a line without end": ("a.jsonl", GOOD + b"x" * 20_000_000, ["good"], ["too_large"], {}),
+    "the key twice": ("a.jsonl", b'{"text": "x", "text": "y"}\n' + GOOD, ["good"], ["ambiguous"], {}),
+    "a key on the way twice": (
+        "a.jsonl", b'{"a": {"b": "x"}, "a": {"b": "y"}}\n{"a": {"b": "z"}}\n', ["z"], ["ambiguous"], {"text_field": "a.b"},
+    ),
+    # json that may be lines
+    "json lines": ("a.json", GOOD * 2, ["good", "good"], [], {}),
+    "json lines, compressed": ("a.json.gz", gzip.compress(GOOD * 2), ["good", "good"], [], {}),
+    "one array": ("a.json", b'[{"text": "x"}, {"text": "y"}]', [], ["not_json_lines"], {}),
+    "one array over lines": ("a.json", b'[\n{"text": "x"},\n{"text": "y"}\n]\n', [], ["not_json_lines"], {}),
+    "one object over lines": ("a.json.gz", gzip.compress(b'{\n "text": "x"\n}\n'), [], ["not_json_lines"], {}),
+    "one array in many units": (
+        "a.json", b"[\n" + b'{"text": "x"},\n' * 300 + b"]\n", [], ["not_json_lines"], {"unit_mb": 0.001},
+    ),
     # lines that are odd, but good
     "surrogate pair": ("a.jsonl", b'{"text": "\\ud83d\\ude00"}\n', ["😀"], [], {}),
     "NaN in another field": ("a.jsonl", b'{"text": "x", "score": NaN}\n', ["x"], [], {}),
@@ -90,7 +138,7 @@ CASES = {
     "byte-order mark": ("a.jsonl", b"\xef\xbb\xbf" + GOOD, ["good"], [], {}),
     "Windows line ends": ("a.jsonl", b'{"text": "x"}\r\n{"text": "y"}\r\n', ["x", "y"], [], {}),
     "no last line end": ("a.jsonl", b'{"text": "x"}', ["x"], [], {}),
-    "the key twice": ("a.jsonl", b'{"text": "x", "text": "y"}\n', ["y"], [], {}),
+    "another key twice": ("a.jsonl", b'{"text": "x", "b": 1, "b": 2, "c": {"text": "text"}}\n', ["x"], [], {}),
     "a key with dots": ("a.jsonl", b'{"a.b": "x"}\n', ["x"], [], {"text_field": "a.b"}),
     # text files
     "latin-1 file": ("a.txt", b"na\xefve", [], ["invalid_utf8"], {}),
@@ -122,14 +170,30 @@ CASES = {
     "rows of numbers": ("a.parquet", parquet_of(text=[1, 2]), [], ["not_a_string"] * 2, {}),
     "a row that is not utf-8": ("a.parquet", parquet_of(text=not_utf8_column()), ["a", "c"], ["invalid_utf8"], {}),
     "struct without the field": ("a.parquet", parquet_of(a=[{"c": "x"}]), [], ["missing_field"], {"text_field": "a.b"}),
+    "the column twice": ("a.parquet", table_of("parquet", ["text", "text"], ["a"], ["b"]), [], ["ambiguous"], {}),
+    # arrow
+    "arrow stream": ("a.arrow", STREAM, ["a", "b", "c"], [], {}),
+    "arrow file": ("a.arrow", table_of("file", ["text"], ["a", "b", "c"]), ["a", "b", "c"], [], {}),
+    "arrow stream cut between batches": ("a.arrow", STREAM[:-8], [], ["damaged_file"], {}),
+    "arrow stream cut off": ("a.arrow", STREAM[:-50], [], ["damaged_file"], {}),
+    "not arrow": ("a.arrow", b"x" * 2000, [], ["damaged_file"], {}),
+    "the arrow column twice": ("a.arrow", table_of("stream", ["text", "text"], ["a"], ["b"]), [], ["ambiguous"], {}),
+    "no arrow column": ("a.arrow", table_of("file", ["body"], ["a"]), [], ["missing_field"], {}),
     # tars
-    "tar cut off": ("a.tar", TAR[: 5 * 512 + 1], ["one"], ["damaged_file"], {}),  # two may have had more members
+    "tar cut off": ("a.tar", TAR[: 5 * 512 + 1], ["one", "two"], ["damaged_file"], {}),
+    "tar cut between members": ("a.tar", TAR[: 4 * 512], ["one"], ["damaged_file"], {}),  # two may have had more
+    "damaged header": ("a.tar", damaged_header(TAR, 2), ["one"], ["damaged_file"], {}),
+    "two tars in a row": ("a.tar", TAR + TAR, ["one", "two", "three"], ["damaged_file"], {}),
+    "a sample in two places": ("a.tar", APART, ["a", "b", "c"], ["ambiguous"], {}),
+    "a link": ("a.tar", tar_with_link(), ["x"], ["missing_field"], {}),
+    "a large member": ("a.tar", tar_of([("1.txt", b"x" * 3000), ("2.txt", b"y")]), ["y"], ["too_large"], {}),
     "a name without extension": ("a.tar", tar_of([("1.txt", b"x"), ("2", b"y")]), ["x"], ["missing_field"], {}),
     "not a tar": ("a.tar", b"x" * 2000, [], ["damaged_file"], {}),
     "no text in the sample": ("a.tar", tar_of([("1.jpg", b"x"), ("2.txt", b"y")]), ["y"], ["missing_field"], {}),
     "broken json member": ("a.tar", tar_of([("1.json", b"{"), ("2.txt", b"y")]), ["y"], ["broken_json"], {}),
     "tar text not utf-8": ("a.tar", tar_of([("1.txt", b"\xff"), ("2.txt", b"y")]), ["y"], ["invalid_utf8"], {}),
-    "a name twice": ("a.tar", tar_of([("1.txt", b"x"), ("1.txt", b"y")]), [], ["damaged_file"], {}),
+    "a name twice": ("a.tar", tar_of([("1.txt", b"x"), ("1.txt", b"y"), ("2.txt", b"z")]), ["z"], ["ambiguous"], {}),
+    "the key twice in a member": ("a.tar", tar_of([("1.json", b'{"text": "x", "text": "y"}')]), [], ["ambiguous"], {}),
 }  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""data_prep.inputs and documents: what is found, how it is cut into units, and what is read from each format."""
+"""data_prep.sources: what is found, how it is cut into units, and what is read from each format."""
 
 import bz2
 import gzip
 import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.sources.documents import Document, Rejects, read_documents
-from data_prep.sources.inputs import Format, InputConfig, OnError, find_files, find_units
-from pipeline.errors import ConfigError
+from data_prep.sources.documents import read_documents
+from data_prep.sources.inputs import InputConfig, OnError, find_files, find_units
+from data_prep.sources.kinds import Format
+from data_prep.sources.rejects import Document, Rejects
+from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import TEXTS, make_texts, write_jsonl
 
 COMPRESS = {
@@ -184,13 +187,145 @@ def test_unit_size_must_be_positive(folder):
         find_units(InputConfig(input=str(folder), unit_mb=-1))
 
 
-def test_tars_are_read_with_webdataset_without_importing_torch(tmp_path):
-    """webdataset imports torch where it finds it: 1.5 s and 200 MB in every worker."""
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
+def test_samples_are_those_of_webdataset(tmp_path):
+    """Names with folders, several dots, capitals and notes are split as webdataset splits them."""
+    import webdataset
+
+    names = ["a/1.txt", "a/1.seg.json", "b.c/2.TXT", "b.c/2.jpg", "3.json", "3.md", "__notes__"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"x"))
+    source = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    expected = [sample["__key__"] for sample in source]
+    found = [d.id.removeprefix(f"{tmp_path}/a.tar/") for d in read(tmp_path / "a.tar")]
+    assert found == expected == ["a/1", "b.c/2", "3"]
+
+
+UNKNOWN = "csv tsv csv.gz xml pdf docx bin npz npy pkl pt safetensors zip 7z rar png jpeg mp4 db xlsx gz lz4".split()
+
+
+@pytest.mark.parametrize("suffix", [*UNKNOWN, "", "parquet.gz"])
+def test_what_is_of_no_known_kind_is_never_read_as_text(tmp_path, suffix):
+    """A table or a picture would end up in the model as one long document."""
+    path = tmp_path / (f"data.{suffix}" if suffix else "data")
+    path.write_bytes(b"a,b\n1,2\n")
+    write_jsonl(tmp_path / "good.jsonl", ["x"])
+    for source in (path, f"{tmp_path}/good.jsonl,{path}", f"{tmp_path}/*"):
+        with pytest.raises(ConfigError, match=f"{path} is of no kind .*format=text"):
+            find_units(InputConfig(input=str(source)))
+    assert [d.text for d in read(tmp_path)] == ["x"]  # passed over in a folder, and said
+    if not suffix.endswith("gz"):
+        assert [d.text for d in read(path, format=Format.text)] == ["a,b\n1,2\n"]
+
+
+def test_files_that_a_folder_passes_over_are_counted(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    for name in ("b.csv", "c.csv", "d.png"):
+        (tmp_path / name).write_bytes(b"x")
+    with caplog.at_level("INFO", logger="pretrain"):
+        read(tmp_path)
+    assert "passed over, being of no kind that is read: .csv (2), .png (1)" in caplog.text
+
+
+def save_dataset(folder, texts, *, shards=2, **state):
+    """What datasets.save_to_disk leaves: arrow streams, listed in state.json."""
+    folder.mkdir(parents=True)
+    files = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+    for i, name in enumerate(files):
+        table = pa.table({"text": texts[i * len(texts) // shards : (i + 1) * len(texts) // shards]})
+        with pa.ipc.new_stream(str(folder / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    content = {"_data_files": [{"filename": name} for name in files], "_split": "train"} | state
+    (folder / "state.json").write_text(json.dumps(content, indent=2))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}, indent=2))
+    with pa.ipc.new_stream(str(folder / "cache-1f.arrow"), table.schema) as writer:
+        writer.write_table(table)  # map() leaves such beside; it is no part of the dataset
+    return folder
+
+
+def test_a_saved_hugging_face_dataset_is_read_as_one(tmp_path):
+    texts = make_texts(10)
+    folder = save_dataset(tmp_path / "saved", texts)
+    assert [d.text for d in read(folder)] == texts
+    assert [d.text for d in read(tmp_path)] == texts
+
+
+def test_saved_datasets_that_are_not_one_table_are_refused(tmp_path):
+    save_dataset(tmp_path / "all" / "train", ["x", "y"])
+    (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ConfigError, match="the splits train, test .*input=.*/all/train"):
+        read(tmp_path / "all")
+    folder = save_dataset(tmp_path / "chosen", ["x", "y"], _indices_data_files=[{"filename": "i"}])
+    with pytest.raises(ConfigError, match="flatten_indices"):
+        read(folder)
+    gone = save_dataset(tmp_path / "gone", ["x", "y"])
+    (gone / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match="data-00001-of-00002.arrow is missing"):
+        read(gone)
+
+
+ODD = [
+    "a,b",
+    "a b",
+    "a[1]",
+    "a=b",
+    "web=x",
+    "[ab]",
+    "a?",
+    "a*",
+    "größe 数学",
+    "a'b\"",
+    "a#b@c",
+    "${x}",
+    "a,b=c[1], d",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_paths_are_literal(tmp_path, monkeypatch, name):
+    """What exists is never a pattern, a list or a label."""
+    write_jsonl(tmp_path / name / "c.jsonl", ["x"])
+    write_jsonl(tmp_path / "ab" / "c.jsonl", ["wrong"])
+    write_jsonl(tmp_path / f"{name}.jsonl", ["y"])
+    monkeypatch.chdir(tmp_path)
+    for source in (
+        f"{tmp_path}/{name}",
+        f"{tmp_path}/{name}/*.jsonl",
+        name,
+        f"{name}/c.jsonl",
+        f"{name}/*",
+    ):
+        assert [d.text for d in read(source)] == ["x"], source
+    assert [d.text for d in read(f"{name}.jsonl,other={tmp_path}/{name}")] == ["y", "x"]
+    labels = [label for label, _ in find_files(InputConfig(input=f"{name},web={tmp_path}/{name}"))]
+    assert labels == [name, "web"]
+
+
+def test_names_that_are_no_utf8_have_ids_that_are(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    with open(path, "wb") as file:
+        file.write(jsonl(["x"]))
+    (document,) = read(tmp_path)
+    assert document.id == f"{tmp_path}/\\xff.jsonl@0"
+
+
+def test_a_file_that_is_named_twice_is_said(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    assert [d.text for d in read(f"{tmp_path},{path}")] == ["x", "x"]
+    assert "names 1 files more than once" in caplog.text
+
+
+def test_tars_are_read_without_importing_torch(tmp_path):
+    """1.5 s and 200 MB in every worker."""
     (tmp_path / "a.tar").write_bytes(tar(["x"], "txt"))
     code = (
         "import sys; from tests.sources.test_documents import read\n"
         f"assert [d.text for d in read({str(tmp_path / 'a.tar')!r})] == ['x']\n"
-        "assert 'webdataset' in sys.modules and 'torch' not in sys.modules\n"
-        "import torch\n"  # and it can still be imported
+        "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -9,8 +9,9 @@ import threading
 import orjson
 import pytest
 
-from data_prep.sources.documents import Rejects, read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.rejects import Rejects
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.manifest import Manifest

@@ -1,0 +1,163 @@
+"""Documents of JSON lines, and of files that are one plain text.
+
+Blank lines hold no document. A byte-order mark at the start of a file is removed, everything else
+is kept as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import orjson
+
+from data_prep.sources.inputs import InputConfig, OnError
+from data_prep.sources.kinds import suffix_of
+from data_prep.sources.pieces import Piece
+from data_prep.sources.rejects import Document, Rejects, accept, field_of
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_jsonl(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The documents of the lines that begin in the piece."""
+    may_be_one_value = suffix_of(piece.path) == ".json"
+    if may_be_one_value and piece.start:
+        if _is_one_value(file, piece, cfg):
+            return  # the piece that begins the file says so
+        may_be_one_value = False
+    for offset, line_number, line in read_lines(file, piece, cfg, rejects):
+        place: dict[str, int | None] = {"line": line_number, "offset": offset}
+        reason, detail, record = _record_of(line, cfg.text_field)
+        if may_be_one_value and reason in ("broken_json", "not_an_object"):
+            rejects.add("not_json_lines", piece.path, detail)
+            return
+        may_be_one_value = False
+        if reason:
+            rejects.add(reason, piece.path, detail, **place)
+            continue
+        text = accept(field_of(record, cfg.text_field), piece.path, cfg, rejects, **place)
+        if text is not None:
+            url = record.get(cfg.url_field)
+            yield Document(
+                text, f"{piece.name}@{offset}", source, url if isinstance(url, str) else ""
+            )
+
+
+def _is_one_value(file: BinaryIO, piece: Piece, cfg: InputConfig) -> bool:
+    """Whether a .json file that can seek is no JSON lines, by its first line."""
+    file.seek(0)
+    head = Piece(piece.path, piece.size)
+    first = next(read_lines(file, head, cfg, Rejects(OnError.quarantine)), None)
+    return first is not None and bool(_record_of(first[2], cfg.text_field)[0])
+
+
+def _record_of(line: bytes, field: str) -> tuple[str, str, dict[str, Any]]:
+    """(reason, detail, object) of a line; the reason is empty if it is an object to take."""
+    try:
+        record = parse_json(line)
+    except UnicodeDecodeError as error:
+        return "invalid_utf8", str(error), {}
+    except ValueError as error:
+        return "broken_json", str(error), {}
+    if not isinstance(record, dict):
+        return "not_an_object", type(record).__name__, {}
+    if is_twice(line, field):
+        return "ambiguous", f"the key {field}", {}
+    return "", "", record
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with every key it was written with."""
+
+
+def is_twice(line: bytes, field: str) -> bool:
+    """Whether a key on the way to a field stands twice in its object; JSON parsers take the last.
+
+    Only lines that hold the quoted key twice are parsed again, which few do.
+    """
+    names = {field, *field.split(".")}
+    if all(line.count(f'"{name}"'.encode()) < 2 for name in names):
+        return False
+    try:
+        record = json.loads(line, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError):
+        return False  # parsed once already: only what orjson reads otherwise
+    if any(key == field for key, _ in record):
+        return sum(key == field for key, _ in record) > 1
+    for name in field.split("."):
+        values = [value for key, value in record if key == name]
+        if len(values) != 1 or not isinstance(values[0], _Pairs):
+            return len(values) > 1
+        record = values[0]
+    return False
+
+
+def read_lines(
+    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects
+) -> Iterator[tuple[int, int | None, bytes]]:
+    """(offset, line number if known, line) for the lines that begin in the piece."""
+    # Twice the limit, for JSON may escape a character by six bytes; `accept` is exact.
+    limit = int(cfg.max_document_mb * 1e6) * 2
+    offset, line_number = piece.start, 1 if piece.start == 0 else None
+    if offset:
+        file.seek(offset - 1)
+        offset += _skip_line(file) - 1  # a line that begins at `start` follows a line end
+    while piece.stop is None or offset < piece.stop:
+        line = file.readline(limit + 1)
+        if not line:
+            return
+        size = len(line)
+        if len(line) > limit:
+            size += 0 if line.endswith(b"\n") else _skip_line(file)
+            rejects.add(
+                "too_large", piece.path, f"a line of {size} bytes", line=line_number, offset=offset
+            )
+        elif line_text := (line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line).strip():
+            yield offset, line_number, line_text
+        offset += size
+        line_number = None if line_number is None else line_number + 1
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Bytes up to and including the next line end."""
+    size = 0
+    while chunk := file.readline(1 << 24):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return size
+
+
+def parse_json(line: bytes) -> Any:
+    """The JSON value of a line; what orjson is too strict for (NaN, lone surrogates) json may take.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+        ValueError: not JSON.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as strict:
+        text = line.decode()  # json would guess UTF-16, and let surrogates pass
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise strict from None
+
+
+def read_text(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The file, if its text may be a document."""
+    limit = int(cfg.max_document_mb * 1e6)
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        rejects.add("too_large", piece.path, f"more than {limit} bytes")
+        return
+    text = accept(content.removeprefix(BYTE_ORDER_MARK), piece.path, cfg, rejects)
+    if text is not None:
+        yield Document(text, piece.name, source)

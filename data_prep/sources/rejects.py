@@ -1,0 +1,130 @@
+"""What a text must be to become a document, and the account of those that are not.
+
+Nothing is dropped silently: what is not yielded is in the rejects, with the place and one of
+REASONS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.sources.inputs import InputConfig, OnError
+from pipeline.errors import DataError
+
+REASONS = {
+    "broken_json": "the line is not JSON",
+    "not_json_lines": "the .json file is one value, not an object on each line. Make lines of an "
+    "array with `jq -c '.[]'`, or read each file as one text with format=text",
+    "not_an_object": "the line is JSON, but not an object",
+    "missing_field": "the text field, column or member is not there",
+    "ambiguous": "the text field, column, member or sample is there twice",
+    "not_a_string": "the text is null, a number, a list or an object",
+    "invalid_utf8": "the text is not UTF-8",
+    "lone_surrogate": "the text holds half of a surrogate pair (\\ud800 to \\udfff)",
+    "nul": "the text holds U+0000: binary data",
+    "too_large": "the document is larger than max_document_mb",
+    "empty": "the text has no characters; never fails a job",
+    "damaged_file": "the file ends too early, or is not what its suffix says; what came before the "
+    "damage is kept",
+}
+
+
+class Damaged(Exception):
+    """A file that is not what its suffix says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, as it goes through data_prep."""
+
+    text: str
+    id: str
+    """File and place: `crawl/a.jsonl@1234` (byte), `a.parquet#17` (row), `a.tar/0001` (sample), or
+    the file.
+    """
+    source: str
+    url: str = ""
+
+
+@dataclass
+class Rejects:
+    """What could not be read, under a policy."""
+
+    on_error: OnError
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of rejects.jsonl."""
+
+    def add(self, reason: str, path: str, detail: str = "", **place: int | str | None) -> None:
+        """Record one document, or one damaged file.
+
+        Args:
+            reason: one of REASONS.
+            path: the file.
+            detail: what the parser said.
+            place: offset (byte, of the decompressed file), line (from 1), row (from 0) or member;
+                None: not known.
+
+        Raises:
+            DataError: the policy is to fail, and the text is not merely empty.
+        """
+        where = {key: value for key, value in place.items() if value is not None}
+        if self.on_error is OnError.fail and reason != "empty":
+            spot = ", ".join(f"{key} {value}" for key, value in where.items())
+            raise DataError(
+                f"{path}{', ' if spot else ''}{spot}: {reason}: "
+                f"{REASONS[reason]}{f' ({detail})' if detail else ''}. Mend the file and run "
+                "again, or go on with on_error=quarantine, which lists such documents."
+            )
+        self.rows.append({"file": path, **where, "reason": reason, "detail": detail[:200]})
+
+
+def field_of(record: Any, name: str) -> Any:
+    """Value of a field, dots going into nested objects; `...` where it is missing."""
+    if isinstance(record, dict) and name in record:
+        return record[name]
+    for part in name.split("."):
+        if not isinstance(record, dict) or part not in record:
+            return ...
+        record = record[part]
+    return record
+
+
+def accept(
+    value: Any, path: str, cfg: InputConfig, rejects: Rejects, **place: int | str | None
+) -> str | None:
+    """The text if it may become a document; else None, and the reason is recorded."""
+    if value is ...:
+        rejects.add("missing_field", path, f"no {cfg.text_field}", **place)
+        return None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            rejects.add("invalid_utf8", path, str(error), **place)
+            return None
+    if not isinstance(value, str):
+        rejects.add("not_a_string", path, type(value).__name__, **place)
+        return None
+    reason, detail = "", ""
+    if not value:
+        reason = "empty"
+    elif len(value) > cfg.max_document_mb * 1e6:
+        reason, detail = "too_large", f"{len(value)} characters"
+    elif "\0" in value:
+        reason, detail = "nul", f"at character {value.index(chr(0))}"
+    elif not value.isascii() and not _is_encodable(value):
+        reason = "lone_surrogate"
+    if reason:
+        rejects.add(reason, path, detail, **place)
+        return None
+    return str(value)
+
+
+def _is_encodable(text: str) -> bool:
+    """Without half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

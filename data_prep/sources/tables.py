@@ -1,0 +1,130 @@
+"""Documents of parquet and arrow files: a row is a document, its text a column or a struct's field.
+
+The sums are closed: a table that holds other rows than it announces, or a stream of batches without
+its end mark, is damaged.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from data_prep.sources.inputs import InputConfig
+from data_prep.sources.kinds import Format
+from data_prep.sources.pieces import Piece
+from data_prep.sources.rejects import Damaged, Document, Rejects, accept
+
+ROWS_PER_BATCH = 256
+ARROW_FILE_MAGIC = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # continuation mark, and a length of 0
+
+
+def read_parquet(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The documents of a parquet file."""
+    yield from _read_table(Format.parquet, file, piece, source, cfg, rejects)
+
+
+def read_arrow(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The documents of an arrow file, or of an arrow stream such as Hugging Face datasets write."""
+    yield from _read_table(Format.arrow, file, piece, source, cfg, rejects)
+
+
+def _read_table(
+    kind: Format, file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The rows whose text may be a document."""
+    names, batches = open_table(kind, file)
+    root = cfg.text_field if cfg.text_field in names else cfg.text_field.split(".")[0]
+    if root not in names:
+        rejects.add("missing_field", piece.path, f"no column {root}; columns: {', '.join(names)}")
+        return
+    if names.count(root) > 1:
+        rejects.add("ambiguous", piece.path, f"{names.count(root)} columns are called {root}")
+        return
+    inner = cfg.text_field.removeprefix(root).lstrip(".")
+    has_url = names.count(cfg.url_field) == 1 and cfg.url_field != root
+    row = 0
+    for batch in batches([root, cfg.url_field] if has_url else [root]):
+        urls = batch.column(cfg.url_field).to_pylist() if has_url else [None] * batch.num_rows
+        for value, url in zip(_column(batch.column(root), inner), urls):
+            text = accept(value, piece.path, cfg, rejects, row=row)
+            if text is not None:
+                yield Document(
+                    text, f"{piece.name}#{row}", source, url if isinstance(url, str) else ""
+                )
+            row += 1
+
+
+def open_table(kind: Format, file: BinaryIO) -> tuple[list[str], Any]:
+    """(names of the columns, a function from names to record batches) of a file that can seek."""
+    return _open_parquet(file) if kind is Format.parquet else _open_arrow(file)
+
+
+def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
+    """Columns and batches of a parquet file; its footer says how many rows there must be."""
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file)
+
+    def batches(columns: Sequence[str]) -> Iterator[Any]:
+        rows = 0
+        for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=list(columns)):
+            rows += batch.num_rows
+            yield batch
+        if rows != parquet.metadata.num_rows:
+            raise Damaged(f"{rows} rows were read of {parquet.metadata.num_rows}")
+
+    return parquet.schema_arrow.names, batches
+
+
+def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:
+    """Columns and batches of an arrow file or stream."""
+    import pyarrow as pa
+
+    is_file = file.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+    if not is_file:
+        check_stream_end(file)
+    file.seek(0)
+    reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+
+    def batches(columns: Sequence[str]) -> Iterator[Any]:
+        parts = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+        )
+        for batch in parts:
+            yield batch.select(list(columns))
+
+    return reader.schema.names, batches
+
+
+def check_stream_end(file: BinaryIO) -> None:
+    """Refuse an arrow stream that was cut between two batches: pyarrow takes it for a short one.
+
+    Raises:
+        Damaged: its end mark is missing.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(size - len(ARROW_STREAM_END), 0))
+    if file.read() != ARROW_STREAM_END:
+        raise Damaged("the arrow stream has no end mark")
+
+
+def _column(column: Any, inner: str) -> list[Any]:
+    """Values of a column as bytes: one that is not UTF-8 does not take the others with it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in inner.split(".") if inner else []:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(name) < 0:
+            return [...] * len(column)
+        column = pc.struct_field(column, name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return list(column.to_pylist())

@@ -1,0 +1,146 @@
+"""Documents of WebDataset tars: a sample is the files in a row whose names agree up to the first
+dot.
+
+The sums are closed: a tar without its end mark, with a damaged header, or with something behind its
+end is damaged, where Python's tarfile would take it for a short one; a sample whose files lie apart
+or that has a file twice is a reject.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from data_prep.sources.inputs import InputConfig
+from data_prep.sources.lines import is_twice, parse_json
+from data_prep.sources.pieces import Piece
+from data_prep.sources.rejects import Damaged, Document, Rejects, accept, field_of
+
+TEXT_MEMBERS = ("txt", "text", "md")  # of a WebDataset sample, before json
+# As webdataset splits names: github.com/webdataset/webdataset, webdataset/tariterators.py
+SAMPLE_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes, which belong to no sample
+
+
+@dataclass
+class Sample:
+    """The files of one sample that may hold text."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    """Extension -> content."""
+    reason: str = ""
+    """Of REASONS, if the sample cannot be used; `detail` says more."""
+    detail: str = ""
+
+
+def read_tar(
+    file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Document]:
+    """The documents of the samples."""
+    for sample in read_samples(file, piece, cfg, rejects):
+        key = sample.key
+        if sample.reason:
+            rejects.add(sample.reason, piece.path, sample.detail, member=key)
+            continue
+        value: Any = next((sample.members[n] for n in TEXT_MEMBERS if n in sample.members), ...)
+        url: Any = ""
+        if value is ... and "json" in sample.members:
+            content = sample.members["json"]
+            try:
+                record = parse_json(content)
+            except ValueError as error:
+                rejects.add("broken_json", piece.path, str(error), member=f"{key}.json")
+                continue
+            if isinstance(record, dict) and is_twice(content, cfg.text_field):
+                rejects.add("ambiguous", piece.path, cfg.text_field, member=f"{key}.json")
+                continue
+            value = field_of(record, cfg.text_field)
+            url = record.get(cfg.url_field) if isinstance(record, dict) else ""
+        text = accept(value, piece.path, cfg, rejects, member=key)
+        if text is not None:
+            yield Document(text, f"{piece.name}/{key}", source, url if isinstance(url, str) else "")
+
+
+def read_samples(
+    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Sample]:
+    """The samples of a tar in order; a key that comes again is a sample that cannot be used.
+
+    Keys are remembered by hash, 100 bytes each: two that collide, one in 10^13 pairs of a million
+    keys, would be refused, not doubled.
+    """
+    sample: Sample | None = None
+    seen: set[int] = set()
+    limit = int(cfg.max_document_mb * 1e6) * 2
+    archive = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+    for info, key, extension in _named(archive, piece, rejects):
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = Sample(key)
+            if hash(key) in seen:
+                sample.reason, sample.detail = "ambiguous", "its files do not lie in a row"
+            seen.add(hash(key))
+        if extension not in (*TEXT_MEMBERS, "json") or sample.reason:
+            continue
+        if extension in sample.members:
+            sample.reason, sample.detail = "ambiguous", f"two files .{extension}"
+        elif info.size > limit:
+            sample.reason, sample.detail = "too_large", f"{info.name} has {info.size} bytes"
+        else:
+            content = archive.extractfile(info)
+            assert content is not None, "regular files have content"
+            sample.members[extension] = content.read()
+    if sample is not None:
+        yield sample
+    _check_end(archive)
+
+
+def _named(
+    archive: tarfile.TarFile, piece: Piece, rejects: Rejects
+) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """(file, key of its sample, extension in lower case) for the files that belong to a sample."""
+    while (info := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        match = SAMPLE_NAME.fullmatch(info.name)
+        if info.isdir() or META_NAME.match(info.name):
+            continue
+        if not info.isreg():
+            # A second name of the same file is a link in the tar: its text is not here.
+            detail = f"no file but a link to {info.linkname}" if info.linkname else "no file"
+            rejects.add("missing_field", piece.path, detail, member=info.name)
+        elif match is None:
+            rejects.add(
+                "missing_field", piece.path, "a name without an extension", member=info.name
+            )
+        else:
+            yield info, match[1], match[2].lower()
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is damaged or missing raises; tarfile ends the archive there in silence."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """The header in 512 bytes; EOFHeaderError for the end mark."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            what = "the end mark is missing" if not buf else str(error)
+            raise Damaged(f"tar: {what}") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Behind the end mark are zeros only; a second archive there would be left out in silence."""
+    stream: Any = archive.fileobj
+    while chunk := stream.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise Damaged(
+                "tar: data follows the end mark; tars are joined with `tar --concatenate`"
+            )
