@@ -105,7 +105,7 @@ def test_megatron_documents_of_several_sequences(
 def test_nanogpt(tmp_path: Path, tokenizer: Tokenizer, documents: list, small_ranges: None) -> None:
     stream = np.array([i for d in documents for i in [*d, tokenizer.eod]], "<u2")
     stream.tofile(tmp_path / "train.bin")
-    assert len(token_files.FlatTokens(tmp_path / "train.bin", eod=0).ranges()) > 3
+    assert len(token_files.FlatTokens(tmp_path / "train.bin", eod=0, vocab_size=400).ranges()) > 3
     run(tmp_path / "out", tmp_path / "train.bin", tokenizer)
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS
 
@@ -128,7 +128,7 @@ def test_every_document_is_in_one_range_only(
     monkeypatch.setattr(token_files, "RANGE_TOKENS", size)
     stream = [5, 6, 0, 7, 0, 8, 9, 10, 11, 12, 0, 13]
     np.array(stream, "<u2").tofile(tmp_path / "a.bin")
-    file = token_files.FlatTokens(tmp_path / "a.bin", eod=0)
+    file = token_files.FlatTokens(tmp_path / "a.bin", eod=0, vocab_size=400)
     found = [ids.tolist() for begin, end in file.ranges() for ids in file.read(begin, end)]
     assert found == [[5, 6], [7], [8, 9, 10, 11, 12], [13]]
 
@@ -204,6 +204,25 @@ def damaged(path: Path, kind: str) -> Path:
         path.write_bytes(path.read_bytes()[:-2])
     elif kind == "order":
         index.write_bytes(raw[:42] + raw[50:58] + raw[42:50] + raw[58:])
+    elif kind == "long index":
+        index.write_bytes(raw + bytes(2))
+    elif kind == "bounds stop early":
+        megatron(path, [[5, 0], [6, 0], [7, 0]], [0, 1, 2])
+    elif kind == "bounds begin late":
+        megatron(path, [[5, 0], [6, 0]], [1, 2])
+    elif kind == "bounds go back":
+        megatron(path, [[5, 0], [6, 0]], [0, 2, 1, 2])
+    elif kind == "bounds beyond":
+        megatron(path, [[5, 0], [6, 0]], [0, 1, 3])
+    elif kind == "no bounds":
+        megatron(path, [[5, 0], [6, 0]], [])
+    elif kind == "long tokens":
+        path.write_bytes(path.read_bytes() + bytes(2))
+    elif kind == "llm.c count":
+        index.unlink()
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 3
+        path.write_bytes(header.tobytes() + np.array([0, 5, 0, 6], "<u2").tobytes())
     elif kind == "odd bytes":
         index.unlink()
         path.write_bytes(path.read_bytes() + b"x")
@@ -222,6 +241,17 @@ def damaged(path: Path, kind: str) -> Path:
         ("short index", "truncated"),
         ("short tokens", "announces 8"),
         ("order", "one after the other"),
+        ("long index", "longer than"),
+        (
+            "bounds stop early",
+            r"the sequences \[0\] to \[2\], but the file has the sequences 0 to 3",
+        ),
+        ("bounds begin late", r"the sequences \[1\] to"),
+        ("bounds go back", "do not follow"),
+        ("bounds beyond", r"to \[3\], but the file has the sequences 0 to 2"),
+        ("no bounds", "would belong to no document"),
+        ("long tokens", "announces 8"),
+        ("llm.c count", "announces 3 ids"),
         ("odd bytes", "no whole number"),
         ("large id", "the id 60000; the tokenizer has the ids 0 to 3"),
         ("negative id", "the id -1"),
@@ -249,6 +279,35 @@ def test_columns_that_hold_no_ids_are_named(
     pq.write_table(pa.table({column: values}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         run(tmp_path / "out", tmp_path / "a.parquet", tokenizer, "column=ids")
+
+
+def test_a_column_of_ids_that_is_there_twice_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    table = pa.table([pa.array([[1, 2]]), pa.array([[3, 4]])], names=["ids", "ids"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="2 columns 'ids'"):
+        run(tmp_path / "out", tmp_path / "a.parquet", tokenizer, "column=ids")
+
+
+def test_an_arrow_stream_that_was_cut_between_batches_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """pyarrow takes it for a short one."""
+    table = pa.table({"ids": [[1, 2], [3, 4]]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content[:-8])
+    with pytest.raises(DataError, match="no end mark"):
+        run(tmp_path / "out", tmp_path / "a.arrow", tokenizer, "column=ids")
+
+
+def test_ids_without_a_header_are_refused_where_two_bytes_do_not_hold_them(tmp_path: Path) -> None:
+    """uint32 read as uint16: twice as many ids, all of them legal."""
+    np.array([70000, 5, 0], "<u4").tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match="the tokenizer has 100000 ids"):
+        token_files.FlatTokens(tmp_path / "a.bin", eod=0, vocab_size=100000)
 
 
 def test_other_kinds_of_files_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,8 @@
 """Token ids that others wrote, as documents: Megatron .bin/.idx, nanoGPT and llm.c .bin, parquet
 and arrow columns.
 
-    path -> ranges (depend on the file alone) -> for each range: arrays of ids, one a document, without end-of-document
+    path -> ranges (depend on the file alone) -> for each range: arrays of ids, one a document,
+            without end-of-document
 
 A file without marks of its own (nanoGPT, llm.c) is cut at the end-of-document id; a range owns the
 documents that begin in it, so that ranges can be read by different workers.
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_prep.sources.rejects import Damaged
+from data_prep.sources.tables import ARROW_FILE_MAGIC, check_stream_end
 from pipeline.errors import DataError
 
 RANGE_TOKENS = 1 << 25
@@ -58,29 +61,44 @@ class MegatronTokens:
                 f"{index} has version {version} and type code {code}; version 1 with integer ids "
                 "is known."
             )
-        num_sequences, num_documents = np.frombuffer(head, "<u8", 2, 18).tolist()
-        need = 34 + 12 * num_sequences + 8 * num_documents
-        if index.stat().st_size < need:
+        self._path, self._dtype = path, np.dtype(MEGATRON_DTYPES[code])
+        self._ends = self._read_index(index, *np.frombuffer(head, "<u8", 2, 18).tolist())
+
+    def _read_index(self, index: Path, num_sequences: int, num_bounds: int) -> np.ndarray:
+        """(documents + 1,) int64: document d is the tokens [ends[d], ends[d + 1]) of the .bin.
+
+        Everything the .bin holds must belong to a document, and to one only.
+        """
+        need = 34 + 12 * num_sequences + 8 * num_bounds
+        size = index.stat().st_size
+        if size != need:
             raise DataError(
-                f"{index} has {index.stat().st_size} bytes and announces {need}; it is truncated."
+                f"{index} has {size} bytes and announces {need}; it is "
+                f"{'truncated' if size < need else 'longer than what is known of the format'}."
             )
-        self._dtype = np.dtype(MEGATRON_DTYPES[code])
-        body = np.memmap(index, np.uint8, "r", 34)
+        body = np.memmap(index, np.uint8, "r", 34) if size > 34 else np.empty(0, np.uint8)
         lengths = body[: 4 * num_sequences].view("<i4").astype(np.int64)
         starts = body[4 * num_sequences : 12 * num_sequences].view("<i8") // self._dtype.itemsize
-        self._bounds = body[12 * num_sequences :][: 8 * num_documents].view(
-            "<i8"
-        )  # sequence numbers, the last one closes
+        bounds = body[12 * num_sequences :].view("<i8")  # sequence numbers, the last one closes
         ends = np.concatenate(([0], np.cumsum(lengths)))
-        if not np.array_equal(starts, ends[:-1]):
-            raise DataError(f"{index}: sequences do not lie one after the other in {path.name}.")
-        if path.stat().st_size != ends[-1] * self._dtype.itemsize:
+        if (lengths < 0).any() or not np.array_equal(starts, ends[:-1]):
+            raise DataError(f"{index}: sequences do not lie one after the other in {self._path}.")
+        num_bytes = self._path.stat().st_size
+        if num_bytes != ends[-1] * self._dtype.itemsize:
             raise DataError(
-                f"{path} has {path.stat().st_size} bytes; its index announces "
+                f"{self._path} has {num_bytes} bytes; its index announces "
                 f"{ends[-1] * self._dtype.itemsize}."
             )
-        self._ends = ends[self._bounds]  # document d is tokens [ends[d], ends[d + 1])
-        self._path = path
+        # Megatron-LM asserts the same: what lies behind the last bound would be in no document.
+        if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences:
+            raise DataError(
+                f"{index}: its documents are the sequences {bounds[:1].tolist()} to "
+                f"{bounds[-1:].tolist()}, but the file has the sequences 0 to {num_sequences}. Some "
+                "tokens would belong to no document; write the index anew."
+            )
+        if (np.diff(bounds) < 0).any():
+            raise DataError(f"{index}: its documents do not follow one after the other.")
+        return ends[bounds]
 
     def ranges(self) -> list[tuple[int, int]]:
         """(first document, one after the last)."""
@@ -100,7 +118,7 @@ class FlatTokens:
     the end mark).
     """
 
-    def __init__(self, path: Path, *, eod: int):
+    def __init__(self, path: Path, *, eod: int, vocab_size: int):
         head = np.fromfile(path, "<i4", 3)
         is_llmc = len(head) == 3 and head[0] == LLMC_MAGIC
         if is_llmc and int(head[1]) not in LLMC_DTYPES:
@@ -108,6 +126,13 @@ class FlatTokens:
                 f"{path} has llm.c version {head[1]}; versions {sorted(LLMC_DTYPES)} are known."
             )
         dtype = np.dtype(LLMC_DTYPES[int(head[1])] if is_llmc else "<u2")
+        # Ids of four bytes, read as two, would be twice as many legal ids: nothing else tells.
+        if not is_llmc and vocab_size > 2**16:
+            raise DataError(
+                f"{path} has no header, so its ids would be uint16; the tokenizer has {vocab_size} "
+                "ids, which need more. Give it an index (Megatron .idx) or llm.c's header, or write "
+                "the ids to a parquet column."
+            )
         offset = LLMC_HEADER_BYTES if is_llmc else 0
         size = path.stat().st_size - offset
         if size % dtype.itemsize or size == 0 or is_llmc and size // dtype.itemsize != head[2]:
@@ -168,6 +193,11 @@ class ColumnTokens:
         if column not in names:
             raise DataError(
                 f"{path} has no column '{column}'; it has {', '.join(names)}. Set column=..."
+            )
+        if names.count(column) > 1:
+            raise DataError(
+                f"{path} has {names.count(column)} columns '{column}'; which one holds the ids "
+                "cannot be told. Rename the others."
             )
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -234,11 +264,15 @@ class ColumnTokens:
         """
         import pyarrow as pa
 
+        with self._path.open("rb") as file:
+            is_file = file.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+            try:
+                if not is_file:
+                    check_stream_end(file)
+            except Damaged as error:
+                raise DataError(f"{self._path} is damaged: {error}.") from error
         source = pa.memory_map(str(self._path))
-        try:
-            return pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            return _StreamAsFile(pa.ipc.open_stream(source))
+        return pa.ipc.open_file(source) if is_file else _StreamAsFile(pa.ipc.open_stream(source))
 
 
 class _StreamAsFile:

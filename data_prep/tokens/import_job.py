@@ -80,7 +80,7 @@ def _open(path: str, column: str, tokenizer: TokenizerIdentity) -> TokenFile:
         raise ConfigError(f"{path}: token files end in .bin, .parquet or .arrow.")
     if file.with_suffix(".idx").exists():
         return MegatronTokens(file)
-    return FlatTokens(file, eod=tokenizer.eod)
+    return FlatTokens(file, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
 
 
 def import_unit(
