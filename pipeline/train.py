@@ -59,13 +59,18 @@ def train(cfg: PretrainConfig, ranks: Ranks, clock: Clock) -> None:
     hosts = node_check.check(
         RankHost(ranks.global_rank, ranks.node, os.getpid(), clock.started_at), layout.device
     )
+    trainer: Trainer | None = None
     timeout_s = cfg.resilience.hang_timeout_s
     watchdog = Watchdog(
-        clock, run_dir=run_dir, hosts=hosts, global_rank=ranks.global_rank, timeout_s=timeout_s
+        clock,
+        run_dir=run_dir,
+        hosts=hosts,
+        global_rank=ranks.global_rank,
+        timeout_s=timeout_s,
+        describe_step=lambda: trainer.describe_step() if trainer else "It was still starting.",
     )
     with watchdog if timeout_s else contextlib.nullcontext():
         trainer = Trainer(cfg, shape, layout, run_dir=run_dir, clock=clock, hosts=hosts)
-        watchdog.describe_step = trainer.describe_step
         try:
             trainer.fit()
         except Exception as error:

@@ -22,16 +22,19 @@ from pipeline.resilience.clock import Clock
 class Goodput:
     """The run's account over all its starts; rank 0 keeps it."""
 
-    def __init__(self, run_dir: Path, clock: Clock, *, first_step: int) -> None:
-        self.clock = clock
+    def __init__(self, run_dir: Path, clock: Clock) -> None:
+        self.clock, self.first_step = clock, 0
         folder = run_dir / "logs" / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted(folder.glob("*.json"))
         # An empty file is what a power cut leaves of one that was not synced: the account loses it.
         self.earlier = [json.loads(content) for path in paths if (content := path.read_bytes())]
         self.path = folder / f"{len(paths):04d}.json"
-        self.first_step = first_step
-        self.write(first_step)
+
+    def begin(self, step: int) -> None:
+        """This start goes on from `step`."""
+        self.first_step = step
+        self.write(step)
 
     def write(self, step: int) -> dict[str, float]:
         """Record that `step` steps are done; the account so far, by metric name."""

@@ -22,9 +22,9 @@ PLACES = (
     ("torch/distributed/", "collective"),
     ("deepspeed/comm/", "collective"),
     ("autograd/", "backward"),
-    ("pipeline/checkpoint", "save"),
+    ("pipeline/checkpoint/", "save"),
     ("pipeline/data/", "data"),
-    ("pipeline/evaluate", "evaluation"),
+    ("pipeline/evaluation/", "evaluation"),
     ("torch/optim/", "optimizer"),
     ("pipeline/model/", "forward"),
 )
@@ -57,6 +57,8 @@ class Sighting:
 
 def guilty(seen: list[Sighting], hosts: list[RankHost]) -> tuple[list[int], str]:
     """(ranks, why): who holds the others up. All ranks when nothing tells them apart."""
+    # 1. Silence weighs most: every rank that still runs wrote a sighting when its clock grew old, so
+    #    one that wrote none is stopped, dead or cut off, and the others can only be waiting for it.
     speaking = {sighting.global_rank for sighting in seen}
     if silent := [host.global_rank for host in hosts if host.global_rank not in speaking]:
         states = {int(rank): state for s in seen for rank, state in s.neighbours.items()}
@@ -66,18 +68,21 @@ def guilty(seen: list[Sighting], hosts: list[RankHost]) -> tuple[list[int], str]
         if shown and shown <= {"Z", "-"}:
             return silent, "dead"
         return silent, "silent: stopped, dead, or its node cannot be reached"
+    # 2. Then progress: ranks enter the same phases in the same order, so fewer beats is earlier in
+    #    the program. Clocks are not compared: those of two nodes may be seconds apart.
     first = min(sighting.beats for sighting in seen)
     behind = [s for s in seen if s.beats == first]
     if len(behind) < len(seen):
         return [s.global_rank for s in behind], f"behind the others, in {_doings(behind)}"
+    # 3. All in one phase: who waits in a collective waits for somebody, who does not is waited for.
     busy = [s for s in seen if not s.doing.startswith("collective")]
     if busy and len(busy) < len(seen):
         return [
             s.global_rank for s in busy
         ], f"in {_doings(busy)} while the others wait in a collective"
-    return sorted(
-        speaking
-    ), f"all in {_doings(seen)}: a link between nodes, or NCCL, rather than one rank"
+    # 4. All wait, or all work: no rank stands out, so none is named alone.
+    everybody = f"all in {_doings(seen)}: a link between nodes, or NCCL, rather than one rank"
+    return sorted(speaking), everybody
 
 
 def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) -> str:

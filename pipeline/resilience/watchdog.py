@@ -45,6 +45,7 @@ class Watchdog:
         hosts: list[RankHost],
         global_rank: int,
         timeout_s: float,
+        describe_step: Callable[[], str],
     ) -> None:
         """Watch `clock`.
 
@@ -55,11 +56,11 @@ class Watchdog:
             global_rank: this rank.
             timeout_s: the page is on disk and the process gone this long after the last sign of
                 life.
+            describe_step: more about the present step, such as the hash of its samples; called when
+                it is late, on the watchdog's thread.
         """
         self.clock, self.hosts, self.global_rank = clock, hosts, global_rank
-        self.describe_step: Callable[[], str] = str
-        """More about the present step, such as the hash of its samples; called when it is late."""
-        self.timeout_s = timeout_s
+        self.describe_step, self.timeout_s = describe_step, timeout_s
         # Late ranks wait this long for one another's sightings.
         self.grace_s = min(10.0, timeout_s / 4)
         self.logs = run_dir / "logs"

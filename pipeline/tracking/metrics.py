@@ -31,6 +31,7 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.log import logger
 from pipeline.planning.flops import mfu, peak_tflops
+from pipeline.resilience.goodput import Goodput
 from pipeline.tracking.environment import environment
 from pipeline.tracking.wandb_run import WandbRun
 
@@ -49,7 +50,7 @@ class State(Protocol):
 
 
 class Metrics:
-    """Keeps, prints and sends the numbers of a run; does nothing but on the main rank."""
+    """Keeps, prints and sends the numbers of a run; the main rank has one."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class Metrics:
         config: dict[str, Any],
         shape: RunShape,
         flops_per_token: float,
-        is_main: bool,
+        goodput: Goodput,
         facts: dict[str, Any],
     ):
         """Open metrics.jsonl and start W&B.
@@ -70,21 +71,15 @@ class Metrics:
             config: the whole resolved config, for W&B.
             shape: derived numbers.
             flops_per_token: from flops.flops_per_token.
-            is_main: whether this rank speaks.
+            goodput: the account of the run's time; written on logged steps.
             facts: recorded at the start beside `environment()`: dataset identities, number of
                 parameters.
         """
-        self.cfg, self.shape, self.flops_per_token, self.is_main = (
-            cfg,
-            shape,
-            flops_per_token,
-            is_main,
-        )
+        self.cfg, self.shape, self.flops_per_token = cfg, shape, flops_per_token
+        self.goodput = goodput
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
         self.restart_clock()
-        if not is_main:
-            return
         device = (
             torch.cuda.get_device_name()
             if torch.cuda.is_available()
@@ -103,6 +98,10 @@ class Metrics:
             self._wandb = WandbRun(cfg, run_dir=run_dir, config={**config, "facts": facts})
         self._bar: tqdm | None = None
         self._cleanup = contextlib.ExitStack()
+
+    def begin(self, state: State) -> None:
+        """Training goes on from `state`."""
+        self.goodput.begin(state.step)
 
     def restart_clock(self) -> None:
         """Leave the time since the last record out of the throughput: it went to no step."""
@@ -125,8 +124,6 @@ class Metrics:
             extra: more values of the step, by metric name; 0-dim tensors are read on logged steps
                 only.
         """
-        if not self.is_main:
-            return
         self._interval_steps += 1
         self._interval_tokens += self.shape.at(state.step - 1).tokens
         self._interval_wait_ms += data_wait_ms
@@ -144,30 +141,24 @@ class Metrics:
 
     def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
         """Pass on loss, perplexity and bits per byte of each validation dataset."""
-        if self.is_main:
-            for name, result in results.items():
-                values = {
-                    "loss": result.loss,
-                    "ppl": result.ppl,
-                    "bits_per_byte": result.bits_per_byte,
-                }
-                self._send(
-                    state, {f"val/{name}/{key}": float(value) for key, value in values.items()}
-                )
-                text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())
-                logger.info("step %d | val/%s | %s", state.step, name, text)
+        for name, result in results.items():
+            values = {
+                "loss": result.loss,
+                "ppl": result.ppl,
+                "bits_per_byte": result.bits_per_byte,
+            }
+            self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
+            text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())
+            logger.info("step %d | val/%s | %s", state.step, name, text)
         self.restart_clock()
 
     def event(self, state: State, values: Mapping[str, Any]) -> None:
         """Pass on values of no logged step, e.g. {"resilience/checkpoint_stall_ms": 12.0}."""
-        if self.is_main:
-            self._send(state, dict(values))
+        self._send(state, dict(values))
         self.restart_clock()
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the bar, the file and the W&B run; waits for W&B a bounded time."""
-        if not self.is_main:
-            return
         self._cleanup.close()
         self._file.close()
         if self._wandb is not None:
@@ -198,6 +189,7 @@ class Metrics:
             "resilience/restarts": state.restarts,
             "resilience/skipped_steps": state.skipped_steps,
             **{key: _number(value) for key, value in extra.items()},
+            **self.goodput.write(state.step),
         }
         self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
@@ -243,6 +235,32 @@ class Metrics:
                 self._cleanup.enter_context(logging_redirect_tqdm([logger]))
         else:
             self._bar.update(state.step - self._bar.n)
+
+
+class SilentMetrics:
+    """What the other ranks have: the same calls, and nothing happens."""
+
+    def begin(self, state: State) -> None:
+        """Nothing."""
+
+    def record(
+        self,
+        state: State,
+        result: StepResult,
+        *,
+        data_wait_ms: float = 0.0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Nothing; the scalars stay on the device."""
+
+    def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
+        """Nothing."""
+
+    def event(self, state: State, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing."""
 
 
 def _open_lines(path: Path) -> Any:

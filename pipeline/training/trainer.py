@@ -20,6 +20,7 @@ from pipeline.checkpoint.record import RunRecord
 from pipeline.config.choices import OnCorrupt, Precision
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.ranks import RankHost
@@ -35,7 +36,7 @@ from pipeline.resilience.goodput import Goodput
 from pipeline.resilience.guard import Action, Guard
 from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
-from pipeline.tracking.metrics import Metrics
+from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.initial_weights import load_weights
 
 
@@ -95,15 +96,20 @@ class Trainer:
         self.stragglers = Stragglers(
             ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
         )
-        self.metrics = Metrics(
+        self.metrics = self.open_metrics() if layout.ranks.is_main else SilentMetrics()
+
+    def open_metrics(self) -> Metrics:
+        """The numbers of the run, for the rank that speaks."""
+        cfg, shape = self.cfg, self.shape
+        return Metrics(
             cfg.tracking,
-            run_dir=run_dir,
+            run_dir=self.run_dir,
             config=cli.to_dict(cfg),
             shape=shape,
             flops_per_token=flops_per_token(
                 cfg.model, vocab_size=shape.vocab_size, seq_len=shape.seq_len
             ),
-            is_main=layout.ranks.is_main,
+            goodput=Goodput(self.run_dir, self.clock),
             facts={
                 "num_parameters": num_parameters(cfg.model, shape.vocab_size),
                 "datasets": self.loader.state()["datasets"],
@@ -113,24 +119,15 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
         self.restore()
-        self.goodput = (
-            Goodput(self.run_dir, self.clock, first_step=self.state.step)
-            if self.layout.ranks.is_main
-            else None
-        )
+        self.metrics.begin(self.state)
         while self.state.step < self.shape.total_steps:
-            self.clock.enter("data", self.state.step)
-            batches = self.loader.next_step()  # num_micro_batches x (micro_batch_size, seq_len)
-            self.clock.enter("train", self.state.step)
-            # forward, backward, clip, update
-            result = self.engine.train_step(
-                batches, step=self.state.step, max_loss=self.guard.max_loss
-            )
-            self.state.advance(self.shape.at(self.state.step))
-            self.metrics.record(
-                self.state, result, data_wait_ms=self.loader.wait_ms, extra=self.logged_extras()
-            )
-            summaries = self.agree_on(result)
+            batches = self.next_batches()  # num_micro_batches x (micro_batch_size, seq_len)
+            result = self.train_step(batches)  # forward, backward, clip, update
+            extras = self.logged_extras()
+            if self.counts_corrupt_samples():
+                extras["data/corrupt_samples"] = self.corrupt_samples()  # collective
+            self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=extras)
+            summaries = self.agree_on(result)  # collective
             if any(self.react(summary) is Action.rollback for summary in summaries):
                 continue
             if self.is_due(self.cfg.training.eval_every):
@@ -151,20 +148,29 @@ class Trainer:
         """Whether something that happens every so many steps happens after this one."""
         return every > 0 and self.state.step % every == 0
 
+    def next_batches(self) -> list[Batch]:
+        """This rank's share of the next step."""
+        self.clock.enter("data", self.state.step)
+        return self.loader.next_step()
+
+    def train_step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step, applied or skipped. Collective."""
+        self.clock.enter("train", self.state.step)
+        result = self.engine.train_step(batches, step=self.state.step, max_loss=self.guard.max_loss)
+        self.state.advance(self.shape.at(self.state.step))
+        return result
+
     def logged_extras(self) -> dict[str, Any]:
-        """Values of a logged step beyond loss and speed."""
-        if not self.is_due(self.cfg.tracking.log_every):
+        """What this rank alone knows of a logged step beyond loss and speed."""
+        is_wanted = self.cfg.tracking.sample_hash and self.layout.ranks.is_main
+        if not is_wanted or not self.is_due(self.cfg.tracking.log_every):
             return {}
+        return {"data/sample_hash": self.loader.sample_hash}
+
+    def counts_corrupt_samples(self) -> bool:
+        """Whether corrupt samples are left out, and counted after this step; alike on all ranks."""
         skips = self.cfg.data.on_corrupt is OnCorrupt.skip
-        values: dict[str, Any] = {"data/corrupt_samples": self.corrupt_samples()} if skips else {}
-        if self.goodput is None:
-            return values
-        values |= self.goodput.write(self.state.step)
-        return (
-            values | {"data/sample_hash": self.loader.sample_hash}
-            if self.cfg.tracking.sample_hash
-            else values
-        )
+        return skips and self.is_due(self.cfg.tracking.log_every)
 
     def corrupt_samples(self) -> int:
         """Samples left out so far by data.on_corrupt=skip, all data-parallel ranks. Collective."""

@@ -35,9 +35,11 @@ def test_steps_done_again_count_as_lost():
 
 
 def test_a_second_start_continues_the_account(tmp_path):
-    first = Goodput(tmp_path, Clock(), first_step=0)
+    first = Goodput(tmp_path, Clock())
+    first.begin(0)
     assert first.write(10)["goodput/restarts"] == 0
-    second = Goodput(tmp_path, Clock(), first_step=7)
+    second = Goodput(tmp_path, Clock())
+    second.begin(7)
     numbers = second.write(8)
     assert (numbers["goodput/restarts"], numbers["goodput/lost_steps"]) == (1, 3)
 
@@ -54,9 +56,9 @@ def test_time_belongs_to_the_phase_that_was_entered_before():
 
 def test_an_attempt_that_a_power_cut_emptied_does_not_stop_the_next_start(tmp_path):
     """The files are not synced at every logged step; an empty one is left out of the account."""
-    Goodput(tmp_path, Clock(), first_step=0)
+    Goodput(tmp_path, Clock()).begin(0)
     folder = tmp_path / "logs" / "attempts"
     (folder / "0001.json").write_bytes(b"")
-    third = Goodput(tmp_path, Clock(), first_step=7)
+    third = Goodput(tmp_path, Clock())
     assert third.path == folder / "0002.json"
     assert len(third.earlier) == 1

@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.distributed.ranks import RankHost
 from pipeline.errors import EXIT_HANG
 from pipeline.resilience.clock import Clock
-from pipeline.resilience.hang_page import Sighting, guilty, hang_page
+from pipeline.resilience.hang_page import PLACES, Sighting, doing, guilty, hang_page
 from pipeline.resilience.watchdog import Watchdog
+from tests.support.ranks import run_on_ranks
 from tests.support.slurm_cluster import REPO
 
 RANKS = [RankHost(rank, f"n{1 + rank // 2}", 100 + rank, 0.0) for rank in range(4)]
@@ -71,8 +74,7 @@ import os
 clock = Clock()
 rank, world_size = int(sys.argv[2]), int(sys.argv[3])
 hosts = [RankHost(r, f"n{r + 1}", os.getpid(), 1.0) for r in range(world_size)]
-with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=rank, timeout_s=1.0) as watchdog:
-    watchdog.describe_step = lambda: "samples beef"
+with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=rank, timeout_s=1.0, describe_step=lambda: "samples beef"):
     clock.enter("data", 7)
     def wait_for_a_disk_that_never_answers(): time.sleep(60)
     wait_for_a_disk_that_never_answers()
@@ -99,7 +101,9 @@ def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
 
 def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
     clock = Clock()
-    with Watchdog(clock, run_dir=tmp_path, hosts=RANKS[:1], global_rank=0, timeout_s=2.0):
+    with Watchdog(
+        clock, run_dir=tmp_path, hosts=RANKS[:1], global_rank=0, timeout_s=2.0, describe_step=str
+    ):
         deadline = time.monotonic() + 10
         while not list(tmp_path.glob("logs/.hang-*/00000.json")):
             assert time.monotonic() < deadline
@@ -128,3 +132,97 @@ def test_a_rank_that_wakes_after_the_others_left_does_not_replace_their_page(tmp
     assert "**rank 1 on n2**: silent" in (tmp_path / "logs" / "hang-7.md").read_text()
     assert (tmp_path / "logs" / "hang-7" / "00000.json").exists()
     assert not (tmp_path / "logs" / ".hang-1").exists()
+
+
+class Seen(Exception):
+    """Ends the function under test where it would wait."""
+
+
+def stop_in_a_save(probe):
+    from pipeline.checkpoint.checkpointer import Checkpointer
+
+    Checkpointer.wait(SimpleNamespace(_thread=SimpleNamespace(join=probe)))  # type: ignore[arg-type]
+
+
+def stop_in_the_loader(probe):
+    from pipeline.data.loader import Loader
+
+    ahead = SimpleNamespace(next=probe)
+    Loader.next_step(SimpleNamespace(_thread=ahead, cfg=None, close=lambda: None))  # type: ignore[arg-type]
+
+
+def stop_in_an_evaluation(probe):
+    from pipeline.evaluation.perplexity import Evaluator
+
+    dataset = SimpleNamespace(name="validation")
+    Evaluator.run(SimpleNamespace(datasets=[dataset], _label_bytes=[None], _score=probe))  # type: ignore[arg-type]
+
+
+def stop_in_the_forward_pass(probe):
+    from pipeline.model.recompute import recompute
+
+    recompute(probe, torch.ones(1, requires_grad=True))
+
+
+def stop_in_the_backward_pass(probe):
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(probe)
+    y.sum().backward()
+
+
+def stop_in_the_optimizer(probe):
+    torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1).step(probe)
+
+
+def stop_in_a_collective(probe):
+    class Message:
+        def __reduce__(self):
+            probe()
+
+    torch.distributed.all_gather_object([None], Message())
+
+
+def stop_in_a_collective_of_deepspeed(probe):
+    from deepspeed.comm import comm
+
+    comm.cdb, before = SimpleNamespace(is_initialized=lambda: True, barrier=probe), comm.cdb
+    try:
+        comm.barrier()
+    finally:
+        comm.cdb = before
+
+
+STOPS = {
+    "torch/distributed/": stop_in_a_collective,
+    "deepspeed/comm/": stop_in_a_collective_of_deepspeed,
+    "autograd/": stop_in_the_backward_pass,
+    "pipeline/checkpoint/": stop_in_a_save,
+    "pipeline/data/": stop_in_the_loader,
+    "pipeline/evaluation/": stop_in_an_evaluation,
+    "torch/optim/": stop_in_the_optimizer,
+    "pipeline/model/": stop_in_the_forward_pass,
+}
+
+
+def places_that_are_seen() -> dict[str, str]:
+    """Part of a path -> where a rank is said to be whose stack ends there."""
+    said = {}
+    for part, stop in STOPS.items():
+
+        def probe(*_, part=part, **__):
+            said[part] = doing(sys._getframe()).split(" ")[0]
+            raise Seen
+
+        with pytest.raises(Seen):
+            stop(probe)
+    return said
+
+
+def test_a_rank_that_waits_in_a_place_is_said_to_be_there():
+    """A place is told by the paths of files: one that is moved, here or in a library, blinds the page.
+
+    So each place's own function runs until it would wait, and its real stack is looked at there.
+    """
+    (said,) = run_on_ranks(places_that_are_seen, 1)
+    assert said == dict(PLACES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.run_shape import RunShape, StepShape
 from pipeline.log import logger
+from pipeline.resilience.clock import Clock
+from pipeline.resilience.goodput import Goodput
 from pipeline.tracking import metrics, wandb_run
-from pipeline.tracking.metrics import Metrics
+from pipeline.tracking.metrics import Metrics, SilentMetrics
 
 
 @dataclasses.dataclass
@@ -47,7 +51,7 @@ RUN = RunShape(
 )
 
 
-def make(run_dir: Path, *, is_main: bool = True, **tracking: object) -> Metrics:
+def make(run_dir: Path, **tracking: object) -> Metrics:
     cfg = TrackingConfig(**{"wandb": WandbMode.disabled, "log_every": 5, **tracking})
     return Metrics(
         cfg,
@@ -55,7 +59,7 @@ def make(run_dir: Path, *, is_main: bool = True, **tracking: object) -> Metrics:
         config={"seed": 1},
         shape=RUN,
         flops_per_token=1e6,
-        is_main=is_main,
+        goodput=Goodput(run_dir, Clock()),
         facts={"dataset": "abc"},
     )
 
@@ -164,9 +168,21 @@ def test_a_restart_appends_after_a_half_written_line(tmp_path):
 
 
 def test_only_the_main_rank_writes(tmp_path):
-    """Thousands of ranks share the run folder."""
-    tracker = make(tmp_path, is_main=False)
+    """Thousands of ranks share the run folder; what the main rank's can, theirs can, and is silent."""
+
+    def calls(kind):
+        return {
+            n: inspect.signature(f) for n, f in vars(kind).items() if n[0] != "_" and callable(f)
+        }
+
+    silent = calls(SilentMetrics)
+    assert silent == {
+        name: sign for name, sign in calls(Metrics).items() if name != "restart_clock"
+    }
+    tracker: Any = SilentMetrics()
+    tracker.begin(State())
     train(tracker, State(), 5)
+    tracker.event(State(), {"resilience/failed_saves": 1})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
 
