@@ -3,7 +3,7 @@
     python -m pipeline.hf_import FOLDER > conf/model/mine.yaml
     python -m pipeline.train model=mine checkpoint.init_from=FOLDER ...
 
-Reads GPT-2, Llama, Qwen2, Qwen3, Mixtral and Qwen3-MoE folders with safetensors, without
+Reads GPT-2, Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE folders with safetensors, without
 transformers.
 """
 
@@ -21,7 +21,7 @@ class ImportConfig:
     """Show a Hugging Face folder's architecture as settings."""
 
     folder: str = "???"
-    """A local GPT-2, Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE folder."""
+    """A local GPT-2, Llama, Mistral, Qwen2, Qwen3, Mixtral or Qwen3-MoE folder."""
 
 
 def main(cfg: ImportConfig) -> int:
