@@ -1,11 +1,12 @@
 # Environment of every rank, sourced by the launch scripts; each line says why. A value that is already set wins.
 
-# The program that runs Python on a node, in the batch script and in every rank. A container is a prefix:
+# The program that runs Python on a node, in the batch script and in every rank: "${python[@]}". A PYTHON that you set may
+# be several words, for a container is a prefix; the one that is found here is one word, whatever blanks are in its path:
 #   PYTHON="apptainer exec --nv --bind /data pretrain.sif python"
-if [[ -z ${PYTHON:-} ]]; then
-  if [[ -x $REPO/.venv/bin/python ]]; then PYTHON=$REPO/.venv/bin/python; else PYTHON=python3; fi
+if [[ -n ${PYTHON:-} ]]; then read -ra python <<< "$PYTHON"
+elif [[ -x $REPO/.venv/bin/python ]]; then python=("$REPO/.venv/bin/python")
+else python=(python3)
 fi
-export PYTHON
 
 # The package is found from any working directory: relative paths mean what they mean in your shell.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}

@@ -13,17 +13,17 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cpus > WORLD_SIZE ? num_cpus / 
 source "$REPO/launch/env.sh" || exit
 
 # A wrong setting or a missing dataset is said once, not by every process.
-$PYTHON -m pipeline.preflight "world_size=$WORLD_SIZE" "$@" > /dev/null || exit
+"${python[@]}" -m pipeline.preflight "world_size=$WORLD_SIZE" "$@" > /dev/null || exit
 
 export WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR=127.0.0.1
-MASTER_PORT=$($PYTHON -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit
+MASTER_PORT=$("${python[@]}" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit
 export MASTER_PORT
 
 # No process outlives this script: an orphan would go on writing into the run that you start again.
 guard=(); command -v setpriv > /dev/null && guard=(setpriv --pdeathsig KILL)
 pids=()
 for ((rank = 0; rank < WORLD_SIZE; rank++)); do
-  RANK=$rank LOCAL_RANK=$rank "${guard[@]}" $PYTHON -m pipeline.train "$@" &
+  RANK=$rank LOCAL_RANK=$rank "${guard[@]}" "${python[@]}" -m pipeline.train "$@" &
   pids+=($!)
 done
 

@@ -6,23 +6,31 @@
 set -euo pipefail
 launch=$(dirname "$(readlink -f "$0")")
 
-tokenize_options=() tokenize=() pretrain_options=() pretrain=() data=() part=tokenize
+tokenize_options=() tokenize=() pretrain_options=() pretrain=() part=tokenize
 for word in "$@"; do
   case $part:$word in
     tokenize:--) part=pretrain ;;
     tokenize:-*) tokenize_options+=("$word") ;;
     pretrain:-*) pretrain_options+=("$word") ;;
-    tokenize:*) tokenize+=("$word"); [[ $word == output=* ]] && data=("data.path=${word#output=}") ;;
+    tokenize:*) tokenize+=("$word") ;;
     pretrain:*) pretrain+=("$word") ;;
   esac
 done
-if [[ $part != pretrain || ${#data[@]} == 0 ]]; then
+if [[ $part != pretrain ]]; then
   sed -n 's/^# \{0,1\}//; 2,5p' "$0" >&2
   exit 2
 fi
 
+REPO=$(dirname "$launch")
+source "$REPO/launch/env.sh"
+# Where the tokens will lie, from the tokenization's own reading of its settings. A wrong one is said here, before
+# anything is submitted.
+composed=$("${python[@]}" "$REPO/data_prep/tokenize.py" --cfg "${tokenize[@]}") || exit
+output=$("${python[@]}" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["output"])' <<< "$composed")
+[[ $output != "???" ]] || { echo "error: output is not set; give output=..." >&2; exit 2; }
+
 first=$(sbatch --parsable "${tokenize_options[@]}" "$launch/tokenize.slurm" "${tokenize[@]}")
 # A pretraining job whose tokenization has failed leaves the queue instead of waiting for ever.
 second=$(sbatch --parsable --dependency="afterok:$first" --kill-on-invalid-dep=yes "${pretrain_options[@]}" \
-  "$launch/pretrain.slurm" "${data[@]}" "${pretrain[@]}")
+  "$launch/pretrain.slurm" "data.path=$output" "${pretrain[@]}")
 echo "tokenize $first, pretrain $second"

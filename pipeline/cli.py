@@ -115,21 +115,17 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 def _split(
     arguments: Sequence[str], schema: type, positional: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Hydra's overrides, and the values of top-level `str` fields.
+    """Hydra's overrides, and the values of `str` fields, at whatever depth.
 
     Those are taken as they are: Hydra's grammar would trip over their commas, quotes and braces.
     """
-    hints = typing.get_type_hints(schema)
+    hints = {key: typing.get_type_hints(owner)[field.name] for key, field, owner in keys(schema)}
     literal = {
-        name
-        for name, hint in hints.items()
+        key
+        for key, hint in hints.items()
         if hint is str or set(typing.get_args(hint)) == {str, type(None)}
     }
-    tables = [
-        key
-        for key, field, owner in keys(schema)
-        if typing.get_origin(typing.get_type_hints(owner)[field.name]) is dict
-    ]
+    tables = [key for key, hint in hints.items() if typing.get_origin(hint) is dict]
     overrides, raw, waiting = [], {}, list(positional)
     for argument in arguments:
         key, equals, value = argument.partition("=")

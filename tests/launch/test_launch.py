@@ -1,8 +1,11 @@
 """Launch scripts and their documentation: what is written there works."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -72,6 +75,71 @@ def test_env_keeps_what_the_user_has_set_and_explains_each_variable():
                 lines[i] for i in range(number - 1, -1, -1) if not lines[i].startswith("export ")
             )
             assert block.startswith("#") or block == "fi", f"{line} has no reason above it"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, ["{repo}/.venv/bin/python"]),
+        ("python3.12", ["python3.12"]),
+        ("apptainer exec --nv x.sif python", ["apptainer", "exec", "--nv", "x.sif", "python"]),
+    ],
+)
+def test_python_of_a_clone_is_one_word_and_yours_is_split(tmp_path, given, words):
+    """A clone below `My Projects` started `/home/me/My`."""
+    repo = tmp_path / "my clone"
+    (repo / ".venv/bin").mkdir(parents=True)
+    (repo / ".venv/bin/python").symlink_to("/bin/true")
+    environment = {"REPO": str(repo), "PATH": "/usr/bin:/bin"} | (
+        {"PYTHON": given} if given else {}
+    )
+    show = f'source "{LAUNCH}/env.sh"; printf "%s\\n" "${{python[@]}}"'
+    printed = subprocess.run(["bash", "-c", show], env=environment, capture_output=True, text=True)
+    assert printed.stdout.splitlines() == [word.format(repo=repo) for word in words]
+
+
+def test_no_script_splits_what_it_was_given():
+    """Every use of the program and of the arguments is quoted."""
+    for script in SCRIPTS:
+        code = "\n".join(line.partition(" #")[0] for line in script.read_text().splitlines())
+        assert not re.search(r"\$PYTHON\b", code.replace('<<< "$PYTHON"', "")), script
+        assert not re.search(r'(?<!")\$[@*]|(?<!")\$\{\w+\[@\]\}', code), script
+
+
+@pytest.mark.parametrize("output", ["out", "my data/[1], größe=2", "a'b\"c{d}"])
+@pytest.mark.parametrize("is_named", [True, False], ids=["output=", "by place"])
+def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, output, is_named):
+    """The training job would wait for the tokens, and then not find them."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f"#!{sys.executable}\nimport sys, json\n"
+        f'open({str(tmp_path / "calls")!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")\nprint(7)\n'
+    )
+    sbatch.chmod(0o755)
+    source = tmp_path / "a, b.jsonl"
+    words = [f"input={source}", f"output={output}"] if is_named else [str(source), output]
+    subprocess.run(
+        [LAUNCH / "text_to_model.sh", "--array=0-3", *words, "tokenizer=t.json", "--", "--nodes=2", "name=big"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable},
+        check=True,
+    )  # fmt: skip
+    tokenize, pretrain = map(json.loads, (tmp_path / "calls").read_text().splitlines())
+    assert tokenize[2:] == [f"{LAUNCH}/tokenize.slurm", *words, "tokenizer=t.json"]
+    assert pretrain[-3:] == [f"{LAUNCH}/pretrain.slurm", f"data.path={output}", "name=big"]
+    config = cli.compose(PretrainConfig, pretrain[-2:], config="pretrain")
+    assert config.data.path == output
+
+
+def test_text_to_model_says_a_wrong_setting_before_anything_is_submitted(tmp_path):
+    """Sixty-four tasks would each say it in an hour."""
+    result = subprocess.run(
+        [LAUNCH / "text_to_model.sh", "input=a", "output=b", "tokenizr=c", "--", "name=big"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "Did you mean tokenizer" in result.stderr
 
 
 def test_kubernetes_job_starts_one_torchrun_per_node_until_the_run_is_done():
