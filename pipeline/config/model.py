@@ -31,7 +31,7 @@ class MoeConfig:
     shared_expert_ffn_hidden_size: int = 0
     """Width of the expert every token passes; 0: none."""
     aux_loss_coeff: float = 0.01
-    """Weight of the load-balancing loss (arXiv:2101.03961); 0: off."""
+    """Weight of the load-balancing loss (arXiv:2101.03961), the mean over sequences; 0: off."""
     z_loss_coeff: float = 0.0
     """Weight of the router z-loss (arXiv:2202.08906); 0: off."""
 

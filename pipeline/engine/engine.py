@@ -33,7 +33,7 @@ from pipeline.engine.runner import Runner
 from pipeline.engine.verdict import Verdict, decide_update
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
-from pipeline.model.block import set_moe_loss_scale
+from pipeline.model.experts import set_moe_loss_scale
 from pipeline.model.initial_values import initialize
 from pipeline.model.names import canonical_name
 from pipeline.model.partition import Partition

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP as McoreMLP
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pipeline.config.choices import NormPlacement, Position, Recompute
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import Attention, CoreAttention
+from pipeline.model.experts import build_experts
 from pipeline.model.recompute import recompute
 from pipeline.model.rope import rope_table
 from pipeline.model.tensor_parallel import ColumnLinear, Norm, RowLinear, dropout
@@ -68,7 +65,7 @@ class Block(nn.Module):
         self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.is_moe = bool(model.moe.num_experts)
         if self.is_moe:
-            self.mlp = self._experts(config, layer)
+            self.mlp = build_experts(config, layer=layer)
         else:
             self.mlp = MLP(
                 config,
@@ -78,15 +75,6 @@ class Block(nn.Module):
             )
         if model.compile:
             self.compile()
-
-    @staticmethod
-    def _experts(config: TransformerConfig, layer: int) -> nn.Module:
-        spec = get_mlp_module_spec(use_te=False, num_experts=config.num_moe_experts)
-        linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
-        spec.submodules.experts.submodules = spec.submodules.shared_experts.submodules = linears
-        moe = build_module(spec, config=config)
-        moe.set_layer_number(layer + 1)
-        return moe
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden after the block, in the same layout; mask as in CoreAttention."""
@@ -119,8 +107,3 @@ class Block(nn.Module):
 
     def _dropout(self, x: Tensor) -> Tensor:
         return dropout(x, self.config, self.training)
-
-
-def set_moe_loss_scale(scale: Tensor) -> None:
-    """0-dim weight of the router losses in the backward pass, which bypass the engine's scaling."""
-    MoEAuxLossAutoScaler.set_loss_scale(scale)

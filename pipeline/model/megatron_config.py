@@ -16,6 +16,8 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import ffn_width, head_width, is_gated
 from pipeline.config.training import ParallelConfig
 
+PER_SEQUENCE = "seq_aux_loss"  # megatron-core's name for the load-balancing loss of experts.py
+
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
@@ -43,7 +45,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             "moe_router_pre_softmax": model.moe.top_k == 1,
             "moe_ffn_hidden_size": ffn_width(model),
             "moe_shared_expert_intermediate_size": model.moe.shared_expert_ffn_hidden_size or None,
-            "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss_coeff else "none",
+            "moe_router_load_balancing_type": PER_SEQUENCE if model.moe.aux_loss_coeff else "none",
             "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
             "moe_z_loss_coeff": model.moe.z_loss_coeff or None,
             "moe_token_dispatcher_type": "allgather" if on_cpu else "alltoall",

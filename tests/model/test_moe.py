@@ -29,18 +29,28 @@ def test_experts_match_plain_torch(world_size: int, model: str) -> None:
         compare(got, expected, "fp32", f"{model} {layout}")
 
 
-def test_router_losses_reach_the_gradients_alike_in_every_layout() -> None:
-    """They ride on the activations past the engine's loss scaling; a wrong scale shows in the gradient norm."""
-    [one] = run_on_ranks(train_all, 1, [config("moe-aux")], [{}])[0]
-    without = reference(config("moe-aux"))
-    assert abs(one["history"][0][1] / without[0][1] - 1) > 1e-3, "the router losses changed nothing"
-    layouts: list[dict[str, Any]] = [
-        dict(tp=2, sp=True),
-        dict(pp=2),
+ROUTER_LOSSES: dict[int, list[dict[str, Any]]] = {
+    1: [dict(micro_batch_size=1, recompute="full")],
+    2: [
+        dict(lanes=4),
+        dict(lanes=4, micro_batch_size=4),
+        dict(tp=2, sp=True, micro_batch_size=4),
+        dict(pp=2, micro_batch_size=1),
         dict(zero=1, precision="fp16"),
-    ]
-    results = run_on_ranks(
-        train_all, 2, [config("moe-aux", **layout) for layout in layouts], [{}] * 3
-    )[0]
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", ROUTER_LOSSES)
+def test_router_losses_match_plain_torch(world_size: int) -> None:
+    """They ride on the activations past the engine's loss scaling; a wrong scale shows in the gradient norm.
+
+    Balance is counted within a sequence: which sequences share a micro-batch (its size, the lanes) changes nothing.
+    """
+    layouts = ROUTER_LOSSES[world_size]
+    expected, without = reference(config("moe-aux")), reference(config("moe-unbalanced"))
+    assert abs(expected[0][1] / without[0][1] - 1) > 1e-3, "the router losses changed nothing"
+    configs = [config("moe-aux", **layout) for layout in layouts]
+    results = run_on_ranks(train_all, world_size, configs, [{}] * len(configs))[0]
     for layout, got in zip(layouts, results):
-        compare(got, one["history"], layout.get("precision", "fp32"), f"moe-aux {layout}")
+        compare(got, expected, layout.get("precision", "fp32"), f"moe-aux {layout}")

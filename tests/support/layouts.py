@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.config.training import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainingConfig
+from pipeline.data.mixture import Samples, cut
 from pipeline.distributed.layout import ParallelLayout, connect
 from pipeline.distributed.ranks import ranks_from_environment
 
@@ -65,6 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "moe-switch": {**MODERN, "moe": MoeConfig(num_experts=4, top_k=1, aux_loss_coeff=0.0)},
     "moe-aux": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01)},
+    "moe-unbalanced": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0)},
     "mqa": {
         **MODERN,
         "num_query_groups": 1,
@@ -79,12 +82,13 @@ def config(
     model: str = "gpt2", *, tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, schedule: str = "1f1b",
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
+    lanes: int = 1,
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
         name="test",
         model=replace(ModelConfig(**MODELS[model]), hidden_dropout=dropout, attention_dropout=dropout),
-        data=DataConfig(mask_documents=documents, reset_positions=positions),
+        data=DataConfig(mask_documents=documents, reset_positions=positions, lanes=lanes),
         optimizer=OptimizerConfig(lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
         schedule=ScheduleConfig(min_lr=3e-4, warmup_steps=2),
         parallel=ParallelConfig(
@@ -119,21 +123,27 @@ def batches(
     return steps
 
 
-def rank_batches(step: dict[str, Tensor], shape: RunShape, layout: ParallelLayout) -> list[Any]:
-    """The micro-batches of a global batch that this data-parallel rank computes."""
-    share, size = BATCH // shape.sizes.data, shape.micro_batch_size
-    starts = range(share * layout.data.rank, share * (layout.data.rank + 1), size)
+def rank_batches(
+    step: dict[str, Tensor], shape: RunShape, layout: ParallelLayout, *, lanes: int = 1
+) -> list[Any]:
+    """The micro-batches of a global batch that this data-parallel rank computes.
+
+    Sample i lies in lane i modulo `lanes`, as data/order.py deals them.
+    """
+    number = np.arange(BATCH)
+    mine = cut(
+        Samples(number, number, number), number % lanes,
+        data_rank=layout.data.rank, data_parallel_size=layout.data.size,
+    ).number  # fmt: skip
+    size = shape.micro_batch_size
     optional = {"loss_mask": "mask", "document_ids": "document_ids", "positions": "positions"}
     return [
         SimpleNamespace(
-            tokens=step["tokens"][i : i + size],
-            labels=step["labels"][i : i + size],
-            **{
-                field: step[key][i : i + size] if key in step else None
-                for field, key in optional.items()
-            },
+            tokens=step["tokens"][rows],
+            labels=step["labels"][rows],
+            **{field: step[key][rows] if key in step else None for field, key in optional.items()},
         )
-        for i in starts
+        for rows in mine.reshape(-1, size)
     ]
 
 
@@ -143,15 +153,15 @@ def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]
 
     if cfg.training.precision is Precision.fp16:
         allow_fp16_on_the_cpu()
-    ranks = ranks_from_environment()
+    ranks, lanes = ranks_from_environment(), cfg.data.lanes
     shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
     layout = connect(ranks, shape.sizes)
     engine = Engine(cfg, shape, layout)
     history = []
     for number, step in enumerate(steps):
-        result = engine.train_step(rank_batches(step, shape, layout), step=number)
+        result = engine.train_step(rank_batches(step, shape, layout, lanes=lanes), step=number)
         history.append((float(result.loss), float(result.grad_norm)))
-    total, count = engine.evaluate(rank_batches(steps[-1], shape, layout))
+    total, count = engine.evaluate(rank_batches(steps[-1], shape, layout, lanes=lanes))
     reset_parallel_state()
     return {"history": history, "eval": float(total / count)}
 

@@ -71,6 +71,7 @@ class ReferenceGPT:
 
     def __init__(self, cfg: PretrainConfig, vocab_size: int) -> None:
         self.cfg, self.model = cfg, cfg.model
+        self.router_losses: list[Tensor] = []  # of the last forward pass
         self.weights: dict[str, Tensor] = {}
         for name, shape in parameter_shapes(cfg, vocab_size).items():
             tensor = torch.empty(shape)
@@ -85,7 +86,8 @@ class ReferenceGPT:
         mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross entropy over the (unmasked) tokens."""
+        """Mean cross entropy over the (unmasked) tokens; leaves `router_losses` behind."""
+        self.router_losses = []
         model, w = self.model, self.weights
         hidden = F.embedding(tokens, w["embedding.word.weight"])
         size = tokens.shape[1]
@@ -182,6 +184,7 @@ class ReferenceGPT:
         moe = self.model.moe
         scores = x @ self.weights[f"{at}mlp.router.weight"].t()
         best, chosen = scores.topk(moe.top_k, dim=-1)
+        self.router_losses += self._router_losses(scores, chosen)
         share = torch.zeros(*x.shape[:-1], moe.num_experts).scatter(-1, chosen, best.softmax(-1))
         if moe.top_k == 1:  # Switch: the chosen expert's probability among all
             share = share * scores.softmax(-1)
@@ -192,6 +195,17 @@ class ReferenceGPT:
             if moe.shared_expert_ffn_hidden_size
             else total
         )
+
+    def _router_losses(self, scores: Tensor, chosen: Tensor) -> list[Tensor]:
+        """Load balancing of each sequence, E sum_e f_e P_e, and the z-loss: means, weighted."""
+        moe = self.model.moe
+        tokens = scores.shape[1]
+        sent = F.one_hot(chosen, moe.num_experts).sum(dim=(1, 2)) / (moe.top_k * tokens)
+        balance = moe.num_experts * (sent * scores.softmax(-1).mean(dim=1)).sum(-1).mean()
+        return [
+            moe.aux_loss_coeff * balance,
+            moe.z_loss_coeff * scores.logsumexp(-1).square().mean(),
+        ]
 
     def _mlp(self, x: Tensor, at: str, name: str = "mlp") -> Tensor:
         if self.model.moe.num_experts and name == "mlp":
@@ -235,7 +249,7 @@ class ReferenceGPT:
             optional = (step.get(key) for key in ("document_ids", "mask", "positions"))
             loss = self.loss(step["tokens"], step["labels"], *optional)
             optimizer.zero_grad()
-            loss.backward()
+            sum(self.router_losses, loss).backward()
             limit = cfg.clip_grad or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), limit)
             optimizer.step()
