@@ -22,7 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, printed
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def run(
             sys.exit(0)
         sys.exit(main(cfg) or 0)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printed(error), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

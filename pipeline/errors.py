@@ -48,6 +48,38 @@ class MachineError(PipelineError):
     """This machine or cluster cannot run the job: disk space, permissions, devices, links."""
 
 
+class Problems:
+    """What several checks found, raised at once: a user mends all of it in one go.
+
+    with problems: check()      keeps the PipelineError that the check raises, and goes on
+    problems.raise_all()        raises it alone as it was, several as one, each on its own line
+    """
+
+    def __init__(self) -> None:
+        self.found: list[PipelineError] = []
+
+    def __enter__(self) -> None:
+        """Begin a check."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        """Keep what the check raised if it is a user's problem."""
+        if isinstance(error, PipelineError):
+            self.found.append(error)
+            return True
+        return False
+
+    def raise_all(self) -> None:
+        """Raise what was found, if anything was."""
+        if self.found:
+            several = type(self.found[0])("\n".join(map(str, self.found)))
+            raise self.found[0] if len(self.found) == 1 else several
+
+
+def printed(error: PipelineError) -> str:
+    """The message as a command prints it, further lines below the first."""
+    return f"error: {error}".replace("\n", "\n       ")
+
+
 class DivergedError(PipelineError):
     """Loss or gradients were not finite, or spiked, for longer than the settings allow."""
 

@@ -61,7 +61,7 @@ def main(cfg: PreflightConfig) -> None:
     for warning in wandb_warnings(cfg.tracking):
         print(f"warning: {warning}", file=sys.stderr)
     if problems:
-        raise MachineError("\n       ".join(problems))
+        raise MachineError("\n".join(problems))
     assert shape is not None
     print(
         f"preflight: {shape.world_size} ranks = {shape.sizes.data} data x "

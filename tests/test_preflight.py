@@ -57,7 +57,9 @@ def test_a_run_that_would_start_prints_its_folder_and_imports_no_torch(settings,
 def test_all_problems_are_named_at_once(settings, tmp_path):
     shard = next((tmp_path / "data" / "train").glob("shards/*/*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1000])
-    found = problems([*settings, "parallel.pipeline_parallel_size=3"])
+    wrong = ["parallel.pipeline_parallel_size=3", "schedule.min_lr=1", "model.hidden_size=33"]
+    found = problems([*settings, *wrong])
+    assert "schedule.min_lr (1.0)" in found and "model.hidden_size (33)" in found
     assert "the number of ranks (4) must be a multiple" in found
     assert "1 of 2 shards are missing or truncated, first shards/00000/tok-00000000.tar" in found
 

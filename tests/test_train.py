@@ -267,6 +267,14 @@ def test_bad_settings_end_before_torch_is_needed(
         prepare(overrides(data, tmp_path, **change), world_size)
 
 
+def test_three_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
+    wrong = {"data.path": "no/such/folder", "model.hidden_size": 63, "schedule.min_lr": 1.0}
+    with pytest.raises(PipelineError) as caught:
+        prepare(overrides(data, tmp_path, **wrong))
+    for words in ("no/such/folder", "model.hidden_size (63)", "schedule.min_lr (1.0)"):
+        assert words in str(caught.value)
+
+
 def test_a_damaged_tokenizer_is_named(data: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(data, tmp_path / "broken")
     (broken / "train" / "tokenizer.json").write_text("{")

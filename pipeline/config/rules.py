@@ -1,152 +1,285 @@
 """The rules between settings: which go together, and the way out where they do not.
 
-Imports no torch and runs before process groups form: an impossible run costs seconds, no GPU hours.
+    problems(cfg, world_size, vocabulary) -> every broken rule in words, all at once
+
+A rule that depends on a number which is itself broken is left out: it could only name a
+consequence. Imports no torch and runs before process groups form: an impossible run costs seconds,
+not GPU hours.
 """
 
 from __future__ import annotations
 
-from pipeline.config.choices import (
-    NormPlacement,
-    PipelineSchedule,
-    Position,
-    Precision,
-    Recompute,
-    RopeScaling,
-)
-from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width
+import functools
+import math
+from collections.abc import Iterator
+
+from pipeline.config import model_rules
+from pipeline.config.choices import Decay, PipelineSchedule, Precision, Recompute
+from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.step_shape import (
+    full_seq_len,
+    ramp_shapes,
+    run_length,
+    stages,
+    warmup_steps,
+)
+from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
 
+# Least legal value of a number; null is legal where the field allows it.
+LEAST = {
+    1: """model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups
+        model.head_dim model.ffn_hidden_size model.vocab_size model.max_seq_len
+        model.moe.ffn_hidden_size parallel.tensor_parallel_size parallel.pipeline_parallel_size
+        training.total_steps training.total_tokens training.seq_len training.global_batch_size
+        training.micro_batch_size training.recompute_every schedule.decay_steps
+        tracking.log_every""",
+    0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
+        model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
+        optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad schedule.min_lr
+        schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
+        training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
+        checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every""",
+}
 
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError(message) unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
+
+def problems(
+    cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int | None
+) -> Iterator[str]:
+    """Every rule that the settings break, in words.
+
+    Args:
+        cfg: the composed config.
+        world_size: number of ranks.
+        tokenizer_vocab_size: of the training data; None where they cannot be read.
+    """
+    broken = set()
+    for key, problem in broken_numbers(cfg):
+        broken.add(key)
+        yield problem
+    model, parallel = cfg.model, cfg.parallel
+    heads = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
+    groups = {"model.num_attention_heads", "model.num_query_groups"}
+    widths = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
+    sizes = {"parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"}
+    lengths = {"training.seq_len", "model.max_seq_len"}
+    batches = {"training.global_batch_size", "training.micro_batch_size"}
+    times = {f"schedule.{name}" for name in ("warmup_steps", "warmup_tokens", "decay_steps")}
+    times |= {"training.total_steps", "training.total_tokens"}
+    counts_tokens = not (cfg.training.total_tokens is None and cfg.schedule.warmup_tokens is None)
+    budget = {"ramp"} if counts_tokens else set()
+    # rule, what it needs to be right, and what is not known where it is broken or left out
+    rules: list[tuple[Iterator[str], set[str], str]] = [
+        (model_rules.head_width_fits(model), heads, "head width"),
+        (model_rules.rotary_fits(model), {"head width"}, ""),
+        (model_rules.groups_fit(model), groups, "groups"),
+        (model_rules.architecture(model), set(), ""),
+        (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
+        (model_rules.tensor_parallel(model, parallel), widths | sizes | {"groups"}, ""),
+        (zero(cfg), sizes, ""),
+        (pipeline_stages(cfg), sizes | {"model.num_layers"}, ""),
+        (effects(cfg), sizes, ""),
+        (layout(parallel, world_size), sizes, "data"),
+        (sequence_length(cfg), lengths, "seq_len"),
+        (ramp(cfg, world_size), batches | {"seq_len", "data", "ramp"}, "ramp"),
+        (one_length(cfg), set(), "steps"),
+        (schedule(cfg), set(), ""),
+        (schedule_fits(cfg, world_size), times | {"steps"} | budget, ""),
+    ]
+    for rule, needs, gives in rules:
+        found = [] if needs & broken else list(rule)
+        if found or needs & broken:
+            broken.add(gives)
+        yield from found
 
 
-def check_model(model: ModelConfig, *, tensor_parallel_size: int) -> None:
-    """Raise ConfigError where the architecture contradicts itself or the tensor-parallel size."""
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    tensor = tensor_parallel_size
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_seq_len"):
-        require(
-            getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1."
+def check(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int | None) -> None:
+    """Raise one ConfigError with every broken rule, each on its own line; arguments as above."""
+    found = problems(cfg, world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
+    if text := "\n".join(found):
+        raise ConfigError(text)
+
+
+def broken_numbers(cfg: PretrainConfig) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of every number that is illegal whatever the others are."""
+    for least, keys in LEAST.items():
+        for key in keys.split():
+            section, _, name = key.rpartition(".")
+            owner = functools.reduce(getattr, section.split("."), cfg)
+            value = getattr(owner, name)
+            if value is not None and not least <= value < math.inf:
+                yield key, f"{key} ({value}) must be at least {least}."
+    for index, stage in enumerate(cfg.training.ramp):
+        for name in ("until_step", "global_batch_size", "seq_len"):
+            value = getattr(stage, name)
+            if value is not None and value < 1:
+                key = f"training.ramp[{index}].{name}"
+                yield "ramp", f"{key} ({value}) must be at least 1."
+
+
+def zero(cfg: PretrainConfig) -> Iterator[str]:
+    """Which layouts and precisions a ZeRO stage goes with."""
+    stage, pipeline = cfg.parallel.zero_stage, cfg.parallel.pipeline_parallel_size
+    if stage not in (0, 1, 2, 3):
+        yield f"parallel.zero_stage ({stage}) must be 0, 1, 2 or 3."
+    elif pipeline > 1 and stage != 1:
+        yield (
+            f"parallel.zero_stage={stage} does not work with "
+            f"parallel.pipeline_parallel_size={pipeline}: DeepSpeed's pipeline keeps whole "
+            "gradients across micro-batches (stages 2 and 3 refuse) and clips wrongly at stage 0. "
+            "Set parallel.zero_stage=1 or parallel.pipeline_parallel_size=1."
         )
-    require(
-        model.head_dim is not None or model.hidden_size % heads == 0,
-        f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_attention_heads "
-        f"({heads}), or set model.head_dim. Nearest width: "
-        f"{round(model.hidden_size / heads) * heads}.",
-    )
-    require(
-        heads % groups == 0,
-        f"model.num_attention_heads ({heads}) must be a multiple of model.num_query_groups "
-        f"({groups}).",
-    )
-    for name, value in (
-        ("num_attention_heads", heads),
-        ("num_query_groups", groups),
-        ("ffn_hidden_size", ffn_width(model)),
-    ):
-        legal = [
-            t
-            for t in range(1, tensor)
-            if heads % t == 0 and groups % t == 0 and ffn_width(model) % t == 0
-        ]
-        require(
-            value % tensor == 0,
-            f"model.{name} ({value}) must be divisible by parallel.tensor_parallel_size "
-            f"({tensor}). Largest size that fits this model: {max(legal, default=1)}.",
+    precision = cfg.training.precision
+    if stage == 0 and precision is not Precision.fp32:
+        yield (
+            "parallel.zero_stage=0 works with training.precision=fp32 only: with "
+            f"{precision.name} DeepSpeed 0.19 computes a wrong gradient norm under tensor "
+            "parallelism. Set parallel.zero_stage=1."
         )
-    rope = model.position is Position.rope
-    require(
-        not rope or head_width(model) % 2 == 0,
-        f"rotary positions need an even head_dim, not {head_width(model)}.",
-    )
-    require(
-        rope or model.rope_scaling is RopeScaling.none,
-        f"model.rope_scaling={model.rope_scaling.name} has no effect with "
-        f"model.position={model.position.name}. "
-        "Set model.position=rope or model.rope_scaling=none.",
-    )
-    require(
-        not (model.parallel_residual and model.norm_placement is NormPlacement.post),
-        "model.parallel_residual=true needs model.norm_placement=pre: "
-        "a parallel block has one sum to normalise before.",
-    )
-    moe = model.moe
-    if moe.num_experts:
-        require(
-            1 <= moe.top_k <= moe.num_experts,
-            f"model.moe.top_k ({moe.top_k}) must be between 1 and model.moe.num_experts "
-            f"({moe.num_experts}).",
+    if cfg.parallel.offload_optimizer and stage == 0:
+        yield "parallel.offload_optimizer=true needs parallel.zero_stage of 1 to 3."
+    if cfg.parallel.offload_optimizer and pipeline > 1:
+        yield "parallel.offload_optimizer=true needs parallel.pipeline_parallel_size=1."
+
+
+def pipeline_stages(cfg: PretrainConfig) -> Iterator[str]:
+    """Every stage has a layer."""
+    num_layers, pipeline = cfg.model.num_layers, cfg.parallel.pipeline_parallel_size
+    is_dual = cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+    per_rank = 2 if is_dual else 1
+    if is_dual and pipeline == 1:
+        yield (
+            "parallel.pipeline_schedule=dualpipev needs parallel.pipeline_parallel_size of at "
+            "least 2."
         )
-        require(
-            not model.bias,
-            "mixture-of-experts layers have no biases: "
-            "set model.bias=false (model.qkv_bias=true keeps the attention's).",
+    if num_layers < per_rank * pipeline:
+        yield (
+            f"model.num_layers ({num_layers}) must be at least the number of pipeline stages "
+            f"({per_rank * pipeline}{', two per rank with dualpipev' if is_dual else ''}). "
+            f"Largest parallel.pipeline_parallel_size that fits: {num_layers // per_rank}."
         )
 
 
-def check_engine(cfg: PretrainConfig) -> None:
-    """Which parallel layouts, precisions and schedules go together."""
-    model, parallel, training = cfg.model, cfg.parallel, cfg.training
-    stage, pipeline = parallel.zero_stage, parallel.pipeline_parallel_size
-    dualpipev = parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    require(stage in (0, 1, 2, 3), f"parallel.zero_stage ({stage}) must be 0, 1, 2 or 3.")
-    require(
-        pipeline == 1 or stage == 1,
-        f"parallel.zero_stage={stage} does not work with "
-        f"parallel.pipeline_parallel_size={pipeline}: DeepSpeed's pipeline keeps whole gradients "
-        "across micro-batches (stages 2 and 3 refuse) and clips wrongly at stage 0. Set "
-        "parallel.zero_stage=1 or parallel.pipeline_parallel_size=1.",
-    )
-    require(
-        stage != 0 or training.precision is Precision.fp32,
-        "parallel.zero_stage=0 works with training.precision=fp32 only: with "
-        f"{training.precision.name} DeepSpeed 0.19 computes a wrong gradient norm under tensor "
-        "parallelism. Set parallel.zero_stage=1.",
-    )
-    require(
-        pipeline > 1 or not dualpipev,
-        "parallel.pipeline_schedule=dualpipev needs parallel.pipeline_parallel_size of at least 2.",
-    )
-    groups = pipeline * 2 if dualpipev else pipeline
-    require(
-        model.num_layers >= groups,
-        f"model.num_layers ({model.num_layers}) must be at least the number of pipeline stages "
-        f"({groups}{', two per rank with dualpipev' if dualpipev else ''}). Largest "
-        "parallel.pipeline_parallel_size that fits: "
-        f"{model.num_layers // (2 if dualpipev else 1)}.",
-    )
-    require(
-        not parallel.sequence_parallel or parallel.tensor_parallel_size > 1,
-        "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
-        "Set it false.",
-    )
-    require(
-        not model.moe.num_experts
-        or parallel.tensor_parallel_size == 1
-        or parallel.sequence_parallel,
-        f"experts under parallel.tensor_parallel_size={parallel.tensor_parallel_size} need "
-        "parallel.sequence_parallel=true: "
-        "megatron-core routes each token once, on the rank that holds it.",
-    )
-    require(
-        not (parallel.offload_optimizer and stage == 0),
-        "parallel.offload_optimizer=true needs parallel.zero_stage of 1 to 3.",
-    )
-    require(
-        not (parallel.offload_optimizer and pipeline > 1),
-        "parallel.offload_optimizer=true needs parallel.pipeline_parallel_size=1.",
-    )
-    require(
-        not cfg.data.reset_positions or cfg.data.mask_documents,
-        "data.reset_positions=true needs data.mask_documents=true.",
-    )
-    require(
-        training.recompute is Recompute.full or training.recompute_every == 1,
-        f"training.recompute_every ({training.recompute_every}) counts only with "
-        "training.recompute=full.",
-    )
+def effects(cfg: PretrainConfig) -> Iterator[str]:
+    """Settings that do nothing, or the wrong thing, without another one."""
+    parallel, training = cfg.parallel, cfg.training
+    tensor = parallel.tensor_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
+            "Set it false."
+        )
+    if cfg.model.moe.num_experts and tensor > 1 and not parallel.sequence_parallel:
+        yield (
+            f"experts under parallel.tensor_parallel_size={tensor} need "
+            "parallel.sequence_parallel=true: "
+            "megatron-core routes each token once, on the rank that holds it."
+        )
+    if cfg.data.reset_positions and not cfg.data.mask_documents:
+        yield "data.reset_positions=true needs data.mask_documents=true."
+    if training.recompute is not Recompute.full and training.recompute_every > 1:
+        yield (
+            f"training.recompute_every ({training.recompute_every}) counts only with "
+            "training.recompute=full."
+        )
+
+
+def layout(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """The ranks make whole copies of the model."""
+    sizes = ParallelSizes.filling(parallel, world_size=world_size)
+    more = ParallelSizes.of(parallel, data=sizes.data + 1)
+    if sizes.world_size != world_size:
+        yield (
+            f"the number of ranks ({world_size}) must be a multiple of "
+            "parallel.tensor_parallel_size * parallel.pipeline_parallel_size "
+            f"({sizes.tensor} * {sizes.pipeline} = {sizes.ranks_per_copy}). Start "
+            f"{more.world_size} ranks, or choose sizes that divide {world_size}."
+        )
+
+
+def sequence_length(cfg: PretrainConfig) -> Iterator[str]:
+    """Positions are known up to the longest sequence."""
+    seq_len, longest = full_seq_len(cfg), cfg.model.max_seq_len
+    if seq_len > longest:
+        yield (
+            f"training.seq_len ({seq_len}) must not exceed model.max_seq_len ({longest}). "
+            f"Set training.seq_len={longest} or model.max_seq_len={seq_len}."
+        )
+
+
+def ramp(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
+    """Every stage is cut evenly over ranks, micro-batches and pieces of a sample."""
+    seq_len, last = full_seq_len(cfg), 0
+    sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
+    micro, per_pass = cfg.training.micro_batch_size, cfg.training.micro_batch_size * sizes.data
+    is_dual = cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+    for section, stage in stages(cfg):
+        name, batch, length = f"{section}.global_batch_size", stage.global_batch_size, stage.seq_len
+        assert batch is not None and length is not None
+        pieces = max(1, seq_len // length)
+        if batch % per_pass:
+            yield (
+                f"{name} ({batch}) must be a multiple of training.micro_batch_size * "
+                f"data_parallel_size ({micro} * {sizes.data} = {per_pass}). "
+                f"Set {name}={math.ceil(batch / per_pass) * per_pass}."
+            )
+        elif is_dual and batch // per_pass < 2 * sizes.pipeline:
+            yield (
+                f"parallel.pipeline_schedule=dualpipev needs at least {2 * sizes.pipeline} "
+                f"micro-batches (2 * pipeline_parallel_size), not {batch // per_pass}. Set "
+                f"{name}={2 * sizes.pipeline * per_pass}, or parallel.pipeline_schedule=1f1b."
+            )
+        if seq_len % length:
+            yield (
+                f"{section}.seq_len ({length}) must divide the full sequence length ({seq_len})."
+            )
+        elif pieces > 1 and batch % (pieces * sizes.data):
+            yield (
+                f"{name} ({batch}) must be a multiple of {pieces} * data_parallel_size "
+                f"({pieces * sizes.data}): each sample of "
+                f"{seq_len} tokens becomes {pieces} sequences of {length}."
+            )
+        if stage.until_step <= last:
+            yield f"{section}.until_step ({stage.until_step}) must exceed {last}."
+        last = stage.until_step
+
+
+def one_length(cfg: PretrainConfig) -> Iterator[str]:
+    """A run ends by steps or by tokens."""
+    steps, tokens = cfg.training.total_steps, cfg.training.total_tokens
+    if (steps is None) == (tokens is None):
+        yield (
+            f"set exactly one of training.total_steps ({steps}) and training.total_tokens "
+            f"({tokens}); the other is null."
+        )
+
+
+def schedule(cfg: PretrainConfig) -> Iterator[str]:
+    """The learning rate's settings among themselves."""
+    schedule = cfg.schedule
+    if schedule.warmup_tokens is not None and schedule.warmup_steps:
+        yield "set only one of schedule.warmup_steps and schedule.warmup_tokens."
+    if schedule.decay_steps is not None and schedule.decay is Decay.constant:
+        yield "schedule.decay=constant has no schedule.decay_steps; set it null."
+    if schedule.min_lr > cfg.optimizer.lr:
+        yield (
+            f"schedule.min_lr ({schedule.min_lr}) must not exceed optimizer.lr "
+            f"({cfg.optimizer.lr})."
+        )
+
+
+def schedule_fits(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
+    """Warm-up and descent end before the run does."""
+    total_steps = cfg.training.total_steps
+    if total_steps is None:
+        sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
+        total_steps, _ = run_length(cfg.training, ramp_shapes(cfg, sizes))
+    warmup, decay = warmup_steps(cfg), cfg.schedule.decay_steps
+    if warmup > total_steps:
+        yield f"schedule.warmup_steps ({warmup}) must not exceed the run's {total_steps} steps."
+    if decay is not None and cfg.schedule.decay is Decay.wsd and warmup + decay > total_steps:
+        yield (
+            f"schedule.decay_steps ({decay}) plus warm-up ({warmup}) must fit into the run's "
+            f"{total_steps} steps."
+        )

@@ -23,7 +23,8 @@ import torch
 
 from pipeline.config.choices import OnCorrupt
 from pipeline.config.data import DataConfig
-from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.config.run_shape import RunShape
+from pipeline.config.step_shape import StepShape
 from pipeline.data.batch import Batch, Masks, make_batches
 from pipeline.data.datasets import open_datasets
 from pipeline.data.mixture import Ints, Position, Samples

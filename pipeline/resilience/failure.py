@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import EXIT_BUG, PipelineError
+from pipeline.errors import EXIT_BUG, PipelineError, printed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_FRAMES = 4
@@ -64,7 +64,7 @@ def short_report(
         "" if step is None else f" after step {step}"
     )
     if isinstance(error, PipelineError):
-        return f"error: {error}" + (f" ({where})" if ranks.world_size > 1 else "")
+        return printed(error) + (f" ({where})" if ranks.world_size > 1 else "")
     stack = traceback.extract_tb(error.__traceback__)
     frames = [f for f in stack if Path(f.filename).is_relative_to(PACKAGE)][-MAX_FRAMES:]
     message = str(error).strip().splitlines() or [""]

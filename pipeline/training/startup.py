@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli, log
+from pipeline.config import rules
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
-from pipeline.errors import CheckpointError, MachineError
+from pipeline.errors import CheckpointError, MachineError, Problems
 from pipeline.files import write_durably
 
 if TYPE_CHECKING:
@@ -35,15 +36,25 @@ def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
     """The run's numbers and its folder, after every check that costs no device time.
 
     Raises:
-        PipelineError: settings, data, folder or checkpoints do not fit together.
+        PipelineError: settings, data, folder or checkpoints do not fit together; all that is wrong
+            is named.
     """
     from pipeline.data.datasets import describe
 
-    facts = describe(cfg.data)
-    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=facts.vocab_size)
+    problems, vocab_size = Problems(), None
+    with problems:
+        vocab_size = describe(cfg.data).vocab_size
+    with problems:
+        rules.check(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+    problems.raise_all()
+    assert vocab_size is not None
+    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
-    check_folder(cfg, shape, run_dir)
-    check_same_model(cfg, run_dir)
+    with problems:
+        check_folder(cfg, shape, run_dir)
+    with problems:
+        check_same_model(cfg, run_dir)
+    problems.raise_all()
     if ranks.is_main:
         write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
         log.logger.info("run %s: %s", run_dir, shape)

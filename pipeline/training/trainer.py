@@ -19,7 +19,8 @@ from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import RunRecord
 from pipeline.config.choices import OnCorrupt, Precision
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.config.run_shape import RunShape
+from pipeline.config.step_shape import StepShape
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout

@@ -111,3 +111,54 @@ def test_more_experts_a_token_than_experts_is_refused() -> None:
 def test_experts_under_tensor_parallelism_need_sequence_parallelism() -> None:
     with pytest.raises(ConfigError, match="need parallel.sequence_parallel=true"):
         shape_of(config("moe", tp=2), 2)
+
+
+def test_every_broken_rule_is_named_at_once() -> None:
+    """One start, one list: five starts for five mistakes cost an hour in a queue."""
+    cfg = replace(
+        config(),
+        model=replace(config().model, hidden_size=65),
+        schedule=ScheduleConfig(min_lr=1.0),
+        parallel=ParallelConfig(zero_stage=4),
+    )
+    with pytest.raises(ConfigError) as caught:
+        shape_of(cfg)
+    lines = str(caught.value).splitlines()
+    assert [line.split(" ")[0] for line in lines] == [
+        "model.hidden_size", "parallel.zero_stage", "schedule.min_lr",
+    ]  # fmt: skip
+
+
+BROKEN_NUMBERS: list[dict[str, Any]] = [
+    {"model": replace(config().model, num_attention_heads=0)},
+    {"model": replace(config().model, num_query_groups=0)},
+    {"model": replace(config().model, ffn_hidden_size=-1)},
+    {"parallel": ParallelConfig(tensor_parallel_size=0)},
+    {"parallel": ParallelConfig(pipeline_parallel_size=-2)},
+    {"training": TrainingConfig(total_steps=9, micro_batch_size=0, precision=Precision.fp32)},
+    {"training": TrainingConfig(total_steps=0, precision=Precision.fp32)},
+    {"training": TrainingConfig(total_tokens=float("nan"), precision=Precision.fp32)},
+    {"training": TrainingConfig(total_steps=9, seq_len=0, precision=Precision.fp32)},
+    {"training": replace(config().training, ramp=[RampStage(until_step=5, seq_len=0)])},
+    {"schedule": ScheduleConfig(decay_steps=0, min_lr=1e-4)},
+]
+
+
+@pytest.mark.parametrize("change", BROKEN_NUMBERS, ids=range(len(BROKEN_NUMBERS)))
+def test_a_broken_number_is_named_alone_and_breaks_no_rule(change: dict[str, Any]) -> None:
+    """Rules that would divide by it are left out: no ZeroDivisionError, no consequence as a cause."""
+    with pytest.raises(ConfigError, match=r"must be at least [01]\.$") as caught:
+        shape_of(replace(config(), **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_depend_on_a_broken_number_is_still_judged() -> None:
+    cfg = replace(
+        config("modern", tp=3),
+        training=TrainingConfig(total_steps=10, micro_batch_size=0, precision=Precision.fp32),
+        schedule=ScheduleConfig(warmup_steps=11, min_lr=1e-4),
+    )
+    with pytest.raises(ConfigError) as caught:
+        shape_of(cfg, 4)
+    for words in ("micro_batch_size (0)", "num_query_groups (2)", "ranks (4)", "warmup_steps (11)"):
+        assert words in str(caught.value)

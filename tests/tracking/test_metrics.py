@@ -20,7 +20,8 @@ import torch
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.parallel_sizes import ParallelSizes
-from pipeline.config.run_shape import RunShape, StepShape
+from pipeline.config.run_shape import RunShape
+from pipeline.config.step_shape import StepShape
 from pipeline.log import logger
 from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput

@@ -1,0 +1,91 @@
+"""The rules of the architecture, alone and cut by tensor parallelism; see `rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config.choices import NormPlacement, Position, RopeScaling
+from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import ffn_width, head_width
+from pipeline.config.training import ParallelConfig
+
+
+def head_width_fits(model: ModelConfig) -> Iterator[str]:
+    """Heads share the width of the model unless theirs is set."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if model.head_dim is None and hidden % heads:
+        yield (
+            f"model.hidden_size ({hidden}) must be a multiple of model.num_attention_heads "
+            f"({heads}), or set model.head_dim. Nearest width: "
+            f"{max(1, round(hidden / heads)) * heads}."
+        )
+
+
+def rotary_fits(model: ModelConfig) -> Iterator[str]:
+    """Rotary positions turn pairs."""
+    if model.position is Position.rope and head_width(model) % 2:
+        yield f"rotary positions need an even head_dim, not {head_width(model)}."
+
+
+def groups_fit(model: ModelConfig) -> Iterator[str]:
+    """Each key/value head serves as many attention heads."""
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if groups is not None and heads % groups:
+        yield (
+            f"model.num_attention_heads ({heads}) must be a multiple of model.num_query_groups "
+            f"({groups})."
+        )
+
+
+def architecture(model: ModelConfig) -> Iterator[str]:
+    """Choices of the architecture that contradict each other."""
+    if model.position is not Position.rope and model.rope_scaling is not RopeScaling.none:
+        yield (
+            f"model.rope_scaling={model.rope_scaling.name} has no effect with "
+            f"model.position={model.position.name}. "
+            "Set model.position=rope or model.rope_scaling=none."
+        )
+    if model.parallel_residual and model.norm_placement is NormPlacement.post:
+        yield (
+            "model.parallel_residual=true needs model.norm_placement=pre: "
+            "a parallel block has one sum to normalise before."
+        )
+    moe = model.moe
+    if moe.num_experts > 0 and not 1 <= moe.top_k <= moe.num_experts:
+        yield (
+            f"model.moe.top_k ({moe.top_k}) must be between 1 and model.moe.num_experts "
+            f"({moe.num_experts})."
+        )
+    if moe.num_experts > 0 and model.bias:
+        yield (
+            "mixture-of-experts layers have no biases: "
+            "set model.bias=false (model.qkv_bias=true keeps the attention's)."
+        )
+
+
+def vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
+    """Every id of the data has an embedding."""
+    size = model.vocab_size
+    if size is not None and tokenizer_vocab_size is not None and size < tokenizer_vocab_size:
+        yield (
+            f"model.vocab_size ({size}) is smaller than the datasets' tokenizer "
+            f"({tokenizer_vocab_size} ids): ids from {size} up would have no embedding. Set "
+            "model.vocab_size=null, or prepare the data with a tokenizer that fits."
+        )
+
+
+def tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Every matrix is cut into equal parts."""
+    size, heads = parallel.tensor_parallel_size, model.num_attention_heads
+    parts = {
+        "num_attention_heads": heads,
+        "num_query_groups": model.num_query_groups or heads,
+        "ffn_hidden_size": ffn_width(model),
+    }
+    fits = [t for t in range(1, size) if not any(value % t for value in parts.values())]
+    for name, value in parts.items():
+        if value % size:
+            yield (
+                f"model.{name} ({value}) must be divisible by parallel.tensor_parallel_size "
+                f"({size}). Largest size that fits this model: {max(fits, default=1)}."
+            )
