@@ -3,7 +3,8 @@
     PipelineError              printed as one message without a traceback; exit code 2
     |-- ConfigError            a setting is unknown, impossible, or contradicts another one
     |-- DataError              a dataset is missing, damaged, or does not fit the model
-    |   `-- ShardError         one shard or member is missing, truncated or corrupt
+    |   |-- ShardError         one shard or member is missing, truncated or corrupt
+    |   `-- DataUsedUp         every dataset reached its max_epochs; what is done is saved
     |-- CheckpointError        no usable checkpoint, or it belongs to another run
     |-- MachineError           this machine or cluster cannot run the job (disk, devices, links)
     `-- DivergedError          the numbers went bad and stayed bad; exit code 3
@@ -38,6 +39,10 @@ class DataError(PipelineError):
 
 class ShardError(DataError):
     """One shard or one of its members is missing, truncated or corrupt."""
+
+
+class DataUsedUp(DataError):
+    """Every dataset reached its max_epochs: on every rank, before the same step."""
 
 
 class CheckpointError(PipelineError):

@@ -122,3 +122,12 @@ def test_out_of_memory_prints_the_breakdown_and_the_settings_that_help(settings,
         and "activations" in printed
         and "  training.micro_batch_size=1: " in printed
     )
+
+
+def test_a_held_out_set_without_a_label_is_found_before_the_first_step(settings, tmp_path):
+    """It used to end the run at the first evaluation, with the steps until then unsaved."""
+    write_dataset(tmp_path / "tiny" / "validation", [np.array([5])], vocab_size=64)
+    tiny = f"data.validation=[{{path: {tmp_path}/tiny/validation}}]"
+    found = problems([*settings, f"data.train=[{{path: {tmp_path}/data/train}}]", tiny])
+    assert "dataset validation" in found and "has nothing to predict: 1 shards, 1 tokens" in found
+    assert "validation_fraction" in found and "data.validation=[]" in found

@@ -18,7 +18,7 @@ import pytest
 from pipeline import cli
 from pipeline.checkpoint.record import read_record
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import DataUsedUp, PipelineError
 from tests.support.corpus import make_tokenizer
 from tests.support.ranks import run_on_ranks
 from tests.support.token_dataset import write_dataset
@@ -230,6 +230,53 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
     )
     run_on_ranks(train_late, 1, arguments, {"spike": 19 * 8 + 3, "nan": 20 * 8 + 3})
     assert ledger(tmp_path / "late", 23) == (0, [(19, "spike", "rollback")])
+
+
+def used_up(arguments: list[str]) -> str:
+    """pipeline.train, which raises DataUsedUp; its message."""
+    with pytest.raises(DataUsedUp) as caught:
+        train_on_ranks(arguments)
+    return str(caught.value)
+
+
+def test_a_run_whose_data_is_used_up_saves_before_it_says_so(data: Path, tmp_path: Path) -> None:
+    """The steps since the last save_every would be trained again, or, with the data gone, never kept."""
+    train = f"[{{path: {data}/train, max_epochs: 0.02}}]"
+    settings = {
+        "training.total_steps": 100,
+        "checkpoint.save_every": 50,
+        "data.train": train,
+        "training.eval_every": 0,
+    }
+    (message,) = run_on_ranks(used_up, 1, overrides(data, tmp_path, "short", **settings))
+    assert "used up" in message and "max_epochs" in message
+    done = max(history(tmp_path / "short"))
+    assert 1 < done < 50
+    assert (tmp_path / "short/checkpoints/latest").read_text() == f"step-{done:08d}\n"
+
+
+def stumble(arguments: list[str]) -> None:
+    """pipeline.train, whose first evaluation raises."""
+    from pipeline.evaluation import perplexity
+
+    def fall(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    perplexity.Evaluator.run = fall  # type: ignore[method-assign, assignment]
+    with pytest.raises(ZeroDivisionError):
+        train_on_ranks(arguments)
+
+
+@pytest.mark.parametrize("last, every, due", [(10, 3, 3), (4, 100, 0)], ids=["amid", "at the end"])
+def test_an_evaluation_that_fails_costs_no_step(
+    data: Path, tmp_path: Path, last: int, every: int, due: int
+) -> None:
+    """The state of the step is on its way to the disk before its evaluation begins."""
+    settings = {"training.total_steps": last, "checkpoint.save_every": every, "training.eval_every": due,
+                "checkpoint.asynchronous": "false"}  # fmt: skip
+    run_on_ranks(stumble, 1, overrides(data, tmp_path, "stumbles", **settings))
+    saved = sorted(path.name for path in (tmp_path / "stumbles/checkpoints").glob("step-*"))
+    assert saved == [f"step-{due or last:08d}"]
 
 
 def prepare(arguments: list[str], world_size: int = 1) -> None:

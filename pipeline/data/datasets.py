@@ -91,6 +91,8 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
         )
         for dataset in [*train, *held_out]:
             _check_tokenizer_file(dataset)
+        for dataset in held_out:
+            check_has_labels(dataset)
     _check_one_tokenizer([*train, *held_out])
     tokenizer = train[0].manifest.tokenizer
     return DataSummary(
@@ -149,6 +151,18 @@ def _names(configs: Sequence[DatasetConfig]) -> list[str]:
         f"two datasets are called {', '.join(double)}: "
         "give each a name of its own (data.train[].name)."
     )
+
+
+def check_has_labels(dataset: Dataset) -> None:
+    """Raise DataError unless a held-out dataset has a token that follows another in its shard."""
+    if not (dataset.shard_tokens > 1).any():
+        raise DataError(
+            f"dataset {dataset.name} ({dataset.path}) has nothing to predict: "
+            f"{len(dataset.shard_tokens)} shards, {int(dataset.manifest.tokens)} tokens, and a "
+            "label needs two in one shard. "
+            "Prepare the data again with a larger validation_fraction, or train without: "
+            "data.validation=[]."
+        )
 
 
 def _check_tokenizer_file(dataset: Dataset) -> None:

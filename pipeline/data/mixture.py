@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DataError
+from pipeline.errors import DataUsedUp
 
 Ints = npt.NDArray[np.int64]
 
@@ -168,7 +168,7 @@ class Mixture:
         """The samples of the step at `position`, and the position after it.
 
         Raises:
-            DataError: every dataset of the blend has reached its max_epochs.
+            DataUsedUp: every dataset of the blend has reached its max_epochs.
         """
         spans, position = self._spans(position, num_samples)
         number = np.arange(spans[0][1], spans[-1][2])
@@ -220,7 +220,7 @@ class Mixture:
             used = ", ".join(
                 f"{name} ({count:,} samples)" for name, count in zip(self.names, consumed)
             )
-            raise DataError(
+            raise DataUsedUp(
                 f"the training data is used up at sample {start:,}: {used} reached "
                 "data.train[].max_epochs. "
                 "Raise max_epochs, add a dataset, or shorten the run (training.total_steps)."

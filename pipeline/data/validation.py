@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from pipeline.data.batch import Batch, Masks, make_batches
-from pipeline.data.datasets import Dataset
+from pipeline.data.datasets import Dataset, check_has_labels
 from pipeline.data.reader import Reader
-from pipeline.errors import DataError
 
 NO_MASKS = Masks()
 
@@ -48,11 +47,7 @@ def validation_batches(
     per_shard = -(-np.maximum(dataset.shard_tokens - 1, 0) // seq_len)
     first = np.concatenate([[0], np.cumsum(per_shard)])
     total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
-    if not total:
-        raise DataError(
-            f"dataset {dataset.name} ({dataset.path}) has nothing to predict: "
-            "no shard has two tokens."
-        )
+    check_has_labels(dataset)
     stride = micro_batch_size * data_parallel_size
     for start in range(0, total, stride):
         number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)

@@ -26,7 +26,7 @@ from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.ranks import RankHost
 from pipeline.engine.engine import Engine, StepResult
-from pipeline.errors import CheckpointError, DivergedError
+from pipeline.errors import CheckpointError, DataUsedUp, DivergedError
 from pipeline.evaluation.perplexity import Evaluator
 from pipeline.files import write_durably
 from pipeline.log import logger
@@ -74,6 +74,7 @@ class Trainer:
         self.cfg, self.shape, self.layout = cfg, shape, layout
         self.run_dir, self.clock, self.hosts = run_dir, clock, hosts
         self.state = TrainState()
+        self.evaluated_step: int | None = None  # the last one, None before the first
         self.engine = Engine(cfg, shape, layout)
         clock.alive()
         self.loader = Loader(
@@ -131,13 +132,13 @@ class Trainer:
             summaries = self.agree_on(result)  # collective
             if any(self.react(summary) is Action.rollback for summary in summaries):
                 continue
-            if self.is_due(self.cfg.training.eval_every):
-                self.evaluate()
+            if self.is_due(self.cfg.checkpoint.save_every):
+                self.save()
             # Some rank was asked to leave, all know.
             if any(summary.notice for summary in summaries):
                 break
-            if self.is_due(self.cfg.checkpoint.save_every):
-                self.save()
+            if self.is_due(self.cfg.training.eval_every):  # after the save: whatever it meets
+                self.evaluate()
             if self.is_due(self.cfg.resilience.straggler_every):
                 self.report_stragglers()
             self.collect_garbage()
@@ -150,9 +151,17 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     def next_batches(self) -> list[Batch]:
-        """This rank's share of the next step."""
+        """This rank's share of the next step.
+
+        Raises:
+            DataUsedUp: on every rank; what is done is on the disk.
+        """
         self.clock.enter("data", self.state.step)
-        return self.loader.next_step()
+        try:
+            return self.loader.next_step()
+        except DataUsedUp:
+            self.save_and_wait()
+            raise
 
     def train_step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step, applied or skipped. Collective."""
@@ -244,6 +253,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss, perplexity and bits per byte on the held-out datasets."""
         self.clock.enter("evaluation", self.state.step)
+        self.evaluated_step = self.state.step
         self.metrics.record_eval(self.state, self.evaluator.run(alive=self.clock.alive))
 
     def report_stragglers(self) -> None:
@@ -291,6 +301,22 @@ class Trainer:
         }
         self.metrics.event(self.state, values)
 
+    def save_and_wait(self) -> None:
+        """Put the present state on the disk, its last step judged; wait until it is there.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if summary := self.agreement.drain():
+            self.react(summary)
+        self.save()
+        if not self.checkpoints.wait():
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.step} could not be written (see above); the "
+                "run ends with the one before. "
+                "Free the disk, or whatever the message says, and start the same command again."
+            )
+
     def record(self) -> RunRecord:
         """What a checkpoint holds besides tensors."""
         return RunRecord(
@@ -306,19 +332,11 @@ class Trainer:
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
-        if summary := self.agreement.drain():
-            self.react(summary)
+        self.save_and_wait()
         is_done = self.state.step >= self.shape.total_steps
-        if is_done and not self.is_due(self.cfg.training.eval_every):
+        if is_done and self.evaluated_step != self.state.step:
             self.evaluate()
-        self.save()
         self.loader.close()
-        if not self.checkpoints.wait():
-            raise CheckpointError(
-                f"the checkpoint of step {self.state.step} could not be written (see above); the "
-                "run ends with the one before. "
-                "Free the disk, or whatever the message says, and start the same command again."
-            )
         self.clock.enter("end", self.state.step)
         if self.layout.ranks.is_main and is_done:
             write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())

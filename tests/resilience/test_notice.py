@@ -82,11 +82,10 @@ def finish_after_a_failed_save(folder: Path) -> str:
     from pipeline.training.trainer import Trainer
 
     trainer = SimpleNamespace(
-        state=SimpleNamespace(step=5), shape=SimpleNamespace(total_steps=5), run_dir=folder,
-        cfg=SimpleNamespace(training=SimpleNamespace(eval_every=5)), is_due=lambda every: True, save=lambda: None,
-        loader=SimpleNamespace(close=lambda: None), checkpoints=SimpleNamespace(wait=lambda: False),
-        agreement=SimpleNamespace(drain=lambda: None),
+        state=SimpleNamespace(step=5), shape=SimpleNamespace(total_steps=5), run_dir=folder, save=lambda: None,
+        checkpoints=SimpleNamespace(wait=lambda: False), agreement=SimpleNamespace(drain=lambda: None),
     )  # fmt: skip
+    trainer.save_and_wait = lambda: Trainer.save_and_wait(trainer)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
         Trainer.finish(trainer)  # type: ignore[arg-type]
     return str(caught.value)
