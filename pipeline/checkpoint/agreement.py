@@ -30,6 +30,14 @@ class Agreement:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """`value` of every rank, on rank 0; elsewhere an empty list, which costs no memory."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(value, values or None, dst=0, group=self.group)
+        return values
+
     def agree(self, function: Callable[[], T]) -> T:
         """function() of this rank; when it raises on any rank, every rank raises."""
         value, problem = None, None

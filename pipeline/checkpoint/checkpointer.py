@@ -144,7 +144,7 @@ class Checkpointer:
         start, saving = time.monotonic(), folders.saving_folder(self.folder, record.step)
         size_bytes = sum(self._ranks.gather(sum(c.data.nbytes for c in chunks)))
         self._ranks.on_main(lambda: self._make_room(saving, size_bytes))
-        sums = tensors.write(chunks, saving, group=self._ranks.group)
+        sums = tensors.write(chunks, saving, ranks=self._ranks)
         sums = {name: digest for part in self._ranks.gather(sums) for name, digest in part.items()}
         seconds = round(time.monotonic() - start, 3)
         record = replace(record, size_bytes=size_bytes, write_s=seconds)

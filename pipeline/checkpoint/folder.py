@@ -2,7 +2,8 @@
 
     checkpoints/.step-00001000.saving/   being written
     checkpoints/step-00001000/           whole: one rename, after every file is on the disk
-        __0_0.distcp ... .metadata       tensors, torch DCP
+        rank-00000.safetensors ...       tensors, one file a rank
+        tensors.json                     which rectangle of which tensor is in which file
         checkpoint.json                  everything else, for people and programs
         tokenizer.json                   so that the folder can be exported by itself
         SHA256SUMS                       `sha256sum -c SHA256SUMS` checks every other file
@@ -27,6 +28,7 @@ from pipeline.files import sha256_of, sync_folder, write_durably
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"
+INDEX, METADATA = "tensors.json", ".metadata"  # of the tensors: this version's, version 1's
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -89,7 +91,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     is_clean = all(
         re.fullmatch(r"[0-9a-f]{64}", digest) and "/" not in name for name, digest in sums.items()
     )
-    if sums_text(sums) != text or not is_clean or not {RECORD, ".metadata"} <= sums.keys():
+    has_index = INDEX in sums or METADATA in sums
+    if sums_text(sums) != text or not is_clean or RECORD not in sums or not has_index:
         raise CheckpointError(f"{folder / SUMS} is damaged.")
     return sums
 

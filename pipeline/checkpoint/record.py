@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 
 RECORD = "checkpoint.json"
 FORMAT = "pretrain-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: tensors in torch DCP files
 RETIRED = {"backend"}
 """Model settings in older records that are gone; the one value that ever ran is what runs now."""
 

@@ -1,43 +1,57 @@
-"""Named fp32 tensors as rectangles in the files of torch's distributed checkpoint (DCP).
+"""Tensors of a checkpoint: rectangles of named fp32 tensors, in safetensors files with an index.
 
-    fragments --stage--> chunks on the host --write--> __<rank>_0.distcp, .metadata, their SHA-256
-    CheckpointTensors(folder).read_into(chunks) | .tensor(name): any rectangle, any number of ranks
+    fragments --take--> chunks on the host --write--> rank-00000.safetensors ..., tensors.json
+    CheckpointTensors(folder).read_into(chunks) | .tensor(name)    any rectangle, by any processes
 
 Names: weights/<parameter>, and <optimizer state>/<parameter>, such as
-exp_avg/layers.0.mlp.linear_fc1.weight. Shapes are whole and unpadded. Reading needs torch only: no
-DeepSpeed, no process group.
+exp_avg/layers.0.mlp.linear_fc1.weight. Shapes are whole and unpadded. Reading needs no DeepSpeed
+and no process group, and runs no code of the checkpoint: tensors.json is JSON, safetensors holds
+nothing but numbers. Checkpoints of version 1 are read by dcp.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import json
 import math
-import os
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from pipeline.checkpoint import dcp
+from pipeline.checkpoint.agreement import Agreement
+from pipeline.checkpoint.folder import INDEX
+from pipeline.checkpoint.safetensors_file import write_safetensors
 from pipeline.errors import CheckpointError
+from pipeline.files import write_durably
 from pipeline.model.fragments import Chunk, Fragment, chunks_of
+
+FORMAT = "pretrain-tensors"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A stored part of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Any
+    """Where its bytes are: (file, key), or (file, offset, length) in version 1."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole tensor, as it is stored."""
+
+    shape: tuple[int, ...]
+    rectangles: Sequence[Rectangle]
 
 
 class HostCopy:
@@ -58,7 +72,6 @@ class HostCopy:
                 is_on_device |= source.is_cuda
                 place = (chunk.name, chunk.offsets)
                 if place not in self._buffers:
-                    # One storage a chunk: DCP copies tensors that are views of larger storages.
                     self._buffers[place] = torch.empty(
                         source.shape, dtype=torch.float32, pin_memory=source.is_cuda
                     )
@@ -69,105 +82,79 @@ class HostCopy:
         return copies
 
 
-def write(chunks: list[Chunk], folder: Path, *, group: dist.ProcessGroup) -> dict[str, str]:
-    """Write all ranks' chunks; returns SHA-256 by file name of the files this rank wrote.
+# ---- write ---------------------------------------------------------------------------------------
 
-    Collective over `group`.
+
+def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, str]:
+    """Write all ranks' chunks; SHA-256 by file name of what this rank wrote. Collective.
 
     Raises:
-        CheckpointError: a rank could not write; raised on every rank.
+        CheckpointError: a rank could not write, or the chunks do not fill their tensors exactly;
+            raised on every rank.
     """
-    writer = _Writer(folder)
-    try:
-        dcp.save({}, storage_writer=writer, planner=_Planner(chunks), process_group=group)
-    except CheckpointException as error:  # not an Exception: it would end a thread without a word
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
-    return writer.digests
-
-
-class _Planner(DefaultSavePlanner):
-    """Every rank writes the rectangles it was given; DCP checks that they fill each tensor."""
-
-    def __init__(self, chunks: list[Chunk]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._data = {(chunk.name, chunk.offsets): chunk.data for chunk in chunks}
-        self._items = [_write_item(chunk) for chunk in chunks]
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self._items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._data[index.fqn, tuple(index.offset or ())]
-
-
-def _write_item(chunk: Chunk) -> WriteItem:
-    offsets = torch.Size(chunk.offsets)
-    return WriteItem(
-        index=MetadataIndex(chunk.name, offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=chunk.data.size()),
-            properties=TensorProperties(dtype=chunk.data.dtype),
-            size=torch.Size(chunk.whole_shape),
-        ),
+    name = f"rank-{ranks.rank:05d}.safetensors"
+    parts = ranks.gather_on_main(
+        [(c.name, c.whole_shape, c.offsets, tuple(c.data.shape)) for c in chunks]
     )
 
+    def write_own() -> dict[str, str]:
+        sums = {}
+        # Whoever finds a fault in the parts, all ranks fail: nothing is published.
+        index = _index(parts) if ranks.rank == 0 else None
+        if chunks:
+            shapes = {_key(c.name, c.offsets): tuple(c.data.shape) for c in chunks}
+            values = (chunk.data for chunk in chunks)
+            _, sums[name] = write_safetensors(folder / name, shapes, values, torch.float32)
+        if ranks.rank == 0:
+            sums[INDEX] = write_durably(folder / INDEX, json.dumps(index).encode())
+        return sums
 
-class _Writer(FileSystemWriter):
-    """DCP's writer, which syncs its files, and remembers the checksum of what it wrote."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
-        self.fs = files = _HashingFiles()
-        self.digests = files.digests
-
-
-class _HashingFiles(FileSystem):
-    """A file system that hashes on the way and checks afterwards that every byte arrived."""
-
-    def __init__(self) -> None:
-        self.digests: dict[str, str] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as raw:
-            if mode != "wb":
-                yield raw
-                return
-            stream = _HashingStream(raw)
-            yield stream
-        written = os.stat(path).st_size
-        if written != stream.position:
-            raise OSError(f"{path} has {written} bytes, {stream.position} were written")
-        self.digests[Path(path).name] = stream.digest.hexdigest()
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
+    return ranks.agree(write_own)
 
 
-class _HashingStream(io.RawIOBase):
-    def __init__(self, raw: Any) -> None:
-        self.raw, self.digest, self.position = raw, hashlib.sha256(), 0
+def _key(name: str, offsets: Sequence[int]) -> str:
+    """Name of a rectangle in its file: the entry and the rectangle's first corner."""
+    return f"{name}@{','.join(map(str, offsets))}"
 
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        count = len(memoryview(data).cast("B"))
-        self.position += count
-        self.raw.write(data)
-        return count
 
-    def tell(self) -> int:
-        return self.position
+def _index(parts: list[list[tuple]]) -> dict[str, Any]:
+    """tensors.json, from what every rank writes.
 
-    def flush(self) -> None:
-        if not self.raw.closed:
-            self.raw.flush()
+    Raises:
+        CheckpointError: rectangles of a tensor overlap, reach over its edge, or leave a hole.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for rank, own in enumerate(parts):
+        for name, shape, offsets, sizes in own:
+            entry = entries.setdefault(name, {"shape": shape, "rectangles": []})
+            if entry["shape"] != shape:
+                raise CheckpointError(f"{name} is {entry['shape']} on one rank and {shape} here")
+            entry["rectangles"].append([rank, offsets, sizes])
+    for name, entry in entries.items():
+        _check_filled(name, entry["shape"], [(o, s) for _, o, s in entry["rectangles"]])
+    return {"format": FORMAT, "version": VERSION, "dtype": "F32", "tensors": entries}
 
-    def fileno(self) -> int:
-        return self.raw.fileno()
+
+def _check_filled(name: str, shape: Sequence[int], rectangles: list[tuple]) -> None:
+    """Raise CheckpointError unless the rectangles fill the shape, each element once.
+
+    Volumes that add up to the whole and no overlap leave no hole. Rectangles are sorted by their
+    first row, so that only neighbours whose rows meet are compared.
+    """
+    if sum(math.prod(sizes) for _, sizes in rectangles) != math.prod(shape):
+        raise CheckpointError(f"{name}: the ranks' parts do not fill its {tuple(shape)}: a hole")
+    ordered = sorted(rectangles)
+    for i, (offsets, sizes) in enumerate(ordered):
+        if any(o < 0 or o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
+            raise CheckpointError(f"{name}: a part reaches over the edge of {tuple(shape)}")
+        for later, size in ordered[i + 1 :]:
+            if later[0] >= offsets[0] + sizes[0]:
+                break
+            if all(a < p + m and p < a + n for a, n, p, m in zip(offsets, sizes, later, size)):
+                raise CheckpointError(f"{name}: parts of two ranks overlap at {later}")
+
+
+# ---- read ----------------------------------------------------------------------------------------
 
 
 class CheckpointTensors:
@@ -175,15 +162,20 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self._metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:  # unpickling a damaged file can raise anything
-            raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error}.") from error
+        if (folder / INDEX).exists():
+            self._entries = _read_index(folder / INDEX)
+            self._load: Callable[[Any], Tensor] = _Files(folder).load
+        else:
+            stored, self._load = dcp.open_version_1(folder)
+            self._entries = {
+                name: Entry(shape, [Rectangle(*part) for part in parts])
+                for name, (shape, parts) in stored.items()
+            }
 
     @property
     def names(self) -> list[str]:
         """Every entry, such as weights/final_norm.weight."""
-        return sorted(self._metadata.state_dict_metadata)
+        return sorted(self._entries)
 
     @property
     def parameters(self) -> list[str]:
@@ -197,7 +189,7 @@ class CheckpointTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of an entry."""
-        return tuple(self._entry(name).size)
+        return self._entry(name).shape
 
     def tensor(self, name: str) -> Tensor:
         """A whole entry, fp32 on the host."""
@@ -211,54 +203,123 @@ class CheckpointTensors:
         Raises:
             CheckpointError: an entry is missing, has another shape, or is not stored in full.
         """
-        wanted = defaultdict(list)  # stored rectangle -> [(slices of it, slices of a chunk, chunk)]
+        # place -> [(stored rectangle, its slices, slices of a chunk, the chunk's data)]
+        wanted: dict[Any, list[tuple]] = defaultdict(list)
         for chunk in chunks:
-            for item in self._read_items(chunk):
-                stored = self._metadata.storage_data[item.storage_index]
-                key = (stored.relative_path, stored.offset, stored.length)
-                wanted[key].append(
-                    (item.storage_offsets, item.dest_offsets, item.lengths, chunk.data)
-                )
+            for rectangle, source, target in self._parts(chunk):
+                wanted[rectangle.place].append((rectangle, source, target, chunk.data))
 
-        def read(place: tuple[str, int, int]) -> None:
-            path, offset, length = place
-            with open(self.folder / path, "rb", buffering=0) as stream:
-                stream.seek(offset)
-                data = stream.read(length)
-                if len(data) != length:
-                    raise CheckpointError(f"{self.folder / path} is truncated.")
-            stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            for source, target, lengths, destination in wanted[place]:
-                destination[_slices(target, lengths)].copy_(stored[_slices(source, lengths)])
+        def read(place: Any) -> None:
+            stored = self._load(place)
+            for rectangle, source, target, destination in wanted[place]:
+                if tuple(stored.shape) != rectangle.sizes:
+                    raise CheckpointError(
+                        f"{self.folder}: {place[1]} in {place[0]} is {tuple(stored.shape)}, the "
+                        f"index says {rectangle.sizes}."
+                    )
+                destination[target].copy_(stored[source])
 
         with torch.no_grad(), ThreadPoolExecutor(num_threads) as pool:
             for _ in pool.map(read, sorted(wanted)):
                 pass
 
-    def _entry(self, name: str) -> Any:
-        if name not in self._metadata.state_dict_metadata:
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
             raise CheckpointError(
                 f"{self.folder} has no {name}. It was written by a model with other parameters; "
                 f"compare `python -m pipeline.checkpoint show {self.folder}`."
             )
-        return self._metadata.state_dict_metadata[name]
+        return self._entries[name]
 
-    def _read_items(self, chunk: Chunk) -> list[Any]:
+    def _parts(self, chunk: Chunk) -> list[tuple[Rectangle, tuple[slice, ...], tuple[slice, ...]]]:
+        """(stored rectangle, its slices, the chunk's slices) wherever the two meet."""
         entry = self._entry(chunk.name)
-        if tuple(entry.size) != chunk.whole_shape:
+        if entry.shape != chunk.whole_shape:
             raise CheckpointError(
-                f"{chunk.name} is {tuple(entry.size)} in {self.folder} and {chunk.whole_shape} in "
-                "this model. Both must have the same sizes; "
-                "see config.model in its checkpoint.json."
+                f"{chunk.name} is {entry.shape} in {self.folder} and {chunk.whole_shape} in this "
+                "model. Both must have the same sizes; see config.model in its checkpoint.json."
             )
-        here = ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.data.size())
-        items = create_read_items_for_chunk_list(chunk.name, entry, [here])
-        if sum(math.prod(item.lengths) for item in items) != chunk.data.numel():
+        found, count = [], 0
+        for stored in entry.rectangles:
+            low = [max(a, b) for a, b in zip(stored.offsets, chunk.offsets, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(stored.offsets, stored.sizes, chunk.offsets, chunk.data.shape)
+            ]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            count += math.prod(b - a for a, b in zip(low, high))
+            source, target = (
+                tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))
+                for offsets in (stored.offsets, chunk.offsets)
+            )
+            found.append((stored, source, target))
+        if count != chunk.data.numel():
             raise CheckpointError(f"{chunk.name} is not stored in full in {self.folder}.")
-        return items
+        return found
 
 
-def _slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(
-        slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)
-    )
+class _Files:
+    """The safetensors files of a folder, each opened once a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._of_thread = folder, threading.local()
+
+    def load(self, place: tuple[str, str]) -> Tensor:
+        """A rectangle, a view of the mapped file.
+
+        Raises:
+            CheckpointError: it is not there, or not fp32.
+        """
+        from safetensors import safe_open
+
+        name, key = place
+        try:
+            files = vars(self._of_thread)
+            if name not in files:
+                files[name] = safe_open(self._folder / name, "pt")
+            found: Tensor = files[name].get_tensor(key)
+        except Exception as error:  # safetensors' own error type is not public
+            raise CheckpointError(
+                f"{self._folder / name}: {key} cannot be read: {error}."
+            ) from None
+        if found.dtype is not torch.float32:
+            raise CheckpointError(f"{self._folder / name}: {key} is {found.dtype}, not fp32.")
+        return found
+
+
+def _read_index(path: Path) -> dict[str, Entry]:
+    """tensors.json: every tensor with its rectangles, checked.
+
+    Raises:
+        CheckpointError: it is not one, is of a newer version, or contradicts itself.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        if content["version"] != VERSION or content["dtype"] != "F32":
+            raise ValueError(f"version {content['version']} with {content['dtype']} is not known")
+        entries = {}
+        for name, entry in content["tensors"].items():
+            shape = _sizes(entry["shape"])
+            parts = [(rank, _sizes(o), _sizes(s)) for rank, o, s in entry["rectangles"]]
+            if any(type(rank) is not int or rank < 0 for rank, _, _ in parts):
+                raise ValueError(f"{name} is in a file without a number")
+            _check_filled(name, shape, [(o, s) for _, o, s in parts])
+            files = [f"rank-{rank:05d}.safetensors" for rank, _, _ in parts]
+            entries[name] = Entry(
+                shape,
+                [Rectangle(o, s, (f, _key(name, o))) for f, (_, o, s) in zip(files, parts)],
+            )
+        return entries
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}.") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
+        raise ValueError(f"{values!r} is not a list of sizes")
+    return tuple(values)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 from collections.abc import Iterator
 from enum import Enum
 from functools import partial
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.config.model import ModelConfig
-from pipeline.files import whole_file, write_durably
+from pipeline.files import write_durably
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.rules import Mapping, Rule
 
@@ -32,12 +31,8 @@ if TYPE_CHECKING:
     from pipeline.checkpoint.tensors import CheckpointTensors
 
 DType = Enum("DType", ["fp32", "bf16", "fp16"])
-# safetensors' names
-DTYPES = {
-    DType.fp32: ("F32", "float32"),
-    DType.bf16: ("BF16", "bfloat16"),
-    DType.fp16: ("F16", "float16"),
-}
+# torch's names
+DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16", DType.fp16: "float16"}
 SHARD_BYTES = 5 * 10**9
 # Largest |difference| of fp32 logits, given the same rounded weights.
 TOLERANCE = 1e-4
@@ -73,7 +68,7 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
         "architectures": [mapping.architecture],
         **mapping.config,
         **ends,
-        "torch_dtype": DTYPES[dtype][1],
+        "torch_dtype": DTYPES[dtype],
     }
     _write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
     write_durably(output / "README.md", _model_card(record, model, mapping, dtype).encode())
@@ -85,6 +80,10 @@ def write_weights(
     tensors: CheckpointTensors, mapping: Mapping, output: Path, *, dtype: DType
 ) -> None:
     """Write the safetensors files and their index, holding one parameter at a time."""
+    import torch
+
+    from pipeline.checkpoint.safetensors_file import write_safetensors
+
     shards = list(_shards(tensors, mapping, dtype))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -95,7 +94,8 @@ def write_weights(
         shapes = {
             theirs: shape for rule in rules for theirs, shape in _shapes(tensors, rule).items()
         }
-        total += _write_safetensors(output / name, shapes, _values(tensors, rules), dtype)
+        values = _values(tensors, rules)
+        total += write_safetensors(output / name, shapes, values, getattr(torch, DTYPES[dtype]))[0]
         index |= dict.fromkeys(shapes, name)
     if len(shards) > 1:
         document = {"metadata": {"total_size": total}, "weight_map": index}
@@ -151,36 +151,6 @@ def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
     return sum(map(math.prod, shapes.values())) * (4 if dtype is DType.fp32 else 2)
 
 
-def _write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], values: Iterator[Tensor], dtype: DType
-) -> int:
-    """Bytes of tensor data. The format: header length (u64), JSON header, data.
-
-    By hand, because safetensors' own writer holds a whole file in memory.
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    import torch
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        size = _num_bytes({name: shape}, dtype)
-        header[name] = {
-            "dtype": DTYPES[dtype][0],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for value in values:
-            data = value.to(getattr(torch, DTYPES[dtype][1])).contiguous()
-            stream.write(data.view(torch.uint8).numpy().data)
-    return offset
-
-
 def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
     """Largest |difference| between the fp32 logits of the folder and of our forward pass on equally
     rounded weights.
@@ -194,7 +164,7 @@ def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
         CheckpointTensors(checkpoint),
         read_record(checkpoint).model(),
     )
-    rounded = getattr(torch, DTYPES[dtype][1])
+    rounded = getattr(torch, DTYPES[dtype])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
     theirs = load_transformers(output, torch.float32, ours.device)
     length = min(model.max_seq_len, 64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.choices import RopeScaling
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import resolve
+from pipeline.config.model_shape import head_width
 
 
 class RopeTable:
@@ -47,7 +47,7 @@ def rope_table(model: ModelConfig) -> RopeTable:
     Source of `llama3`: the Llama 3.1 release; wavelengths beyond the original context are stretched
     by the factor, short ones kept, with a linear blend between original / 1 and original / 4.
     """
-    width = resolve(model).head_dim
+    width = head_width(model)
     frequencies = 1.0 / model.rope_theta ** (
         torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     )

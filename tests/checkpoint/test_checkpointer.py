@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from pipeline.checkpoint import checkpointer as checkpoint_module
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.__main__ import ToolConfig, main
+from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.checkpoint.tensors import CheckpointTensors, HostCopy, write
@@ -91,7 +92,9 @@ def test_every_layout_resumes_a_checkpoint_of_every_other(model: str, tmp_path: 
         assert history[0][0] == pytest.approx(expected[0][0], rel=2e-7), layout
         for got, want in zip(history, expected, strict=True):
             assert got == pytest.approx(want, rel=1e-5), layout
-    sizes = [path.stat().st_size for path in (folders.find(tmp_path / "zero3")).glob("*.distcp")]
+    sizes = [
+        path.stat().st_size for path in (folders.find(tmp_path / "zero3")).glob("*.safetensors")
+    ]
     assert len(sizes) == 4 and max(sizes) < 1.25 * min(sizes), "writers are not balanced"
     original = folders.find(tmp_path)
     for copy in ("zero3", "dualpipev", "one"):
@@ -208,9 +211,9 @@ def test_checkpoint_is_read_without_a_process_group(small: Path) -> None:
         tensors.tensor("weights/a"), 2.0 + torch.arange(40.0)[:, None].expand(40, 30)
     )
     assert set(folders.read_sums(small / folders.name_of(2))) == {
-        "__0_0.distcp",
-        "__1_0.distcp",
-        ".metadata",
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        "tensors.json",
         "checkpoint.json",
     }
     subprocess.run(
@@ -273,12 +276,13 @@ def restore_after_damage(folder: Path) -> tuple[dict, list[str], list]:
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path: Path) -> None:
     """A node that died with a dirty cache must not cost the run, nor go unnoticed."""
     history = run_on_ranks(train_and_save, 1, config("gpt2"), tmp_path, [2, 3], 4)[0]
-    newest = tmp_path / folders.name_of(3) / "__0_0.distcp"
+    newest = tmp_path / folders.name_of(3) / "rank-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1000])
     record, messages, resumed = run_on_ranks(restore_after_damage, 1, tmp_path)[0]
     assert record.step == 2 and resumed == history[2:]
     assert any(
-        "step-00000003 is DAMAGED" in message and "__0_0.distcp" in message for message in messages
+        "step-00000003 is DAMAGED" in message and "rank-00000.safetensors" in message
+        for message in messages
     )
     assert (tmp_path / "damaged-step-00000003").is_dir()
     assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [2, 4]
@@ -463,8 +467,8 @@ def test_tools_list_verify_show_and_diff(
 def write_hole(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     chunks = small_chunks(1) if dist.get_rank() == 0 else []
-    with pytest.raises(CheckpointError, match="invalid fill"):
-        write(chunks, folder, group=dist.group.WORLD)
+    with pytest.raises(CheckpointError, match="do not fill its .40, 30.: a hole"):
+        write(chunks, folder, ranks=Agreement(dist.group.WORLD))
     return "refused"
 
 
