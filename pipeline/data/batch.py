@@ -69,6 +69,8 @@ def make_batches(
     A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's
     last token is the first token of the next.
     """
+    # Row-major: a sample's pieces become rows that follow each other. Labels are the same ids one
+    # further on, so the last label of a piece is the first token of the next.
     count, full = len(windows.ids), windows.ids.shape[1] - 1
     tokens, labels = (
         part.reshape(-1, seq_len) for part in (windows.ids[:, :-1], windows.ids[:, 1:])
@@ -81,6 +83,7 @@ def make_batches(
             loss_mask &= tokens != eod
     if masks.documents:
         assert windows.starts is not None
+        # Places of beginnings in the flat (count * full) tokens, which cutting leaves where they are.
         starts = np.concatenate([places + row * full for row, places in enumerate(windows.starts)])
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None
@@ -115,6 +118,8 @@ def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
     Every row begins a new count, whether or not a document begins there. Runs of equal values are
     repeated, not scanned for: several times faster than cumulative sums.
     """
+    # Documents as runs of the flat tokens: a run begins where a document or a row does. Its number
+    # counts from the first run of its row; both fields are then the runs' values, repeated.
     begins = np.unique(np.concatenate([np.arange(rows) * seq_len, starts]))
     lengths = np.diff(begins, append=rows * seq_len)
     number = np.arange(len(begins)) - np.searchsorted(begins, begins - begins % seq_len)

@@ -191,6 +191,8 @@ class Loader:
     def _batches(
         self, windows: Windows, number: Ints, shape: StepShape
     ) -> tuple[list[Batch], torch.cuda.Event | None]:
+        """This rank's micro-batches, and on CUDA the event after which their copies are there."""
+
         def make() -> list[Batch]:
             return make_batches(
                 windows,
@@ -222,6 +224,7 @@ class _Ahead:
 
     def _run(self, loader: Loader, position: Position) -> None:
         try:
+            # put() waits while `depth` steps lie ready, so depth + 1 are held at most.
             while not self.stopping.is_set():
                 step = loader.prepare(position)
                 position = step.after

@@ -35,6 +35,8 @@ def quantise(weights: Sequence[float]) -> tuple[int, ...]:
     """
     share = np.asarray(weights, dtype=np.float64)
     share = share / share.sum() * PERIOD
+    # Round down, then give the slots that are missing to those furthest below their share; fewer
+    # are missing than there are datasets, so one turn of the loop is enough.
     slots = np.where(share > 0, np.maximum(np.floor(share), 1), 0).astype(np.int64)
     while (missing := PERIOD - int(slots.sum())) > 0:
         slots[np.argsort(slots - share, kind="stable")[:missing]] += 1
@@ -51,6 +53,7 @@ def spread(slots: tuple[int, ...]) -> tuple[Ints, Ints]:
     its count is within one of its share everywhere. Earliest deadline first meets all of these
     windows on one processor (Baruah et al. 1996, Proportionate progress, Algorithmica 15).
     """
+    # A heap of slots not yet released, by release, and one of those that are, by deadline.
     source = np.empty(PERIOD, dtype=np.int64)
     nth = np.empty(PERIOD, dtype=np.int64)
     # (release, deadline, dataset, j)
@@ -101,6 +104,8 @@ class Segment:
         ends = []
         for s, (limit, count) in enumerate(zip(limits, self.slots)):
             if limit is not None and count:
+                # What is left is `period` whole periods and nth slots more: the dataset's slot
+                # number nth (from 0) of the period after those is the first too many.
                 period, nth = divmod(max(limit - self.consumed[s], 0), count)
                 ends.append(
                     self.start
@@ -188,6 +193,7 @@ class Mixture:
         if weights != position.segments[-1].weights:
             position = self.change(position, weights)
         stop, spans = position.samples_seen + num_samples, []
+        # A step may cross the end of a dataset, then it has a stretch before and one after it.
         while position.samples_seen < stop:
             segment, sample = position.segments[-1], position.samples_seen
             end = segment.end(self.limits)
@@ -212,6 +218,7 @@ class Mixture:
     def _segment(
         self, start: int, weights: tuple[float, ...], consumed: tuple[int, ...]
     ) -> Segment:
+        """A blend from `start` on, over the datasets that have not reached their limit."""
         live = [
             0.0 if limit is not None and count >= limit else weight
             for weight, count, limit in zip(weights, consumed, self.limits)

@@ -57,6 +57,9 @@ def permute(index: Any, size: Any, keys: Words) -> Ints:
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
     keys = np.broadcast_to(keys, (ROUNDS, *index.shape))
     result = np.zeros(index.shape, dtype=np.uint64)
+    # The narrowest word that holds size - 1: fewer than 2 * size values, so that on average fewer
+    # than 2 passes find one below size. Words of an even width only, with two equal halves, would
+    # hold up to 4 * size and take up to 4.
     bits = np.maximum(np.frexp(np.maximum(size, 1).astype(np.float64) - 1)[1], MIN_BITS).astype(
         np.uint64
     )
@@ -72,6 +75,8 @@ def permute(index: Any, size: Any, keys: Words) -> Ints:
 
 def _feistel(value: Words, bits: Words, keys: Words) -> Words:
     """One pass over ROUNDS rounds on `bits`-wide words; unsigned arithmetic wraps by design."""
+    # Each round XORs one half with a hash of the other, which the inverse can compute again: a
+    # bijection for any hash. Splitmix64 takes every bit of key and half to every bit of the result.
     one = np.uint64(1)
     right_bits = bits >> one
     left_bits = bits - right_bits
@@ -169,6 +174,11 @@ class Order:
         return list(dict.fromkeys(found))
 
     def _deal(self, number: int) -> _Epoch:
+        """Epoch `number`: its permuted shards by lane, and when each lane is used up.
+
+        Lanes of 2, 3 and 3 sequences: phase 0 is rounds 0 and 1 with three lanes, positions 0 to 5;
+        phase 1 is round 2 with two lanes, positions 6 and 7. Phase 2 begins at 8 and is empty.
+        """
         count, lanes = len(self.sequences), self.lanes
         drawn = permute(np.arange(count), count, draw_keys(self.seed, 0, number)[:, None])
         shards = np.concatenate([drawn[lane::lanes] for lane in range(lanes)])
@@ -200,6 +210,7 @@ class Order:
     def _shuffle(self, epoch: _Epoch, lane: Ints, turn: Ints) -> tuple[Ints, Ints]:
         """(shard, sequence): the turn, permuted inside its window."""
         start, stop = self._window(epoch, lane, turn)
+        # Keys by window, not by sample: a step's samples lie in one or two windows of a lane.
         windows, which = np.unique(start, return_inverse=True)
         keys = np.stack([draw_keys(self.seed, 1, epoch.number, int(w)) for w in windows], axis=1)[
             :, which

@@ -126,6 +126,8 @@ class Reader:
                 first, last = documents.searchsorted(np.array((offset, stop), DOCS_DTYPE))
                 windows.starts[row] = documents[first:last].astype(np.int64) - offset
             return
+        # Over a block's end: the label of the last token is the next block's first, so seq_len + 1
+        # tokens are gathered, while documents are counted in the first seq_len only.
         at, starts = 0, []
         while at <= self.seq_len and offset < len(tokens):
             part = tokens[offset : offset + self.seq_len + 1 - at]
@@ -155,6 +157,11 @@ class Reader:
         return found
 
     def _map(self, source: int, shard: int) -> _Shard:
+        """The shard, mapped; a failure is kept and raised again.
+
+        Otherwise on_corrupt=skip would pay for it at every sequence of the shard: eight tries with
+        growing pauses where it is remote.
+        """
         if (source, shard) in self._failed:
             raise self._failed[source, shard]
         dataset = self.datasets[source]

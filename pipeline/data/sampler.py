@@ -67,6 +67,8 @@ class Sampler:
     def seek(self, step: int, shape: RunShape) -> Position:
         """The position before a step of an unbroken run; O(1) a stage of ramp and blends."""
         position = self.start()
+        # Between these steps every step has as many samples and the blend does not change, so a
+        # stretch is one skip; a blend takes force at `skip`, which reads the step of the position.
         edges = {
             step,
             *(until for until, _ in shape.ramp),
@@ -153,6 +155,7 @@ class Sampler:
         if not same_order:
             old = int(state["order"]["seq_len"])
             sizes = [max(int(num_sequences(d.shard_tokens, old).sum()), 1) for d in self.datasets]
+            # n samples of `size` an epoch: the begun epoch counts as read, in the new epoch's size.
             consumed = tuple(
                 -(-n // size) * o.epoch_size for n, size, o in zip(consumed, sizes, self.orders)
             )
@@ -174,6 +177,7 @@ class Sampler:
         return not changes
 
     def _dataset_changes(self, saved: dict[str, Any]) -> list[str]:
+        """A sentence for each dataset that left or joined; one moved elsewhere is no change."""
         gone = [
             f"{v['name']} ({v['path']}, sha256 {i[:12]})"
             for i, v in saved.items()
@@ -198,7 +202,10 @@ def hash_addresses(identities: Sequence[str], samples: Samples, shard: Ints, seq
 
 
 def _order(dataset: Dataset, index: int, cfg: DataConfig, *, seq_len: int, seed: int) -> Order:
-    # Each dataset draws its own permutations, keyed by what it is, not by its place in the config.
+    """The order of one dataset; refuses one without a single whole sequence.
+
+    Each draws its own permutations, keyed by what it is, not by its place in the config.
+    """
     key = int.from_bytes(
         hashlib.blake2b(f"{seed} {dataset.identity}".encode(), digest_size=8).digest(), "little"
     )

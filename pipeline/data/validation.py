@@ -44,6 +44,7 @@ def validation_batches(
     """
     reader = Reader([dataset], seq_len=seq_len)
     masks = dataclasses.replace(masks, loss=True)
+    # A shard of n tokens has n - 1 labels; its last window may be short, so the count rounds up.
     per_shard = -(-np.maximum(dataset.shard_tokens - 1, 0) // seq_len)
     first = np.concatenate([[0], np.cumsum(per_shard)])
     total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
@@ -51,6 +52,8 @@ def validation_batches(
     stride = micro_batch_size * data_parallel_size
     for start in range(0, total, stride):
         number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)
+        # Past the end a rank reads the last window again and masks all of it: with a batch less than
+        # its peers it would not take part in their collectives, and they would wait for ever.
         inside = np.minimum(number, total - 1)
         shard = np.searchsorted(first, inside, "right") - 1
         windows = reader.gather(

@@ -98,6 +98,8 @@ class Attention(McoreSelfAttention):
         )
         sequence_first = self.config.sequence_parallel
         qkv = self.linear_qkv(hidden)[0]
+        # Megatron's rows: for each group its query heads, then its key, then its value, so that
+        # tensor parallelism cuts between groups.
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2, width)
         # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
         if queries == 1 and (rope is None or self.q_layernorm is not None):

@@ -83,6 +83,7 @@ class Block(nn.Module):
         return self._run(hidden, mask)
 
     def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The block's arithmetic, which full recomputation runs a second time."""
         rope = None
         if self.uses_rope:
             sequence = (
@@ -91,7 +92,7 @@ class Block(nn.Module):
                 else hidden.shape[1]
             )
             rope = self.rope.tables(sequence, hidden, sequence_first=self.config.sequence_parallel)
-        if self.is_post_norm:
+        if self.is_post_norm:  # GPT-1: the norms stand behind the sums, under the same names
             hidden = self.input_layernorm(
                 hidden + self._dropout(self.self_attention(hidden, mask, rope))
             )

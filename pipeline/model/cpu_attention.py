@@ -42,6 +42,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _CausalAttention(Function):
+    """Blocks of rows; the backward pass computes their probabilities again."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         batch, groups = k.shape[:2]
@@ -55,6 +57,13 @@ class _CausalAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """With S = scale * q k^T, P = softmax(S), O = P v, and d for the loss's gradient by it:
+
+        dv = P^T dO, dP = dO v^T, dS = P * (dP - rowsum(P * dP)), dq = scale * dS k,
+        dk = scale * dS^T q. A query lies in one block, so dq is written once; a key is in the block
+        of every later query, and dk, dv are sums over up to S / 64 blocks: in fp32, as bf16 would
+        lose what the later ones add.
+        """
         (q, k, v), scale = ctx.saved_tensors, ctx.scale
         grad, grad_q = _by_group(grad, k.shape[0] // ctx.batch), torch.empty_like(q)
         grad_k, grad_v = (torch.zeros(k.shape, dtype=torch.float32) for _ in "kv")
@@ -100,6 +109,7 @@ def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, 
     heads, size, queries, _ = q.shape
     q, k = q.float() * scale, k.float()
     later = _later(min(BLOCK_ROWS, size))
+    # Heads at a time: 8 at S = 1024 and one query head a group (64 x 1024 fp32 scores each).
     step = max(1, SCORE_BYTES // (4 * queries * min(BLOCK_ROWS, size) * size))
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))
@@ -107,6 +117,7 @@ def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, 
             rows = slice(start, min(start + BLOCK_ROWS, size))
             count = rows.stop - start
             scores = torch.bmm(_of(q, part, rows), k[part, : rows.stop].transpose(1, 2))
+            # Only the square at the diagonal has later keys; those left of it are all seen.
             scores.unflatten(1, (count, queries))[..., start:] += later[:count, :, :count]
             yield part, rows, scores.softmax(-1)
 

@@ -53,6 +53,8 @@ def initialize(
             parameter.fill_(1.0)
         return
     std = initial_std(name, model)
+    # A block is drawn whole, in all its columns, and the rank keeps its own rows and columns: which
+    # numbers they get must not depend on where another layout would cut.
     for local, whole in part.pieces():
         rows, rest = whole[0], whole[1:]
         for block in range(rows.start // ROWS, math.ceil(rows.stop / ROWS)):

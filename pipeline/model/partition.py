@@ -114,6 +114,8 @@ class Partition:
             if self.dim is None:
                 yield first, shape, offsets
                 continue
+            # A tile may lie in both runs of a gated fc1, or reach into padding rows: its part in
+            # each piece is a rectangle of the whole parameter, at the place of that piece.
             for held, whole in self.pieces():
                 low = max(offsets[self.dim], held[self.dim].start)
                 high = min(offsets[self.dim] + shape[self.dim], held[self.dim].stop)
@@ -148,6 +150,8 @@ def _tiles(shape: Shape, start: int, stop: int, largest: int) -> Iterator[tuple[
         for first in range(start, stop, largest):
             yield first, (min(largest, stop - first),), (first,)
         return
+    # Elements 3 to 17 of rows of 5 are (1, 2), (2, 5), (1, 2): the rest of row 0, two whole rows,
+    # the beginning of row 3.
     (_, width), first = shape, start
     while first < stop:
         row, column = divmod(first, width)

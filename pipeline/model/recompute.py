@@ -19,12 +19,13 @@ def recompute(function: Any, *args: Any) -> Any:
     is_replay = False
 
     def run(*inputs: Any) -> Any:
+        """The forward pass as it comes; the replay on the streams as they were before it."""
         nonlocal is_replay
         if not is_replay:
             is_replay = True
             return function(*inputs)
         now = tracker.get_states()
-        tracker.set_states(dict(at_forward))
+        tracker.set_states(dict(at_forward))  # a copy: drawing replaces the entries
         try:
             return function(*inputs)
         finally:

@@ -23,6 +23,7 @@ class RopeTable:
         """(cos, sin), each (S, 1, 1, 1, D) or (1, S, 1, 1, D), with `like`'s dtype and device."""
         key = (seq_len, like.dtype, like.device, sequence_first)
         if self._cached is None or self._cached[0] != key:
+            # In fp32 whatever the model's dtype: bf16 has no integer between 256 and 258.
             angles = torch.outer(
                 torch.arange(seq_len, dtype=torch.float32), self.inverse_frequencies
             )
@@ -47,6 +48,7 @@ def rope_table(model: ModelConfig) -> RopeTable:
     Source of `llama3`: the Llama 3.1 release; wavelengths beyond the original context are stretched
     by the factor, short ones kept, with a linear blend between original / 1 and original / 4.
     """
+    # device="cpu" also under torch.device("cuda"): every device rounds the powers alike.
     width = head_width(model)
     frequencies = 1.0 / model.rope_theta ** (
         torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
@@ -54,6 +56,8 @@ def rope_table(model: ModelConfig) -> RopeTable:
     if model.rope_scaling is RopeScaling.linear:
         frequencies = frequencies / model.rope_scaling_factor
     elif model.rope_scaling is RopeScaling.llama3:
+        # At 8192 original tokens: waves shorter than 2048 turned at least 4 times in training and
+        # are kept (blend 1); those longer than 8192 never turned once and are stretched (blend 0).
         low_factor, high_factor = 1.0, 4.0
         wavelengths = 2 * math.pi / frequencies
         blend = (model.rope_original_max_seq_len / wavelengths - low_factor) / (

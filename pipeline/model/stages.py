@@ -37,7 +37,9 @@ def partition(costs: Sequence[float], num_stages: int) -> list[int]:
         raise ValueError(f"cannot cut {count} layers into {num_stages} non-empty stages")
     prefix = [0.0, *accumulate(costs)]
     infinity = (float("inf"), float("inf"))
-    # best[k][j]: (largest stage, sum of squares) of the first j layers in k stages
+    # Dynamic programming: best[k][j] is (largest stage, sum of squares) of the first j layers in k
+    # stages, cut[k][j] the layer at which the last of these stages begins. count^2 * stages / 2
+    # steps: 77,000 for 96 blocks in 16 stages.
     best = [[infinity] * (count + 1) for _ in range(num_stages + 1)]
     cut = [[0] * (count + 1) for _ in range(num_stages + 1)]
     best[0][0] = (0.0, 0.0)
@@ -48,7 +50,7 @@ def partition(costs: Sequence[float], num_stages: int) -> list[int]:
                 value = (max(best[k - 1][i][0], stage), best[k - 1][i][1] + stage * stage)
                 if value < best[k][j]:
                     best[k][j], cut[k][j] = value, i
-    bounds = [count]
+    bounds = [count]  # read back from the last stage to the first
     for k in range(num_stages, 0, -1):
         bounds.append(cut[k][bounds[-1]])
     return bounds[::-1]
