@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import sys
 import textwrap
 import typing
@@ -81,10 +82,18 @@ def compose(
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(config, overrides)
         for key, value in raw.items():
-            OmegaConf.update(node, key, value)
+            OmegaConf.update(node, key, _escaped(value))
         return typing.cast(T, OmegaConf.to_object(node))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
+
+
+def _escaped(value: str) -> str:
+    """`value` so that OmegaConf gives it back as it is: `${...}` is not looked up.
+
+    Backslashes before `${` are OmegaConf's escapes, so those are doubled, and no others.
+    """
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
 def to_yaml(cfg: Any) -> str:

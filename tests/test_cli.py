@@ -63,6 +63,21 @@ def test_table_takes_new_keys():
 def test_text_is_taken_literally():
     """A path or prompt may hold what hydra's grammar would take apart."""
     assert compose("runs_dir=a b,{c}=[d]").runs_dir == "a b,{c}=[d]"
+    assert compose("checkpoint.init_from=[x], {y}").checkpoint.init_from == "[x], {y}"
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:HOME}", r"\${model.name}", r"a\b", r"\\${x}y${", "$x{y}"]
+)
+def test_nothing_in_a_text_is_looked_up(text):
+    """A folder may be called so; and an environment variable must not get into a run's files."""
+    assert compose(f"runs_dir={text}").runs_dir == text
+
+
+def test_what_a_preset_looks_up_is_the_literal_text():
+    """conf/data/default.yaml makes its two datasets from data.path."""
+    cfg = compose("data.path=/d/${oc.env:HOME},[x]")
+    assert [dataset.path for dataset in cfg.data.train] == ["/d/${oc.env:HOME},[x]/train"]
 
 
 @dataclass

@@ -124,6 +124,8 @@ class CheckpointRecord(RunRecord):
         try:
             saved = self.config["model"]
             kept = {key: value for key, value in saved.items() if key not in RETIRED}
+            if "${" in json.dumps(kept):  # would be looked up here: ${oc.env:...}
+                raise CheckpointError(f"the model settings in {RECORD} hold a ${{...}}.")
             node = OmegaConf.merge(OmegaConf.structured(ModelConfig), kept)
             model = cast(ModelConfig, OmegaConf.to_object(node))
         except (OmegaConfBaseException, KeyError) as error:
