@@ -23,9 +23,10 @@ from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
-from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import MachineError, PipelineError
 from pipeline.planning import memory
+from pipeline.resilience import ownership
 
 WANDB_TIMEOUT_S = 5.0
 
@@ -44,18 +45,18 @@ def main(cfg: PreflightConfig) -> None:
     Raises:
         MachineError: one or more checks failed; all are named.
     """
-    from pipeline.training.startup import prepare
+    from pipeline.training import startup
 
     problems: list[str] = []
     shape: RunShape | None = None
     try:
-        # Not the main rank: it writes nothing.
-        shape, _ = prepare(cfg, Ranks(1, cfg.world_size, 0, 1, socket.gethostname()))
+        shape, _ = startup.check(cfg, world_size=cfg.world_size)
     except PipelineError as error:
         problems.append(str(error))
     checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (
         missing_shards,
         missing_devices,
+        another_owner,
     )
     problems += [problem for check in checks for problem in check(cfg)]
     for warning in wandb_warnings(cfg.tracking):
@@ -109,6 +110,13 @@ def missing_devices(_: PretrainConfig) -> Iterator[str]:
             f"--exclude={node}), or start as many ranks as it has devices (--ntasks-per-node, "
             "--gres)."
         )
+
+
+def another_owner(cfg: PretrainConfig) -> Iterator[str]:
+    """A run that is in this folder now."""
+    found = ownership.problem(Path(cfg.runs_dir) / cfg.name, node=ranks_from_environment().node)
+    if found:
+        yield found
 
 
 def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from pipeline import cli, log
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape
 from pipeline.distributed.ranks import Ranks, ranks_from_environment
 from pipeline.errors import EXIT_BUG
-from pipeline.resilience import failure, notice
+from pipeline.resilience import failure, notice, ownership
 from pipeline.resilience.clock import Clock
-from pipeline.training.startup import memory_advice, prepare
+from pipeline.training import startup
 
 
 def main(cfg: PretrainConfig) -> int:
@@ -28,25 +29,30 @@ def main(cfg: PretrainConfig) -> int:
     notice.install_handlers()
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
+    begun: Path | None = None  # the run's folder, once this start may write to it
     try:
-        train(cfg, ranks, clock)
+        # Everything that needs no device; then the folder is this start's, or it is refused.
+        shape, run_dir = startup.check(cfg, world_size=ranks.world_size)
+        speaks = ranks.is_main
+        with ownership.claim(run_dir, node=ranks.node) if speaks else contextlib.nullcontext():
+            begun = run_dir
+            if speaks:
+                startup.begin(cfg, shape, run_dir, ranks)
+            train(cfg, shape, ranks, run_dir=run_dir, clock=clock)
     except BaseException as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
         if ranks.world_size == 1 and not out_of_memory:
             raise
-        advice = memory_advice(cfg, ranks) if out_of_memory else ""
-        run_dir = Path(cfg.runs_dir) / cfg.name
-        code = failure.report(
-            error, ranks=ranks, run_dir=run_dir, step=clock.now.step, advice=advice
-        )
+        advice = startup.memory_advice(cfg, ranks) if out_of_memory else ""
+        code = failure.report(error, ranks=ranks, run_dir=begun, step=clock.now.step, advice=advice)
         os._exit(code)  # tearing down groups whose other ranks are gone can wait for ever
     return 0
 
 
-def train(cfg: PretrainConfig, ranks: Ranks, clock: Clock) -> None:
-    """Check everything that needs no device, then connect, build, fit, tear down."""
-    shape, run_dir = prepare(cfg, ranks)
-
+def train(
+    cfg: PretrainConfig, shape: RunShape, ranks: Ranks, *, run_dir: Path, clock: Clock
+) -> None:
+    """Connect, build, fit, tear down."""
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
     layout = connect(ranks, shape.sizes, timeout_s=cfg.resilience.collective_timeout_s)

@@ -232,6 +232,55 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
     assert ledger(tmp_path / "late", 23) == (0, [(19, "spike", "rollback")])
 
 
+def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
+    data: Path, tmp_path: Path
+) -> None:
+    """The same line started twice is an everyday mistake; so is a kill -9 of what runs."""
+    run = tmp_path / "run"
+    settings = {"training.eval_every": 0, "checkpoint.keep_last": 99}
+    command = [sys.executable, "-m", "pipeline.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": environment,
+        "text": True,
+        "stderr": subprocess.PIPE,
+    }
+    first = subprocess.Popen(
+        [*command, *overrides(data, tmp_path, **settings, **{"training.total_steps": 100_000})],
+        **common,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "latest").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        config = (run / "config.yaml").read_text()
+        second = subprocess.run(
+            [*command, *overrides(data, tmp_path, **settings, **{"optimizer.lr": 0.5})], **common
+        )
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert f"{run} is in use by process {first.pid} on " in second.stderr
+    assert (run / "config.yaml").read_text() == config
+    starts = [
+        line
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if '"event":"start"' in line
+    ]
+    assert len(starts) == 1
+    saved = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    third = subprocess.run(
+        [*command, *overrides(data, tmp_path, **settings, **{"training.total_steps": saved + 2})],
+        **common,
+    )
+    assert third.returncode == 0, third.stderr
+    assert f"resumed from {run}/checkpoints/step-{saved:08d}" in third.stderr
+    assert (run / "DONE").exists()
+
+
 def used_up(arguments: list[str]) -> str:
     """pipeline.train, which raises DataUsedUp; its message."""
     with pytest.raises(DataUsedUp) as caught:
@@ -281,13 +330,9 @@ def test_an_evaluation_that_fails_costs_no_step(
 
 def prepare(arguments: list[str], world_size: int = 1) -> None:
     """What pipeline.train does before it needs torch."""
-    from pipeline.distributed.ranks import Ranks
     from pipeline.training import startup
 
-    startup.prepare(
-        cli.compose(PretrainConfig, arguments, config="pretrain"),
-        Ranks(0, world_size, 0, world_size, "here"),
-    )
+    startup.check(cli.compose(PretrainConfig, arguments, config="pretrain"), world_size=world_size)
 
 
 ERRORS: list[tuple[str, dict[str, Any], int, str]] = [

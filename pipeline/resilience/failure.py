@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -22,20 +23,26 @@ MAX_FRAMES = 4
 
 
 def report(
-    error: BaseException, *, ranks: Ranks, run_dir: Path, step: int | None, advice: str = ""
+    error: BaseException, *, ranks: Ranks, run_dir: Path | None, step: int | None, advice: str = ""
 ) -> int:
     """Exit code of the process; the report is on disk, the first rank's on standard error.
 
     Args:
         error: what ended the training.
         ranks: this rank.
-        run_dir: the whole traceback goes to its logs/failures/.
+        run_dir: the whole traceback goes to its logs/failures/. None: the start was refused, which
+            leaves no trace in the run's folder; the ranks of a node then agree in /tmp who speaks.
         step: optimizer steps done, None before the first.
         advice: lines that are added to the short report, such as a memory breakdown.
     """
     code = error.exit_code if isinstance(error, PipelineError) else EXIT_BUG
     whole = "".join(traceback.format_exception(error))
-    folder = run_dir / "logs" / "failures" / launch_name()
+    failures = (
+        run_dir / "logs" / "failures"
+        if run_dir
+        else Path(tempfile.gettempdir()) / f"pretrain-{os.getuid()}"
+    )
+    folder = failures / launch_name()
     path = folder / f"{ranks.global_rank:05d}.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,4 +93,5 @@ def launch_name(environment: os._Environ[str] | dict[str, str] = os.environ) -> 
     """A name all ranks of one start of the job share, and no other start has."""
     if "SLURM_JOB_ID" in environment:
         return f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
-    return f"{environment.get('TORCHELASTIC_RUN_ID', 'local')}-{os.getppid()}"
+    name = environment.get("TORCHELASTIC_RUN_ID", "local")
+    return f"{name}-{os.getppid()}-{environment.get('MASTER_PORT', '0')}"

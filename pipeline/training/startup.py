@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,10 @@ def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
     )
 
 
-def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
+def check(cfg: PretrainConfig, *, world_size: int) -> tuple[RunShape, Path]:
     """The run's numbers and its folder, after every check that costs no device time.
+
+    Leaves no trace: nothing is written, so a start that is refused has changed nothing.
 
     Raises:
         PipelineError: settings, data, folder or checkpoints do not fit together; all that is wrong
@@ -45,40 +48,44 @@ def prepare(cfg: PretrainConfig, ranks: Ranks) -> tuple[RunShape, Path]:
     with problems:
         vocab_size = describe(cfg.data).vocab_size
     with problems:
-        rules.check(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+        rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
     problems.raise_all()
     assert vocab_size is not None
-    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+    shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:
         check_folder(cfg, shape, run_dir)
     with problems:
         check_same_model(cfg, run_dir)
     problems.raise_all()
-    if ranks.is_main:
-        write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
-        log.logger.info("run %s: %s", run_dir, shape)
-        if warning := placement_warning(ranks, tensor_parallel_size=shape.sizes.tensor):
-            log.logger.warning(warning)
     return shape, run_dir
+
+
+def begin(cfg: PretrainConfig, shape: RunShape, run_dir: Path, ranks: Ranks) -> None:
+    """The main rank, once the folder is its own: write config.yaml, and say what starts."""
+    write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
+    log.logger.info("run %s: %s", run_dir, shape)
+    if warning := placement_warning(ranks, tensor_parallel_size=shape.sizes.tensor):
+        log.logger.warning(warning)
 
 
 def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
     """Raise MachineError unless the run folder can be written and has room for its checkpoints."""
     from pipeline.planning.flops import num_parameters
 
+    # The folder is made when the run begins; what is there already must take a file, which gets no
+    # name, or loses it at once.
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another rank may have been faster
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise MachineError(
             f"the run folder {run_dir} cannot be written ({error.strerror}). "
             "Choose another with runs_dir=... or name=..."
         ) from None
     size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(cfg.model, shape.vocab_size)
-    free = shutil.disk_usage(run_dir).free
+    free = shutil.disk_usage(there).free
     if free < 2 * size:  # the newest checkpoint and the one being written
         raise MachineError(
             f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model "

@@ -141,6 +141,17 @@ def lab(one_lab):
     return one_lab
 
 
+def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
+    """sbatch of the same line twice, on two nodes that share the disk: the first must not notice the second."""
+    first = lab.submit("twice", options=("--nodes=1",), plant="step_s=1")
+    lab.wait_for_step(first, "twice", 3)
+    second = lab.submit("twice", options=("--nodes=1",))
+    assert second.wait_for_end(START_S) == "FAILED", second.log()
+    assert "is in use by process" in second.log() and f"Slurm job {first.id}" in second.log()
+    assert first.wait_for_end(START_S) == "COMPLETED", first.log()
+    lab.expect_undisturbed("twice")
+
+
 def test_tensor_and_pipeline_parallel_over_two_nodes_equals_one_machine(lab):
     job = lab.submit(
         "layout", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "tracking.wandb=disabled",
