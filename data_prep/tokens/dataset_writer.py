@@ -27,6 +27,7 @@ from data_prep.jobs import (
     marked,
     read_markers,
 )
+from data_prep.tokens.held_out import ensure_held_out
 from data_prep.tokens.shard_writer import Part, copy_parts
 from pipeline.data import shard_format as fmt
 from pipeline.data.tokenizer import Tokenizer
@@ -34,9 +35,8 @@ from pipeline.errors import DataError
 from pipeline.files import sha256_of, sync_folder, whole_file, write_durably
 from pipeline.log import logger
 
-JOIN_TOKENS = (
-    fmt.SHARD_TOKENS // 8
-)  # neighbouring parts are joined up to this size; larger ones are only renamed
+# Neighbouring parts are joined up to this size; larger ones are only renamed.
+JOIN_TOKENS = fmt.SHARD_TOKENS // 8
 SUMMARY_FILE = "summary.json"
 
 
@@ -62,19 +62,17 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         rejects = Counter[str]()
         for result in results:
             rejects.update(result["rejects"])
+        _check_documents(output, results, rejects, max_rejected_fraction)
+        results, note = ensure_held_out(output, results, facts, parts_folder(output))
         splits = {name: _gather(results, name) for name in results[0]["splits"]}
-        documents = sum(part.documents for parts, _ in splits.values() for part in parts)
-        check_rejected(documents, rejects, max_rejected_fraction)
-        if not documents:
-            raise DataError(
-                f"{output}: the input has no documents ({dict(rejects) or 'every file is empty'})."
-            )
         _join_rejects(output, facts["units"])
         totals = {
             name: _make_dataset(output, name, facts["tokenizer"], parts, text_bytes)
             for name, (parts, text_bytes) in splits.items()
         }
-        summary = totals | {"rejects": dict(sorted(rejects.items()))}
+        summary: dict[str, Any] = totals | {"rejects": dict(sorted(rejects.items()))}
+        if note:
+            summary["held_out"] = note
         content = (json.dumps(summary, indent=1) + "\n").encode()
         write_durably(output / SUMMARY_FILE, content, scratch=output / WORK_FOLDER)
         close_job(output)
@@ -87,6 +85,19 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         logger.warning(
             f"{rejects.total()} documents were rejected: {dict(rejects)}; see "
             f"{output / 'rejects.jsonl'}"
+        )
+
+
+def _check_documents(
+    output: Path, results: list[dict[str, Any]], rejects: Counter[str], fraction: float
+) -> None:
+    """Refuse a job without documents, or with too many that were rejected."""
+    splits = [split for result in results for split in result["splits"].values()]
+    documents = sum(part["documents"] for split in splits for part in split["parts"])
+    check_rejected(documents, rejects, fraction)
+    if not documents:
+        raise DataError(
+            f"{output}: the input has no documents ({dict(rejects) or 'every file is empty'})."
         )
 
 

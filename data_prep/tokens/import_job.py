@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.sources.inputs import InputConfig, find_files
 from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
 from data_prep.tokens import dataset_writer
-from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids, is_held_out
+from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids
 from pipeline.data.shard_format import TokenizerIdentity, token_dtype
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
@@ -117,15 +117,17 @@ def import_unit(
             _check_ids(stream, tokenizer, place)
             kept, left_out = _drop_empty(stream, tokenizer.eod)
             empty += left_out
-            parts = _split(kept, tokenizer.eod, validation_fraction)
-            for name, tokens in zip(SPLITS, parts):
+            is_validation = np.zeros(len(kept), bool)
+            if validation_fraction:
+                is_validation = _choose(kept, tokenizer.eod, writer, place, token_byte_lengths)
+            for name, tokens in zip(SPLITS, (kept[~is_validation], kept[is_validation])):
                 if len(tokens):
                     starts = np.flatnonzero(_begins(tokens, tokenizer.eod))
                     text_bytes = _text_bytes(tokens, starts, token_byte_lengths)
                     ids = [place] * len(starts)
                     writer.add(name, tokens.astype(dtype), starts, ids, text_bytes)
-        splits = writer.close()
-    return {"splits": splits, "rejects": {"empty": empty} if empty else {}}
+        result = writer.close()
+    return result | {"rejects": {"empty": empty} if empty else {}}
 
 
 def _streams(documents: Iterator[np.ndarray], eod: int) -> Iterator[np.ndarray]:
@@ -171,13 +173,18 @@ def _check_ids(tokens: np.ndarray, tokenizer: TokenizerIdentity, place: str) -> 
         )
 
 
-def _split(tokens: np.ndarray, eod: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation): whole documents, by the digest of their ids."""
-    if not fraction:
-        return tokens, tokens[:0]
+def _choose(
+    tokens: np.ndarray, eod: int, writer: UnitWriter, place: str, lengths: np.ndarray
+) -> np.ndarray:
+    """(n,) bool: the token is of a document that is held out, by the digest of its ids."""
     ends = np.flatnonzero(tokens == eod)
     starts = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
-    digests = [digest_ids(tokens[a:b]) for a, b in zip(starts.tolist(), ends.tolist())]
-    held_out = np.array([is_held_out(digest, fraction) for digest in digests], bool)
-    is_validation = np.repeat(held_out, ends + 1 - starts)
-    return tokens[~is_validation], tokens[is_validation]
+    first = np.zeros(1, np.int64)
+    held_out = [
+        writer.split_of(
+            digest_ids(tokens[a:b]), place, partial(_text_bytes, tokens[a : b + 1], first, lengths)
+        )
+        == "validation"
+        for a, b in zip(starts.tolist(), ends.tolist())
+    ]
+    return np.repeat(np.array(held_out, bool), ends + 1 - starts)

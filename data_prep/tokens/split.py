@@ -6,6 +6,7 @@ document -> digest of its content -> below fraction * 2^64: validation, else tra
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,14 @@ class UnitWriter:
     """
 
     def __init__(
-        self, folder: Path, *, number: int, source: str, dtype: np.dtype, fraction: float
+        self,
+        folder: Path,
+        *,
+        number: int,
+        source: str,
+        dtype: np.dtype,
+        fraction: float,
+        stem: str = "",
     ) -> None:
         """Write into `folder`.
 
@@ -65,11 +73,15 @@ class UnitWriter:
             source: label of the unit.
             dtype: of the tokens.
             fraction: share that is held out; 0: there is no validation split.
+            stem: of the names of the parts; empty: the number.
         """
+        self._fraction = fraction
+        self._num_train = 0
+        self._nearest: dict[str, Any] | None = None
         self._writers = {
             name: PartWriter(
                 folder,
-                stem=f"{number:08d}-{name}",
+                stem=f"{stem or f'{number:08d}'}-{name}",
                 key=number * PARTS_PER_KEY_RANGE,
                 source=source,
                 dtype=dtype,
@@ -89,6 +101,30 @@ class UnitWriter:
         """Remove unfinished parts, if an error ended the block."""
         self._stack.__exit__(*error)
 
+    def split_of(self, digest: int, name: str, size: Callable[[], int]) -> str:
+        """The split of the unit's next document.
+
+        The train documents that come nearest to being held out are noted in the marker: one of a
+        small corpus may have to be (held_out.py).
+
+        Args:
+            digest: of its content.
+            name: its id.
+            size: gives the UTF-8 bytes of its text.
+        """
+        if is_held_out(digest, self._fraction):
+            return "validation"
+        place, self._num_train = self._num_train, self._num_train + 1
+        nearest = self._nearest
+        if self._fraction and (nearest is None or digest <= nearest["digest"]):
+            if nearest is None or digest < nearest["digest"]:
+                nearest = {"digest": digest, "documents": [], "ids": [], "text_bytes": 0}
+                self._nearest = nearest
+            nearest["documents"].append(place)
+            nearest["ids"].append(name)
+            nearest["text_bytes"] += size()
+        return "train"
+
     def add(
         self, split: str, tokens: np.ndarray, starts: np.ndarray, ids: list[str], text_bytes: int
     ) -> None:
@@ -105,11 +141,12 @@ class UnitWriter:
         self._text_bytes[split] += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish all parts; `splits` of the unit's marker."""
-        return {
+        """Finish all parts; `splits` and `nearest` of the unit's marker."""
+        splits = {
             name: {
                 "parts": [part.as_json() for part in writer.close()],
                 "text_bytes": self._text_bytes[name],
             }
             for name, writer in self._writers.items()
         }
+        return {"splits": splits, "nearest": self._nearest}

@@ -28,7 +28,7 @@ from data_prep.sources.inputs import InputConfig, Unit, find_units
 from data_prep.sources.rejects import Document, Rejects
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
-from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text, is_held_out
+from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text
 from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
@@ -149,11 +149,11 @@ def tokenize_unit(
         batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}
         for document in read_documents(unit, cfg, rejects):
             digest = digest_text(document.text) if cfg.validation_fraction else 0
-            held_out = is_held_out(digest, cfg.validation_fraction)
-            batches[SPLITS[held_out]].add(document)
+            size = partial(_text_bytes, document.text)
+            batches[writer.split_of(digest, document.id, size)].add(document)
         for batch in batches.values():
             batch.flush()
-        result = {"splits": writer.close()}
+        result = writer.close()
     if rejects.rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.rows)
         write_durably(
@@ -161,6 +161,10 @@ def tokenize_unit(
             lines.encode("utf-8", "backslashreplace"),
         )
     return result | {"rejects": dict(Counter(row["reason"] for row in rejects.rows))}
+
+
+def _text_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class _Batch:
@@ -194,9 +198,7 @@ class _Batch:
         is_text = np.ones(len(tokens), bool)
         is_text[ends - 1] = False
         tokens[is_text] = ids
-        text_bytes = sum(
-            len(text) if text.isascii() else len(text.encode()) for text in self._texts
-        )
+        text_bytes = sum(map(_text_bytes, self._texts))
         self._writer.add(self._split, tokens, ends - lengths - 1, self._ids, text_bytes)
         self._texts, self._ids, self._waiting = [], [], 0
 

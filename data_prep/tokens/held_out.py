@@ -1,0 +1,167 @@
+"""A held-out set for a corpus so small that no document fell into it.
+
+    markers: each unit's train documents with the lowest digest
+    -> those with the lowest of all, as if validation_fraction were just large enough; copies go along
+    -> is nothing left to train on? -> the tail of the last document
+
+At validation_fraction=0.005 three hundred documents leave nothing for validation once in five
+corpora. The choice follows from the markers alone; the parts of the units it touches are written
+anew under other names, and a record says that they are whole, so that this may be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.jobs import WORK_FOLDER
+from data_prep.tokens.shard_writer import Part
+from data_prep.tokens.split import UnitWriter
+from pipeline.data import shard_format as fmt
+from pipeline.data.manifest import map_block
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.files import write_durably
+from pipeline.log import logger
+
+RECORD = "held_out.json"
+TAIL_TOKENS = 1024  # of an only document, at least, but no more than a tenth of it
+
+
+def ensure_held_out(
+    output: Path, results: list[dict[str, Any]], facts: dict[str, Any], parts: Path
+) -> tuple[list[dict[str, Any]], str]:
+    """The units' results, with at least one document in `validation` if there is to be such a set,
+    and a sentence that says what was done for it; empty: nothing.
+
+    Args:
+        output: of the job.
+        results: markers of all units; they have documents.
+        facts: of job.json.
+        parts: folder of the units' parts.
+    """
+    record = output / WORK_FOLDER / RECORD
+    if not record.exists():
+        if "validation" not in results[0]["splits"] or _documents(results, "validation"):
+            return results, ""
+        write_durably(record, json.dumps(_choose(results, facts, parts)).encode())
+    content = json.loads(record.read_bytes())
+    logger.warning(f"{output}: {content['note']}")
+    new = content["splits"]
+    changed = [r | {"splits": new.get(str(i), r["splits"])} for i, r in enumerate(results)]
+    return changed, content["note"]
+
+
+def _documents(results: list[dict[str, Any]], split: str) -> int:
+    """Documents of a split."""
+    return sum(part["documents"] for r in results for part in r["splits"][split]["parts"])
+
+
+def _choose(results: list[dict[str, Any]], facts: dict[str, Any], parts: Path) -> dict[str, Any]:
+    """{splits: {unit: new `splits` of its marker}, note: what was done}."""
+    fraction, total = facts["validation_fraction"], _documents(results, "train")
+    why = f"none of {total} documents fell into validation_fraction={fraction}; "
+    noted = {i: result["nearest"] for i, result in enumerate(results) if result.get("nearest")}
+    lowest = min(nearest["digest"] for nearest in noted.values())
+    chosen = {i: nearest for i, nearest in noted.items() if nearest["digest"] == lowest}
+    ids = [i for nearest in chosen.values() for i in nearest["ids"]]
+    if len(ids) == total:
+        return _hold_out_tail(max(noted), results, facts, parts, why)
+    splits = {}
+    for number, nearest in chosen.items():
+        rewriter = _Rewriter(number, results[number], facts, parts)
+        is_validation = np.zeros(len(rewriter.ends), bool)
+        is_validation[nearest["documents"]] = True
+        splits[str(number)] = rewriter.divide(is_validation, nearest["text_bytes"], nearest["ids"])
+    what = f"{ids[0]}" + f" and {len(ids) - 1} of the same digest" * (len(ids) > 1)
+    return {"splits": splits, "note": f"{why}held out is the next by its digest: {what}"}
+
+
+def _hold_out_tail(
+    number: int, results: list[dict[str, Any]], facts: dict[str, Any], parts: Path, why: str
+) -> dict[str, Any]:
+    """The end of a unit's last document becomes a document of its own."""
+    rewriter = _Rewriter(number, results[number], facts, parts)
+    eod = facts["tokenizer"]["eod"]
+    begin, end = rewriter.starts[-1], rewriter.ends[-1] - 1  # without its end mark
+    size = int(end - begin)
+    if size < 2:
+        return {"splits": {}, "note": f"{why}a document of {size} token cannot be divided"}
+    share = int(size * facts["validation_fraction"])
+    tail = max(share, min(size // 10, TAIL_TOKENS), 1)
+    cut = end - tail
+    rewriter.insert_end(cut, eod)
+    is_validation = np.zeros(len(rewriter.ends), bool)
+    is_validation[-1] = True
+    tokenizer = Tokenizer((parts.parent / "tokenizer.json").read_bytes(), path="", eod=eod)
+    text_bytes = int(tokenizer.token_byte_lengths()[rewriter.tokens[cut + 1 :]].sum())
+    name = results[number]["nearest"]["ids"][-1]
+    note = f"{why}held out are the last {tail} of {size} tokens of {name}"
+    return {
+        "splits": {str(number): rewriter.divide(is_validation, text_bytes, [name])},
+        "note": note,
+    }
+
+
+class _Rewriter:
+    """The train documents of a unit, read back from its parts."""
+
+    def __init__(self, number: int, result: dict[str, Any], facts: dict[str, Any], parts: Path):
+        self._number, self._parts_folder, self._eod = number, parts, facts["tokenizer"]["eod"]
+        self._fraction = facts["validation_fraction"]
+        self._old = result["splits"]["train"]
+        self._parts = [Part(**part) for part in self._old["parts"]]
+        self._dtype = fmt.token_dtype(facts["tokenizer"]["vocab_size"])
+        rows = [
+            (part, np.array([tuple(r)], fmt.INDEX_DTYPE)[0])
+            for part in self._parts
+            for r in part.blocks
+        ]
+        blocks = [map_block(str(parts / p.name), row, self._dtype)[0] for p, row in rows]
+        self.tokens = np.concatenate(blocks)
+        self._find()
+
+    def _find(self) -> None:
+        """Where documents start and end; every train document of a unit ends in it."""
+        self.ends = np.flatnonzero(self.tokens == self._eod) + 1
+        self.starts = np.concatenate(([0], self.ends[:-1]))
+
+    def insert_end(self, place: int, eod: int) -> None:
+        """Divide the document at a place."""
+        self.tokens = np.insert(self.tokens, place, eod)
+        self._find()
+
+    def divide(self, is_validation: np.ndarray, text_bytes: int, ids: list[str]) -> dict[str, Any]:
+        """Write new parts; `splits` of the unit's marker.
+
+        Args:
+            is_validation: (documents,) bool.
+            text_bytes: of these documents.
+            ids: of these documents, for provenance. The train parts keep the bounds they had.
+        """
+        token_is_validation = np.repeat(is_validation, self.ends - self.starts)
+        rest = self._old["text_bytes"] - text_bytes
+        bounds = [self._parts[0].inputs[0], self._parts[-1].inputs[-1]]
+        with UnitWriter(
+            self._parts_folder,
+            number=self._number,
+            source=self._parts[0].source,
+            dtype=self._dtype,
+            fraction=self._fraction,
+            stem=f"{self._number:08d}-divided",
+        ) as writer:
+            for name, mask, size in (
+                ("train", ~token_is_validation, rest),
+                ("validation", token_is_validation, text_bytes),
+            ):
+                tokens = self.tokens[mask]
+                if len(tokens):
+                    starts = np.flatnonzero(np.concatenate(([True], tokens[:-1] == self._eod)))
+                    writer.add(name, tokens, starts, [], size)
+            splits = writer.close()["splits"]
+        for name, inputs in (("train", bounds), ("validation", [ids[0], ids[-1]])):
+            for part in splits[name]["parts"]:
+                part["inputs"] = inputs
+        return splits

@@ -1,0 +1,163 @@
+"""A small corpus has a held-out set too: the same for any workers, tasks and kills."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import import_tokens
+from data_prep.tokens.browse import read_document
+from data_prep.tokens.check import find_faults
+from data_prep.tokens.split import digest_text, is_held_out
+from data_prep.tokens.tokenize_job import TokenizeConfig, main
+from pipeline import cli
+from pipeline.data.manifest import Manifest
+from pipeline.data.tokenizer import Tokenizer
+from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+
+FRACTION = 1e-5  # no text of make_texts(300) falls into it
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.from_file(make_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer.json"))
+
+
+def tokenize(folder, tokenizer, texts, *words, name="out", fraction=FRACTION):
+    write_jsonl(folder / "in.jsonl", texts)
+    places = [f"input={folder}/in.jsonl", f"output={folder}/{name}", f"tokenizer={tokenizer.path}"]
+    words = [f"validation_fraction={fraction}", "unit_mb=0.02", *(words or ["workers=1"])]
+    main(cli.compose(TokenizeConfig, [*places, *words], config="tokenize"))
+    return folder / name
+
+
+def texts_of(output, split, tokenizer):
+    assert list(find_faults(str(output / split), workers=1)) == []
+    manifest = Manifest.load(output / split)
+    texts = [tokenizer.decode(read_document(manifest, n)[:-1]) for n in range(manifest.documents)]
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
+    return texts
+
+
+def note_of(output):
+    return json.loads((output / "summary.json").read_text())["held_out"]
+
+
+def files(output):
+    paths = (p for p in output.rglob("*") if p.is_file() and p.name != "job.json")
+    return {str(p.relative_to(output)): p.read_bytes() for p in paths}
+
+
+@pytest.mark.parametrize("count", [2, 3, 30, 300])
+def test_the_document_with_the_lowest_digest_is_held_out(tmp_path, tokenizer, count, capsys):
+    """As if the fraction were just large enough: a larger one holds out the same and more."""
+    texts = make_texts(count)
+    assert not any(is_held_out(digest_text(text), FRACTION) for text in texts)
+    output = tokenize(tmp_path, tokenizer, texts)
+    chosen = min(texts, key=digest_text)
+    assert texts_of(output, "validation", tokenizer) == [chosen]
+    assert texts_of(output, "train", tokenizer) == [text for text in texts if text != chosen]
+    note = (
+        f"none of {count} documents fell into validation_fraction={FRACTION}; held out is the next"
+    )
+    assert note in note_of(output)
+    assert note in capsys.readouterr().err
+    lines = (output / "validation/provenance.jsonl").read_text()
+    assert lines.count(f"{tmp_path}/in.jsonl@") == 2
+
+
+def test_an_only_document_is_divided(tmp_path, tokenizer):
+    text = "".join(make_texts(40))
+    output = tokenize(tmp_path, tokenizer, [text])
+    train, validation = (texts_of(output, split, tokenizer) for split in ("train", "validation"))
+    assert len(train) == len(validation) == 1
+    assert train[0] + validation[0] == text
+    size = len(tokenizer.encode(text))
+    assert len(tokenizer.encode(validation[0])) in range(size // 10 - 5, size // 10 + 5)
+    assert f"held out are the last {size // 10} of {size} tokens" in note_of(output)
+
+
+def test_copies_are_held_out_together(tmp_path, tokenizer):
+    texts = make_texts(60)
+    chosen = min(texts, key=digest_text)
+    texts = [*texts, chosen, *make_texts(80)[60:], chosen]
+    output = tokenize(tmp_path, tokenizer, texts)
+    least = min(texts, key=digest_text)
+    held_out = texts_of(output, "validation", tokenizer)
+    assert held_out == [least] * texts.count(least)
+    assert least not in texts_of(output, "train", tokenizer)
+
+
+def test_only_copies_of_one_document_leave_something_to_train_on(tmp_path, tokenizer):
+    text = make_texts(40)[39]
+    output = tokenize(tmp_path, tokenizer, [text] * 5)
+    train = texts_of(output, "train", tokenizer)
+    (tail,) = texts_of(output, "validation", tokenizer)
+    assert train[:4] == [text] * 4 and train[4] + tail == text
+
+
+def test_a_document_of_one_token_stays_whole(tmp_path, tokenizer):
+    output = tokenize(tmp_path, tokenizer, ["x"])
+    assert texts_of(output, "train", tokenizer) == ["x"]
+    assert Manifest.load(output / "validation").documents == 0
+    assert "a document of 1 token cannot be divided" in note_of(output)
+
+
+def test_without_a_fraction_nothing_is_held_out(tmp_path, tokenizer):
+    output = tokenize(tmp_path, tokenizer, make_texts(3), fraction=0)
+    assert texts_of(output, "train", tokenizer) == make_texts(3)
+    assert not (output / "validation").exists()
+
+
+@pytest.mark.parametrize("texts", [make_texts(120), ["".join(make_texts(40))]], ids=["many", "one"])
+def test_bytes_do_not_depend_on_workers_tasks_or_kills(tmp_path, tokenizer, texts, monkeypatch):
+    expected = files(tokenize(tmp_path, tokenizer, texts, name="reference"))
+    assert expected["validation/manifest.json"]
+    assert files(tokenize(tmp_path, tokenizer, texts, "workers=2", name="two")) == expected
+    for task in (2, 0, 1):
+        words = ("workers=1", f"task={task}", "num_tasks=3")
+        tokenize(tmp_path, tokenizer, texts, *words, name="tasks")
+    assert files(tmp_path / "tasks") == expected
+    replace = os.replace
+    for limit in range(100):
+        left = [limit]
+
+        def dies(source, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= Path(target).parent.name != "tokenize"  # the units' own markers
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dies)
+        try:
+            tokenize(tmp_path, tokenizer, texts, name="killed")
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "killed/summary.json").exists()
+    assert limit > 8
+    assert files(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_imported_tokens_have_a_held_out_set_too(tmp_path, tokenizer, count):
+    texts = make_texts(45)[-count:]
+    stream = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eod]]
+    np.array(stream, "<u2").tofile(tmp_path / "a.bin")
+    words = [
+        f"input={tmp_path}/a.bin",
+        f"output={tmp_path}/out",
+        f"tokenizer={tokenizer.path}",
+        f"validation_fraction={FRACTION}",
+        "workers=1",
+    ]
+    import_tokens.main(cli.compose(import_tokens.ImportConfig, words, config="import_tokens"))
+    train, validation = (
+        texts_of(tmp_path / "out", split, tokenizer) for split in ("train", "validation")
+    )
+    assert len(validation) == 1
+    if count == 1:
+        assert train[0] + validation[0] == texts[0]
+    else:
+        assert sorted(train + validation) == sorted(texts)
