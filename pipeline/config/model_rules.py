@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.config.choices import NormPlacement, Position, RopeScaling
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width
+from pipeline.config.model_shape import resolve
 from pipeline.config.training import ParallelConfig
 
 
@@ -23,14 +23,15 @@ def head_width_fits(model: ModelConfig) -> Iterator[str]:
 
 def rotary_fits(model: ModelConfig) -> Iterator[str]:
     """Rotary positions turn pairs."""
-    if model.position is Position.rope and head_width(model) % 2:
-        yield f"rotary positions need an even head_dim, not {head_width(model)}."
+    width = resolve(model).head_dim
+    if model.position is Position.rope and width % 2:
+        yield f"rotary positions need an even head_dim, not {width}."
 
 
 def groups_fit(model: ModelConfig) -> Iterator[str]:
     """Each key/value head serves as many attention heads."""
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    if groups is not None and heads % groups:
+    heads, groups = model.num_attention_heads, resolve(model).num_query_groups
+    if heads % groups:
         yield (
             f"model.num_attention_heads ({heads}) must be a multiple of model.num_query_groups "
             f"({groups})."
@@ -76,11 +77,11 @@ def vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator
 
 def tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Every matrix is cut into equal parts."""
-    size, heads = parallel.tensor_parallel_size, model.num_attention_heads
+    size, shape = parallel.tensor_parallel_size, resolve(model)
     parts = {
-        "num_attention_heads": heads,
-        "num_query_groups": model.num_query_groups or heads,
-        "ffn_hidden_size": ffn_width(model),
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "ffn_hidden_size": shape.ffn_hidden_size,
     }
     fits = [t for t in range(1, size) if not any(value % t for value in parts.values())]
     for name, value in parts.items():

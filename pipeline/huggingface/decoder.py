@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.choices import RopeScaling
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width
+from pipeline.config.model_shape import resolve
 from pipeline.huggingface.rules import (
     Mapping,
     Rule,
@@ -26,12 +26,12 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 def llama(model: ModelConfig) -> Mapping:
     """LlamaForCausalLM, or Qwen3ForCausalLM where queries and keys are normalised."""
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    sizes = resolve(model)
     config = {
         "model_type": "qwen3" if model.qk_norm else "llama",
         **decoder_config(model),
-        "intermediate_size": ffn_width(model),
-        "attention_bias": model.bias or qkv_bias,
+        "intermediate_size": sizes.ffn_hidden_size,
+        "attention_bias": model.bias or sizes.qkv_bias,
     }
     if not model.qk_norm:
         config["mlp_bias"] = model.bias
@@ -45,10 +45,10 @@ def llama(model: ModelConfig) -> Mapping:
                 Rule(f"{at}.linear_fc1.{kind}", gated, lambda w: list(w.chunk(2)), concatenate)
             )
             rules.append(Rule(f"{at}.linear_fc2.{kind}", (f"{there}.down_proj.{kind}",)))
-        if qkv_bias and not model.bias:  # their switch covers the output projection too
+        if sizes.qkv_bias and not model.bias:  # their switch covers the output projection too
             zeros[f"model.layers.{i}.self_attn.o_proj.bias"] = (model.hidden_size,)
-        elif model.bias and not qkv_bias:
-            width, groups = head_width(model), model.num_query_groups or model.num_attention_heads
+        elif model.bias and not sizes.qkv_bias:
+            width, groups = sizes.head_dim, sizes.num_query_groups
             for kind, heads in (("q", model.num_attention_heads), ("k", groups), ("v", groups)):
                 zeros[f"model.layers.{i}.self_attn.{kind}_proj.bias"] = (heads * width,)
     architecture = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
@@ -69,8 +69,8 @@ def decoder_config(model: ModelConfig) -> dict[str, Any]:
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
-        "head_dim": head_width(model),
+        "num_key_value_heads": resolve(model).num_query_groups,
+        "head_dim": resolve(model).head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,

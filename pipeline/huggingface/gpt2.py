@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.choices import Activation
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width
+from pipeline.config.model_shape import resolve
 from pipeline.huggingface.rules import (
     Join,
     Mapping,
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 
 def gpt2(model: ModelConfig) -> Mapping:
     """GPT2LMHeadModel of a model that it computes."""
-    hidden, ffn = model.hidden_size, ffn_width(model)
+    hidden, ffn = model.hidden_size, resolve(model).ffn_hidden_size
     config = {
         "model_type": "gpt2",
         "vocab_size": model.vocab_size,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from pipeline.config.choices import Activation, Init, Normalization, NormPlacement, Position
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import head_width
+from pipeline.config.model_shape import resolve
 from pipeline.errors import ConfigError
 from pipeline.huggingface.decoder import llama
 from pipeline.huggingface.gpt2 import gpt2
@@ -40,7 +40,7 @@ def mapping_for(model: ModelConfig) -> Mapping:
 
 def _obstacles(model: ModelConfig, *, is_gpt2: bool) -> Iterator[str]:
     """What GPT2LMHeadModel, or the Llama family, cannot compute."""
-    groups = model.num_query_groups or model.num_attention_heads
+    groups, head_dim = resolve(model).num_query_groups, resolve(model).head_dim
     if model.norm_placement is NormPlacement.post:
         yield "model.norm_placement=post"
     if model.parallel_residual:
@@ -56,8 +56,8 @@ def _obstacles(model: ModelConfig, *, is_gpt2: bool) -> Iterator[str]:
             yield f"GPT-2 has no grouped queries (model.num_query_groups={groups})"
         if model.qk_norm:
             yield "GPT-2 has no model.qk_norm"
-        if head_width(model) * model.num_attention_heads != model.hidden_size:
-            heads = f"{head_width(model)} * {model.num_attention_heads}"
+        if head_dim * model.num_attention_heads != model.hidden_size:
+            heads = f"{head_dim} * {model.num_attention_heads}"
             yield (
                 "GPT-2 needs head_dim * num_attention_heads = hidden_size "
                 f"({model.hidden_size}), not {heads}"
@@ -78,7 +78,7 @@ def _obstacles(model: ModelConfig, *, is_gpt2: bool) -> Iterator[str]:
         yield "Qwen3 and Mixtral have no biases in the MLP (model.bias=true)"
     if model.moe.num_experts and model.moe.top_k == 1 and not model.qk_norm:
         yield "Mixtral gives a single chosen expert the weight 1 (model.moe.top_k=1)"
-    if model.moe.num_experts and not model.qk_norm and model.qkv_bias:
+    if model.moe.num_experts and not model.qk_norm and resolve(model).qkv_bias:
         yield "Mixtral has no model.qkv_bias"
     if model.moe.shared_expert_ffn_hidden_size:
         yield "a shared expert without a gate (model.moe.shared_expert_ffn_hidden_size)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width
+from pipeline.config.model_shape import resolve
 from pipeline.huggingface.decoder import decoder_config, decoder_rules
 from pipeline.huggingface.rules import Mapping, Rule, concatenate, head_rules, tie
 
@@ -13,7 +13,7 @@ def mixture(model: ModelConfig) -> Mapping:
 
     Several chosen experts' weights are renormalised, a single one keeps its weight among all.
     """
-    ffn = model.moe.ffn_hidden_size or ffn_width(model)
+    ffn = resolve(model).ffn_hidden_size
     is_qwen = model.qk_norm
     config = {
         "model_type": "qwen3_moe" if is_qwen else "mixtral",
@@ -29,7 +29,7 @@ def mixture(model: ModelConfig) -> Mapping:
             "norm_topk_prob": model.moe.top_k > 1,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "attention_bias": bool(model.qkv_bias),
+            "attention_bias": resolve(model).qkv_bias,
         }
     else:
         config |= {"num_local_experts": model.moe.num_experts, "sliding_window": None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config.choices import Position, RopeScaling
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width
+from pipeline.config.model_shape import resolve
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.settings import read_model_config
@@ -143,10 +143,8 @@ class HuggingFaceWeights:
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Settings that must agree, with their defaults worked out."""
     values = {key: value for key, value in dataclasses.asdict(model).items() if key not in FREE}
-    values["head_dim"] = head_width(model)
-    values["num_query_groups"] = model.num_query_groups or model.num_attention_heads
-    values["ffn_hidden_size"] = ffn_width(model)
-    values["qkv_bias"] = model.bias if model.qkv_bias is None else model.qkv_bias
+    sizes = dataclasses.asdict(resolve(model))
+    values |= {key: size for key, size in sizes.items() if key in values}
     experts = ["num_experts"]
     experts += ["top_k", "shared_expert_ffn_hidden_size"] if model.moe.num_experts else []
     values |= {f"moe.{key}": getattr(model.moe, key) for key in experts}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import head_width
+from pipeline.config.model_shape import resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class Mapping:
 
 def has_bias(model: ModelConfig, layer: str) -> bool:
     """Whether a layer of ours, by the end of its canonical name, has a bias."""
-    return model.qkv_bias if layer.endswith("qkv") and model.qkv_bias is not None else model.bias
+    return resolve(model).qkv_bias if layer.endswith("qkv") else model.bias
 
 
 def tie(model: ModelConfig) -> dict[str, bool]:
@@ -71,8 +71,9 @@ def split_and_join_qkv(model: ModelConfig) -> tuple[Split, Join]:
 
     For weights (rows, hidden_size) and biases (rows,).
     """
-    groups = model.num_query_groups or model.num_attention_heads
-    queries, width = model.num_attention_heads // groups, head_width(model)
+    sizes = resolve(model)
+    groups, width = sizes.num_query_groups, sizes.head_dim
+    queries = model.num_attention_heads // groups
 
     def split(whole: Tensor) -> list[Tensor]:
         grouped = whole.reshape(groups, queries + 2, width, *whole.shape[1:])

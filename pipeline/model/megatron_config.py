@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config.choices import Activation, Init, Normalization
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model_shape import resolve
 from pipeline.config.training import ParallelConfig
 
 PER_SEQUENCE = "seq_aux_loss"  # megatron-core's name for the load-balancing loss of experts.py
@@ -34,7 +34,7 @@ ACTIVATIONS = {
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """megatron-core's configuration of one block; model/initial_values.py fills the weights."""
-    on_cpu = not torch.cuda.is_available()
+    on_cpu, sizes = not torch.cuda.is_available(), resolve(model)
     moe: dict[str, Any] = {}
     if model.moe.num_experts:
         moe = {
@@ -43,7 +43,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             # The softmax over one chosen expert is always 1: nothing would teach the router
             # (arXiv:2101.03961).
             "moe_router_pre_softmax": model.moe.top_k == 1,
-            "moe_ffn_hidden_size": ffn_width(model),
+            "moe_ffn_hidden_size": sizes.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": model.moe.shared_expert_ffn_hidden_size or None,
             "moe_router_load_balancing_type": PER_SEQUENCE if model.moe.aux_loss_coeff else "none",
             "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
@@ -58,13 +58,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups or model.num_attention_heads,
-            kv_channels=head_width(model),
-            ffn_hidden_size=ffn_width(model),
+            num_query_groups=sizes.num_query_groups,
+            kv_channels=sizes.head_dim,
+            ffn_hidden_size=sizes.ffn_hidden_size,
             activation_func=ACTIVATIONS[model.activation],
-            gated_linear_unit=is_gated(model),
+            gated_linear_unit=sizes.is_gated,
             add_bias_linear=model.bias,
-            add_qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
+            add_qkv_bias=sizes.qkv_bias,
             normalization="RMSNorm"
             if model.normalization is Normalization.rmsnorm
             else "LayerNorm",
@@ -72,7 +72,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             qk_layernorm=model.qk_norm,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
-            softmax_scale=1.0 / head_width(model) if model.init is Init.mup else None,
+            softmax_scale=1.0 / sizes.head_dim if model.init is Init.mup else None,
             tensor_model_parallel_size=parallel.tensor_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
             use_cpu_initialization=on_cpu,

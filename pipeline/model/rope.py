@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.choices import RopeScaling
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import head_width
+from pipeline.config.model_shape import resolve
 
 
 class RopeTable:
@@ -49,7 +49,7 @@ def rope_table(model: ModelConfig) -> RopeTable:
     by the factor, short ones kept, with a linear blend between original / 1 and original / 4.
     """
     # device="cpu" also under torch.device("cuda"): every device rounds the powers alike.
-    width = head_width(model)
+    width = resolve(model).head_dim
     frequencies = 1.0 / model.rope_theta ** (
         torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     )

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model_shape import resolve
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
     """Relative cost of [embedding, blocks..., head]: a lookup is almost free, a product is not."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    width = head_width(model)
-    projections = hidden * width * (2 * heads + 2 * (model.num_query_groups or heads))
+    hidden, heads, sizes = model.hidden_size, model.num_attention_heads, resolve(model)
+    width = sizes.head_dim
+    projections = hidden * width * (2 * heads + 2 * sizes.num_query_groups)
     scores = width * heads * seq_len  # causal: half of 2 S per token
     experts = max(1, model.moe.top_k if model.moe.num_experts else 1)
-    mlp = hidden * ffn_width(model) * (3 if is_gated(model) else 2) * experts
+    mlp = hidden * sizes.ffn_hidden_size * sizes.num_mlp_matrices * experts
     block = projections + scores + mlp
     return [0.01, *[1.0] * model.num_layers, padded_vocab_size * hidden / block]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model_shape import resolve
 
 # Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the
 # device's name contains counts, so longer names come first.
@@ -81,7 +81,9 @@ def flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> flo
     """
     weights = model.num_layers * (_attention_weights(model) + _mlp_weights(model, active=True))
     weights += vocab_size * model.hidden_size
-    attention = 12 * model.num_layers * model.num_attention_heads * head_width(model) * seq_len
+    attention = (
+        12 * model.num_layers * model.num_attention_heads * resolve(model).head_dim * seq_len
+    )
     return float(6 * weights + attention)
 
 
@@ -95,32 +97,31 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def _block_parameters(model: ModelConfig) -> int:
-    hidden, heads, width = model.hidden_size, model.num_attention_heads, head_width(model)
-    groups = model.num_query_groups or heads
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    hidden, heads, sizes = model.hidden_size, model.num_attention_heads, resolve(model)
     total = _attention_weights(model) + _mlp_weights(model, active=False) + 2 * _norm(model)
-    if qkv_bias:
-        total += (heads + 2 * groups) * width
+    if sizes.qkv_bias:
+        total += (heads + 2 * sizes.num_query_groups) * sizes.head_dim
     if model.bias:
         total += hidden  # of the attention's output projection
-        total += ffn_width(model) * (2 if is_gated(model) else 1) + hidden  # of a dense MLP
+        total += sizes.ffn_hidden_size * (sizes.num_mlp_matrices - 1) + hidden  # of a dense MLP
     if model.qk_norm:
-        total += 2 * _norm(model) // hidden * width
+        total += 2 * _norm(model) // hidden * sizes.head_dim
     return total
 
 
 def _attention_weights(model: ModelConfig) -> int:
-    groups = model.num_query_groups or model.num_attention_heads
-    return 2 * model.hidden_size * head_width(model) * (model.num_attention_heads + groups)
+    sizes = resolve(model)
+    heads = model.num_attention_heads + sizes.num_query_groups
+    return 2 * model.hidden_size * sizes.head_dim * heads
 
 
 def _mlp_weights(model: ModelConfig, *, active: bool) -> int:
     """Weights of one layer's MLP, or its router and experts; active: those one token passes."""
-    matrices, moe = 3 if is_gated(model) else 2, model.moe
-    one = matrices * model.hidden_size * ffn_width(model)
+    sizes, moe = resolve(model), model.moe
+    one = sizes.num_mlp_matrices * model.hidden_size * sizes.ffn_hidden_size
     if not moe.num_experts:
         return one
-    shared = matrices * model.hidden_size * moe.shared_expert_ffn_hidden_size
+    shared = sizes.num_mlp_matrices * model.hidden_size * moe.shared_expert_ffn_hidden_size
     experts = moe.top_k if active else moe.num_experts
     return experts * one + shared + moe.num_experts * model.hidden_size
 

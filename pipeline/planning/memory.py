@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.choices import OptimizerName, Precision, Recompute
-from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model_shape import resolve
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.errors import ConfigError
@@ -83,19 +83,16 @@ def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight
     """
     model, tensor = cfg.model, shape.sizes.tensor
     wide = 4 if cfg.training.precision is Precision.fp32 else 2
-    tokens, hidden, width = (
+    tokens, hidden, sizes = (
         shape.micro_batch_size * shape.seq_len,
         model.hidden_size,
-        head_width(model),
+        resolve(model),
     )
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    inner = (
-        ffn_width(model)
-        * (3 if is_gated(model) else 2)
-        * (model.moe.top_k if model.moe.num_experts else 1)
-    )
+    heads, groups = model.num_attention_heads, sizes.num_query_groups
+    experts = model.moe.top_k if model.moe.num_experts else 1
+    inner = sizes.ffn_hidden_size * sizes.num_mlp_matrices * experts
     common = 5 * hidden / (tensor if cfg.parallel.sequence_parallel else 1)
-    split = ((2 * heads + 2 * groups) * width + inner) / tensor
+    split = ((2 * heads + 2 * groups) * sizes.head_dim + inner) / tensor
     layer = tokens * wide * (common + split)
     # Every n-th block keeps its input only, and lives again one at a time.
     if cfg.training.recompute is Recompute.full:
@@ -103,7 +100,7 @@ def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight
         again = math.ceil(layers / cfg.training.recompute_every)
         return in_flight * (again * kept + (layers - again) * layer) + layer
     if cfg.training.recompute is Recompute.selective:
-        layer -= tokens * wide * 2 * groups * width / tensor
+        layer -= tokens * wide * 2 * groups * sizes.head_dim / tensor
     return in_flight * layers * layer
 
 

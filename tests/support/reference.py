@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.choices import Activation, Normalization, NormPlacement, Position
-from pipeline.config.model_shape import ffn_width, head_width, is_gated
+from pipeline.config.model_shape import resolve
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.model.initial_values import initialize
@@ -23,13 +23,13 @@ from pipeline.model.partition import Partition
 def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Canonical name -> whole shape, written down from the architecture."""
     model = cfg.model
-    hidden, ffn, width = model.hidden_size, ffn_width(model), head_width(model)
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    sizes = resolve(model)
+    hidden, ffn, width = model.hidden_size, sizes.ffn_hidden_size, sizes.head_dim
+    heads, groups = model.num_attention_heads, sizes.num_query_groups
     norm = ["weight"] + (["bias"] if model.normalization is Normalization.layernorm else [])
     shapes: dict[str, tuple[int, ...]] = {"embedding.word.weight": (vocab_size, hidden)}
     if model.position is Position.learned:
         shapes["embedding.position.weight"] = (model.max_seq_len, hidden)
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
     for i in range(model.num_layers):
         at = f"layers.{i}."
         for name in ("input_layernorm", "pre_mlp_layernorm"):
@@ -38,7 +38,7 @@ def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[in
             groups * (heads // groups + 2) * width,
             hidden,
         )
-        if qkv_bias:
+        if sizes.qkv_bias:
             shapes[f"{at}self_attention.linear_qkv.bias"] = (
                 groups * (heads // groups + 2) * width,
             )
@@ -53,11 +53,11 @@ def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[in
             if model.moe.shared_expert_ffn_hidden_size:
                 mlps["mlp.shared_experts"] = model.moe.shared_expert_ffn_hidden_size
         for name, size in mlps.items():
-            shapes[f"{at}{name}.linear_fc1.weight"] = (size * (2 if is_gated(model) else 1), hidden)
+            shapes[f"{at}{name}.linear_fc1.weight"] = (size * (2 if sizes.is_gated else 1), hidden)
             shapes[f"{at}{name}.linear_fc2.weight"] = (hidden, size)
         if model.bias:
             shapes[f"{at}self_attention.linear_proj.bias"] = (hidden,)
-            shapes[f"{at}mlp.linear_fc1.bias"] = (ffn * (2 if is_gated(model) else 1),)
+            shapes[f"{at}mlp.linear_fc1.bias"] = (ffn * (2 if sizes.is_gated else 1),)
             shapes[f"{at}mlp.linear_fc2.bias"] = (hidden,)
     if model.norm_placement is NormPlacement.pre:
         shapes |= {f"final_norm.{n}": (hidden,) for n in norm}
@@ -145,8 +145,8 @@ class ReferenceGPT:
         batch, size, _ = x.shape
         heads, groups, width = (
             model.num_attention_heads,
-            model.num_query_groups or model.num_attention_heads,
-            head_width(model),
+            resolve(model).num_query_groups,
+            resolve(model).head_dim,
         )
         qkv = self._linear(x, f"{at}self_attention.linear_qkv").view(
             batch, size, groups, heads // groups + 2, width
