@@ -55,6 +55,7 @@ def main(cfg: EvaluateConfig) -> int:
     from pipeline.config.run_shape import derive
     from pipeline.data.datasets import describe
     from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.training.startup import check_same_tokenizer
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
@@ -65,9 +66,9 @@ def main(cfg: EvaluateConfig) -> int:
         )
     cfg.data.train = cfg.data.validation  # whose tokenizer and sizes count
     pretrain, path = _training_config(cfg, ranks.world_size)
-    shape = derive(
-        pretrain, world_size=ranks.world_size, tokenizer_vocab_size=describe(cfg.data).vocab_size
-    )
+    data = describe(cfg.data)
+    shape = derive(pretrain, world_size=ranks.world_size, tokenizer_vocab_size=data.vocab_size)
+    check_same_tokenizer(data, path)
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 

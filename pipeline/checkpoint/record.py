@@ -33,6 +33,8 @@ class RunRecord:
     """Where the data order stands, and of which datasets."""
     guard: dict[str, Any] = field(default_factory=dict)
     """History and ledger of bad steps."""
+    eod: int | None = None
+    """Id of the token that ends the documents of the datasets; None: of an older program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +105,15 @@ class CheckpointRecord(RunRecord):
     def to_json(self) -> str:
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
-                "versions", "saved_at", "state", "loader", "guard", "config", "size_bytes",
+                "versions", "saved_at", "eod", "state", "loader", "guard", "config", "size_bytes",
                 "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
+        if self.eod is None:  # older records do not have the key, and stay as they are
+            del content["eod"]
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def model(self) -> ModelConfig:

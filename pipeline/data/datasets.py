@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
@@ -69,6 +69,8 @@ class DataSummary:
     eod: int
     """Id of the token that ends a document."""
     tokenizer_sha256: str
+    tokenizer_json: bytes = field(repr=False)
+    """The file itself."""
     tokens: int
     """Training tokens of all datasets, one epoch each."""
     identities: dict[str, str]
@@ -93,12 +95,14 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
             _check_tokenizer_file(dataset)
         for dataset in held_out:
             check_has_labels(dataset)
+        tokenizer_json = train[0].tokenizer_path.read_bytes()
     _check_one_tokenizer([*train, *held_out])
     tokenizer = train[0].manifest.tokenizer
     return DataSummary(
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_json=tokenizer_json,
         tokens=sum(int(d.manifest.tokens) for d in train),
         identities={d.path: d.identity for d in [*train, *held_out]},
     )
@@ -191,4 +195,11 @@ def _check_one_tokenizer(datasets: Sequence[Dataset]) -> None:
                 f"with different tokenizers (sha256 {ours} and {theirs}): the same id means "
                 "different text. Prepare one of them again with the other's tokenizer.json "
                 "(data_prep/tokenize.py tokenizer=...)."
+            )
+        ends = first.manifest.tokenizer.eod, other.manifest.tokenizer.eod
+        if ends[0] != ends[1]:
+            raise DataError(
+                f"documents of {first.name} ({first.path}) end with id {ends[0]}, those of "
+                f"{other.name} ({other.path}) with id {ends[1]}. Prepare one of them again with "
+                "the other's eod (data_prep/tokenize.py eod=...)."
             )

@@ -99,6 +99,12 @@ class Tokenizer:
         """Text of ids, special tokens by name."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    @property
+    def eod_token(self) -> str | None:
+        """Its name, where it stands apart from words (an added token); None: an ordinary word."""
+        name: str | None = self.backend.id_to_token(self.eod)
+        return name if name in self._added else None
+
     @cached_property
     def ids_sha256(self) -> str:
         """Equal for tokenizers that give every text the same ids.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from enum import Enum
 from functools import partial
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.checkpoint.tensors import CheckpointTensors
+    from pipeline.data.tokenizer import Tokenizer
 
 DType = Enum("DType", ["fp32", "bf16", "fp16"])
 # torch's names
@@ -52,17 +52,11 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(tensors, mapping, output, dtype=dtype)
-    eod = None
+    eod = record.eod
     if (checkpoint / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json", eod=eod)
         eod = tokenizer.eod
-        shutil.copyfile(checkpoint / "tokenizer.json", output / "tokenizer.json")
-        end = tokenizer.backend.id_to_token(eod)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": None,
-            "model_max_length": model.max_seq_len, "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
-        _write_json(output / "tokenizer_config.json", settings)
+        write_tokenizer(tokenizer, output, max_seq_len=model.max_seq_len)
     ends = {"bos_token_id": eod, "eos_token_id": eod}
     config = {
         "architectures": [mapping.architecture],
@@ -74,6 +68,38 @@ def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
     write_durably(output / "README.md", _model_card(record, model, mapping, dtype).encode())
     _write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
+
+
+def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> None:
+    """tokenizer.json and its settings: AutoTokenizer gives the ids that training saw.
+
+    Training saw no `<s>` in front of a text, and whole documents: what would add tokens or cut is
+    left out of the file.
+    """
+    content, backend = tokenizer.json, tokenizer.backend
+    adds = backend.num_special_tokens_to_add(False) or backend.num_special_tokens_to_add(True)
+    dropped = {
+        "truncation": None,
+        "padding": None,
+        "post_processor": None if adds else content.get("post_processor"),
+    }
+    raw = tokenizer.raw
+    if any(content.get(key) != value for key, value in dropped.items()):
+        raw = json.dumps(content | dropped, ensure_ascii=False, indent=1).encode()
+    write_durably(output / "tokenizer.json", raw)
+    end = tokenizer.eod_token
+    first = content.get("pre_tokenizer") or {}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": None,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        # Else transformers 4 switches the pretokenizer's own off.
+        "add_prefix_space": bool(first.get("add_prefix_space", False)),
+    }
+    _write_json(output / "tokenizer_config.json", settings)
 
 
 def write_weights(

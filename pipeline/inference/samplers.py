@@ -100,9 +100,8 @@ class TransformersSampler:
             folder, torch.bfloat16 if on_cuda else torch.float32, self.device
         )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        self.end: int | None = ends[0] if isinstance(ends, list) else ends
         self.max_seq_len = int(self.model.config.max_position_embeddings)
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
@@ -111,31 +110,36 @@ class TransformersSampler:
 
         cfg = self.cfg
         room = self.max_seq_len - min(cfg.max_new_tokens, self.max_seq_len // 2)
-        start = self.tokenizer.eos_token or ""
-        self.tokenizer.truncation_side = "left"  # a long prompt loses its beginning
-        inputs = self.tokenizer(
-            [prompt or start for prompt in prompts],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=room,
-            return_token_type_ids=False,
-        ).to(self.device)
-        length = inputs["input_ids"].shape[1]
+        # An empty prompt begins a document, which its end does; a long one loses its beginning.
+        start = [] if self.end is None else [self.end]
+        rows = [self.tokenizer(prompt)["input_ids"][-room:] or start for prompt in prompts]
+        if not all(rows):
+            raise ConfigError("this model names no token that begins a text: give a prompt.")
+        length, pad = max(map(len, rows)), self.end or 0
+        padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         options: dict[str, Any] = {"do_sample": cfg.temperature > 0}
         if cfg.temperature > 0:
             options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         if cfg.stop:
             options["stopping_criteria"] = [_stop_at(cfg.stop, self.tokenizer, length)]
         if on_text is not None:
-            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop)
+            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop, end=self.end)
         with torch.no_grad():
             output = self.model.generate(
-                **inputs, max_new_tokens=min(cfg.max_new_tokens, self.max_seq_len - length),
-                pad_token_id=self.tokenizer.pad_token_id, **options,
-            )  # fmt: skip
-        texts = self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                input_ids=padded.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=min(cfg.max_new_tokens, self.max_seq_len - length),
+                pad_token_id=pad,
+                **options,
+            )
+        texts = [self._text(row) for row in output[:, length:].tolist()]
         return [cut_at_stop(text, cfg.stop) for text in texts]
+
+    def _text(self, ids: list[int]) -> str:
+        """Up to the document's end, special tokens left out."""
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class LocalSampler:
@@ -148,9 +152,10 @@ class LocalSampler:
 
         tensors = CheckpointTensors(folder)
         self.cfg = cfg
-        self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        record = read_record(folder)
+        self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json", eod=record.eod)
         self.model = LocalModel(
-            read_record(folder).model(),
+            record.model(),
             lambda name: tensors.tensor(f"weights/{name}"),
         )
 
@@ -222,13 +227,19 @@ def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
     return StopAt()
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str]) -> Any:
-    """Transformers' streamer that hands on whole words, up to a stop string."""
+def _streamer(
+    tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str], end: int | None
+) -> Any:
+    """Transformers' streamer that hands on whole words, up to a stop string or the end's id."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         seen = ""
         shown = 0
+
+        def put(self, value: Tensor) -> None:
+            if self.next_tokens_are_prompt or int(value.view(-1)[-1]) != end:
+                super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.seen += text

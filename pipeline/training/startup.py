@@ -12,11 +12,12 @@ from pipeline.config import rules
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
-from pipeline.errors import CheckpointError, MachineError, Problems
-from pipeline.files import write_durably
+from pipeline.errors import CheckpointError, DataError, MachineError, Problems
+from pipeline.files import sha256_of, write_durably
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.record import CheckpointRecord
+    from pipeline.data.datasets import DataSummary
 
 # fp32 weights and two moments in a checkpoint.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -44,19 +45,23 @@ def check(cfg: PretrainConfig, *, world_size: int) -> tuple[RunShape, Path]:
     """
     from pipeline.data.datasets import describe
 
-    problems, vocab_size = Problems(), None
+    problems, data = Problems(), None
     with problems:
-        vocab_size = describe(cfg.data).vocab_size
+        data = describe(cfg.data)
+    vocab_size = data.vocab_size if data else None
     with problems:
         rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
     problems.raise_all()
-    assert vocab_size is not None
-    shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
+    assert data is not None
+    shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=data.vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:
         check_folder(cfg, shape, run_dir)
     with problems:
         check_same_model(cfg, run_dir)
+    with problems:
+        if (weights := first_weights(cfg, run_dir)) is not None:
+            check_same_tokenizer(data, weights)
     problems.raise_all()
     return shape, run_dir
 
@@ -117,6 +122,61 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
         raise CheckpointError(
             f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
             "Give this run another name=..., or delete that folder."
+        )
+
+
+def first_weights(cfg: PretrainConfig, run_dir: Path) -> Path | None:
+    """The checkpoint or Hugging Face folder that training will start from; None: from nothing.
+
+    Raises:
+        CheckpointError: checkpoint.init_from is neither.
+    """
+    from pipeline.checkpoint import folder as folders
+
+    if cfg.checkpoint.resume:
+        for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints")):
+            if _record_if_whole(path):
+                return path
+    if cfg.checkpoint.init_from is None:
+        return None
+    path = Path(cfg.checkpoint.init_from)
+    return path if (path / "config.json").is_file() else folders.find(path)
+
+
+def check_same_tokenizer(data: DataSummary, weights: Path) -> None:
+    """Raise DataError unless an id means the same text in the data as it did to the weights.
+
+    Args:
+        data: its tokenizer and the token that ends its documents.
+        weights: a checkpoint or a Hugging Face folder.
+    """
+    from pipeline.checkpoint.record import RECORD
+    from pipeline.data.tokenizer import Tokenizer
+
+    file = weights / "tokenizer.json"
+    if not file.is_file():
+        log.logger.warning(
+            "%s has no tokenizer.json: nobody can tell whether the data's ids are its own", weights
+        )
+        return
+    if (theirs := sha256_of(file)) != data.tokenizer_sha256:
+        # Other bytes may give the same ids: an export drops templates. Which token ends documents
+        # does not matter for that; id 0 spares the guess, which may fail.
+        tokenizers = (
+            Tokenizer(data.tokenizer_json, path="the data's tokenizer.json", eod=data.eod),
+            Tokenizer.from_file(file, eod=0),
+        )
+        if tokenizers[0].ids_sha256 != tokenizers[1].ids_sha256:
+            raise DataError(
+                f"the weights in {weights} know another tokenizer (sha256 {theirs[:12]}) than the "
+                f"data was made with ({data.tokenizer_sha256[:12]}): the same id means different "
+                f"text. Prepare the data with theirs: data_prep/tokenize.py tokenizer={file} ..."
+            )
+    record = _record_if_whole(weights) if (weights / RECORD).is_file() else None
+    if record is not None and record.eod not in (None, data.eod):
+        raise DataError(
+            f"the weights in {weights} know id {record.eod} as the end of a document, the data has "
+            f"id {data.eod}. Prepare the data with data_prep/tokenize.py eod={record.eod} ..."
         )
 
 

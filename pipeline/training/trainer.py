@@ -323,6 +323,7 @@ class Trainer:
             state=asdict(self.state),
             loader=self.loader.state(),
             guard=self.guard.state(),
+            eod=self.loader.reader.eod,
             config=cli.to_dict(self.cfg),
         )
 

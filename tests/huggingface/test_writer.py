@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface import writer
-from pipeline.huggingface.writer import DType, export
+from pipeline.huggingface.writer import DType, export, write_tokenizer
+from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
 from tests.support.exported import EXPORTED, TOLERANCE, export_and_compare
 from tests.support.layouts import VOCAB
 from tests.support.ranks import run_on_ranks
+from tests.support.tokenizers import EXACT, FORGETFUL, build
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -70,3 +75,67 @@ def test_tokenizer_and_card_travel_with_the_model(exported: tuple[Path, dict]) -
     assert "512 tokens in 1 steps" in card and "GPT2LMHeadModel" in card
     generation = json.loads((exported[0] / "gpt2" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == VOCAB - 1
+
+
+# AutoTokenizer takes the name of a special token in a text for the token: texts without.
+TEXTS = [
+    *(text for text in make_texts(20) if "<|endoftext|>" not in text),
+    "a  b",
+    " begins with a space",
+]
+
+
+def theirs(tokenizer: Tokenizer, folder: Path) -> Any:
+    """The AutoTokenizer of the files that an export writes."""
+    from transformers import AutoTokenizer
+
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    write_tokenizer(tokenizer, folder, max_seq_len=8)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", [*EXACT, *FORGETFUL])
+def test_exported_tokenizer_gives_the_ids_of_training(family: str, tmp_path: Path) -> None:
+    """Of every family."""
+    ours = build({**EXACT, **FORGETFUL}[family], tmp_path)
+    exported = theirs(ours, tmp_path)
+    assert [exported(text)["input_ids"] for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert exported.eos_token_id == ours.eod
+
+
+def test_exported_tokenizer_puts_nothing_before_a_text_and_cuts_nothing(tmp_path: Path) -> None:
+    """Templates of Llama and others put `<s>` there, which no document of training had."""
+    path = make_tokenizer(tmp_path / "tokenizer.json")
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing", "single": [end, text], "pair": [end, text, end, text],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    ours = Tokenizer.from_file(edit_tokenizer(path, truncation=truncation, post_processor=template))
+    assert ours.backend.encode("x").ids[0] == 0, "the template must put the end before a text"
+    exported = theirs(ours, tmp_path)
+    assert [exported(text)["input_ids"] for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    written = Tokenizer.from_file(tmp_path)
+    assert written.sha256 != ours.sha256 and written.ids_sha256 == ours.ids_sha256
+
+
+def test_an_ordinary_word_that_ends_documents_stays_a_word(tmp_path: Path) -> None:
+    """As a special token it would be cut out of words: the ids of texts would change."""
+    path = make_tokenizer(tmp_path / "tokenizer.json")
+    ours = Tokenizer.from_file(path, eod="e")
+    exported = theirs(ours, tmp_path)
+    assert [exported(text)["input_ids"] for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert exported.eos_token is None
+
+
+def test_end_of_documents_is_the_datasets(checkpoints: Path, tmp_path: Path) -> None:
+    """The checkpoint's record has it: a guess from the tokenizer's names may be another token."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(folders.find(checkpoints / "gpt2"), checkpoint)
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record | {"eod": 5}))
+    export(checkpoint, tmp_path / "out", dtype=DType.fp32)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == 5

@@ -21,6 +21,7 @@ def write_dataset(
     block_tokens: int = 64,
     vocab_size: int = 60000,
     tokenizer: bytes = b"{}",
+    eod: int = 0,
 ) -> Path:
     """Write one tar a token array; starts: places of each array at which documents begin (default: 0)."""
     dtype = fmt.token_dtype(vocab_size)
@@ -65,7 +66,7 @@ def write_dataset(
         "tokenizer": {
             "sha256": hashlib.sha256(tokenizer).hexdigest(),
             "vocab_size": vocab_size,
-            "eod": 0,
+            "eod": eod,
         },
         "tokens": sum(row[1] for row in rows),
         "documents": sum(row[3] for row in rows),

@@ -1,0 +1,123 @@
+"""What is found before a run touches a device: weights and data must mean the same by an id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.data.datasets import DataSummary, describe
+from pipeline.errors import CheckpointError, DataError
+from pipeline.evaluate import EvaluateConfig
+from pipeline.evaluate import main as evaluate
+from pipeline.training.startup import check_same_tokenizer, first_weights
+from tests.support.corpus import edit_tokenizer, make_tokenizer
+from tests.support.token_dataset import write_dataset
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 48, "vocab_size": 400, "rms_norm_eps": 1e-5, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    """A dataset made with make_tokenizer's, whose documents end with id 0."""
+    raw = make_tokenizer(tmp_path / "made-with" / "tokenizer.json").read_bytes()
+    write_dataset(tmp_path / "data", [np.arange(200)], vocab_size=400, tokenizer=raw)
+    one = [DatasetConfig(path=str(tmp_path / "data"))]
+    return DataConfig(train=one, validation=list(one))
+
+
+@pytest.fixture
+def summary(data: DataConfig) -> DataSummary:
+    return describe(data)
+
+
+def weights(folder: Path, *, vocab_size: int = 400) -> Path:
+    """A Hugging Face folder's config and tokenizer."""
+    make_tokenizer(folder / "tokenizer.json", vocab_size=vocab_size)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def test_the_same_tokenizer_in_another_spelling_is_accepted(
+    summary: DataSummary, tmp_path: Path
+) -> None:
+    """Exports drop templates and truncation: other bytes, the same ids."""
+    folder = weights(tmp_path / "weights")
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    edit_tokenizer(folder / "tokenizer.json", truncation=truncation)
+    check_same_tokenizer(summary, folder)
+
+
+@pytest.mark.parametrize("kind", ["smaller", "equal in size"])
+def test_another_tokenizer_is_refused_by_name(
+    kind: str, summary: DataSummary, tmp_path: Path
+) -> None:
+    """The ids would mean other text, whether or not they fit into the vocabulary."""
+    folder = weights(tmp_path / "weights", vocab_size=400 if kind == "equal in size" else 380)
+    if kind == "equal in size":
+        edit_tokenizer(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(DataError, match="know another tokenizer.*weights/tokenizer.json"):
+        check_same_tokenizer(summary, folder)
+
+
+def test_another_end_of_documents_than_the_checkpoints_is_refused(
+    summary: DataSummary, tmp_path: Path
+) -> None:
+    """A model that learnt to stop at one token would be trained to stop at another."""
+    folder = tmp_path / "step-00000001"
+    make_tokenizer(folder / "tokenizer.json")
+    for eod in (0, 7):
+        record = {
+            "format": "pretrain-checkpoint", "version": 1, "step": 1, "optimizer": "adamw", "optimizer_step": 1,
+            "loss_scale": None, "vocab_size": 400, "layout": {}, "versions": {}, "saved_at": "", "state": {},
+            "config": {}, "eod": eod,
+        }  # fmt: skip
+        (folder / "checkpoint.json").write_text(json.dumps(record))
+        if eod == 0:
+            check_same_tokenizer(summary, folder)
+    with pytest.raises(DataError, match="know id 7 as the end of a document, the data has id 0"):
+        check_same_tokenizer(summary, folder)
+    # what a run that resumes, or one that starts from the other's weights, begins with
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    folder.rename(run_dir / "checkpoints" / "step-00000001")
+    cfg = PretrainConfig(name="run")
+    assert first_weights(cfg, run_dir) == run_dir / "checkpoints" / "step-00000001"
+    assert first_weights(cfg, tmp_path / "new") is None
+
+
+def test_weights_to_start_from_are_looked_for_before_anything_is_built(tmp_path: Path) -> None:
+    """Literally: spaces, commas, brackets and equal signs are part of a name."""
+    cfg = PretrainConfig(name="run")
+    folder = weights(tmp_path / "my, [model]=1 {a}")
+    cfg.checkpoint.init_from = str(folder)
+    assert first_weights(cfg, tmp_path / "run") == folder
+    cfg.checkpoint.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        first_weights(cfg, tmp_path / "run")
+
+
+def test_evaluation_on_data_of_another_tokenizer_is_refused(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    """Its loss would be that of noise; before the model is built."""
+    folder = weights(tmp_path / "weights", vocab_size=380)
+    with pytest.raises(DataError, match="know another tokenizer"):
+        evaluate(EvaluateConfig(checkpoint=str(folder), data=data))
+
+
+def test_datasets_with_other_ends_of_documents_do_not_mix(data: DataConfig, tmp_path: Path) -> None:
+    """Masks and positions would follow the first one's end only."""
+    raw = (tmp_path / "data" / "tokenizer.json").read_bytes()
+    other = tmp_path / "other"
+    write_dataset(other, [np.arange(100)], vocab_size=400, tokenizer=raw, eod=7)
+    data.train.append(DatasetConfig(path=str(other)))
+    with pytest.raises(DataError, match="data.* end with id 0, those of other .* with id 7"):
+        describe(data)
