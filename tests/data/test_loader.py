@@ -214,6 +214,25 @@ def test_a_blend_schedule_changes_shares_and_repeats_nothing(data):
     assert len(state["segments"]) == 3
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_blends_that_change_amid_a_ramp_are_the_same_at_layouts_of_3_and_6(data, lanes):
+    """A change of weights, of length and of batch, stopped at 3 ranks and resumed at 6."""
+    schedule = [
+        BlendStage(start_step=2, weights={"b": 1.0}),
+        BlendStage(start_step=5, weights={"a": 0.2, "b": 0.8}),
+    ]
+    cfg = config(data, blend_schedule=schedule, lanes=lanes, window=2)
+    ramp = (
+        RampStage(until_step=3, global_batch_size=12),
+        RampStage(until_step=6, global_batch_size=12, seq_len=8),
+    )
+    whole, end = read(cfg, shape_of(1, 2, batch=24, ramp=ramp), 9)
+    first, state = read(cfg, shape_of(3, 2, batch=24, ramp=ramp), 4)
+    second, state = read(cfg, shape_of(6, 1, batch=24, ramp=ramp), 5, state)
+    assert first + second == whole
+    assert state == end and len(state["segments"]) == 3
+
+
 def test_new_weights_on_resume_start_a_segment_and_repeat_nothing(data):
     before, state = read(config(data, {"a": 0.9, "b": 0.1}), shape_of(1), 4)
     after, state = read(config(data, {"a": 0.5, "b": 0.5}), shape_of(2), 4, state)

@@ -174,16 +174,25 @@ def group_rates(cfg: Any) -> list[float]:
     return sorted(group["lr"] for group in engine.runner.optimizer.param_groups)
 
 
-RAMP = [1, 1, 1, 2, 3, 8]  # micro-batches of a step
+RAMP = [
+    6,
+    6,
+    6,
+    12,
+    12,
+    6,
+]  # sequences of a step: 3, 3, 3, 6, 6, 3 micro-batches, or a third at three ranks
+
+
+def ramp_steps() -> list[dict[str, Any]]:
+    return [{name: rows[:n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)]
 
 
 def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
     histories = []
     for cfg in cfgs:
         engine = engine_of(cfg)
-        parts = [
-            rank_batches(step, engine.shape, engine.layout)[:n] for step, n in zip(batches(), RAMP)
-        ]
+        parts = [rank_batches(step, engine.shape, engine.layout) for step in ramp_steps()]
         results = [engine.train_step(part, step=number) for number, part in enumerate(parts)]
         histories.append([(float(result.loss), float(result.grad_norm)) for result in results])
         reset_parallel_state()
@@ -195,6 +204,7 @@ def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
     [
         (1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]),
         (2, [dict(pp=2), dict(tp=2)]),
+        pytest.param(3, [dict(pp=3), dict(batch_size=12)], marks=pytest.mark.slow),
     ],
 )
 def test_a_ramp_may_change_the_number_of_micro_batches(
@@ -202,11 +212,8 @@ def test_a_ramp_may_change_the_number_of_micro_batches(
 ) -> None:
     """DeepSpeed counts micro-batches over the whole run: after a change it would make its step amid a batch."""
     cfg = config("gpt2")
-    steps = [
-        {name: rows[: 2 * n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)
-    ]
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
-    expected = ReferenceGPT(cfg, VOCAB).train(steps, shape, cfg.training.micro_batch_size)
+    expected = ReferenceGPT(cfg, VOCAB).train(ramp_steps(), shape, cfg.training.micro_batch_size)
     for layout, found in zip(
         layouts, run_on_ranks(ramped, world_size, [config("gpt2", **x) for x in layouts])[0]
     ):

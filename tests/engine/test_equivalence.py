@@ -17,7 +17,7 @@ from tests.support.ranks import run_on_ranks
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
 
 Case = dict[str, Any]
-KINDS = ("documents", "masked", "positions")  # of the data
+KINDS = ("documents", "masked", "positions", "batch_size")  # of the data
 FAST: dict[int, list[Case]] = {
     1: [
         dict(model="gpt2"),
@@ -69,7 +69,15 @@ ALL: dict[int, list[Case]] = {
         for s in ("1f1b", "dualpipev")
         for p in ("bf16", "fp16")
     ]
-    + [dict(model="modern", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")],
+    + [dict(model="modern", zero=z, precision=p) for z in (1, 2, 3) for p in ("bf16", "fp16")]
+    + [dict(model=m, pp=2) for m in ("gpt1", "mqa", "parallel", "odd")],
+    3: [
+        dict(model="odd", tp=3),
+        dict(model="odd", zero=3, batch_size=12, masked=True),
+        dict(model="gpt1", pp=3),
+        dict(model="mqa", pp=3, documents=True),
+        dict(model="parallel", zero=2, batch_size=12),
+    ],
     4: [
         dict(model=m, pp=2, zero=1, schedule=s)
         for m in ("gpt2", "modern")
@@ -86,6 +94,13 @@ ALL: dict[int, list[Case]] = {
         dict(model="gpt2", pp=4),
         dict(model="modern", pp=4, documents=True),
         dict(model="modern", tp=2, zero=3, sp=True, precision="bf16"),
+    ],
+    6: [
+        dict(model="odd", tp=3, pp=2),
+        dict(model="odd", tp=3, zero=3),
+        dict(model="gpt1", tp=2, pp=3, sp=True),
+        dict(model="mqa", pp=3, documents=True),
+        dict(model="parallel", tp=2, sp=True, zero=2, batch_size=12),
     ],
     8: [
         dict(model="gpt2", tp=2, pp=2, micro_batch_size=1),

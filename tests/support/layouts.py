@@ -68,6 +68,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe-switch": {**MODERN, "moe": MoeConfig(num_experts=4, top_k=1, aux_loss_coeff=0.0)},
     "moe-aux": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01)},
     "moe-unbalanced": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0)},
+    "odd": {
+        **MODERN,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "head_dim": 24,
+        "vocab_size": 253,
+        "tied_embeddings": True,
+    },
     "mqa": {
         **MODERN,
         "num_query_groups": 1,
@@ -82,7 +90,7 @@ def config(
     model: str = "gpt2", *, tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, schedule: str = "1f1b",
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
-    lanes: int = 1,
+    lanes: int = 1, batch_size: int = BATCH,
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
@@ -96,23 +104,27 @@ def config(
             pipeline_schedule=PipelineSchedule[schedule], offload_optimizer=offload,
         ),
         training=TrainingConfig(
-            total_steps=STEPS, global_batch_size=BATCH, micro_batch_size=micro_batch_size, precision=Precision[precision],
+            total_steps=STEPS, global_batch_size=batch_size, micro_batch_size=micro_batch_size, precision=Precision[precision],
             recompute=Recompute[recompute],
         ),
     )  # fmt: skip
 
 
 def batches(
-    *, documents: bool = False, masked: bool = False, positions: bool = False
+    *,
+    documents: bool = False,
+    masked: bool = False,
+    positions: bool = False,
+    batch_size: int = BATCH,
 ) -> list[dict[str, Tensor]]:
     """Whole global batches of a learnable stream: every sequence counts up by its own stride."""
     generator = torch.Generator().manual_seed(7)
-    start = torch.randint(0, VOCAB, (STEPS, BATCH, 1), generator=generator)
-    stride = torch.randint(1, 7, (STEPS, BATCH, 1), generator=generator)
+    start = torch.randint(0, VOCAB, (STEPS, batch_size, 1), generator=generator)
+    stride = torch.randint(1, 7, (STEPS, batch_size, 1), generator=generator)
     stream = (start + stride * torch.arange(SEQ_LEN + 1)) % VOCAB
     steps = [{"tokens": s[:, :-1].contiguous(), "labels": s[:, 1:].contiguous()} for s in stream]
     for step in steps:
-        cut = torch.randint(4, SEQ_LEN - 4, (BATCH, 1), generator=generator)
+        cut = torch.randint(4, SEQ_LEN - 4, (batch_size, 1), generator=generator)
         if documents:
             step["document_ids"] = (torch.arange(SEQ_LEN)[None] >= cut).long()
         if positions:
@@ -130,7 +142,7 @@ def rank_batches(
 
     Sample i lies in lane i modulo `lanes`, as data/order.py deals them.
     """
-    number = np.arange(BATCH)
+    number = np.arange(len(step["tokens"]))
     mine = cut(
         Samples(number, number, number), number % lanes,
         data_rank=layout.data.rank, data_parallel_size=layout.data.size,
@@ -180,16 +192,18 @@ def reset_parallel_state() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def train_all(configs: list[PretrainConfig], kinds: list[dict[str, bool]]) -> list[dict[str, Any]]:
+def train_all(configs: list[PretrainConfig], kinds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`train` for several layouts of one world size, in one set of processes."""
     return [train(cfg, batches(**kind)) for cfg, kind in zip(configs, kinds, strict=True)]
 
 
-def reference(cfg: PretrainConfig, **kind: bool) -> list[tuple[float, float]]:
+def reference(cfg: PretrainConfig, **kind: Any) -> list[tuple[float, float]]:
     """The same run in plain torch."""
     from tests.support.reference import ReferenceGPT
 
     shape = derive(
         replace(cfg, parallel=ParallelConfig()), world_size=1, tokenizer_vocab_size=VOCAB
     )
-    return ReferenceGPT(cfg, VOCAB).train(batches(**kind), shape, cfg.training.micro_batch_size)
+    return ReferenceGPT(cfg, shape.vocab_size).train(
+        batches(**kind), shape, cfg.training.micro_batch_size
+    )
