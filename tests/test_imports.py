@@ -48,6 +48,7 @@ SHARED = {
     "pipeline.data",
     "pipeline.data.manifest",
     "pipeline.data.shard_format",
+    "pipeline.data.special_tokens",
     "pipeline.data.tokenizer",
     "pipeline.errors",
     "pipeline.files",

@@ -68,19 +68,20 @@ class Encoder:
                 )
             logger.info(f"encoder {choice.name} is not used with {tokenizer.path}: {reason}")
         self._since_check = CHECK_EVERY_BYTES  # the first text of the job is compared
+        self._is_special = np.zeros(tokenizer.vocab_size, bool)
+        self._is_special[list(tokenizer.special_ids)] = True
 
     def _try(self, name: EncoderName) -> str:
         """Why the engine cannot be used; empty: it is in use now."""
         try:
             engine = self._reference if name is EncoderName.hf else ENGINES[name](self._tokenizer)
-        except (
-            Exception
-        ) as error:  # whatever a foreign parser raises, it cannot read this tokenizer
+        except Exception as error:
+            # Whatever a foreign parser raises, it cannot read this tokenizer.
             return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         self.name, self._engine = name, engine
         texts = list(_hard_texts(self._tokenizer))
         for text, ours, theirs in zip(
-            texts, _split(*self.encode(texts)), _split(*self._reference(texts)), strict=True
+            texts, _split(*self._encode(texts)), _split(*self._reference(texts)), strict=True
         ):
             if not np.array_equal(ours, theirs):
                 return f"it gives other ids than Hugging Face tokenizers for {text[:60]!a}"
@@ -91,8 +92,29 @@ class Encoder:
         end-of-document is added.
 
         Raises:
-            DataError: the engine gave other ids than the reference for a text.
+            DataError: the engine gave other ids than the reference for a text, or a text holds the
+                token that ends documents.
         """
+        ids, lengths = self._encode(texts)
+        # One look-up an id, 3 % of gigatoken's time: an end mark inside would cut the document.
+        if self._is_special[ids].any():
+            self._refuse_special(texts, ids, lengths)
+        return ids, lengths
+
+    def _refuse_special(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Name the first text that gives a special token."""
+        for text, mine in zip(texts, _split(ids, lengths)):
+            found = mine[self._is_special[mine]]
+            if len(found):
+                name = self._tokenizer.backend.id_to_token(int(found[0]))
+                raise DataError(
+                    f"{self._tokenizer.path} gives its {name!r} (id {found[0]}), which ends "
+                    f"documents or is special, for the ordinary text of the document that begins "
+                    f"with {text[:80]!a}. Name a token that no text holds: eod=TOKEN."
+                )
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What encode gives, unchecked for special tokens."""
         if self._engine is self._reference:
             return self._reference(texts)
         size = sum(map(len, texts))
@@ -109,6 +131,7 @@ class Encoder:
         return ids, lengths
 
     def _encode_with_odd(self, texts: list[str], odd: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The disputed texts by the reference, the others by the engine, in their order."""
         plain = sorted(set(range(len(texts))) - set(odd))
         parts: list[np.ndarray] = [np.empty(0, np.uint32)] * len(texts)
         for numbers, engine in ((plain, self._engine), (odd, self._reference)):
@@ -150,9 +173,10 @@ def get_encoder(path: str, sha256: str, eod: int, name: EncoderName) -> Encoder:
 def _hf(tokenizer: Tokenizer) -> EncodeFunction:
     # One thread a process: processes are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    backend = tokenizer.text_backend
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = [e.ids for e in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        rows = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.fromiter((i for row in rows for i in row), np.uint32, int(lengths.sum())), lengths
 
@@ -160,16 +184,14 @@ def _hf(tokenizer: Tokenizer) -> EncodeFunction:
 
 
 def _gigatoken(tokenizer: Tokenizer) -> EncodeFunction:
+    """gigatoken, which reads a tokenizer.json itself."""
     import gigatoken
 
-    # Without its special tokens, or their literal strings in text would become them.
-    ordinary = [token for token in tokenizer.json.get("added_tokens") or [] if not token["special"]]
-    content = tokenizer.json | {
-        "added_tokens": ordinary,
-        "truncation": None,
-        "padding": None,
-        "post_processor": None,
-    }
+    # Without its special tokens: it looks for them in text, under whatever name.
+    added = tokenizer.text_json["added_tokens"]
+    ordinary = [token for token in added if "\0" not in token["content"]]
+    unlimited = {"added_tokens": ordinary, "truncation": None, "padding": None}
+    content = tokenizer.text_json | unlimited
     engine = gigatoken.Tokenizer.from_json(json.dumps(content))
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -183,13 +205,14 @@ def _gigatoken(tokenizer: Tokenizer) -> EncodeFunction:
 
 
 def _tiktoken(tokenizer: Tokenizer) -> EncodeFunction:
+    """tiktoken, built from the merges."""
     import tiktoken
 
-    model, added = tokenizer.json["model"], tokenizer.json.get("added_tokens") or []
+    model, added = tokenizer.text_json["model"], tokenizer.text_json["added_tokens"]
     if (
         model["type"] != "BPE"
         or tokenizer.json.get("normalizer")
-        or any(not token["special"] for token in added)
+        or any("\0" not in token["content"] for token in added)
     ):
         raise ValueError(
             "it knows only byte-level BPE without normalizer and without ordinary added tokens"

@@ -13,12 +13,16 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.special_tokens import is_merged, without_special_tokens
 from pipeline.errors import DataError
 from pipeline.files import sha256_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 # The first of these that the file has as an added token ends documents, unless the caller names
 # another.
@@ -70,13 +74,13 @@ class Tokenizer:
                 "tokenizer.json of Hugging Face tokenizers; make one with: python -m "
                 "data_prep.train_tokenizer input=... output=..."
             ) from error
-        self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
         self._added = {token["content"]: token for token in self.json.get("added_tokens") or []}
         self.vocab_size = 1 + max(
             self.backend.get_vocab(with_added_tokens=True).values(), default=-1
         )
+        self._check_added_ids()
         self.eod = self._find_eod(eod)
 
     @classmethod
@@ -93,7 +97,41 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no token is added before or after it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.text_backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that no text may give: special tokens, but for unknown words, and the end mark.
+
+        Where an ordinary word or the unknown one ends documents, a text that holds it is refused
+        when it is tokenized.
+        """
+        model = self.json["model"]
+        unknown = model.get("unk_id")
+        if model.get("unk_token") is not None:
+            unknown = self.backend.token_to_id(model["unk_token"])
+        special = {token["id"] for token in self._added.values() if token["special"]}
+        return frozenset(special - {unknown} | {self.eod})
+
+    @cached_property
+    def text_json(self) -> dict[str, Any]:
+        """The tokenizer.json with which texts are encoded: its special tokens cannot be spelt."""
+        special = {name for name, token in self._added.items() if token["special"]}
+        end = self.backend.id_to_token(self.eod)
+        is_bpe = self.json["model"].get("merges") is not None
+        if end in self._added or (end and is_bpe and not is_merged(self.json, end)):
+            special.add(end)
+        return without_special_tokens(self.json, special)
+
+    @cached_property
+    def text_backend(self) -> Backend:
+        """What encodes texts: a literal special string is ordinary text to every kind of model."""
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(json.dumps(self.text_json))
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of ids, special tokens by name."""
@@ -195,6 +233,18 @@ class Tokenizer:
             )
             for first, between in zip(firsts, betweens, strict=True)
         ]
+
+    def _check_added_ids(self) -> None:
+        """Refuse a file whose added tokens have other ids than the library gives them."""
+        for name, token in self._added.items():
+            actual = self.backend.token_to_id(name)
+            if actual != token["id"]:
+                raise DataError(
+                    f"{self.path}: the added token {name!r} has the id {token['id']}, but the "
+                    f"tokenizers library gives it {actual}: it counts on behind the vocabulary "
+                    "without gaps. Fill the gap with added tokens that are not used, or give the "
+                    "token the next id."
+                )
 
     def _find_eod(self, eod: str | int | None) -> int:
         vocab = self.backend.get_vocab(with_added_tokens=True)

@@ -1,11 +1,14 @@
 """pipeline.data.tokenizer: ids, bytes and the end-of-document rule of a tokenizer.json."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer as Backend
 
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
+from tests.support.tokenizers_of_kinds import KINDS, SPECIAL, trained
 
 
 @pytest.fixture
@@ -25,6 +28,39 @@ def test_a_literal_special_string_is_ordinary_text(path):
     ids = tokenizer.encode("a <|endoftext|> b")
     assert tokenizer.eod not in ids
     assert tokenizer.decode(ids) == "a <|endoftext|> b"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eod", ["<|endoftext|>", "</s>", "eos"])
+def test_a_literal_special_string_is_ordinary_text_for_every_kind_of_model(tmp_path, kind, eod):
+    """A page that writes about </s> would end there, and verify would refuse the dataset."""
+    tokenizer = Tokenizer.from_file(trained(kind, tmp_path / "t.json"), eod=eod)
+    special = {tokenizer.backend.token_to_id(name) for name in SPECIAL}
+    unknown = tokenizer.backend.token_to_id("[UNK]")
+    for name in SPECIAL:
+        for text in (name, f"hello {name} world", f"x{name}y", f"{name}{name}", f"{name} " * 3):
+            assert not set(tokenizer.encode(text)) & special - {unknown}, text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_without_special_strings_have_the_ids_of_hugging_face(tmp_path, kind):
+    tokenizer = Tokenizer.from_file(trained(kind, tmp_path / "t.json"), eod="</s>")
+    reference = Backend.from_file(str(tmp_path / "t.json"))
+    for text in ("hello world", "the quick brown fox", "quick hello", "zzz", "fox\nworld"):
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_added_tokens_behind_a_gap_are_refused_in_words(path):
+    """The library counts on behind the vocabulary; the file's ids were looked up beyond the end."""
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    old = json.loads(path.read_text())["added_tokens"]
+    for special in (True, False):
+        far = {"id": 5000, "content": "<|far|>", "special": special, **added}
+        edit_tokenizer(path, added_tokens=[*old, far])
+        with pytest.raises(
+            DataError, match="'<|far|>' has the id 5000.* gives it 400.*Fill the gap"
+        ):
+            Tokenizer.from_file(path)
 
 
 def test_truncation_and_padding_in_the_file_are_not_applied(path):

@@ -6,10 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokens import encode
+from data_prep.tokens.check import find_faults
 from data_prep.tokens.encode import Encoder, EncoderName, is_disputed
+from data_prep.tokens.tokenize_job import TokenizeConfig
+from data_prep.tokens.tokenize_job import main as tokenize
+from pipeline import cli
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
-from tests.support.corpus import TEXTS, edit_tokenizer, make_texts, make_tokenizer
+from tests.support.corpus import TEXTS, edit_tokenizer, make_texts, make_tokenizer, write_jsonl
+from tests.support.tokenizers_of_kinds import KINDS, SPECIAL, trained
 
 ENGINES = [EncoderName.gigatoken, EncoderName.tiktoken, EncoderName.hf]
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -80,6 +86,34 @@ def test_ordinary_added_tokens_are_matched_in_text_and_special_ones_are_not(tmp_
     assert ids == tokenizer.encode("x <call> <|pad|> <|endoftext|>")
     with pytest.raises(ConfigError, match="encoder=tiktoken does not fit.*ordinary added tokens"):
         Encoder(tokenizer, EncoderName.tiktoken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_tokenized_is_whole_for_verify(tmp_path, kind):
+    """Every kind of tokenizer, on documents that hold its special strings."""
+    path = trained(kind, tmp_path / "t.json")
+    texts = [f"hello {name} world{name}" for name in SPECIAL] * 3
+    write_jsonl(tmp_path / "in.jsonl", texts)
+    words = [
+        f"input={tmp_path}/in.jsonl",
+        f"output={tmp_path}/out",
+        f"tokenizer={path}",
+        "eod=</s>",
+    ]
+    more = ["workers=1", "validation_fraction=0"]
+    tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
+    assert list(find_faults(str(tmp_path / "out/train"), workers=1)) == []
+    assert Manifest.load(tmp_path / "out/train").documents == len(texts)
+
+
+@pytest.mark.parametrize("eod", ["hello", "[UNK]"])
+def test_an_end_mark_that_texts_hold_ends_the_job(tmp_path, eod):
+    """The documents would be cut there; [UNK] is what every unknown word gives."""
+    tokenizer = Tokenizer.from_file(trained("WordLevel", tmp_path / "t.json"), eod=eod)
+    encoder = Encoder(tokenizer)
+    assert encoder.encode(["the fox", "quick"])[1].tolist() == [2, 1]
+    with pytest.raises(DataError, match=r"gives its '.*begins with 'hello zebra'.*eod=TOKEN"):
+        encoder.encode(["the fox", "hello zebra"])
 
 
 def test_an_engine_that_cannot_read_the_tokenizer_is_passed_over(tmp_path):
