@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+from tests.support.left_out import leave_out
+
+leave_out()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with their own ranks
 os.environ["WANDB_MODE"] = "offline"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):

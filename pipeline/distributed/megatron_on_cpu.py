@@ -10,9 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+
+from pipeline.patching import replace, supply
+
+LAYOUTS = "tests/engine/test_equivalence.py::test_layouts_match_plain_torch"
 
 _installed = False
 
@@ -26,16 +31,31 @@ def install() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     cpu = torch.device("cpu")
     # Only ever used as a `device=` argument by megatron-core.
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    change = partial(replace, upstream="not reported", proof=f"{LAYOUTS}[2]")
+    change(
+        torch.cuda,
+        "current_device",
+        lambda: cpu,
+        why="megatron-core makes its tensors there, and asks for nothing else",
+    )
 
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    random.CudaRNGStatesTracker = _cpu_tracker(random)
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # named, but not defined without Transformer Engine
+    change(
+        random,
+        "CudaRNGStatesTracker",
+        _cpu_tracker(random),
+        why="dropout streams are kept in CUDA generators",
+    )
+    supply(
+        moe_utils,
+        "te_general_gemm",
+        None,
+        why="named in the router, but not defined without Transformer Engine",
+        upstream="not reported",
+        proof="tests/model/test_moe.py",
+    )
 
 
 def _cpu_tracker(random: Any) -> type:

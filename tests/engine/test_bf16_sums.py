@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.test_engine import engine_of
 from tests.support.layouts import batches, config, rank_batches, train
@@ -50,6 +52,35 @@ def histories(model: str) -> list[list[tuple[float, float]]]:
 def test_losses_and_norms_are_deepspeeds_own(model: str) -> None:
     for found, expected in run_on_ranks(histories, 2, model):
         assert found == expected
+
+
+class LargeOps(TorchDispatchMode):
+    """Names of the operators that write or read `numel` elements or more."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.found = numel, []  # type: int, list[str]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.numel:
+            self.found.append(func.name())
+        return result
+
+
+def large_ops() -> list[str]:
+    engine = engine_of(config("gpt2", precision="bf16"))
+    for number, step in enumerate(batches()[:2]):
+        parts = rank_batches(step, engine.shape, engine.layout)
+        with LargeOps(sum(p.numel() for p in engine.runner.parameters) // 2) as ops:
+            engine.train_step(parts, step=number)
+    return ops.found
+
+
+def test_one_rank_copies_no_gradients() -> None:
+    """Nor does it clear sums that are overwritten: passes over as much memory as the weights."""
+    [found] = run_on_ranks(large_ops, 1)
+    assert not {"aten::cat", "aten::zero_"} & set(found), found
 
 
 def events() -> list[str]:

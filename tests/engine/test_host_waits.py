@@ -19,7 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.test_engine import engine_of
-from tests.support.layouts import batches, config, rank_batches, reset_parallel_state
+from tests.support.layouts import (
+    allow_fp16_on_the_cpu,
+    batches,
+    config,
+    rank_batches,
+    reset_parallel_state,
+)
 from tests.support.ranks import run_on_ranks
 
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -59,6 +65,7 @@ def watched() -> Iterator[list[str]]:
 def reads_of(cases: list[dict[str, Any]]) -> list[list[str]]:
     """Stacks of the third step of each case, its limit on the loss set; the first steps may set up."""
     answers = []
+    allow_fp16_on_the_cpu()
     for case in cases:
         engine = engine_of(config(**case))
         for number, step in enumerate(batches(masked=True)[:2]):
@@ -76,7 +83,9 @@ CASES: dict[int, list[dict[str, Any]]] = {
         dict(zero=0),
         dict(model="modern", zero=1, precision="bf16", recompute="full", dropout=0.1),
         dict(zero=2, precision="bf16"),
+        dict(zero=2, precision="fp16"),
         dict(zero=3),
+        dict(zero=3, precision="fp16"),
     ],
     2: [
         dict(zero=0, tp=2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pipeline.engine.deepspeed.environment  # noqa: F401
 
 # isort: split
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.engine.deepspeed.settings import deepspeed_config
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.runner import Slot
 from pipeline.model.architecture import Architecture
+from pipeline.patching import replace
 
 
 class DeepSpeedRunner:
@@ -53,14 +54,14 @@ class DeepSpeedRunner:
         """
         self.module, self.shape, self.layout = module, shape, layout
         settings = deepspeed_config(architecture, shape)
-        is_offloaded = architecture.parallel.offload_optimizer
+        self.is_offloaded = architecture.parallel.offload_optimizer
         self._num_micro_batches = settings["gradient_accumulation_steps"]
         self._loss: Tensor | None = None
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory, line upon line
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 model_parameters=groups,
-                optimizer=_optimizer(optimizer, is_offloaded),
+                optimizer=_optimizer(optimizer, self.is_offloaded),
                 config=settings,
                 mpu=self.mpu,
             )
@@ -70,10 +71,20 @@ class DeepSpeedRunner:
             self.wrapper if self.is_unsharded else self.wrapper.optimizer
         )
         self.parameters = list(module.parameters())
-        keep_decisions_on_device(self.wrapper, loss_scale, is_offloaded=is_offloaded)
+        keep_decisions_on_device(self.wrapper, loss_scale, is_offloaded=self.is_offloaded)
         if shape.sizes.data == 1:
-            # The sum over one rank: DeepSpeed would copy every gradient into a bucket and back.
-            self.deepspeed.buffered_allreduce_fallback = lambda *_, **__: None
+            self._reduce_by(lambda: None, why="copies every gradient to sum it over one rank")
+
+    def _reduce_by(self, reduce: Callable[[], None], *, why: str) -> None:
+        """Let `reduce` reduce a step's gradients, where DeepSpeed would after its last one."""
+        replace(
+            self.deepspeed,
+            "buffered_allreduce_fallback",
+            lambda *_, **__: reduce(),
+            why=why,
+            upstream="not reported",
+            proof="tests/engine/test_bf16_sums.py::test_one_rank_copies_no_gradients",
+        )
 
     def set_micro_batches(self, count: int) -> None:
         """Steps from here on have `count` micro-batches."""
@@ -83,8 +94,15 @@ class DeepSpeedRunner:
         self.deepspeed.set_train_batch_size(
             self.shape.micro_batch_size * count * self.layout.data.size
         )
-        # read where gradients are offloaded
-        self.wrapper.gradient_accumulation_steps = count
+        if self.is_offloaded:
+            replace(
+                self.wrapper,
+                "gradient_accumulation_steps",
+                count,
+                why="offloaded gradients would be summed as if a step had its first size",
+                upstream="not reported",
+                proof="tests/engine/test_engine.py::test_a_ramp_with_an_offloaded_optimizer",
+            )
 
     def loss(self) -> Tensor:
         """0-dim mean loss of the step; the ranks add up once, for verdict and result."""

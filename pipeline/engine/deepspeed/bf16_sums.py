@@ -11,10 +11,13 @@ benchmarks/train_step.py: 2 % of a step of 124 M parameters, on one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pipeline.patching import replace
 
 # Gradients of one reduction, Megatron-LM's default: small enough to start early, large enough to
 # fill a link.
@@ -55,9 +58,26 @@ def sum_in_place(optimizer: Any, reduction: Reduction | None) -> None:
                     totals[index].zero_()
                     has_gradient[index] = True
 
-    optimizer._update_hp_grad = add
-    optimizer.clear_hp_grads = forget
-    optimizer.backward_epilogue = clear_what_is_left
+    change = partial(replace, optimizer, upstream="not reported")
+    change(
+        "_update_hp_grad",
+        add,
+        why="makes an fp32 copy of each gradient, and reduces nothing before the last one",
+        proof="tests/engine/test_bf16_sums.py::"
+        "test_gradients_are_reduced_while_the_backward_pass_goes_on",
+    )
+    change(
+        "clear_hp_grads",
+        forget,
+        why="clears all sums, which the next step's first gradients overwrite",
+        proof="tests/engine/test_bf16_sums.py::test_one_rank_copies_no_gradients",
+    )
+    change(
+        "backward_epilogue",
+        clear_what_is_left,
+        why="does not know that a sum without a gradient still holds the last step's",
+        proof="tests/engine/test_bf16_sums.py::test_losses_and_norms_are_deepspeeds_own[moe]",
+    )
 
 
 @dataclass
@@ -68,6 +88,14 @@ class _Bucket:
     first: int
     """Position in the model of its first parameter, whose gradient comes last."""
     num_missing: int
+
+    def take_one(self) -> None:
+        """One more gradient is there."""
+        self.num_missing -= 1
+
+    def empty(self) -> None:
+        """All gradients are missing again."""
+        self.num_missing = self.num_members
 
 
 class Reduction:
@@ -110,7 +138,7 @@ class Reduction:
 
     def arrived(self, group: int, index: int) -> None:
         """A parameter's last gradient of a step is in its sum. Collective if a bucket is full."""
-        self._bucket_of[group, index].num_missing -= 1
+        self._bucket_of[group, index].take_one()
         while self._next < len(self.buckets) and self.buckets[self._next].num_missing == 0:
             self._launch()
 
@@ -133,4 +161,4 @@ class Reduction:
     def _reset(self) -> None:
         self._next, self._works = 0, []  # type: tuple[int, list[Any]]
         for bucket in self.buckets:
-            bucket.num_missing = bucket.num_members
+            bucket.empty()

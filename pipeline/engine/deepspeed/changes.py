@@ -1,12 +1,6 @@
 """What DeepSpeed 0.19 would make the host wait for in every step, and what stands there instead.
 
-    is_invalid_grad_norm, check_overflow    read the norm: the optimizer's kernel leaves a step with
-                                            bad gradients out instead (engine/verdict.py)
-    unscale_and_clip_grads                  a pass over the gradients: the kernel divides instead
-    get_grad_norm_direct, ..._of_tensors    copy constants one by one: `_total_norm` instead
-    the loss scaler of fp16                 reads the overflow: `LossScale` instead
-    synchronize() after a backward pass     waits for the reductions: the next kernel waits instead
-
+Each change goes through pipeline/patching.py, with its reason and the test that fails without it.
 tests/engine/test_host_waits.py finds what a new release adds.
 """
 
@@ -15,6 +9,7 @@ from __future__ import annotations
 import pipeline.engine.deepspeed.environment  # noqa: F401
 
 # isort: split
+from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -30,6 +25,10 @@ from torch import Tensor
 
 from pipeline.engine.loss_scale import LossScale
 from pipeline.model.tensor_parallel import is_split
+from pipeline.patching import replace
+
+NOT_REPORTED = "not reported"
+HOST_WAITS = "tests/engine/test_host_waits.py::test_a_step_reads_nothing_back"
 
 
 def keep_decisions_on_device(
@@ -43,20 +42,57 @@ def keep_decisions_on_device(
         is_offloaded: gradients, norm and update are the host's, which therefore waits for the
             gradients.
     """
+    waits = partial(replace, upstream=NOT_REPORTED, proof=f"{HOST_WAITS}[1]")
     for module in (bf16_optimizer, stage_1_and_2, stage3):
-        module.is_invalid_grad_norm = lambda _: False
-    bf16_optimizer.get_global_norm_of_tensors = _norm_over_model_parallel_ranks
+        waits(
+            module,
+            "is_invalid_grad_norm",
+            lambda _: False,
+            why="reads the norm; the optimizer's kernel leaves a step with bad gradients out",
+        )
+    waits(
+        bf16_optimizer,
+        "get_global_norm_of_tensors",
+        _norm_over_model_parallel_ranks,
+        why="copies constants to the device one by one",
+    )
     if not isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
-    optimizer.check_grad_overflow = False
-    optimizer.check_overflow = lambda *_, **__: None
-    optimizer.unscale_and_clip_grads = lambda *_, **__: None
-    optimizer._muon_update_lacks_loss_scale = lambda _: False  # compares the loss scale
-    optimizer.get_grad_norm_direct = MethodType(_norm_over_all_ranks, optimizer)
+    waits(optimizer, "check_overflow", lambda *_, **__: None, why="reads whether fp16 overflowed")
+    waits(
+        optimizer,
+        "get_grad_norm_direct",
+        MethodType(_norm_over_all_ranks, optimizer),
+        why="copies constants to the device one by one",
+    )
     if loss_scale is not None:
-        optimizer.loss_scaler = loss_scale
+        _leave_loss_scale_to_us(optimizer, loss_scale)
     if torch.cuda.is_available() and not is_offloaded:
         _order_by_streams(optimizer)
+
+
+def _leave_loss_scale_to_us(optimizer: Any, loss_scale: LossScale) -> None:
+    """Let the scale of fp16 be a tensor that nobody reads."""
+    change = partial(replace, optimizer, upstream=NOT_REPORTED)
+    change(
+        "loss_scaler",
+        loss_scale,
+        why="DeepSpeed's scaler lives on the host and would have to read whether a step overflowed",
+        proof="tests/engine/test_engine.py::"
+        "test_a_loss_scale_that_overflows_is_halved_until_it_does_not[1]",
+    )
+    change(
+        "_muon_update_lacks_loss_scale",
+        lambda _: False,
+        why="compares the loss scale on the host, also without Muon",
+        proof=f"{HOST_WAITS}[1]",
+    )
+    change(
+        "unscale_and_clip_grads",
+        lambda *_, **__: None,
+        why="would undo the loss scale a second time: the kernel divides by it (verdict.py)",
+        proof="tests/engine/test_equivalence.py::test_layouts_match_plain_torch[2]",
+    )
 
 
 def reduce_tied_sums(engine: Any) -> None:
@@ -66,9 +102,14 @@ def reduce_tied_sums(engine: Any) -> None:
     (grad_accum_dtype), and says nothing: the copies of the weight drift apart.
     """
     weights = engine.module.get_tied_weights_and_groups
-    engine.module.get_tied_weights_and_groups = lambda: [
-        (SimpleNamespace(grad=weight.grad_accum), group) for weight, group in weights()
-    ]
+    replace(
+        engine.module,
+        "get_tied_weights_and_groups",
+        lambda: [(SimpleNamespace(grad=weight.grad_accum), group) for weight, group in weights()],
+        why="tied weights drift apart in a pipeline of fp16: weight.grad is None there",
+        upstream=NOT_REPORTED,
+        proof="tests/engine/test_equivalence.py::test_layouts_match_plain_torch[2]",
+    )
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
@@ -107,22 +148,32 @@ def _norm_over_all_ranks(
 def _order_by_streams(optimizer: Any) -> None:
     """Let the device, not the host, wait for gradient reductions on a stream of their own."""
     accelerator = get_accelerator()
+    change = partial(
+        replace,
+        why="the host waits at the end of each backward pass; the next kernel is enough",
+        upstream=NOT_REPORTED,
+        proof="tests/engine/test_host_waits.py::"
+        "test_kernels_wait_for_reductions_instead_of_the_host",
+    )
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         stream = optimizer.reduce_and_partition_stream
-        stream.synchronize = lambda: accelerator.current_stream().wait_stream(stream)
+        change(stream, "synchronize", lambda: accelerator.current_stream().wait_stream(stream))
         return
     epilogue = optimizer.independent_gradient_partition_epilogue
 
     def ordered() -> None:
-        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(
-            optimizer.reduction_stream
+        # For this call only: elsewhere a synchronisation means what it says.
+        change(
+            accelerator,
+            "synchronize",
+            lambda *_: accelerator.current_stream().wait_stream(optimizer.reduction_stream),
         )
         try:
             epilogue()
         finally:
-            del accelerator.synchronize
+            vars(accelerator).pop("synchronize", None)
 
-    optimizer.independent_gradient_partition_epilogue = ordered
+    change(optimizer, "independent_gradient_partition_epilogue", ordered)
 
 
 class HostAdam(DeepSpeedCPUAdam):

@@ -119,6 +119,7 @@ def pipeline_module(
     module = (_DualPipeV if is_dual else _Staged)(
         specs,
         costs=costs,
+        schema=schema,
         loss_fn=loss_fn,
         topology=PipeModelDataParallelTopology(
             num_pp=shape.sizes.pipeline,
@@ -128,7 +129,6 @@ def pipeline_module(
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,
     )
-    module.schema = schema
     return module
 
 
@@ -147,9 +147,12 @@ def micro_batch_stream(
 class _Staged(PipelineModule):
     """PipelineModule cut by the cost of its layers."""
 
-    def __init__(self, specs: list, *, costs: list[float], **kwargs: Any) -> None:
+    def __init__(
+        self, specs: list, *, costs: list[float], schema: StageSchema, **kwargs: Any
+    ) -> None:
         self._costs = costs
         super().__init__(specs, **kwargs)
+        self.schema = schema
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = partition(self._costs, self.num_stages)
