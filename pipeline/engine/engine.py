@@ -36,9 +36,9 @@ from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.experts import set_moe_loss_scale
 from pipeline.model.initial_values import initialize
 from pipeline.model.names import canonical_name
-from pipeline.model.partition import Partition
+from pipeline.model.partition import Partition, is_split
 from pipeline.model.stage_io import StageSchema
-from pipeline.model.tensor_parallel import is_split, reduce_partial_gradients
+from pipeline.model.tensor_parallel import reduce_partial_gradients
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Slices = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -135,6 +136,14 @@ class Partition:
             slice(start, stop) if i == self.dim else slice(0, n)
             for i, n in enumerate(self.global_shape)
         )
+
+
+def is_split(parameter: Any) -> bool:
+    """Whether tensor-parallel ranks hold different parts of the parameter.
+
+    DeepSpeed and megatron-core also set the attribute, to False, on parameters that are whole.
+    """
+    return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -25,14 +25,6 @@ def _mark_split(parameter: Any, dim: int, stride: int) -> None:
         )
 
 
-def is_split(parameter: Any) -> bool:
-    """Whether tensor-parallel ranks hold different parts of the parameter.
-
-    DeepSpeed and megatron-core also set the attribute, to False, on parameters that are whole.
-    """
-    return getattr(parameter, "tensor_model_parallel", False)
-
-
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
     """Rows of the weight are split over the tensor-parallel ranks; bias is added here."""
 
