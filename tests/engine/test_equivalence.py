@@ -7,10 +7,12 @@ wrong reduction (a factor, a missing rank) exceeds at the first step. fp16 has t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pipeline.config.choices import Init
 from tests.support.layouts import batches, config, reference, train, train_all
 from tests.support.ranks import run_on_ranks
 
@@ -138,6 +140,40 @@ def test_recompute_is_exact_with_dropout(world_size: int, layout: Case) -> None:
     ]
     stored, full, selective = run_on_ranks(train_all, world_size, cases, [{}] * 3)[0]
     assert stored["history"] == full["history"] == selective["history"]
+
+
+def with_groups(kind: str, **layout: Any) -> Any:
+    """A run whose stages hold parameters of different groups: only the ends have embeddings."""
+    cfg = config("gpt2-untied", **layout)
+    if kind == "mup":
+        model = replace(cfg.model, init=Init.mup, mup_base_hidden_size=32)
+        return replace(cfg, model=model)
+    given = (
+        {"lr_scale": {"embedding.*": 0.5}} if kind == "lr_scale" else {"decay_embeddings": False}
+    )
+    return replace(cfg, optimizer=replace(cfg.optimizer, **given))
+
+
+GROUPS: dict[int, list[tuple[str, Case]]] = {
+    2: [("mup", dict(pp=2, schedule="dualpipev")), ("lr_scale", dict(pp=2))],
+    3: [(kind, dict(pp=3)) for kind in ("mup", "lr_scale", "decay_embeddings")]
+    + [("lr_scale", dict(pp=3, precision="fp16"))],
+    4: [(kind, dict(pp=2, tp=2)) for kind in ("mup", "lr_scale", "decay_embeddings")],
+}
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
+def test_stages_may_differ_in_parameter_groups(world_size: int) -> None:
+    """A norm for each group hung in step 1: stages with fewer groups made fewer reductions."""
+    cases = GROUPS[world_size]
+    configs = [with_groups(kind, **layout) for kind, layout in cases]
+    got = run_on_ranks(train_all, world_size, configs, [{}] * len(cases), timeout_s=240.0)[0]
+    alone = [with_groups(kind) for kind, _ in cases]
+    expected = run_on_ranks(train_all, 1, alone, [{}] * len(cases))[0]
+    for (kind, layout), have, want in zip(cases, got, expected):
+        compare(have, want["history"], layout.get("precision", "fp32"), f"{kind} {layout}")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pipeline.engine.deepspeed.environment  # noqa: F401
 
 # isort: split
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from pipeline.engine.loss_scale import LossScale
-from pipeline.model.tensor_parallel import is_split
+from pipeline.model.partition import is_split
 from pipeline.patching import replace
 
 NOT_REPORTED = "not reported"
@@ -59,16 +59,34 @@ def keep_decisions_on_device(
     if not isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     waits(optimizer, "check_overflow", lambda *_, **__: None, why="reads whether fp16 overflowed")
-    waits(
-        optimizer,
-        "get_grad_norm_direct",
-        MethodType(_norm_over_all_ranks, optimizer),
-        why="copies constants to the device one by one",
-    )
+    if not is_offloaded:
+        _sum_the_norm_once(optimizer)
     if loss_scale is not None:
         _leave_loss_scale_to_us(optimizer, loss_scale)
     if torch.cuda.is_available() and not is_offloaded:
         _order_by_streams(optimizer)
+
+
+def _sum_the_norm_once(optimizer: Any) -> None:
+    """Let all parameter groups share one norm, and one reduction."""
+    change = partial(
+        replace,
+        optimizer,
+        why="a reduction for each parameter group: stages that differ in groups wait for ever",
+        upstream=NOT_REPORTED,
+    )
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        change(
+            "_get_norm_groups",
+            lambda: [_norm_over_all_ranks(optimizer, optimizer.fp16_groups)],
+            proof=f"{HOST_WAITS}[1]",
+        )
+        return
+    change(
+        "scaled_global_norm",
+        lambda norm_type=2: _norm_over_all_ranks(optimizer, optimizer.params_in_partition),
+        proof="tests/engine/test_equivalence.py::test_stages_may_differ_in_parameter_groups",
+    )
 
 
 def _leave_loss_scale_to_us(optimizer: Any, loss_scale: LossScale) -> None:
@@ -128,20 +146,28 @@ def _norm_over_model_parallel_ranks(
     return total.sqrt()
 
 
-def _norm_over_all_ranks(
-    self: Any, gradients: list[Tensor], params: list[Any], norm_type: float = 2
-) -> Tensor:
-    """ZeRO's norm, of partitions of the gradients; what several ranks hold whole counts once."""
-    real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    counted = [
-        gradient
-        for gradient, parameter in zip(real, params)
-        if (is_split(parameter) or self.model_parallel_rank == 0)
-        and not getattr(parameter, "ds_pipe_replicated", False)
-    ]
+def _norm_over_all_ranks(optimizer: Any, groups: Any) -> Tensor:
+    """ZeRO's norm, of partitions of the gradients; what several ranks hold whole counts once.
+
+    Args:
+        groups: the parameters of each group that this rank has gradients of, in their order.
+    """
+    counted = []
+    for index, parameters in enumerate(groups):
+        gradients = optimizer.averaged_gradients[index]
+        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        counted += [
+            gradient
+            for gradient, parameter in zip(real, parameters)
+            if (is_split(parameter) or optimizer.model_parallel_rank == 0)
+            and not getattr(parameter, "ds_pipe_replicated", False)
+        ]
+    # |g|^2 is a sum over all elements, whichever group, rank or stage they belong to. One sum a
+    # step: a middle stage has no embedding, hence under muP a group fewer, and with a sum for each
+    # group the ranks waited in different ones.
     total = _total_norm(counted).square()
-    dist.all_reduce(total, group=self.dp_process_group)
-    self._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
     return total.sqrt()
 
 
