@@ -15,10 +15,11 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
 from pipeline.engine.deepspeed.mpu import Mpu
+from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import GPT
+from pipeline.model.partition import is_split
 from pipeline.model.stage_io import StageSchema
-from pipeline.model.tensor_parallel import is_split
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
@@ -54,8 +55,6 @@ class PlainRunner(DeepSpeedRunner):
 
     def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:
         """Micro-batch by micro-batch; DeepSpeed reduces and updates at the last one."""
-        if not self.deepspeed.training:
-            self.deepspeed.train()
         self._loss, self._loss_sum = None, torch.zeros((), device=self.layout.device)
         for number, (batch, token_weights) in enumerate(
             zip(batches, weights, strict=True), start=1
@@ -63,15 +62,14 @@ class PlainRunner(DeepSpeedRunner):
             # DeepSpeed's own count runs over the whole run: a ramp of batch sizes would put its
             # step amid a batch.
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches))
-            loss = self._forward(batch, token_weights)
+            loss = self._forward(self.deepspeed, batch, token_weights)
             self.deepspeed.backward(loss)
             self._loss_sum += loss.detach()
             self.deepspeed.step()
 
-    def _forward(self, batch: Batch, token_weights: Tensor | None) -> Tensor:
-        return self.deepspeed(
-            batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions
-        )
+    @staticmethod
+    def _forward(model: nn.Module, batch: Batch, token_weights: Tensor | None) -> Tensor:
+        return model(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
 
     def _mean_loss(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches
@@ -94,10 +92,11 @@ class PlainRunner(DeepSpeedRunner):
 
     def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
         """0-dim sum of weights * cross entropy over all ranks."""
-        self.deepspeed.eval()
         total = torch.zeros((), device=self.layout.device)
-        for batch, token_weights in zip(batches, weights, strict=True):
-            total += self._forward(batch, token_weights)
+        # Past DeepSpeed's engine, whose train() and eval() reach its module and not its own flag.
+        with asking(self.module):
+            for batch, token_weights in zip(batches, weights, strict=True):
+                total += self._forward(self.module, batch, token_weights)
         dist.all_reduce(total, group=self.layout.data.group)
         return total
 

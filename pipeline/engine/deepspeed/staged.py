@@ -10,11 +10,12 @@ import pipeline.engine.deepspeed.environment  # noqa: F401
 # isort: split
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -22,7 +23,9 @@ from pipeline.config.choices import PipelineSchedule
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
+from pipeline.engine.deepspeed.bf16_sums import Reduction
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
+from pipeline.engine.forward_only import Stage, asking, sum_losses
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss
 from pipeline.model.names import canonical_name
@@ -49,7 +52,13 @@ class StagedRunner(DeepSpeedRunner):
         """As DeepSpeedRunner."""
         super().__init__(*args, **kwargs)
         self.schema: StageSchema = vars(self.module)["schema"]
+        self.hidden_size = kwargs["architecture"].model.hidden_size
         self._activation_shape: tuple[int, ...] = ()
+        if isinstance(self.wrapper, BF16_Optimizer) and self.layout.data.size > 1:
+            # The fp32 sums where they lie. DeepSpeed flattens all of them, and reduces a bf16 copy:
+            # 6 more bytes a parameter at the end of a step.
+            reduction = Reduction(self.wrapper, self.layout.data.group, self.parameters)
+            self._reduce_by(reduction.finish, why="reduces a flattened copy of the sums")
         if kwargs["loss_scale"]:
             reduce_tied_sums(self.deepspeed)
 
@@ -64,15 +73,36 @@ class StagedRunner(DeepSpeedRunner):
 
     def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
         """0-dim sum of weights * cross entropy over all ranks."""
-        self._expect_shape(batches[0])
-        # DualPipeV needs that many in flight
-        missing = max(0, 2 * self.shape.sizes.pipeline - len(batches))
-        weights = [*weights, *[torch.zeros_like(weights[0])] * missing]
-        batches = [*batches, *[batches[0]] * missing]
-        mean = self.deepspeed.eval_batch(
-            micro_batch_stream(batches, weights, self.schema), num_micro_batches=len(batches)
-        )
-        return mean.reshape(()) * (len(batches) * self.layout.data.size)
+        module: Any = self.module
+        with asking(module):
+            return sum_losses(
+                self._stages(),
+                module.loss_fn,
+                batches,
+                weights,
+                schema=self.schema,
+                hidden_size=self.hidden_size,
+                dtype=self.parameters[0].dtype,
+                layout=self.layout,
+            )
+
+    def _stages(self) -> list[Stage]:
+        """This rank's stage, or its two on a DualPipeV: r on the way down, r on the way up."""
+        module: Any = self.module
+        here, last = self.layout.pipeline.rank, self.layout.pipeline.size - 1
+        before, after = (here - 1 if here else None), (here + 1 if here < last else None)
+        if not isinstance(module, DualPipeVModule):
+            return [Stage(module, before, after)]
+
+        def run(phase: int, packed: Any) -> Any:
+            module.activate_phase(phase)
+            return module(packed)
+
+        turn = here  # the last rank hands over to itself
+        return [
+            Stage(partial(run, 0), before, turn if after is None else after),
+            Stage(partial(run, 1), turn if after is None else after, before),
+        ]
 
     def _expect_shape(self, batch: Batch) -> None:
         shape = tuple(batch.tokens.shape)
