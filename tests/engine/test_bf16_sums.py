@@ -116,3 +116,56 @@ def test_gradients_are_reduced_while_the_backward_pass_goes_on() -> None:
         assert len(before) >= 10 and min(before) >= len(names) - per_micro_batch, (
             "not the last micro-batch"
         )
+
+
+REDUCTIONS = (
+    "all_reduce",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+)
+
+
+def reduced(cases: list[dict[str, Any]]) -> list[tuple[list[tuple[float, float]], set[str]]]:
+    """Losses and norms of a run, and the dtypes in which its gradients were reduced."""
+    dtypes: set[str] = set()
+
+    def recording(call: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            # Gradients: with a micro-batch of one sequence no activation has as many elements.
+            dtypes.update(str(x.dtype) for x in tensors if x.numel() > 2500)
+            return call(*args, **kwargs)
+
+        return recorded
+
+    for name in REDUCTIONS:
+        setattr(dist, name, recording(getattr(dist, name)))
+    found = []
+    for case in cases:
+        dtypes.clear()
+        found.append(
+            (
+                train(config(**case, precision="bf16", micro_batch_size=1), batches())["history"],
+                set(dtypes),
+            )
+        )
+    return found
+
+
+CASES: dict[int, list[dict[str, Any]]] = {
+    2: [dict(zero=1), dict(zero=2), dict(zero=3)],
+    4: [dict(zero=1), dict(pp=2), dict(pp=2, schedule="dualpipev")],
+}
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_what_is_summed_in_fp32_is_reduced_in_fp32(world_size: int) -> None:
+    """DeepSpeed reduces in the model's precision: the sums of data-parallel ranks lost 16 bits."""
+    first, *others = run_on_ranks(reduced, world_size, CASES[world_size])[0]
+    for history, dtypes in (first, *others):
+        assert dtypes == {"torch.float32"}
+        for (loss, norm), (want_loss, want_norm) in zip(history, first[0]):
+            assert loss == pytest.approx(want_loss, rel=5e-3)
+            assert norm == pytest.approx(want_norm, rel=3e-2)

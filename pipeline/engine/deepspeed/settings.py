@@ -66,6 +66,9 @@ def deepspeed_config(architecture: Architecture, shape: RunShape) -> dict[str, A
     }
     if precision is not Precision.fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # What is summed in fp32 is reduced in fp32: DeepSpeed takes the model's precision, so that
+        # the ranks' sums lost 16 bits on the way and the result depended on their number.
+        config["communication_data_type"] = "fp32"
     if precision is Precision.bf16:
         config["bf16"] = {
             "enabled": True,
