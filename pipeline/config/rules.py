@@ -62,6 +62,7 @@ def problems(
     heads = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
     groups = {"model.num_attention_heads", "model.num_query_groups"}
     widths = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
+    counts = {"model.num_layers", "model.moe.num_experts"}
     sizes = {"parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"}
     lengths = {"training.seq_len", "model.max_seq_len"}
     batches = {"training.global_batch_size", "training.micro_batch_size"}
@@ -77,6 +78,7 @@ def problems(
         (model_rules.architecture(model), set(), ""),
         (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
         (model_rules.tensor_parallel(model, parallel), widths | sizes | {"groups"}, ""),
+        (model_rules.lr_scale(cfg.optimizer, model), counts | heads, ""),
         (zero(cfg), sizes, ""),
         (pipeline_stages(cfg), sizes | {"model.num_layers"}, ""),
         (effects(cfg), sizes, ""),

@@ -12,7 +12,6 @@ from torch import nn
 from pipeline.config.choices import Init
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import OptimizerConfig
-from pipeline.errors import ConfigError
 
 
 def parameter_groups(
@@ -22,13 +21,12 @@ def parameter_groups(
 
     Matrices decay, norms and biases do not (Brown et al. 2020, appendix B, decays all; excluding
     vectors is GPT-2's later practice). lr_scale comes from cfg.lr_scale patterns and, under muP, 1
-    / width for hidden matrices.
+    / width for hidden matrices. A stage of a pipeline need not hold every name: that each pattern
+    names a parameter was checked before (config/model_rules.py).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    unused = set(cfg.lr_scale)
     for name, parameter in parameters:
         matching = [pattern for pattern in cfg.lr_scale if fnmatch.fnmatch(name, pattern)]
-        unused -= set(matching)
         scale = cfg.lr_scale[matching[0]] if matching else 1.0
         is_matrix = parameter.dim() > 1
         if model.init is Init.mup and is_matrix and name.startswith("layers."):
@@ -36,9 +34,6 @@ def parameter_groups(
         is_embedding = name.startswith(("embedding.", "head."))
         decays = is_matrix and (cfg.decay_embeddings or not is_embedding)
         groups.setdefault((cfg.weight_decay if decays else 0.0, scale), []).append(parameter)
-    # A stage of a pipeline need not hold every name.
-    if unused and torch.distributed.get_world_size() == 1:
-        raise ConfigError(f"optimizer.lr_scale names no parameter: {', '.join(sorted(unused))}.")
     return [
         {"params": members, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), members in sorted(groups.items(), key=lambda g: g[0])
