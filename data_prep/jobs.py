@@ -69,7 +69,9 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-        create_durably(output / JOB_FILE, content.encode())  # the first task wins
+        create_durably(
+            output / JOB_FILE, content.encode("utf-8", "backslashreplace")
+        )  # the first task wins
     found = json.loads((output / JOB_FILE).read_bytes())
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
@@ -219,7 +221,9 @@ def _start_worker() -> None:
 def _do(work: Path, number: int, unit: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     with disk_errors(work):
         result = run(unit)
-        write_durably(marker_path(work, number), json.dumps(result, ensure_ascii=False).encode())
+        # Names on disk may be no UTF-8: half of a surrogate pair, which JSON can escape.
+        content = json.dumps(result, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        write_durably(marker_path(work, number), content)
     return result
 
 

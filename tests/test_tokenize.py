@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from data_prep import finalize
+from data_prep.tokens.check import find_faults
 from data_prep.tokens.split import digest_text, is_held_out
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
@@ -273,6 +274,21 @@ def test_an_input_that_is_not_there_is_named(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no file was found"):
         tokenize(corpus, tmp_path / "out", f"input={tmp_path}/empty")
+
+
+@pytest.mark.parametrize("name", [b"\xff.jsonl", "a,b [1]=größe.jsonl".encode()])
+def test_odd_names_are_tokenized_and_verified(corpus, tmp_path, name):
+    """Names may be no UTF-8; job.json, markers, provenance and rejects hold them."""
+    (tmp_path / "in").mkdir()
+    path = os.fsencode(tmp_path / "in") + b"/" + name
+    with open(path, "wb") as file:
+        file.write(b'{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    for place, source in (("file", os.fsdecode(path)), ("folder", tmp_path / "in")):
+        words = [f"input={source}", "workers=1", "validation_fraction=0.1"]
+        output = tokenize(corpus, tmp_path / place, *words)
+        assert Manifest.load(output / "train").documents == 1
+        assert list(find_faults(str(output / "train"), workers=1)) == []
+        assert len((output / "rejects.jsonl").read_text().splitlines()) == 1
 
 
 def test_without_validation_only_the_training_set_is_written(corpus, tmp_path):

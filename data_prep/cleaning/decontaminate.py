@@ -11,21 +11,21 @@ give 0.0005 false hits.
 
 from __future__ import annotations
 
-import glob
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.sources.inputs import InputConfig, find_files
+from data_prep.sources.kinds import is_compressed
+from data_prep.sources.pieces import Piece
+from data_prep.sources.records import read_records
 from pipeline.errors import ConfigError, DataError
 
 _WORD = re.compile(r"\w+")
-_MULTIPLIER = np.uint64(
-    0x9E3779B97F4A7C15
-)  # odd, from the golden ratio: the hash is a polynomial in it modulo 2^64
+# Odd, from the golden ratio: the hash is a polynomial in it modulo 2^64.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def decontaminate(
@@ -34,20 +34,19 @@ def decontaminate(
     """A function from a text to the name of an evaluation set it overlaps with, or None.
 
     Args:
-        sets: .jsonl and .txt files or globs.
-        fields: fields of the .jsonl records to take; empty: every string, however deep.
+        sets: files, folders, globs or addresses, as `input=` takes them.
+        fields: fields of records and columns of tables to take; empty: every string, however deep.
         n_gram: words that must agree in a row.
         min_n_gram: evaluation texts of so many words up to n_gram - 1 must agree as a whole;
             shorter ones do not count.
     """
     known: dict[str, int] = {}
     names: list[str] = []
-    found: dict[
-        int, list[tuple[np.ndarray, int]]
-    ] = {}  # n-gram length -> [(hashes, place in names)]
-    for path in _files(sets):
-        names.append(path.stem)
-        for text in _texts(path, fields):
+    # n-gram length -> [(hashes, place in names)]
+    found: dict[int, list[tuple[np.ndarray, int]]] = {}
+    for piece in _files(sets):
+        names.append(_name(piece.path))
+        for text in _texts(piece, fields):
             ids = np.array([known.setdefault(w, len(known) + 1) for w in _words(text)], np.uint64)
             length = min(n_gram, len(ids))
             if length >= min_n_gram:
@@ -89,7 +88,10 @@ def _words(text: str) -> list[str]:
 
 
 def _hashes(ids: np.ndarray, length: int) -> np.ndarray:
-    """Hash of each window of `length` ids along the last axis: (..., n) -> (..., n - length + 1), uint64."""
+    """Hash of each window of `length` ids along the last axis, uint64.
+
+    (..., n) -> (..., n - length + 1).
+    """
     windows = ids.shape[-1] - length + 1
     value = np.zeros((*ids.shape[:-1], windows), np.uint64)
     for offset in range(length):
@@ -98,29 +100,35 @@ def _hashes(ids: np.ndarray, length: int) -> np.ndarray:
     return value
 
 
-def _files(sets: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
-    for pattern in sets:
-        found = sorted(glob.glob(pattern, recursive=True))
+def _files(sets: Sequence[str]) -> list[Piece]:
+    """The files of all sets, each entry as `input=` takes it."""
+    files: list[Piece] = []
+    for entry in sets:
+        try:
+            found = [piece for _, piece in find_files(InputConfig(input=entry))]
+        except DataError as error:
+            raise ConfigError(f"decontaminate.sets: {error}") from error
         if not found:
-            raise ConfigError(f"decontaminate.sets: no file matches {pattern}.")
-        files += map(Path, found)
+            raise ConfigError(f"decontaminate.sets: no file matches {entry}.")
+        files += found
     return files
 
 
-def _texts(path: Path, fields: Sequence[str]) -> Iterator[str]:
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ConfigError(f"decontaminate.sets: {path} is neither .jsonl nor .txt.")
-    if path.suffix == ".txt":
-        yield path.read_text()
-        return
-    with path.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}.") from error
-            yield from _strings({f: record[f] for f in fields if f in record} if fields else record)
+def _name(path: str) -> str:
+    """File name without the suffixes of its kind and its compression."""
+    bare = path.rpartition("/")[2]
+    if is_compressed(bare):
+        bare = bare.rpartition(".")[0]
+    return bare.rpartition(".")[0] or bare
+
+
+def _texts(piece: Piece, fields: Sequence[str]) -> Iterator[str]:
+    """Every text of a set; of its records the fields that are named, if any are."""
+    for record in read_records(piece):
+        if fields and isinstance(record, dict):
+            yield from _strings({f: record[f] for f in fields if f in record})
+        else:
+            yield from _strings(record)
 
 
 def _strings(value: Any) -> Iterator[str]:

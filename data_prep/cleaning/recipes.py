@@ -217,7 +217,8 @@ class Decontaminate:
     """
 
     sets: list[str] = field(default_factory=list)
-    """Evaluation sets: .jsonl or .txt files or globs; the file's stem is the name in the report."""
+    """Evaluation sets: paths as in `input`, of every kind that is read; a file's name without
+    suffix is the name in the report. Odd names are quoted: 'decontaminate.sets=["a, b.jsonl"]'."""
     fields: list[str] = field(default_factory=list)
     """Fields of the .jsonl records to look at; empty: every string in the record."""
     n_gram: int = 13

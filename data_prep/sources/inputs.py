@@ -28,7 +28,7 @@ from data_prep.sources.kinds import (
     name_of,
 )
 from data_prep.sources.listing import list_path, match_files, split_pattern
-from data_prep.sources.pieces import Piece
+from data_prep.sources.pieces import Piece, printable
 from pipeline.errors import ConfigError, DataError
 from pipeline.log import logger
 
@@ -195,7 +195,7 @@ def _label(path: str) -> str:
     folder, rest = ("", path) if "://" in path else split_pattern(path)
     names = [*folder.split("/"), *(n for n in rest.split("/") if not is_pattern(n))]
     names = [name for name in names if name not in ("", ".", "..") and not name.endswith(":")]
-    return names[-1].split(".")[0] or "text" if names else "text"
+    return printable(names[-1].split(".")[0] or "text") if names else "text"
 
 
 def _weight(piece: Piece) -> int:

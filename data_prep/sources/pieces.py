@@ -30,7 +30,12 @@ class Piece:
     @property
     def name(self) -> str:
         """The path as UTF-8 can hold it, for ids; names on disk may be any bytes."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return printable(self.path)
+
+
+def printable(path: str) -> str:
+    """The path, with bytes that are no UTF-8 escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.sources.inputs import InputConfig, OnError
+from data_prep.sources.pieces import printable
 from pipeline.errors import DataError
 
 REASONS = {
@@ -76,7 +77,9 @@ class Rejects:
                 f"{REASONS[reason]}{f' ({detail})' if detail else ''}. Mend the file and run "
                 "again, or go on with on_error=quarantine, which lists such documents."
             )
-        self.rows.append({"file": path, **where, "reason": reason, "detail": detail[:200]})
+        self.rows.append(
+            {"file": printable(path), **where, "reason": reason, "detail": detail[:200]}
+        )
 
 
 def field_of(record: Any, name: str) -> Any:

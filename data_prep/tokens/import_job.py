@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources.inputs import InputConfig, find_files
+from data_prep.sources.pieces import Piece
 from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids
@@ -103,7 +104,7 @@ def import_unit(
         validation_fraction: share of the documents that is held out.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    place = f"{unit.path}[{unit.begin}:{unit.end}]"
+    place = f"{Piece(unit.path, 0).name}[{unit.begin}:{unit.end}]"
     empty = 0
     with UnitWriter(
         dataset_writer.parts_folder(output),

@@ -1,7 +1,14 @@
+import gzip
+import io
 import json
+import lzma
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_prep.cleaning.decontaminate import decontaminate
 from pipeline.errors import ConfigError, DataError
@@ -61,6 +68,43 @@ def test_fields_limit_what_is_compared(evals: list[str]) -> None:
     assert find(evals, SHORT, fields=["question"]) is None
     with pytest.raises(DataError, match="answer"):
         find(evals[:1], SHORT, fields=["answer"])
+
+
+@pytest.mark.parametrize("folder", ["plain", "a[1], b=c", "größe 数学", "d?*"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl.gz", "json.zst", "parquet", "arrow", "tar", "txt.xz", "md"]
+)
+def test_sets_are_whatever_input_takes(tmp_path: Path, folder: str, kind: str) -> None:
+    """A set that is silently not compared with is a contaminated corpus."""
+    rows = [{"q": QUESTION, "deep": [{"choice": SHORT}]}]
+    (tmp_path / folder).mkdir()
+    path = tmp_path / folder / f"planets.{kind}"
+    lines = json.dumps(rows[0]).encode() + b"\n"
+    table = pa.table({"q": [QUESTION], "deep": [[{"choice": SHORT}]]})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            info = tarfile.TarInfo("0.json")
+            info.size = len(lines)
+            archive.addfile(info, io.BytesIO(lines))
+    else:
+        content = lines if "json" in kind else f"{QUESTION}\n".encode()
+        pack = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress}
+        path.write_bytes(pack.get(kind.split(".")[-1], bytes)(content))
+    for entry in (str(path), str(tmp_path / folder), str(tmp_path / folder / "*")):
+        assert find([entry], QUESTION) == "planets", entry
+        if "txt" not in kind and kind != "md":
+            assert find([entry], f"Please {SHORT}, quickly") == "planets"
+
+
+def test_a_set_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(QUESTION)
+    with pytest.raises(ConfigError, match="a.csv is of no kind"):
+        find([str(tmp_path / "a.csv")], "")
 
 
 def test_a_missing_set_is_named(tmp_path: Path) -> None:
