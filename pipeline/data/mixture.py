@@ -148,7 +148,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets with weights that may change at given steps, and limits."""
+    """Datasets with weights that may change at given steps, and limits.
+
+    Blends are found when samples are asked for, not planned ahead: where a segment ends depends on
+    the batch of every step before it, which a ramp may change, and on weights edited at a resume.
+    """
 
     names: tuple[str, ...]
     stages: tuple[tuple[int, tuple[float, ...]], ...]

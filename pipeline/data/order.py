@@ -35,6 +35,8 @@ def num_sequences(tokens: Any, seq_len: int) -> Ints:
 
 def draw_keys(*tag: int) -> Words:
     """(ROUNDS,) round keys for a tuple of integers; equal on every machine and version."""
+    # The text of the numbers, as their bytes would depend on the machine's word and byte order; all
+    # keys from one digest, 48 of the 64 bytes that blake2b can give.
     digest = hashlib.blake2b(
         repr(tuple(int(t) for t in tag)).encode(), digest_size=8 * ROUNDS
     ).digest()

@@ -90,6 +90,8 @@ class Partition:
         width = self.local_shape[self.dim] // self.stride
         found = []
         for run in range(self.stride):
+            # Run 1 (up) of 2, rank 1 of 2, width 2: rows (1 * 2 + 1) * 2 = 6 and 7 of the whole 8.
+            # Rows from `real` on are padding, which the last ranks may have nothing else of.
             start = (run * self.tensor_size + self.tensor_rank) * width
             stop = min(start + width, real)
             if start < stop:

@@ -38,6 +38,10 @@ ROUTER_LOSSES: dict[int, list[dict[str, Any]]] = {
         dict(pp=2, micro_batch_size=1),
         dict(zero=1, precision="fp16"),
     ],
+    4: [
+        dict(tp=2, sp=True, lanes=4),
+        dict(tp=2, sp=True, pp=2, micro_batch_size=4),
+    ],
 }
 
 
