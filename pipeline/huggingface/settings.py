@@ -6,6 +6,7 @@ config.json --what is missing, unlike or unknown?--> CheckpointError, or a Model
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -118,7 +119,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     # The first one only: what lacks keys cannot be looked at further.
     if problem := next(chain(_missing(config), _unlike(config), _unknown(config)), None):
         raise CheckpointError(f"{path} {problem}")
-    name = folder.resolve().name
+    name = re.sub(r"[^\w.]+", "-", folder.resolve().name).strip("-") or kind
     return _from_gpt2(config, name) if kind == "gpt2" else _from_decoder(config, name)
 
 

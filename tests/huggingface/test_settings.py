@@ -12,7 +12,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.settings import read_model_config
-from tests.support.exported import EXPORTED
+from tests.support.exported import EXPORTED, LLAMA
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -27,11 +27,6 @@ def test_settings_read_from_a_folder_map_back_to_it(name: str, exported: tuple[P
     }
 
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64, "rope_theta": 5e5, "hidden_act": "silu",
-}  # fmt: skip
 GPT2: dict[str, Any] = {
     "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64,
 }  # fmt: skip

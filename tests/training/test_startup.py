@@ -16,12 +16,8 @@ from pipeline.evaluate import EvaluateConfig
 from pipeline.evaluate import main as evaluate
 from pipeline.training.startup import check_same_tokenizer, first_weights
 from tests.support.corpus import edit_tokenizer, make_tokenizer
+from tests.support.exported import LLAMA
 from tests.support.token_dataset import write_dataset
-
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "intermediate_size": 48, "vocab_size": 400, "rms_norm_eps": 1e-5, "max_position_embeddings": 32,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,7 +37,7 @@ def summary(data: DataConfig) -> DataSummary:
 def weights(folder: Path, *, vocab_size: int = 400) -> Path:
     """A Hugging Face folder's config and tokenizer."""
     make_tokenizer(folder / "tokenizer.json", vocab_size=vocab_size)
-    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 400}))
     return folder
 
 
