@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.huggingface.writer import DType, export
 from pipeline.inference.samplers import (
     GenerateConfig,
     LocalSampler,
@@ -54,6 +57,30 @@ def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
     words = {kind: [text.split() for text in texts] for kind, texts in found.items()}
     assert words["transformers"] == words["batch"] == words["own"]
     assert len(words["own"][0]) == 12
+
+
+def ends_of_the_record(root: Path, end: int) -> dict[str, list[str]]:
+    """What both samplers, and the stream of one, give where `end` ends the datasets' documents."""
+    warnings.simplefilter("ignore")
+    folder = root / "named-end"
+    shutil.copytree(next((root / "gpt2").glob("step-*")), folder)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(record | {"eod": end}))
+    export(folder, root / "named-end-hf", dtype=DType.fp32)
+    cfg = GenerateConfig(checkpoint=str(folder), temperature=0.0, max_new_tokens=12)
+    found: dict[str, list[str]] = {"stream": []}
+    exported = TransformersSampler(root / "named-end-hf", cfg)
+    found["batch"] = exported.sample(["t5 t6 t7", ""], on_text=None)
+    exported.sample(["t5 t6 t7"], on_text=found["stream"].append)
+    found["own"] = LocalSampler(folder, cfg).sample(["t5 t6 t7"], on_text=None)
+    return found
+
+
+def test_text_ends_with_the_token_that_ends_the_datasets_documents(checkpoints: Path) -> None:
+    """The record's, here an ordinary word, not the first known name in the tokenizer."""
+    words = run_on_ranks(both_samplers, 1, checkpoints)[0]["own"][0].split()
+    found = run_on_ranks(ends_of_the_record, 1, checkpoints, int(words[0][1:]))[0]
+    assert [found["batch"][0], found["own"][0], "".join(found["stream"])] == [""] * 3
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))

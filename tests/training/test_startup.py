@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import cli
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.datasets import DataSummary, describe
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.evaluate import main as evaluate
-from pipeline.training.startup import check_same_tokenizer, first_weights
+from pipeline.training.startup import check, check_same_tokenizer, first_weights
 from tests.support.corpus import edit_tokenizer, make_tokenizer
 from tests.support.exported import LLAMA
 from tests.support.token_dataset import write_dataset
@@ -107,6 +108,21 @@ def test_evaluation_on_data_of_another_tokenizer_is_refused(
     folder = weights(tmp_path / "weights", vocab_size=380)
     with pytest.raises(DataError, match="know another tokenizer"):
         evaluate(EvaluateConfig(checkpoint=str(folder), data=data))
+
+
+def test_training_on_data_of_another_tokenizer_is_refused_at_the_start(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    """Before any process group forms."""
+    words = [
+        "name=run", f"runs_dir={tmp_path}", "model.num_layers=1", "model.hidden_size=32",
+        "training.total_steps=1", "training.global_batch_size=8", "schedule.warmup_steps=0",
+    ]  # fmt: skip
+    folder = weights(tmp_path / "weights", vocab_size=380)
+    cfg = cli.compose(PretrainConfig, words, config="pretrain")
+    cfg.data, cfg.checkpoint.init_from = data, str(folder)
+    with pytest.raises(DataError, match="know another tokenizer"):
+        check(cfg, world_size=1)
 
 
 def test_datasets_with_other_ends_of_documents_do_not_mix(data: DataConfig, tmp_path: Path) -> None:
