@@ -2,9 +2,11 @@
 completion markers.
 
     OUT/job.json              what the job is; another job is refused a folder that has one
-    OUT/.work/<stage>/00000012.json    marker of unit 12: its result; written when everything it made is in place
+    OUT/.work/<stage>/00000012.json    marker of unit 12: its result; written when everything it
+                                       made is in place
 
-    open_job -> run_units (this task's share, in processes) -> all markers there? -> under `locked`: finish, close_job
+    open_job -> run_units (this task's share, in processes) -> all markers there?
+    -> under `locked`: finish, close_job
 
 A unit is a pure function of the inputs: done twice, by whoever, it makes the same files. Files get
 their final name when they are whole (`pipeline.files`), so what can be seen is good.
@@ -132,22 +134,11 @@ def run_units(
     total = sum(weight(units[i]) for i in mine)
     first = total - sum(weight(units[i]) for i in todo)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                desc=label,
-                total=total,
-                initial=first,
-                unit=unit_name,
-                unit_scale=True,
-                disable=None,
-                smoothing=0.1,
-            )
-        )
-        results = stack.enter_context(
-            contextlib.closing(
-                _results(work, units, todo, run, workers=min(num_workers(job), len(todo)))
-            )
-        )
+        size = {"total": total, "initial": first, "unit": unit_name, "unit_scale": True}
+        bar = stack.enter_context(tqdm(desc=label, disable=None, smoothing=0.1, **size))
+        workers = min(num_workers(job), len(todo))
+        done_now = _results(work, units, todo, run, workers=workers)
+        results = stack.enter_context(contextlib.closing(done_now))
         for i, result in results:
             bar.update(weight(units[i]))
             on_done(result)
@@ -162,6 +153,7 @@ def _results(
     *,
     workers: int,
 ) -> Generator[tuple[int, dict[str, Any]]]:
+    """(unit, result) as they are done, in this process or in several, which end with it."""
     if workers <= 1:
         for i in todo:
             yield i, _do(work, i, units[i], run)

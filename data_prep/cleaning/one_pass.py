@@ -1,6 +1,7 @@
 """What happens to the documents of one work unit in one pass of a recipe.
 
-    documents -> repeats named after the pass before go -> steps -> survivors, dropped ones, tally, keys
+    documents -> repeats named after the pass before go -> steps
+    -> survivors, dropped ones, tally, keys
 
 Nothing here knows about files or workers; stages.py does.
 """

@@ -28,14 +28,17 @@ _RESERVED = re.compile(r"(?:^|\.)example\.(?:com|net|org)$", re.IGNORECASE)  # R
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IP = re.compile(rf"(?<![\w.]){_OCTET}(?:\.{_OCTET}){{3}}(?!\w|\.\w)")
 _PHONE = re.compile(
-    r"(?<![\w+.-])(?:\+[1-9][0-9]{0,2}+(?>[ .-]?\(?[0-9]{1,5}+\)?){2,6}+"  # +49 30 1234567; possessive: no backtracking
-    r"|(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[-.])[2-9][0-9]{2}[-. ][0-9]{4})(?![\w-]|\.\w)"
+    # +49 30 1234567; possessive: no backtracking
+    r"(?<![\w+.-])(?:\+[1-9][0-9]{0,2}+(?>[ .-]?\(?[0-9]{1,5}+\)?){2,6}+"
+    r"|(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[-.])[2-9][0-9]{2}[-. ][0-9]{4})"
+    r"(?![\w-]|\.\w)"
 )
 # Literal -> expression of a key that holds it: looking for the literal first costs next to nothing.
 _KEYS = {
     literal: re.compile(expression)
     for literal, expression in {
-        "PRIVATE KEY-----": r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----[A-Za-z0-9+/=\s\\:,-]{0,20000}?"
+        "PRIVATE KEY-----": r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----"
+        r"[A-Za-z0-9+/=\s\\:,-]{0,20000}?"
         r"-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----",
         **{start: rf"\b{start}[A-Z0-9]{{16}}\b" for start in ("AKIA", "ASIA")},  # AWS
         **{f"gh{kind}_": rf"\bgh{kind}_[A-Za-z0-9]{{36,251}}\b" for kind in "pousr"},
@@ -51,12 +54,14 @@ _KEYS = {
         "npm_": r"\bnpm_[A-Za-z0-9]{36}\b",
         "pypi-": r"\bpypi-[A-Za-z0-9_-]{50,251}(?![\w-])",
         # JSON web token
-        "eyJ": r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,2000}(?![\w-])",
+        "eyJ": r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}"
+        r"\.[A-Za-z0-9_-]{10,2000}(?![\w-])",
     }.items()
 }
 _QUOTED = re.compile(r"([\"'])([A-Za-z0-9+/=_.~-]{16,256})\1")
 _ASSIGNED = re.compile(
-    r"(?i:api_?key|secret|token|passw(?:or)?d|access_?key|auth)[A-Za-z_]{0,24}[\"']?\s{0,4}(?::|=|=>)\s{0,4}$"
+    r"(?i:api_?key|secret|token|passw(?:or)?d|access_?key|auth)[A-Za-z_]{0,24}[\"']?"
+    r"\s{0,4}(?::|=|=>)\s{0,4}$"
 )
 _ASSIGNED_CHARS = 48  # of _ASSIGNED, at most
 

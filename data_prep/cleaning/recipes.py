@@ -230,10 +230,18 @@ class Decontaminate:
 
 
 SECTIONS = {
-    "url": Url, "language": Language, "gopher_repetition": GopherRepetition, "gopher_quality": GopherQuality,
-    "c4": C4, "fineweb": FineWeb, "code": Code, "exact_dedup": ExactDedup, "minhash_dedup": MinHashDedup,
-    "pii": Pii, "decontaminate": Decontaminate,
-}  # fmt: skip
+    "url": Url,
+    "language": Language,
+    "gopher_repetition": GopherRepetition,
+    "gopher_quality": GopherQuality,
+    "c4": C4,
+    "fineweb": FineWeb,
+    "code": Code,
+    "exact_dedup": ExactDedup,
+    "minhash_dedup": MinHashDedup,
+    "pii": Pii,
+    "decontaminate": Decontaminate,
+}
 GLOBAL = ("exact_dedup", "minhash_dedup")
 
 
@@ -292,6 +300,7 @@ def passes(recipe: Recipe) -> list[Pass]:
 
 
 def _check(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot work, whatever the documents."""
     if not recipe.steps:
         raise ConfigError(
             "the recipe has no steps. Choose one with clean=fineweb (see conf/clean/) or set "

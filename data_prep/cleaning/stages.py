@@ -1,14 +1,16 @@
 """The stages of a cleaning job: work units that depend on the inputs and the recipe alone, and the
 files between them.
 
-    pass 0 (a unit an input unit) -> links (a unit a column and range of keys) -> repeats (one unit) -> pass 1 -> ...
+    pass 0 (a unit an input unit) -> links (a unit a column and range of keys)
+    -> repeats (one unit) -> pass 1 -> ...
 
 Files of pass P in the folder files-P of the job's work folder; U is the number of the input unit:
-    documents-U.jsonl.zst      survivors; those of the last pass go to OUT/documents/<source>/U.jsonl.zst
+    documents-U.jsonl.zst      survivors; those of the last pass go to
+                               OUT/documents/<source>/U.jsonl.zst
     keys-<dedup>-U.npy         keys of the survivors (clean_pass.KeyCollector)
     links-<dedup>-C-R.npy      (n, 2) uint64, from column C and range R of the keys
     repeats.npy                REPEAT rows, sorted by document
-OUT/dropped/pass-P-U.jsonl.zst   one line for each document dropped in pass P, or that could not be read
+OUT/dropped/pass-P-U.jsonl.zst: a line for each document dropped in pass P or not readable.
 A document's number in a pass is U << 32 | row among the survivors. Every file gets its final name
 when it is whole.
 """

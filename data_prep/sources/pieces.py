@@ -57,7 +57,7 @@ def open_piece(piece: Piece) -> Iterator[BinaryIO]:
 
 
 def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
-    """The stream that the suffix of its compression asks for, once the file has its planned size."""
+    """The stream that the suffix asks for, once the file has its planned size."""
     path = piece.path
     size = os.fstat(raw.fileno()).st_size if "://" not in path else piece.size
     if size != piece.size:

@@ -93,8 +93,8 @@ class MegatronTokens:
         if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences:
             raise DataError(
                 f"{index}: its documents are the sequences {bounds[:1].tolist()} to "
-                f"{bounds[-1:].tolist()}, but the file has the sequences 0 to {num_sequences}. Some "
-                "tokens would belong to no document; write the index anew."
+                f"{bounds[-1:].tolist()}, but the file has the sequences 0 to {num_sequences}. "
+                "Some tokens would belong to no document; write the index anew."
             )
         if (np.diff(bounds) < 0).any():
             raise DataError(f"{index}: its documents do not follow one after the other.")
@@ -130,8 +130,8 @@ class FlatTokens:
         if not is_llmc and vocab_size > 2**16:
             raise DataError(
                 f"{path} has no header, so its ids would be uint16; the tokenizer has {vocab_size} "
-                "ids, which need more. Give it an index (Megatron .idx) or llm.c's header, or write "
-                "the ids to a parquet column."
+                "ids, which need more. Give it an index (Megatron .idx) or llm.c's header, or "
+                "write the ids to a parquet column."
             )
         offset = LLMC_HEADER_BYTES if is_llmc else 0
         size = path.stat().st_size - offset

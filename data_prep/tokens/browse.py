@@ -1,6 +1,6 @@
 """Documents of a dataset, by number, by length and by what they hold.
 
-    manifest -> blocks, mapped -> tokens and document starts -> one document, all lengths, or matches
+    manifest -> blocks, mapped -> tokens, document starts -> one document, all lengths, matches
 
 Only local datasets; nothing is read but the blocks that are asked for.
 """
@@ -112,8 +112,9 @@ def plot_lengths(lengths: np.ndarray, manifest: Manifest, path: Path) -> None:
     axes = figure.subplots()
     edges = np.geomspace(1, lengths.max() + 1, 60).tolist()
     axes.hist(lengths, edges, color="tab:blue", label="documents")
-    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title=f"{Path(manifest.folder).name}: "
-             f"{manifest.documents:,} documents, {manifest.tokens:,} tokens")  # fmt: skip
+    name = Path(manifest.folder).name
+    title = f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title=title)
     by_tokens = axes.twinx()
     by_tokens.hist(lengths, edges, weights=lengths, histtype="step", color="tab:orange")
     by_tokens.set_ylabel("tokens", color="tab:orange")

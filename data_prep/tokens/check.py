@@ -54,6 +54,7 @@ def find_faults(folder: str, *, quick: bool = False, workers: int | None = None)
 
 
 def _check_small_files(manifest: Manifest) -> Iterator[str]:
+    """manifest.json, index.npy, tokenizer.json and provenance.jsonl have their checksums."""
     folder, facts = manifest.folder, manifest.tokenizer
     raw = read_bytes(f"{folder}/manifest.json")
     checksums = {
@@ -110,7 +111,8 @@ def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
         where = (
             ""
             if faults
-            else " Headers, padding and arrays fit the index: the manifest's sha256 itself may be damaged."
+            else " Headers, padding and arrays fit the index: the manifest's sha256 itself may be "
+            "damaged."
         )
         faults.insert(0, f"sha256 is not the manifest's {manifest.sha256[shard][:12]}...{where}")
     for fault in faults:
@@ -118,6 +120,10 @@ def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
 
 
 def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator[str]:
+    """Each member lies where the index says, with the header, padding and checksum it must have.
+
+    What is expected is built anew from the format, so that no byte of the tar goes unchecked.
+    """
     rows = manifest.index[manifest.block_starts[shard] : manifest.block_starts[shard + 1]]
     begins_document = shard == 0 or _ends_with_eod(manifest, shard - 1)
     place = 0
@@ -134,7 +140,10 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
             )
             size = count * dtype.itemsize
             if offset != place + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES or offset + size > len(data):
-                yield f"{name}: the index puts it at byte {offset}, which cannot be. The rest was not looked at."
+                yield (
+                    f"{name}: the index puts it at byte {offset}, which cannot be. The rest was "
+                    "not looked at."
+                )
                 return
             header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size) + fmt.npy_header(
                 dtype, count
@@ -149,7 +158,10 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
             arrays.append(data[offset : offset + size].view(dtype))
         tokens, docs = arrays
         if not last and len(tokens) != manifest.block_tokens:
-            yield f"{tokens_name}: {len(tokens)} tokens; every block but the last has {manifest.block_tokens}."
+            yield (
+                f"{tokens_name}: {len(tokens)} tokens; every block but the last has "
+                f"{manifest.block_tokens}."
+            )
         yield from _check_tokens(manifest, tokens_name, tokens, docs, begins_document)
         begins_document = bool(len(tokens)) and int(tokens[-1]) == manifest.tokenizer.eod
     if data[place:].any() or len(data) < place + 2 * fmt.TAR_BLOCK:
@@ -171,7 +183,10 @@ def _check_tokens(
     if begins_document:
         starts = np.concatenate([[0], starts])
     if not np.array_equal(starts, docs):
-        yield f"{name}: {len(docs)} documents are listed, {len(starts)} start after an EOD; their places must agree."
+        yield (
+            f"{name}: {len(docs)} documents are listed, {len(starts)} start after an EOD; their "
+            "places must agree."
+        )
 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:

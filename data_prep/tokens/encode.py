@@ -171,6 +171,7 @@ def get_encoder(path: str, sha256: str, eod: int, name: EncoderName) -> Encoder:
 
 
 def _hf(tokenizer: Tokenizer) -> EncodeFunction:
+    """Hugging Face tokenizers, the reference."""
     # One thread a process: processes are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     backend = tokenizer.text_backend
@@ -296,17 +297,22 @@ def _random_piece(draw: random.Random) -> str:
 
 
 HARD_TEXTS: Sequence[str] = (
-    "", "\n", "\r\n\r\n", "   x", "\u00a0\u2003x", "e\u0301\u0300", "١٢٣٤", "👩‍👩‍👧‍👦 ok", "\u200d\u200c", "ſ'S 'LL’s",
-    "a" * 5000, "0" * 3001, " " * 1000 + "x", "\x01\x7f", "汉字漢字かなカナ한국어", "ไทย", "ǅ ʰ ⅷ ² ½",
-    "\u0b95\u0bcd\u0bb7", "😀" * 50, "\ufeffBOM", "\r", "\t\t x", "\u2028\u2029", "\u0085 x", "\u180e",
+    "", "\n", "\r\n\r\n", "   x", "\u00a0\u2003x", "e\u0301\u0300", "١٢٣٤", "👩‍👩‍👧‍👦 ok",
+    "\u200d\u200c", "ſ'S 'LL’s",
+    "a" * 5000, "0" * 3001, " " * 1000 + "x", "\x01\x7f",
+    "汉字漢字かなカナ한국어", "ไทย", "ǅ ʰ ⅷ ² ½",
+    "\u0b95\u0bcd\u0bb7", "😀" * 50, "\ufeffBOM", "\r", "\t\t x", "\u2028\u2029",
+    "\u0085 x", "\u180e",
     "\u1e9e'ſ", "K't", "<|endoftext|>", "</s> <s>[INST]",
-    "def f(x):\n    return x\n\n\n", "https://a.b/c?d=e&f=1", "I'm you'LL don't", "x\n \n  \n\ty", "1,234,567.89",
+    "def f(x):\n    return x\n\n\n", "https://a.b/c?d=e&f=1", "I'm you'LL don't",
+    "x\n \n  \n\ty", "1,234,567.89",
 )  # fmt: skip
 RANGES: Sequence[tuple[int, int]] = (
-    (0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xDFF), (0xE00, 0x10FF),
-    (0x1680, 0x180F), (0x1E00, 0x206F), (0x2070, 0x218B), (0x3000, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
-    (0xFF00, 0xFFEF), (0x10000, 0x10FFF), (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0xE0000, 0xE01EF),
-    (0x11000, 0x11FFF), (0x1E900, 0x1E95F),
+    (0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 0x6FF),
+    (0x900, 0xDFF), (0xE00, 0x10FF), (0x1680, 0x180F), (0x1E00, 0x206F), (0x2070, 0x218B),
+    (0x3000, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFF00, 0xFFEF), (0x10000, 0x10FFF),
+    (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0xE0000, 0xE01EF), (0x11000, 0x11FFF),
+    (0x1E900, 0x1E95F),
 )  # fmt: skip
 # Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, Hugging Face's regular
 # expressions do not yet. From a comparison of all code points, 26 ranges; the astral ones are here

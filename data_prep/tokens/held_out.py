@@ -1,7 +1,7 @@
 """A held-out set for a corpus so small that no document fell into it.
 
     markers: each unit's train documents with the lowest digest
-    -> those with the lowest of all, as if validation_fraction were just large enough; copies go along
+    -> those with the lowest of all, copies along, as if validation_fraction were just large enough
     -> is nothing left to train on? -> the tail of the last document
 
 At validation_fraction=0.005 three hundred documents leave nothing for validation once in five

@@ -1,7 +1,8 @@
 """Token ids to shard tars, a block at a time, so that memory does not depend on the size of a
 shard.
 
-    add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every SHARD_TOKENS
+    add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every
+                        SHARD_TOKENS
     close() -> [Part(...)], from which finalize.py makes shards
 
 A part has its final bytes; only its name changes when it becomes a shard.
@@ -129,6 +130,7 @@ class PartWriter:
         return self._parts[-1]
 
     def _write_block(self) -> None:
+        """The filled block becomes two members and a row of the index."""
         part = self._part()
         tokens = self._block[: self._filled]
         starts = np.concatenate(self._starts)
