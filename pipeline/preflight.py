@@ -22,7 +22,6 @@ from pipeline import cli
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import RunShape
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import MachineError, PipelineError
 from pipeline.planning import memory
@@ -48,9 +47,11 @@ def main(cfg: PreflightConfig) -> None:
     from pipeline.training import startup
 
     problems: list[str] = []
-    shape: RunShape | None = None
+    start: startup.Start | None = None
     try:
-        shape, _ = startup.check(cfg, world_size=cfg.world_size)
+        start = startup.check(cfg, world_size=cfg.world_size)
+        if start.reading.used_up:
+            problems.append(start.reading.used_up)
     except PipelineError as error:
         problems.append(str(error))
     checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (
@@ -59,15 +60,18 @@ def main(cfg: PreflightConfig) -> None:
         another_owner,
     )
     problems += [problem for check in checks for problem in check(cfg)]
-    for warning in wandb_warnings(cfg.tracking):
+    reading = start.reading.warnings() if start else []
+    for warning in [*reading, *wandb_warnings(cfg.tracking)]:
         print(f"warning: {warning}", file=sys.stderr)
     if problems:
         raise MachineError("\n".join(problems))
-    assert shape is not None
+    assert start is not None
+    shape = start.shape
     print(
         f"preflight: {shape.world_size} ranks = {shape.sizes.data} data x "
         f"{shape.sizes.pipeline} pipeline x {shape.sizes.tensor} tensor parallel; "
         f"{shape.total_steps} steps, {shape.total_tokens:,} tokens\n"
+        f"preflight: the run reads {start.reading}\n"
         f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
         file=sys.stderr,
     )

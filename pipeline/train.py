@@ -32,12 +32,13 @@ def main(cfg: PretrainConfig) -> int:
     begun: Path | None = None  # the run's folder, once this start may write to it
     try:
         # Everything that needs no device; then the folder is this start's, or it is refused.
-        shape, run_dir = startup.check(cfg, world_size=ranks.world_size)
+        start = startup.check(cfg, world_size=ranks.world_size)
+        shape, run_dir = start.shape, start.run_dir
         speaks = ranks.is_main
         with ownership.claim(run_dir, node=ranks.node) if speaks else contextlib.nullcontext():
             begun = run_dir
             if speaks:
-                startup.begin(cfg, shape, run_dir, ranks)
+                startup.begin(cfg, start, ranks)
             train(cfg, shape, ranks, run_dir=run_dir, clock=clock)
     except BaseException as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's

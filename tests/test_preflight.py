@@ -131,3 +131,52 @@ def test_a_held_out_set_without_a_label_is_found_before_the_first_step(settings,
     found = problems([*settings, f"data.train=[{{path: {tmp_path}/data/train}}]", tiny])
     assert "dataset validation" in found and "has nothing to predict: 1 shards, 1 tokens" in found
     assert "validation_fraction" in found and "data.validation=[]" in found
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "long", [np.arange(4096) % 64], vocab_size=64)
+    write_dataset(folder / "code", [np.arange(4096) % 63], vocab_size=64)
+    write_dataset(folder / "short", [np.arange(40) % 61], vocab_size=64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "train, more, message",
+    [
+        ("{path: D/long, weight: -1}", [], "weights must not be negative and not all 0"),
+        ("{path: D/long, weight: 1}, {path: D/code}", [], "code has none"),
+        (
+            "{path: D/long}",
+            ["data.blend_schedule=[{start_step: 5, weights: {web: 1}}]"],
+            "names web",
+        ),
+        (
+            "{path: D/short}",
+            [],
+            "short .* has no sequence of 257 tokens: its longest shard has 40",
+        ),
+        ("{path: D/long, max_epochs: 1}", ["training.total_steps=100"], "used up at sample 15"),
+    ],
+)
+def test_what_the_loader_would_refuse_is_refused_before(datasets, tmp_path, train, more, message):
+    """From settings and manifests alone: a job does not wait in a queue to learn of a weight."""
+    words = [f"data.train=[{train.replace('D/', f'{datasets}/')}]", "data.validation=[]", *more]
+    with pytest.raises(MachineError, match=message):
+        settings = [*words, f"runs_dir={tmp_path}", "name=a"]
+        main(cli.compose(PreflightConfig, settings, config="pretrain"))
+
+
+def test_the_passes_over_each_dataset_are_said_and_many_are_warned_of(datasets, tmp_path, capsys):
+    words = [
+        f"data.train=[{{path: {datasets}/long}}]",
+        "data.validation=[]",
+        f"runs_dir={tmp_path}",
+    ]
+    words += ["name=a", "training.global_batch_size=4", "schedule.warmup_steps=0"]
+    main(cli.compose(PreflightConfig, [*words, "training.total_steps=15"], config="pretrain"))
+    printed = capsys.readouterr().err
+    assert "the run reads 4.00 epochs of long" in printed and "warning" not in printed
+    main(cli.compose(PreflightConfig, [*words, "training.total_steps=20"], config="pretrain"))
+    assert "dataset long will be read 5.3 times" in capsys.readouterr().err

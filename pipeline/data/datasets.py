@@ -71,6 +71,8 @@ class DataSummary:
     tokenizer_sha256: str
     tokenizer_json: bytes = field(repr=False)
     """The file itself."""
+    train: tuple[Dataset, ...]
+    """The training datasets: their manifests; files of remote ones may be gone."""
     tokens: int
     """Training tokens of all datasets, one epoch each."""
     identities: dict[str, str]
@@ -103,6 +105,7 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
         eod=tokenizer.eod,
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_json=tokenizer_json,
+        train=tuple(train),
         tokens=sum(int(d.manifest.tokens) for d in train),
         identities={d.path: d.identity for d in [*train, *held_out]},
     )

@@ -64,9 +64,12 @@ class Sampler:
         """The position num_samples further on, without a step; O(1)."""
         return self.mixture.skip(position, num_samples)
 
-    def seek(self, step: int, shape: RunShape) -> Position:
-        """The position before a step of an unbroken run; O(1) a stage of ramp and blends."""
-        position = self.start()
+    def seek(self, step: int, shape: RunShape, begin: Position | None = None) -> Position:
+        """The position before a step of a run unbroken since `begin` (None: its start).
+
+        O(1) a stage of ramp and blends.
+        """
+        position = self.start() if begin is None else begin
         # Between these steps every step has as many samples and the blend does not change, so a
         # stretch is one skip; a blend takes force at `skip`, which reads the step of the position.
         edges = {
@@ -74,7 +77,7 @@ class Sampler:
             *(until for until, _ in shape.ramp),
             *(first for first, _ in self.mixture.stages),
         }
-        for edge in sorted(edge for edge in edges if 0 < edge <= step):
+        for edge in sorted(edge for edge in edges if position.step < edge <= step):
             num_samples = (edge - position.step) * shape.at(position.step).num_samples
             position = replace(self.skip(position, num_samples), step=edge)
         return position

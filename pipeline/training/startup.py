@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import cli, log
 from pipeline.config import rules
@@ -18,6 +18,7 @@ from pipeline.files import sha256_of, write_durably
 if TYPE_CHECKING:
     from pipeline.checkpoint.record import CheckpointRecord
     from pipeline.data.datasets import DataSummary
+    from pipeline.data.reading_plan import ReadingPlan
 
 # fp32 weights and two moments in a checkpoint.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -34,8 +35,16 @@ def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
     )
 
 
-def check(cfg: PretrainConfig, *, world_size: int) -> tuple[RunShape, Path]:
-    """The run's numbers and its folder, after every check that costs no device time.
+class Start(NamedTuple):
+    """What is known of a run before it begins."""
+
+    shape: RunShape
+    run_dir: Path
+    reading: ReadingPlan
+
+
+def check(cfg: PretrainConfig, *, world_size: int) -> Start:
+    """The run's numbers, folder and data, after every check that costs no device time.
 
     Leaves no trace: nothing is written, so a start that is refused has changed nothing.
 
@@ -44,6 +53,7 @@ def check(cfg: PretrainConfig, *, world_size: int) -> tuple[RunShape, Path]:
             is named.
     """
     from pipeline.data.datasets import describe
+    from pipeline.data.reading_plan import plan_reading
 
     problems, data = Problems(), None
     with problems:
@@ -62,15 +72,26 @@ def check(cfg: PretrainConfig, *, world_size: int) -> tuple[RunShape, Path]:
     with problems:
         if (weights := first_weights(cfg, run_dir)) is not None:
             check_same_tokenizer(data, weights)
+    reading = None
+    with problems:
+        newest = _newest_record(run_dir) if cfg.checkpoint.resume else None
+        saved = newest.loader if newest else None
+        reading = plan_reading(cfg.data, data.train, shape=shape, seed=cfg.seed, saved=saved)
     problems.raise_all()
-    return shape, run_dir
+    assert reading is not None
+    return Start(shape, run_dir, reading)
 
 
-def begin(cfg: PretrainConfig, shape: RunShape, run_dir: Path, ranks: Ranks) -> None:
+def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
     """The main rank, once the folder is its own: write config.yaml, and say what starts."""
-    write_durably(run_dir / "config.yaml", cli.to_yaml(cfg).encode())
-    log.logger.info("run %s: %s", run_dir, shape)
-    if warning := placement_warning(ranks, tensor_parallel_size=shape.sizes.tensor):
+    write_durably(start.run_dir / "config.yaml", cli.to_yaml(cfg).encode())
+    log.logger.info("run %s: %s", start.run_dir, start.shape)
+    if start.reading.used_up:
+        log.logger.warning(start.reading.used_up)
+    else:
+        log.logger.info("the run reads %s", start.reading)
+    placement = placement_warning(ranks, tensor_parallel_size=start.shape.sizes.tensor)
+    for warning in [*start.reading.warnings(), *([placement] if placement else [])]:
         log.logger.warning(warning)
 
 
@@ -101,14 +122,9 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
 
 def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
     """Raise CheckpointError where the run folder holds a run of another model."""
-    from pipeline.checkpoint import folder as folders
     from pipeline.checkpoint.record import RETIRED
 
-    records = (
-        _record_if_whole(path)
-        for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints"))
-    )
-    newest = next((record for record in records if record), None)
+    newest = _newest_record(run_dir)
     if newest is None or not cfg.checkpoint.resume:
         return
     saved, now = newest.config["model"], cli.to_dict(cfg)["model"]
@@ -123,6 +139,14 @@ def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
             f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
             "Give this run another name=..., or delete that folder."
         )
+
+
+def _newest_record(run_dir: Path) -> CheckpointRecord | None:
+    """Of the newest checkpoint whose record can be read; None where there is none."""
+    from pipeline.checkpoint import folder as folders
+
+    paths = reversed(folders.list_checkpoints(run_dir / "checkpoints"))
+    return next((record for _, path in paths if (record := _record_if_whole(path))), None)
 
 
 def first_weights(cfg: PretrainConfig, run_dir: Path) -> Path | None:
