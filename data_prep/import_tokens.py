@@ -1,8 +1,7 @@
 """Token files of other projects become our datasets, without tokenizing again.
 
     python -m data_prep.import_tokens input=my_text_document.bin output=OUT tokenizer=tokenizer.json
-    python -m data_prep.import_tokens 'input=web=a/*.bin,code=b/*.parquet' output=OUT \
-        tokenizer=T.json column=ids
+    python -m data_prep.import_tokens input='web=a/*.parquet' output=OUT tokenizer=T.json column=ids
 
     .bin with .idx      Megatron-LM (MMIDIDX, version 1)
     .bin                nanoGPT (uint16) or llm.c (its header); documents end, or begin, with
