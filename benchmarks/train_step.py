@@ -218,9 +218,7 @@ def gemm_flops(precision: str) -> float:
 
 
 def worker(contender: str, shape: str, precision: str, threads: int) -> None:
-    """Answer each line on stdin, a number of seconds, with {"tokens_per_s", "peak_mib", "loss"} of a round
-    that long.
-    """
+    """Train a round of the seconds on each line of stdin; print its speed, memory and loss."""
     import torch
 
     torch.set_num_threads(threads)

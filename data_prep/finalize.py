@@ -4,8 +4,8 @@
 
 tokenize.py does this by itself when the last unit is done. Parts are renamed, in the order of the
 units; neighbours that are small (validation splits, small inputs) are joined. manifest.json comes
-last. Everything here may be killed
-and run again: what has been renamed is recognised by the plan, which follows from the markers
+last. Everything here may be killed and run again: what has been renamed is recognised by the plan,
+which follows from the markers
     alone.
 """
 

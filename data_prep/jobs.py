@@ -1,5 +1,4 @@
-"""Work that may be killed at any moment and started again: units, processes, array tasks,
-completion markers.
+"""Work that may be killed at any moment and started again: units and completion markers.
 
     OUT/job.json              what the job is; another job is refused a folder that has one
     OUT/.work/<stage>/00000012.json    marker of unit 12: its result; written when everything it
@@ -104,8 +103,7 @@ def run_units(
     unit_name: str = "unit",
     on_done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> bool:
-    """Do this task's units that have no marker yet; True if afterwards all units of all tasks have
-    one.
+    """Do this task's units without marker; True once all units of all tasks have one.
 
     Args:
         work: folder of the markers, one stage of the job.

@@ -241,6 +241,7 @@ def help_text(main: Callable, schema: type, *, config: str, positional: Sequence
 
 
 def _default(field: dataclasses.Field) -> str:
+    """A field's default as --help shows it, with the choices of an enum."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()

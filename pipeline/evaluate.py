@@ -120,6 +120,7 @@ def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any]]:
 
 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:
+    """Print a table of the results, and write them to `output` where one is given."""
     print(f"checkpoint: {path}")
     print(f"{'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}  {'tokens':>14}  dataset")
     for name, result in results.items():

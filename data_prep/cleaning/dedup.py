@@ -31,8 +31,7 @@ def links(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def clusters(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Documents that are not the first of their cluster, sorted, and the first document of each
-    one's cluster.
+    """(documents that are not the first of their cluster, sorted; the first one of each's cluster).
 
     Args:
         edges: (n, 2) uint64 links; documents joined by a chain of links are one cluster.

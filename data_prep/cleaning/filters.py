@@ -72,9 +72,7 @@ def check_packages(recipe: recipes.Recipe) -> None:
 
 
 def build_step(name: str, recipe: recipes.Recipe) -> Step:
-    """The function behind a step of the recipe; loads models and lists, so build it once in each
-    worker.
-    """
+    """The function behind a step; it loads models and lists: build it once in each worker."""
     return _BUILDERS[name](getattr(recipe, name))
 
 

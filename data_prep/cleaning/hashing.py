@@ -1,6 +1,4 @@
-"""Keys of one document, by which repeats are found: blake2b of the text for exact ones, a hash a
-band for MinHash.
-"""
+"""Keys by which repeats are found: blake2b for exact ones, a hash a band for MinHash."""
 
 from __future__ import annotations
 

@@ -128,9 +128,7 @@ class KeyCollector:
             self._hash()
 
     def columns(self) -> dict[str, np.ndarray]:
-        """For each deduplication (columns, survivors) rows of key_dtype, each column sorted by
-        key.
-        """
+        """(columns, survivors) of key_dtype for each deduplication, every column sorted."""
         self._hash()
         result = {}
         for name, parts in self._parts.items():

@@ -89,9 +89,7 @@ def _replace_email(match: re.Match[str]) -> str:
 
 
 def _replace_random(match: re.Match[str]) -> str:
-    """Replace a value that is assigned to a key or password and looks random: digits, letters, 3
-    bits a character.
-    """
+    """Replace a random value assigned to a key or password: digits, letters, 3 bits a character."""
     if not _ASSIGNED.search(match.string[max(0, match.start() - _ASSIGNED_CHARS) : match.start()]):
         return match[0]
     value = match[2]
@@ -103,9 +101,7 @@ def _replace_random(match: re.Match[str]) -> str:
 
 
 def _replace_phone(match: re.Match[str]) -> str:
-    """Replace 8 to 15 digits, a number with its area (ITU-T E.164); 10 if nothing but digits says
-    so.
-    """
+    """Replace 8 to 15 digits (ITU-T E.164), or 10 if nothing but digits says what they are."""
     number = match[0]
     least = 8 if re.search("[ .()-]", number) else 10
     return PHONE if least <= sum(map(str.isdigit, number)) <= 15 else number

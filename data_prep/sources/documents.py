@@ -51,9 +51,7 @@ def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[D
 
 
 def _is_damage(error: Exception) -> bool:
-    """The file is to blame, not the disk, the network or we: errors of parsers, and bare OSErrors
-    of bz2 and pyarrow.
-    """
+    """Whether the file is to blame, not disk, network or we: parsers' errors, bare OSErrors."""
     package = type(error).__module__.lstrip("_").split(".")[0].split("_")[0]
     is_bare = type(error) is OSError and error.errno is None
     return isinstance(error, EOFError | Damaged) or is_bare or package in PARSERS

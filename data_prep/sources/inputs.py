@@ -1,5 +1,4 @@
-"""The files of an input, cut into work units that depend on the input alone, never on who will do
-the work.
+"""The files of an input, cut into work units that depend on the input alone.
 
     "web=crawl/*.jsonl.gz,code=src/"  --find_files-->  files with sizes, in order
     files  --find_units-->  [Unit(pieces), ...]
@@ -129,9 +128,7 @@ def _unit_bytes(cfg: InputConfig, total: int) -> int:
 
 
 def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
-    """(label, whole file) for everything the input names, in the order of its parts and then by
-    name.
-    """
+    """(label, whole file) of all the input names, in the order of its parts, then by name."""
     include = tuple(s if s.startswith(".") else f".{s}" for s in _split(cfg.include.lower()))
     exclude = re.compile("|".join(fnmatch.translate(p) for p in _split(cfg.exclude)) or r"(?!)")
     seen: set[str] = set()

@@ -65,8 +65,9 @@ def split_pattern(pattern: str) -> tuple[str, str]:
 
 
 def _walk(folder: str, include: Sequence[str]) -> list[tuple[str, int]]:
-    """Files of known kinds below a folder; hidden ones, __pycache__ and links to folders are left
-    out, and how many others were passed over is said.
+    """Files of known kinds below a folder; says how many others were passed over.
+
+    Hidden ones, __pycache__ and links to folders are left out.
     """
     found: list[tuple[str, int]] = []
     others: list[str] = []

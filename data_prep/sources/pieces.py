@@ -83,8 +83,7 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
 
 
 class ZstdStream(io.RawIOBase):
-    """Decompressed content of a .zst file, frame after frame; a file that ends inside a frame
-    raises EOFError.
+    """Decompressed content of a .zst file, frame after frame; EOFError inside a frame.
 
     zstandard's own stream_reader takes a truncated file for a short one.
     """

@@ -1,5 +1,4 @@
-"""Documents of WebDataset tars: a sample is the files in a row whose names agree up to the first
-dot.
+"""Documents of WebDataset tars: a sample is a run of files alike up to the first dot.
 
 The sums are closed: a tar without its end mark, with a damaged header, or with something behind its
 end is damaged, where Python's tarfile would take it for a short one; a sample whose files lie apart

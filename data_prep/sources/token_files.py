@@ -1,5 +1,4 @@
-"""Token ids that others wrote, as documents: Megatron .bin/.idx, nanoGPT and llm.c .bin, parquet
-and arrow columns.
+"""Token ids that others wrote, as documents: Megatron, nanoGPT, llm.c, parquet, arrow.
 
     path -> ranges (depend on the file alone) -> for each range: arrays of ids, one a document,
             without end-of-document
@@ -38,15 +37,11 @@ class TokenFile(Protocol):
         """Pieces of work, in order: the file alone decides."""
 
     def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        """Ids of each document of a range; end-of-document at the end of one may be there or
-        not.
-        """
+        """Ids of each document of a range, with or without its end-of-document."""
 
 
 class MegatronTokens:
-    """A .bin with its .idx; a document is what the index calls one, whatever number of sequences it
-    has.
-    """
+    """A .bin with its .idx; a document is what the index calls one, in any number of sequences."""
 
     def __init__(self, path: Path):
         index = path.with_suffix(".idx")
@@ -114,9 +109,7 @@ class MegatronTokens:
 
 
 class FlatTokens:
-    """nanoGPT's .bin (uint16, nothing else) or llm.c's (1,024 bytes of header; documents begin with
-    the end mark).
-    """
+    """nanoGPT's .bin (bare uint16), or llm.c's (1,024 bytes of header; EOD comes first)."""
 
     def __init__(self, path: Path, *, eod: int, vocab_size: int):
         head = np.fromfile(path, "<i4", 3)
@@ -259,9 +252,7 @@ class ColumnTokens:
         return [self._arrow().get_batch(group).column(self._column)]
 
     def _arrow(self) -> Any:
-        """The IPC file; Hugging Face's .arrow files are streams, without an index: their batches
-        are counted first.
-        """
+        """The IPC file; Hugging Face's .arrow streams have no index: their batches are counted."""
         import pyarrow as pa
 
         with self._path.open("rb") as file:

@@ -97,9 +97,7 @@ def _check_shard_of(folder: str, shard: int) -> list[str]:
 
 
 def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
-    """A sentence for each fault of one tar; what is wrong is named as closely as the headers
-    allow.
-    """
+    """A sentence for each fault of one tar, named as closely as the headers allow."""
     path = f"{manifest.folder}/{manifest.paths[shard]}"
     try:
         data = _bytes_of(path)
@@ -190,9 +188,7 @@ def _check_tokens(
 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:
-    """Whether the last document of a shard ends in it; one that cannot be read says yes, its own
-    check tells.
-    """
+    """Whether a shard's last document ends in it; yes for one that its own check will name."""
     row = manifest.index[manifest.block_starts[shard + 1] - 1]
     place = int(row["tokens_offset"]) + (int(row["num_tokens"]) - 1) * manifest.dtype.itemsize
     try:

@@ -41,9 +41,7 @@ SUMMARY_FILE = "summary.json"
 
 
 def finalize(output: Path, *, max_rejected_fraction: float) -> None:
-    """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json; see main for
-    the errors.
-    """
+    """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json."""
     if not (output / JOB_FILE).is_file():
         raise DataError(f"{output} holds no job of data_prep/tokenize.py: it has no {JOB_FILE}.")
     with disk_errors(output), locked(output):

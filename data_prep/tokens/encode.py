@@ -88,8 +88,7 @@ class Encoder:
         return ""
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts in a row, uint32; number of ids of each text, int64); no
-        end-of-document is added.
+        """(ids of all texts in a row, uint32; ids of each text, int64); no end-of-document.
 
         Raises:
             DataError: the engine gave other ids than the reference for a text, or a text holds the
@@ -276,9 +275,7 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _hard_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """What engines are compared on: what has told them apart before, every added token, and 200
-    random mixtures.
-    """
+    """Texts that told engines apart before, every added token, and 200 random mixtures."""
     yield from HARD_TEXTS
     for token in (tokenizer.json.get("added_tokens") or [])[:1000]:
         yield f"a{token['content']}b {token['content']} {token['content']}{token['content']}"

@@ -1,5 +1,4 @@
-"""Token ids to shard tars, a block at a time, so that memory does not depend on the size of a
-shard.
+"""Token ids to shard tars, a block at a time: memory does not depend on a shard's size.
 
     add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every
                         SHARD_TOKENS

@@ -139,6 +139,7 @@ class Checkpointer:
                 time.sleep(RETRY_PAUSE_S)
 
     def _try_write(self, chunks: list, record: CheckpointRecord) -> None:
+        """Write, publish and prune one checkpoint, once. Collective."""
         from pipeline.checkpoint import tensors
 
         start, saving = time.monotonic(), folders.saving_folder(self.folder, record.step)
@@ -162,6 +163,7 @@ class Checkpointer:
         saving.mkdir()
 
     def _publish(self, record: CheckpointRecord, sums: dict[str, str]) -> None:
+        """Add the attachments, give the folder its name, prune; on the main rank only."""
         saving = folders.saving_folder(self.folder, record.step)
         attached = {
             name: write_durably(saving / name, path.read_bytes())

@@ -28,8 +28,9 @@ class ParallelSizes:
 
     @classmethod
     def filling(cls, parallel: ParallelConfig, *, world_size: int) -> ParallelSizes:
-        """The sizes that are set, with as many copies of the model as `world_size` ranks hold; some
-        ranks are left over where it is no multiple of `ranks_per_copy`.
+        """The sizes that are set, with as many copies of the model as `world_size` ranks hold.
+
+        Some ranks are left over where it is no multiple of `ranks_per_copy`.
         """
         return cls.of(parallel, data=world_size // cls.of(parallel).ranks_per_copy)
 

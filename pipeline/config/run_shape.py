@@ -91,8 +91,9 @@ def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -
 
 
 def _zero_stage(cfg: PretrainConfig, sizes: ParallelSizes) -> int:
-    """Stage 0 where one rank holds all of an fp32 model: it computes the same as parallel.zero_stage
-    without copying gradients and weights through flat buffers.
+    """The ZeRO stage that runs: 0 where one rank holds all of an fp32 model.
+
+    It computes the same without copying gradients and weights through flat buffers.
     """
     is_alone = sizes.data == sizes.pipeline == 1 and not cfg.parallel.offload_optimizer
     is_fp32 = cfg.training.precision is Precision.fp32

@@ -240,6 +240,7 @@ class RemoteFolder:
         )
 
     def _retry(self, get: Any, path: str, what: str) -> bytes:
+        """The bytes that `get` returns, asked again after errors that may pass."""
         for attempt in range(ATTEMPTS):
             try:
                 return bytes(get())

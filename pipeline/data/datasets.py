@@ -173,6 +173,7 @@ def check_has_labels(dataset: Dataset) -> None:
 
 
 def _check_tokenizer_file(dataset: Dataset) -> None:
+    """Refuse a tokenizer.json that is not the one that the manifest names."""
     try:
         found = sha256_of(dataset.tokenizer_path)
     except OSError as error:
@@ -186,6 +187,7 @@ def _check_tokenizer_file(dataset: Dataset) -> None:
 
 
 def _check_one_tokenizer(datasets: Sequence[Dataset]) -> None:
+    """Refuse a mixture of datasets in which one id means different text."""
     first = datasets[0]
     for other in datasets[1:]:
         if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:

@@ -87,6 +87,7 @@ class Manifest:
 
     @classmethod
     def _parse(cls, raw: bytes, content: Any, *, folder: str) -> Manifest:
+        """The manifest in `content`, refused unless it is ours, of this version and unchanged."""
         path = f"{folder}/manifest.json"
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise DataError(
@@ -117,9 +118,7 @@ class Manifest:
 
     @cached_property
     def block_starts(self) -> np.ndarray:
-        """(shards + 1,) int64: rows block_starts[s] to block_starts[s + 1] of the index belong to
-        shard s.
-        """
+        """(shards + 1,) int64: shard s has the rows block_starts[s] to block_starts[s + 1]."""
         blocks = -(-self.shard_tokens // self.block_tokens)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
 
@@ -279,9 +278,7 @@ _ROWS_BEGIN, _ROWS_END, _PIECE_BYTES = b'"shards": [\n', b"\n ]\n", 1 << 16
 
 
 def _rows_span(raw: bytes) -> tuple[int, int]:
-    """[begin, end) of the rows in a manifest as our writer makes it; (0, 0): it has another
-    layout.
-    """
+    """[begin, end) of the rows in a manifest as our writer lays it out; (0, 0) in any other."""
     begin, end = raw.find(_ROWS_BEGIN) + len(_ROWS_BEGIN), raw.rfind(_ROWS_END)
     return (begin, end) if len(_ROWS_BEGIN) <= begin <= end else (0, 0)
 
@@ -292,9 +289,7 @@ def _without_rows(raw: bytes) -> tuple[bytes, bytes]:
 
 
 def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
-    """The shards' rows as columns, a piece of the file at a time; `rows` where they were parsed
-    already.
-    """
+    """The shards' rows as columns, read a piece of the file at a time unless parsed already."""
     columns: list[Any] = [
         [] if name in ("path", "sha256", "source") else array("q") for name in SHARD_COLUMNS
     ]
@@ -312,8 +307,7 @@ def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
 
 
 def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its row of the
-    index.
+    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its index row.
 
     Raises:
         ShardError: the tar is missing or shorter than the row says.

@@ -247,6 +247,7 @@ class Tokenizer:
                 )
 
     def _find_eod(self, eod: str | int | None) -> int:
+        """The id that ends documents: the one asked for, or the one known by its name."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
         special = [name for name, token in self._added.items() if token["special"]]
         if eod is None:

@@ -121,6 +121,7 @@ class Engine:
         optimizer.grad_scale, optimizer.found_inf = verdict.grad_scale, verdict.left_out.float()
 
     def _judge(self) -> Verdict:
+        """The step's verdict; in fp16 the loss scale hears of it too."""
         verdict = decide_update(
             self.runner.grad_norm(),
             clip_grad=self.cfg.optimizer.clip_grad,

@@ -81,13 +81,7 @@ def sum_losses(
         sends: list[tuple[Any, Tensor]] = []  # a tensor must live until it is sent
         for number, batch in enumerate(batches):
             if stage.previous is None:
-                packed = schema.first.pack(
-                    StageInput(
-                        tokens=batch.tokens,
-                        document_ids=batch.document_ids,
-                        positions=batch.positions,
-                    )
-                )
+                packed = schema.first.pack(_fields(batch))
             else:
                 hidden = (
                     received[number]
@@ -116,6 +110,12 @@ def sum_losses(
         if axis.size > 1:
             dist.all_reduce(total, group=axis.group)
     return total
+
+
+def _fields(batch: Batch) -> StageInput:
+    return StageInput(
+        tokens=batch.tokens, document_ids=batch.document_ids, positions=batch.positions
+    )
 
 
 def _receive(

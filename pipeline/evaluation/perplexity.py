@@ -124,6 +124,7 @@ class Evaluator:
     def _score(
         self, dataset: Dataset, label_bytes: LabelBytes, alive: Callable[[], None]
     ) -> EvalResult:
+        """Loss and bits per byte of one dataset. Collective: call on every rank."""
         import torch
         import torch.distributed as dist
 
@@ -151,6 +152,7 @@ class Evaluator:
         )
 
     def _batches(self, dataset: Dataset) -> Iterator[Any]:
+        """This rank's share of a dataset's held-out windows."""
         from pipeline.data.batch import Masks
         from pipeline.data.validation import validation_batches
 

@@ -126,6 +126,7 @@ class HuggingFaceWeights:
         return rule.join([self._read(theirs) for theirs in rule.theirs]).float()
 
     def _read(self, name: str) -> Tensor:
+        """One tensor of the folder, refused if it is missing or quantised."""
         if name not in self._files:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
         path, spelt = self._files[name]

@@ -235,6 +235,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_gpt2(config: dict[str, Any], name: str) -> ModelConfig:
+    """Our settings of a GPT-2's config.json."""
     return ModelConfig(
         name=name,
         num_layers=config["n_layer"],
@@ -250,6 +251,7 @@ def _from_gpt2(config: dict[str, Any], name: str) -> ModelConfig:
 
 
 def _from_decoder(config: dict[str, Any], name: str) -> ModelConfig:
+    """Our settings of a Llama's, Qwen's or Mixtral's config.json."""
     kind, rope = config["model_type"], _rope(config)
     scaling = rope["rope_type"]
     return ModelConfig(

@@ -129,9 +129,7 @@ def write_weights(
 
 
 def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
-    """The rules in files of at most SHARD_BYTES, unless one parameter is larger; absent biases in
-    the last one.
-    """
+    """The rules in files of at most SHARD_BYTES, or one parameter; absent biases in the last."""
     current: list[Rule] = []
     size = 0
     for rule in mapping.rules:
@@ -178,9 +176,7 @@ def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
 
 
 def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
-    """Largest |difference| between the fp32 logits of the folder and of our forward pass on equally
-    rounded weights.
-    """
+    """Largest |difference| of fp32 logits, the folder's and ours, on equally rounded weights."""
     import torch
 
     from pipeline.checkpoint.tensors import CheckpointTensors
@@ -214,6 +210,7 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
 def _model_card(
     record: CheckpointRecord, model: ModelConfig, mapping: Mapping, dtype: DType
 ) -> str:
+    """README.md of an exported folder: what was trained, on what, and how."""
     config = record.config
     facts = {
         "Class": mapping.architecture,

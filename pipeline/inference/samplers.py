@@ -164,6 +164,7 @@ class LocalSampler:
         return [self._continue(prompt, on_text or (lambda _: None)) for prompt in prompts]
 
     def _continue(self, prompt: str, on_text: Callable[[str], None]) -> str:
+        """Text after `prompt`, a token at a time; `on_text` hears each whole character."""
         import torch
 
         cfg, prefix, text = self.cfg, self.tokenizer.encode(prompt) or [self.tokenizer.eod], ""
@@ -212,9 +213,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
-    """Stopping criterion that reads the text; transformers' own one fails on some tokenizers
-    (transformers 5.23).
-    """
+    """Stopping criterion that reads the text; transformers 5.23's fails on some tokenizers."""
     import torch
     from transformers import StoppingCriteria
 

@@ -97,6 +97,7 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def _block_parameters(model: ModelConfig) -> int:
+    """Parameters of one block, biases and norms included."""
     hidden, heads, sizes = model.hidden_size, model.num_attention_heads, resolve(model)
     total = _attention_weights(model) + _mlp_weights(model, active=False) + 2 * _norm(model)
     if sizes.qkv_bias:

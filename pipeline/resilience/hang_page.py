@@ -124,6 +124,7 @@ def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) 
 def _advice(
     who: list[int], nodes: list[str], hosts: list[RankHost], sightings: dict[int, Sighting]
 ) -> list[str]:
+    """What to do next, by whether the guilty ranks are silent or say what they do."""
     away = [rank for rank in who if rank not in sightings]
     names = ",".join(nodes)
     if away:

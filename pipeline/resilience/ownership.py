@@ -196,6 +196,7 @@ def _owner(folder: Path) -> tuple[Path | None, Claim | None]:
 
 
 def _claim_of_this_process(node: str, environment: Mapping[str, str] = os.environ) -> Claim:
+    """What this process writes into the folder of the owner, with what tells it from others."""
     return Claim(
         node=node,
         pid=os.getpid(),

@@ -82,6 +82,7 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        """The thread: a report when the beat is late, the process's end when it stays late."""
         while not self._closed.wait(self.grace_s / 4):
             beat = self.clock.now
             if self._age_s(beat) < self.timeout_s - self.grace_s:
@@ -114,6 +115,7 @@ class Watchdog:
         return time.monotonic() - beat.since
 
     def _write_sighting(self) -> Path:
+        """Write down what this rank is doing, what holds it up, and how its neighbours are."""
         beat, main = self.clock.now, sys._current_frames()[threading.main_thread().ident or 0]
         neighbours = [host for host in self.hosts if host.node == self.hosts[self.global_rank].node]
         sighting = Sighting(
@@ -140,6 +142,7 @@ class Watchdog:
             return repr(error)
 
     def _write_page(self) -> None:
+        """Write the page and name the guilty, as the lowest rank that has reported."""
         pages = sorted(self.folder.glob("*.json"))
         if not pages or int(pages[0].stem) != self.global_rank:
             return

@@ -206,6 +206,7 @@ class Metrics:
         self._file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
     def _show(self, state: State, values: dict[str, Any]) -> None:
+        """The console line of a logged step, with the time that is left at this rate."""
         rate, utilisation = values["throughput/tokens_per_sec"], values["throughput/mfu"]
         eta = timedelta(seconds=round(max(0, self.shape.total_tokens - state.tokens_seen) / rate))
         parts = [
@@ -221,6 +222,7 @@ class Metrics:
         logger.info(" | ".join(parts))
 
     def _advance_bar(self, state: State) -> None:
+        """Move the progress bar, which exists only where somebody looks at the terminal."""
         if self._bar is None:
             wanted = self.cfg.progress and sys.stderr.isatty()
             self._bar = tqdm(

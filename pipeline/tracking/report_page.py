@@ -119,6 +119,7 @@ def _limit(axes: Axes, values: list[float]) -> None:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table; numbers are set right-aligned."""
     if not rows:
         return "<p>None.</p>"
 

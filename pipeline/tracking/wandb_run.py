@@ -52,6 +52,7 @@ class WandbRun:
                 self._give_up(f"it did not finish within {WANDB_CLOSE_TIMEOUT_S:.0f} s")
 
     def _work(self, cfg: TrackingConfig, run_dir: Path, config: dict[str, Any]) -> None:
+        """The thread: open the run, send what the queue brings; its failure is one warning."""
         try:
             import wandb
 

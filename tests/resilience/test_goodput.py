@@ -44,16 +44,6 @@ def test_a_second_start_continues_the_account(tmp_path):
     assert (numbers["goodput/restarts"], numbers["goodput/lost_steps"]) == (1, 3)
 
 
-def test_time_belongs_to_the_phase_that_was_entered_before():
-    clock = Clock()
-    clock.enter("data", 0)
-    clock.enter("train", 0)
-    assert set(clock.seconds) == {"start-up", "data"} and clock.now.phase == "train"
-    before = clock.now
-    clock.alive()
-    assert (clock.now.phase, clock.now.number) == ("train", before.number + 1)
-
-
 def test_an_attempt_that_a_power_cut_emptied_does_not_stop_the_next_start(tmp_path):
     """The files are not synced at every logged step; an empty one is left out of the account."""
     Goodput(tmp_path, Clock()).begin(0)

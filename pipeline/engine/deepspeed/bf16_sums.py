@@ -125,6 +125,7 @@ class Reduction:
         self._reset()
 
     def _cut(self, group: int, members: list[Any], flat: Tensor, place: dict[int, int]) -> None:
+        """Cut a group's flat sum into buckets from its end: the last layers are ready first."""
         stop = end = sum(member.numel() for member in members)
         indices: list[int] = []
         for index in reversed(range(len(members))):

@@ -1,0 +1,87 @@
+"""Which parameters decay, and at what learning rate."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config.choices import Init
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import OptimizerConfig
+from pipeline.engine.optimizer import build, parameter_groups, set_lr
+from pipeline.errors import ConfigError
+
+SHAPES = {
+    "embedding.word.weight": (8, 4),
+    "layers.0.self_attention.linear_qkv.weight": (12, 4),
+    "layers.0.self_attention.linear_qkv.bias": (12,),
+    "final_norm.weight": (4,),
+    "head.weight": (8, 4),
+}
+
+
+def groups(
+    cfg: OptimizerConfig, model: ModelConfig | None = None
+) -> dict[str, tuple[float, float]]:
+    """Name -> (weight decay, factor of the learning rate)."""
+    named = {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+    found = parameter_groups(named.items(), cfg, model or ModelConfig(hidden_size=4))
+    return {
+        name: (group["weight_decay"], group["lr_scale"])
+        for group in found
+        for name, parameter in named.items()
+        if any(parameter is member for member in group["params"])
+    }
+
+
+def test_matrices_decay_and_vectors_do_not():
+    decays = {
+        name
+        for name, (decay, _) in groups(
+            OptimizerConfig(weight_decay=0.1, decay_embeddings=False)
+        ).items()
+        if decay
+    }
+    assert decays == {"layers.0.self_attention.linear_qkv.weight"}
+    decays = {
+        name
+        for name, (decay, _) in groups(
+            OptimizerConfig(weight_decay=0.1, decay_embeddings=True)
+        ).items()
+        if decay
+    }
+    assert decays == {name for name, shape in SHAPES.items() if len(shape) == 2}
+
+
+def test_mup_slows_hidden_matrices_by_their_width():
+    """Yang et al. 2022, arXiv:2203.03466, table 8: 1 / width for Adam, hidden matrices only."""
+    model = ModelConfig(hidden_size=512, init=Init.mup, mup_base_hidden_size=128)
+    scales = {name: scale for name, (_, scale) in groups(OptimizerConfig(), model).items()}
+    assert scales.pop("layers.0.self_attention.linear_qkv.weight") == 0.25
+    assert set(scales.values()) == {1.0}
+
+
+def test_a_pattern_sets_the_learning_rate_of_what_it_names():
+    scales = groups(OptimizerConfig(lr_scale={"embedding.*": 0.1}))
+    assert [name for name, (_, scale) in scales.items() if scale == 0.1] == [
+        "embedding.word.weight"
+    ]
+
+
+def test_a_pattern_that_names_nothing_is_refused(monkeypatch):
+    """A typing error would otherwise be a setting without effect."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    with pytest.raises(ConfigError, match="embeding"):
+        groups(OptimizerConfig(lr_scale={"embeding.*": 0.1}))
+
+
+def test_learning_rates_of_groups_move_together():
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = build(
+        [
+            {"params": [p], "weight_decay": 0.0, "lr_scale": s}
+            for p, s in zip(parameters, (1.0, 0.5))
+        ],
+        OptimizerConfig(),
+    )
+    set_lr(optimizer, 0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.01]

@@ -1,0 +1,38 @@
+"""The tree of errors, and what scripts read from an exit code."""
+
+import ast
+import inspect
+import re
+
+from pipeline import errors
+
+
+def classes() -> dict[str, type[BaseException]]:
+    return dict(inspect.getmembers(errors, inspect.isclass))
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_the_classes():
+    tree = re.findall(
+        r"^( *)(?:[|`]-- |)?(?:[|] *[`|]-- )?(\w+Error)\b", errors.__doc__ or "", re.MULTILINE
+    )
+    assert {name for _, name in tree} == set(classes())
+
+
+def test_every_error_is_one_the_command_line_prints_without_a_traceback():
+    assert all(issubclass(kind, errors.PipelineError) for kind in classes().values())
+
+
+def test_exit_codes_are_told_apart():
+    """launch/pretrain.slurm and people's scripts go by them."""
+    codes = {kind.exit_code for kind in classes().values()} | {errors.EXIT_BUG, errors.EXIT_HANG}
+    assert codes == {1, 2, 3, 4}
+    assert errors.DivergedError.exit_code == 3
+
+
+def test_every_error_says_what_it_stands_for():
+    names = {
+        n.name
+        for n in ast.parse(inspect.getsource(errors)).body
+        if isinstance(n, ast.ClassDef) and ast.get_docstring(n)
+    }
+    assert names == set(classes())

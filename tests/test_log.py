@@ -1,0 +1,27 @@
+"""Rank 0 speaks; the others only warn, and say who they are."""
+
+import subprocess
+import sys
+
+import pytest
+
+SPEAK = """
+import sys
+from pipeline import log
+log.setup(global_rank=int(sys.argv[1]))
+log.setup(global_rank=int(sys.argv[1]))
+log.logger.info("step 1")
+log.logger.warning("slow disk")
+"""
+
+
+@pytest.mark.parametrize(
+    "rank, lines", [(0, ["I step 1", "W slow disk"]), (3, ["[rank 3] W slow disk"])]
+)
+def test_ranks_above_0_only_warn(rank, lines):
+    """A thousand ranks that all speak make a log that nobody reads; set up twice, nothing is said twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAK, str(rank)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert [line.partition(" ")[2] for line in done.stderr.splitlines()] == lines
