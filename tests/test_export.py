@@ -16,7 +16,8 @@ from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.export import ExportConfig, main
 from pipeline.huggingface import writer
-from tests.support.exported import save_models, tokenizer_file
+from pipeline.huggingface.writer import DType
+from tests.support.exported import export_and_compare, save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
 
@@ -64,13 +65,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_an_exported_folder(exported: tuple[Path, dict], tmp_path: Path) -> None:
+def test_lm_eval_scores_an_exported_folder(checkpoints: Path, tmp_path: Path) -> None:
     """Any lm-eval task is one command away; here a local one of four questions, offline."""
+    run_on_ranks(export_and_compare, 1, ["gpt2"], checkpoints, tmp_path, DType.fp32)
     questions = "".join(json.dumps({"prompt": f"t{i} t{i + 1}"}) + "\n" for i in range(4))
     (tmp_path / "questions.jsonl").write_text(questions)
     (tmp_path / "counting.yaml").write_text(LM_EVAL_TASK.format(file=tmp_path / "questions.jsonl"))
     options = {
-        "model": "hf", "model_args": f"pretrained={exported[0] / 'gpt2'}", "device": "cpu", "tasks": "counting",
+        "model": "hf", "model_args": f"pretrained={tmp_path / 'gpt2'}", "device": "cpu", "tasks": "counting",
         "include_path": str(tmp_path), "output_path": str(tmp_path / "scores.json"),
     }  # fmt: skip
     command = [
