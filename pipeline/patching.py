@@ -78,8 +78,7 @@ def changes() -> list[Change]:
 
 
 def leave_out(key: str) -> None:
-    """Undo the change called `key`, and never make it again in this process: for the test that it
-    is needed.
+    """Undo the change called `key` for the rest of this process: the test that it is needed.
 
     Args:
         key: Change.key, or its name alone.

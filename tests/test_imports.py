@@ -226,13 +226,3 @@ def test_entry_point_imports_no_torch_before_the_config_is_checked(entry):
             module.split(".")[0] for module in found
         }, name
         waiting += [module for module in found if module in MODULES]
-
-
-def test_no_file_is_longer_than_a_sitting():
-    """One person reads the project in a day."""
-    long = {
-        str(path.relative_to(ROOT)): n
-        for path in SOURCES
-        if (n := len(path.read_text().splitlines())) > 400
-    }
-    assert long == {}

@@ -71,6 +71,7 @@ TESTED_IN = {
     "pipeline/config/training.py": ("config/test_conf.py", FIELDS),
     "pipeline/data/batch.py": ("data/test_loader.py", "what the loader hands out"),
     "pipeline/data/datasets.py": ("data/test_loader.py", "what the loader reads"),
+    "pipeline/data/reading_plan.py": ("test_preflight.py", "the plan that preflight checks"),
     "pipeline/data/sampler.py": ("data/test_loader.py", "the loader's order and state"),
     "pipeline/data/special_tokens.py": ("data/test_tokenizer.py", "a part of the tokenizer"),
     "pipeline/data/validation.py": ("data/test_loader.py", "batches as the loader makes them"),

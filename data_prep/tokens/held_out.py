@@ -33,8 +33,9 @@ TAIL_TOKENS = 1024  # of an only document, at least, but no more than a tenth of
 def ensure_held_out(
     output: Path, results: list[dict[str, Any]], facts: dict[str, Any], parts: Path
 ) -> tuple[list[dict[str, Any]], str]:
-    """The units' results, with at least one document in `validation` if there is to be such a set,
-    and a sentence that says what was done for it; empty: nothing.
+    """The units' results with a document in `validation`, if there is to be such a set; and how.
+
+    How: a sentence that says what was done for it; empty: nothing.
 
     Args:
         output: of the job.

@@ -1,6 +1,6 @@
 """A safetensors file written as its tensors come, one at a time.
 
-    header length (u64, little-endian) | JSON: name -> dtype, shape, data_offsets | the tensors' bytes
+    header length (u64, little-endian) | JSON: name -> dtype, shape, data_offsets | tensors' bytes
 
 By hand, because safetensors' own writer wants all tensors of a file in memory at once, as bytes.
 Source: https://github.com/huggingface/safetensors#format

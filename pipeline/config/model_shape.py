@@ -1,4 +1,4 @@
-"""Sizes that follow from the architecture: every null of ModelConfig is filled here and nowhere else.
+"""Sizes that follow from the architecture: every null of ModelConfig is filled here alone.
 
 ModelConfig --resolve--> ModelShape
 """

@@ -83,7 +83,7 @@ def make_batches(
             loss_mask &= tokens != eod
     if masks.documents:
         assert windows.starts is not None
-        # Places of beginnings in the flat (count * full) tokens, which cutting leaves where they are.
+        # Places of beginnings in the flat (count * full) tokens; cutting leaves them there.
         starts = np.concatenate([places + row * full for row, places in enumerate(windows.starts)])
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None

@@ -1,6 +1,6 @@
 """A tokenizer.json as the rest of the project sees it.
 
-    text --encode--> ids, ids --decode--> text; the id that ends a document; the bytes an id adds to the text
+    text --encode--> ids, ids --decode--> text; the id that ends a document; the bytes of an id
 
 Hugging Face `tokenizers` is the definition of truth; data_prep/tokens/encode.py has faster engines,
 which must agree. Literal special strings in text are ordinary text here: a web page that writes

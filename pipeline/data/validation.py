@@ -52,8 +52,8 @@ def validation_batches(
     stride = micro_batch_size * data_parallel_size
     for start in range(0, total, stride):
         number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)
-        # Past the end a rank reads the last window again and masks all of it: with a batch less than
-        # its peers it would not take part in their collectives, and they would wait for ever.
+        # Past the end a rank reads the last window again and masks all of it: with a batch less
+        # than its peers it would miss their collectives, and they would wait for ever.
         inside = np.minimum(number, total - 1)
         shard = np.searchsorted(first, inside, "right") - 1
         windows = reader.gather(

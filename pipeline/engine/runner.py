@@ -1,12 +1,12 @@
 """What a step needs of whoever holds the numbers: the border between our arithmetic and a library.
 
     Engine: seeds, learning rate, token weights, verdict        what a step means
-    Runner: parameters, gradients, optimizer state, schedule    where its numbers are and when they move
+    Runner: parameters, gradients, optimizer state, schedule    where its numbers are, and when
 
 `engine/deepspeed/plain.py` runs one stage (ZeRO 0 to 3), `engine/deepspeed/staged.py` a pipeline.
 What DeepSpeed still does behind them: it partitions parameters, gradients and optimizer state over
-the data-parallel ranks, gathers and reduces them, and runs the pipeline's schedules. Norm, clipping,
-the verdict on a step, the loss scale and the sums of gradients are ours.
+the data-parallel ranks, gathers and reduces them, and runs the pipeline's schedules. Norm,
+clipping, the verdict on a step, the loss scale and the sums of gradients are ours.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Runner(Protocol):
         """
 
     def loss(self) -> Tensor:
-        """0-dim mean over micro-batches and ranks of the step in `run`, after its forward passes."""
+        """0-dim mean over micro-batches and ranks of the step in `run`, once it went forward."""
 
     def grad_norm(self) -> Tensor:
         """0-dim fp32 norm of the step's whole reduced gradient, without the loss scale."""

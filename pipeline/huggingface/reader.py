@@ -84,7 +84,7 @@ class HuggingFaceWeights:
             )
 
     def _check_unused(self, names: list[str]) -> None:
-        """Refuse tensors that nothing of ours is made of; masks and rotary tables are no weights."""
+        """Refuse tensors that nothing of ours is made of; masks, rotary tables are no weights."""
         unused = [name for name in names if not name.endswith(BUFFERS)]
         if unused:
             more = f" and {len(unused) - 3} more" if unused[3:] else ""
@@ -192,7 +192,7 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
 def _files(folder: Path) -> list[Path]:
     """The files that transformers reads: those of the index, or model.safetensors, or all.
 
-    Folders may hold a second copy in the spelling of its author (Mistral's consolidated.safetensors).
+    Folders may hold a second copy in its author's spelling (Mistral's consolidated.safetensors).
     """
     if (folder / "model.safetensors.index.json").is_file():
         path = folder / "model.safetensors.index.json"

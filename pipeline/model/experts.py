@@ -1,4 +1,4 @@
-"""Mixtures of experts: megatron-core's MoE layer with our linears and a loss that is a sequence's own.
+"""Mixtures of experts: megatron-core's MoE layer with our linears and a loss by sequence.
 
     hidden -> router -> (top_k experts of each token, their weights) -> experts -> weighted sum
 

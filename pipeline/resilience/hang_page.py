@@ -57,8 +57,8 @@ class Sighting:
 
 def guilty(seen: list[Sighting], hosts: list[RankHost]) -> tuple[list[int], str]:
     """(ranks, why): who holds the others up. All ranks when nothing tells them apart."""
-    # 1. Silence weighs most: every rank that still runs wrote a sighting when its clock grew old, so
-    #    one that wrote none is stopped, dead or cut off, and the others can only be waiting for it.
+    # 1. Silence weighs most: every rank that still runs wrote a sighting when its clock grew old;
+    #    one that wrote none is stopped, dead or cut off, and the others can only wait for it.
     speaking = {sighting.global_rank for sighting in seen}
     if silent := [host.global_rank for host in hosts if host.global_rank not in speaking]:
         states = {int(rank): state for s in seen for rank, state in s.neighbours.items()}

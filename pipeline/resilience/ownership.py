@@ -2,13 +2,13 @@
 
     runs/NAME/owner/00000007.json    the claim of the seventh owner; the highest number owns
 
-    claim --create 00000008.json, which only one process can--> Ownership --a thread--> mtime every BEAT_S
-                                                                          --the end--> "released": true
+    claim --create 00000008.json, as only one can--> Ownership --a thread--> mtime every BEAT_S
+                                                               --the end-->  "released": true
 
-Two starts in one folder would interleave their metrics and delete each other's checkpoints. Claims are
-numbered, never replaced by others: whoever judged number 7 dead can only make number 8, so of two
-that judge at once one loses, and one that slept over its verdict meets a higher number. It needs what
-NFS has (link, rename, a server's clock), and no locks, which it may not have.
+Two starts in one folder would interleave their metrics and delete each other's checkpoints. Claims
+are numbered, never replaced by others: whoever judged number 7 dead can only make number 8, so of
+two that judge at once one loses, and one that slept over its verdict meets a higher number. It
+needs what NFS has (link, rename, a server's clock), and no locks, which it may not have.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.files import create_durably, write_durably
 BEAT_S = 10.0
 """Between two signs of life."""
 SILENCE_S = 120.0
-"""An owner on another machine that is silent for so long is dead: a dozen beats that did not come."""
+"""An owner on another machine that is silent for so long is dead: a dozen missing beats."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class Ownership:
         """End this process at once: it was stopped or cut off, and the run has another owner."""
         who = owner.describe() if owner else "another process"
         print(
-            f"error: the run folder {self.path.parent.parent} has been taken over by {who}, because "
-            f"this process gave no sign of life for more than {SILENCE_S:.0f} s. It ends here.",
+            f"error: the run folder {self.path.parent.parent} has been taken over by {who}, "
+            f"because this process gave no sign of life for more than {SILENCE_S:.0f} s. "
+            "It ends here.",
             file=sys.stderr,
             flush=True,
         )
@@ -154,8 +155,8 @@ def _sign_of_life(path: Path, owner: Claim | None, mine: Claim, *, wait_s: float
         # Slurm starts a job again only when it has ended: no need to wait for its silence.
         if owner.job_id and owner.job_id == mine.job_id and owner.restart < mine.restart:
             return None
-        # On one machine the kernel knows. The start time tells the process from one that has got its
-        # number since; the boot and the namespace say whether numbers can be compared at all.
+        # On one machine the kernel knows. The start time tells the process from one that has got
+        # its number since; boot and namespace say whether numbers can be compared at all.
         if owner.node == mine.node and owner.machine == mine.machine and mine.machine:
             runs = _process_start(owner.pid) == owner.process_start
             return "it is running" if runs else None
@@ -174,7 +175,8 @@ def _sign_of_life(path: Path, owner: Claim | None, mine: Claim, *, wait_s: float
 def _refusal(run_dir: Path, owner: Claim | None, problem: str) -> str:
     who = owner.describe() if owner else "a process that cannot be read of"
     return (
-        f"{run_dir} is in use by {who}: {problem}. Two runs in one folder would destroy each other. "
+        f"{run_dir} is in use by {who}: {problem}. "
+        "Two runs in one folder would destroy each other. "
         "Give this one another name=..., or end that one first."
     )
 
