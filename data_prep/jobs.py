@@ -70,9 +70,9 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-        create_durably(
-            output / JOB_FILE, content.encode("utf-8", "backslashreplace")
-        )  # the first task wins
+        # The first task wins; what a kill leaves goes with the work folder.
+        data = content.encode("utf-8", "backslashreplace")
+        create_durably(output / JOB_FILE, data, scratch=output / WORK_FOLDER)
     found = json.loads((output / JOB_FILE).read_bytes())
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]

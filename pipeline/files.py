@@ -60,12 +60,17 @@ def write_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> st
     return sha256_of(data)
 
 
-def create_durably(path: Path, data: bytes) -> bool:
+def create_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
     """Whether this call made the file; false when there is one, which stays as it is.
 
     Of any number of processes, on any number of machines that share the file system, one gets true.
+
+    Args:
+        path: final name.
+        data: content.
+        scratch: see whole_file.
     """
-    unfinished = path.with_name(f"{path.name}.{_writer()}.new.tmp")
+    unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.new.tmp"
     write_durably(unfinished, data)
     try:
         os.link(unfinished, path)

@@ -172,6 +172,25 @@ def test_bytes_do_not_depend_on_ten_random_kills(corpus, reference, tmp_path):
     assert not (output / ".work").exists()
 
 
+def test_a_kill_while_the_job_is_claimed_leaves_nothing(corpus, tmp_path, monkeypatch):
+    """What was unfinished lies in the work folder, which goes when the job is done."""
+    output, link = tmp_path / "out", os.link
+
+    def dies(source, target):
+        os._exit(9)
+
+    monkeypatch.setattr(os, "link", dies)
+    child = os.fork()
+    if not child:
+        tokenize(corpus, output, "workers=1")
+        os._exit(0)
+    os.waitpid(child, 0)
+    monkeypatch.setattr(os, "link", link)
+    assert list(output.iterdir()) == [output / ".work"]
+    tokenize(corpus, output, "workers=1")
+    assert not list(output.rglob("*.tmp"))
+
+
 def test_a_kill_while_the_datasets_are_made_loses_nothing(corpus, reference, tmp_path, monkeypatch):
     """Ends at every rename of the last stage, one after the other."""
     output, replace = tmp_path / "out", os.replace
