@@ -173,7 +173,12 @@ class Checkpointer:
         gib = record.size_bytes / 2**30
         logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record.write_s)
         try:
-            folders.prune(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
+            folders.prune(
+                self.folder,
+                written=record.step,
+                keep_last=self.cfg.keep_last,
+                keep_every=self.cfg.keep_every,
+            )
         except OSError as error:
             logger.warning("old checkpoints could not be deleted: %s", error)
 

@@ -134,11 +134,14 @@ def publish(root: Path, record: CheckpointRecord, sums: dict[str, str]) -> Path:
     folder, final = saving_folder(root, record.step), root / name_of(record.step)
     sums = {**sums, RECORD: write_durably(folder / RECORD, record.to_json().encode())}
     write_durably(folder / SUMS, sums_text(sums).encode())
-    if final.exists():  # the step was trained again, after a rollback or from a damaged checkpoint
-        remove(final)
+    # There is one if the step was trained again, after a rollback. It only loses its name now: to
+    # delete it takes seconds, in which a kill would leave no checkpoint of the step at all.
+    doomed = _take_name(final) if final.exists() else None
     os.rename(folder, final)
     sync_folder(root)
     write_durably(root / LATEST, f"{final.name}\n".encode())
+    if doomed:
+        shutil.rmtree(doomed, ignore_errors=True)
     return final
 
 
@@ -147,10 +150,15 @@ def remove(folder: Path) -> None:
 
     It loses its name first, so that a half-deleted one is never taken for a checkpoint.
     """
+    shutil.rmtree(_take_name(folder), ignore_errors=True)
+
+
+def _take_name(folder: Path) -> Path:
+    """Rename a checkpoint to what `clear_leftovers` deletes; its new path."""
     doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def clear_leftovers(root: Path) -> None:
@@ -159,17 +167,31 @@ def clear_leftovers(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+def prune(root: Path, *, written: int, keep_last: int, keep_every: int) -> list[Path]:
     """Delete old checkpoints; returns them.
 
-    The newest `keep_last` (at least 1) and the multiples of `keep_every` stay.
+    The newest `keep_last` (at least 1) and the multiples of `keep_every` stay, and whatever their
+    number the step that was just `written` and the one that `latest` names: a run that was set back
+    writes steps below others that are still there.
     """
-    gone = to_prune(
-        [step for step, _ in list_checkpoints(root)], keep_last=keep_last, keep_every=keep_every
-    )
+    steps = [step for step, _ in list_checkpoints(root)]
+    kept = {name_of(written), _latest(root)}
+    gone = [
+        step
+        for step in to_prune(steps, keep_last=keep_last, keep_every=keep_every)
+        if name_of(step) not in kept
+    ]
     for step in gone:
         remove(root / name_of(step))
     return [root / name_of(step) for step in gone]
+
+
+def _latest(root: Path) -> str:
+    """The name in `latest`, '' without one."""
+    try:
+        return (root / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def to_prune(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:

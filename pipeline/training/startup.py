@@ -54,6 +54,7 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     """
     from pipeline.data.datasets import describe
     from pipeline.data.reading_plan import plan_reading
+    from pipeline.training import continuation
 
     problems, data = Problems(), None
     with problems:
@@ -68,13 +69,13 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     with problems:
         check_folder(cfg, shape, run_dir)
     with problems:
-        check_same_model(cfg, run_dir)
+        continuation.check(cfg, shape, run_dir)
     with problems:
         if (weights := first_weights(cfg, run_dir)) is not None:
             check_same_tokenizer(data, weights)
     reading = None
     with problems:
-        newest = _newest_record(run_dir) if cfg.checkpoint.resume else None
+        newest = continuation.newest_record(run_dir) if cfg.checkpoint.resume else None
         saved = newest.loader if newest else None
         reading = plan_reading(cfg.data, data.train, shape=shape, seed=cfg.seed, saved=saved)
     problems.raise_all()
@@ -118,35 +119,6 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
             f"need {2 * size / 2**30:.2f} GiB. "
             "Free some space or choose another disk with runs_dir=..."
         )
-
-
-def check_same_model(cfg: PretrainConfig, run_dir: Path) -> None:
-    """Raise CheckpointError where the run folder holds a run of another model."""
-    from pipeline.checkpoint.record import RETIRED
-
-    newest = _newest_record(run_dir)
-    if newest is None or not cfg.checkpoint.resume:
-        return
-    saved, now = newest.config["model"], cli.to_dict(cfg)["model"]
-    free = {"name", "compile", "hidden_dropout", "attention_dropout", *RETIRED}
-    changed = [
-        f"model.{key}: {saved[key]} there, {now[key]} here"
-        for key in saved
-        if key not in free and saved[key] != now.get(key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
-            "Give this run another name=..., or delete that folder."
-        )
-
-
-def _newest_record(run_dir: Path) -> CheckpointRecord | None:
-    """Of the newest checkpoint whose record can be read; None where there is none."""
-    from pipeline.checkpoint import folder as folders
-
-    paths = reversed(folders.list_checkpoints(run_dir / "checkpoints"))
-    return next((record for _, path in paths if (record := _record_if_whole(path))), None)
 
 
 def first_weights(cfg: PretrainConfig, run_dir: Path) -> Path | None:

@@ -435,6 +435,32 @@ def test_pruning_keeps_the_newest_and_the_multiples(steps: set[int], last: int, 
     assert set(gone) == {s for s in steps if s not in newest and not (every and s % every == 0)}
 
 
+def test_pruning_spares_what_was_just_written_and_what_latest_names(tmp_path: Path) -> None:
+    """Below older, higher steps the new checkpoint was the oldest: it went, and `latest` named nothing."""
+    for step in (3, 50, 60):
+        (tmp_path / folders.name_of(step)).mkdir()
+    (tmp_path / "latest").write_text("step-00000050\n")
+    assert folders.prune(tmp_path, written=3, keep_last=1, keep_every=0) == []
+    (tmp_path / "latest").write_text("step-00000003\n")
+    gone = folders.prune(tmp_path, written=3, keep_last=1, keep_every=0)
+    assert gone == [tmp_path / "step-00000050"]
+
+
+def test_a_step_that_is_written_again_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting the old one takes seconds; until the new one has the name, only its name may be gone."""
+    deleted_while = []
+    monkeypatch.setattr(
+        folders.shutil, "rmtree",
+        lambda path, **_: path.exists() and deleted_while.append([s for s, _ in folders.list_checkpoints(tmp_path)]),
+    )  # fmt: skip
+    for _ in range(2):
+        folders.saving_folder(tmp_path, 7).mkdir()
+        folders.publish(tmp_path, record_of(7), {})
+    assert deleted_while == [[7]]
+
+
 def test_tools_list_verify_show_and_diff(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

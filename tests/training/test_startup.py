@@ -115,7 +115,7 @@ def test_training_on_data_of_another_tokenizer_is_refused_at_the_start(
 ) -> None:
     """Before any process group forms."""
     words = [
-        "name=run", f"runs_dir={tmp_path}", "model.num_layers=1", "model.hidden_size=32",
+        "name=run", f"runs_dir={tmp_path}", "model.num_layers=2", "model.hidden_size=32",
         "training.total_steps=1", "training.global_batch_size=8", "schedule.warmup_steps=0",
     ]  # fmt: skip
     folder = weights(tmp_path / "weights", vocab_size=380)

@@ -1,0 +1,130 @@
+"""Whether a run may begin, or go on, in its folder: what its checkpoints say.
+
+    run folder --newest readable record--> model, optimizer, total_steps
+               --no checkpoint--> init_from
+
+Restoring would meet each of these too, minutes later on every rank, with config.yaml overwritten
+and a W&B run open. Nothing is written here, no tensor is read, and torch is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import cli
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import RETIRED, CheckpointRecord, read_record
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape
+from pipeline.errors import CheckpointError, ConfigError, Problems
+
+if TYPE_CHECKING:
+    from pipeline.config.model import ModelConfig
+
+# Model settings that may differ between two starts: they change no parameter and no loss.
+FREE = {"name", "compile", "hidden_dropout", "attention_dropout", *RETIRED}
+
+
+def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
+    """Raise PipelineError, with all that is wrong, unless the run may begin or go on in `run_dir`.
+
+    Args:
+        cfg, shape: the run.
+        run_dir: runs/NAME; need not exist.
+    """
+    checkpoints = folders.list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        _check_beginning(cfg, run_dir)
+        return
+    if not cfg.checkpoint.resume:
+        raise CheckpointError(
+            f"{run_dir} holds checkpoints up to step {checkpoints[-1][0]}, and "
+            "checkpoint.resume=false would begin at step 0 among them. "
+            "Give the new run another name=..., or move that folder away."
+        )
+    if (record := newest_record(run_dir)) is None:
+        return  # restore reads every byte, says what is damaged, and ends the run
+    problems = Problems()
+    problems.found += _differences(cfg, shape, run_dir, record)
+    problems.raise_all()
+
+
+def newest_record(run_dir: Path) -> CheckpointRecord | None:
+    """Of the newest checkpoint whose record can be read; None where there is none."""
+    paths = reversed(folders.list_checkpoints(run_dir / "checkpoints"))
+    return next((record for _, path in paths if (record := _read(path))), None)
+
+
+def _check_beginning(cfg: PretrainConfig, run_dir: Path) -> None:
+    """No checkpoint: damaged ones are not passed over, and init_from must be usable."""
+    if damaged := sorted(path.name for path in (run_dir / "checkpoints").glob("damaged-step-*")):
+        raise CheckpointError(
+            f"{run_dir} holds only damaged checkpoints ({', '.join(damaged[-3:])}): a start would "
+            "begin at step 0. "
+            "Repair one and rename it back, or begin again under another name=..."
+        )
+    if cfg.checkpoint.init_from:
+        _check_initial_weights(Path(cfg.checkpoint.init_from), cfg.model)
+
+
+def _check_initial_weights(path: Path, model: ModelConfig) -> None:
+    """Raise CheckpointError unless the folder holds a model of these sizes."""
+    from pipeline.huggingface.settings import read_model_config
+
+    if (path / "config.json").is_file():
+        theirs = read_model_config(path)
+    else:
+        try:
+            theirs = read_record(folders.find(path)).model()
+        except CheckpointError:
+            return  # the check of the tokenizer looks for the folder too, and says what is wrong
+    sizes = ("num_layers", "hidden_size", "num_attention_heads")
+    wrong = [
+        f"model.{key}={there} (here {here})"
+        for key in sizes
+        if (there := getattr(theirs, key)) != (here := getattr(model, key))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds a model with other sizes. "
+            f"To train on with its weights, set {' '.join(wrong)}."
+        )
+
+
+def _differences(
+    cfg: PretrainConfig, shape: RunShape, run_dir: Path, record: CheckpointRecord
+) -> Iterator[ConfigError | CheckpointError]:
+    """What the settings say otherwise than the newest checkpoint."""
+    saved, now = record.config.get("model", {}), cli.to_dict(cfg)["model"]
+    changed = [
+        f"model.{key}: {saved[key]} there, {now.get(key)} here"
+        for key in saved
+        if key not in FREE and saved[key] != now.get(key)
+    ]
+    if changed:
+        yield CheckpointError(
+            f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
+            "Give this run another name=..., or move that folder away."
+        )
+    if record.optimizer != cfg.optimizer.name.name:
+        yield CheckpointError(
+            f"{run_dir} was trained with optimizer.name={record.optimizer}, this start has "
+            f"{cfg.optimizer.name.name}: its optimizer state does not fit. To go on with the "
+            "weights only, give another name=... and checkpoint.init_from=..."
+        )
+    if shape.total_steps < record.step:
+        yield ConfigError(
+            f"{run_dir} has done {record.step} steps, and training.total_steps is "
+            f"{shape.total_steps}: there is nothing left to train. "
+            f"Set training.total_steps above {record.step}, or begin again under another name=..."
+        )
+
+
+def _read(path: Path) -> CheckpointRecord | None:
+    """The record; None when it cannot be read: restore reports it and takes the one before."""
+    try:
+        return read_record(path)
+    except CheckpointError:
+        return None

@@ -1,0 +1,168 @@
+"""A start that does not fit its run folder is refused, by preflight alike, and leaves no trace."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cli, preflight
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import CheckpointRecord
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.data.datasets import open_datasets
+from pipeline.data.sampler import Sampler
+from pipeline.errors import MachineError, PipelineError
+from pipeline.training import startup
+from tests.support.slurm_cluster import REPO
+from tests.support.token_dataset import write_dataset
+
+SETTINGS = [
+    "name=a", "model=tiny", "training.seq_len=64", "training.total_steps=20", "training.global_batch_size=8",
+    "training.micro_batch_size=2", "schedule.warmup_steps=2", "tracking=local",
+]  # fmt: skip
+
+
+def compose(folder: Path, *changes: str) -> PretrainConfig:
+    where = [f"data.path={folder}/data", f"runs_dir={folder}/runs"]
+    return cli.compose(PretrainConfig, [*where, *SETTINGS, *changes], config="pretrain")
+
+
+def write_data(folder: Path, *, stride: int = 1) -> None:
+    for split, size in (("train", 8192), ("validation", 512)):
+        write_dataset(folder / split, [np.arange(size) * stride % 61], vocab_size=64)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder with data, other data, and a run that has done five steps."""
+    write_data(tmp_path / "data")
+    write_data(tmp_path / "other", stride=3)
+    cfg = compose(tmp_path)
+    datasets = open_datasets(cfg.data.train, cfg=cfg.data, cache_dir=tmp_path / "cache")
+    sampler = Sampler(cfg.data, datasets, seq_len=64, seed=cfg.seed)
+    _, position = sampler.advance(sampler.start(), 40)
+    record = CheckpointRecord(
+        state={"step": 5}, config=cli.to_dict(cfg), loader=sampler.state(position), step=5, optimizer="adamw",
+        optimizer_step=5, loss_scale=None, vocab_size=64, layout={}, versions={}, saved_at="now",
+    )  # fmt: skip
+    checkpoint = tmp_path / "runs" / "a" / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(record.to_json())
+    (checkpoint / "tokenizer.json").write_bytes(
+        (tmp_path / "data/train/tokenizer.json").read_bytes()
+    )
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+REFUSALS = [
+    (["model.hidden_size=32"], "another model (model.hidden_size: "),
+    (["seed=7"], "the checkpoint was made with other data: seed"),
+    (["training.seq_len=32"], "the checkpoint was made with other data: seq_len"),
+    (["data.path={}/other"], "is not in the checkpoint"),
+    (["training.total_steps=4"], "has done 5 steps, and training.total_steps is 4"),
+    (["checkpoint.resume=false"], "holds checkpoints up to step 5, and checkpoint.resume=false"),
+]
+
+
+@pytest.mark.parametrize(
+    "changes, message", REFUSALS, ids=[c[0].split("=")[0] for c, _ in REFUSALS]
+)
+def test_a_start_that_does_not_fit_is_refused_without_a_trace(run: Path, changes, message):
+    """config.yaml used to be overwritten, and W&B told, before ranks met the difference in a restore."""
+    before = files(run)
+    changes = [change.format(run) for change in changes]
+    with pytest.raises(PipelineError) as caught:
+        startup.check(compose(run, *changes), world_size=1)
+    assert message in str(caught.value)
+    settings = [f"data.path={run}/data", f"runs_dir={run}/runs", *SETTINGS, *changes]
+    with pytest.raises(MachineError) as found:
+        preflight.main(cli.compose(preflight.PreflightConfig, settings, config="pretrain"))
+    assert message in str(found.value)
+    assert files(run) == before
+
+
+def test_the_same_settings_go_on(run: Path):
+    """Also with a learning rate, dropout or dataset weight that was edited, and to a later end."""
+    before = files(run)
+    startup.check(compose(run), world_size=2)
+    startup.check(
+        compose(run, "optimizer.lr=0.1", "model.hidden_dropout=0.1", "training.total_steps=500"),
+        world_size=1,
+    )
+    startup.check(
+        compose(run, "data.path=" + f"{run}/other", "data.allow_dataset_change=true"), world_size=1
+    )
+    assert files(run) == before
+
+
+def test_all_differences_are_named_at_once(run: Path):
+    with pytest.raises(PipelineError) as caught:
+        startup.check(
+            compose(run, "seed=7", "model.hidden_size=32", "training.total_steps=4"), world_size=1
+        )
+    for part in ("model.hidden_size", "seed", "training.total_steps"):
+        assert part in str(caught.value)
+
+
+def test_another_optimizer_is_refused(run: Path):
+    path = run / "runs/a/checkpoints/step-00000005/checkpoint.json"
+    record = dataclasses.replace(CheckpointRecord.from_json(path.read_text()), optimizer="adagrad")
+    path.write_text(record.to_json())
+    with pytest.raises(PipelineError, match="was trained with optimizer.name=adagrad"):
+        startup.check(compose(run), world_size=1)
+
+
+def test_only_damaged_checkpoints_do_not_begin_again_in_silence(run: Path):
+    """After restore has set the last one aside, the same command would begin at step 0."""
+    folders.set_aside(run / "runs/a/checkpoints/step-00000005")
+    with pytest.raises(
+        PipelineError, match="holds only damaged checkpoints .damaged-step-00000005"
+    ):
+        startup.check(compose(run), world_size=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("checkpoint.init_from={}/nowhere", "holds none"),
+        ("checkpoint.init_from={}/runs/a", "model.hidden_size="),
+    ],
+)
+def test_weights_to_start_from_are_looked_at_before_anything_starts(run: Path, change, message):
+    before = files(run)
+    with pytest.raises(PipelineError) as caught:
+        startup.check(
+            compose(run, "name=b", "model.hidden_size=32", change.format(run)), world_size=1
+        )
+    assert message in str(caught.value)
+    assert files(run) == before
+
+
+def test_the_checks_of_a_folder_and_of_weights_need_no_torch(run: Path):
+    """They run on a login node, and before any rank has spent a minute on imports."""
+    program = (
+        "import sys; from pipeline import cli; from pipeline.training import startup\n"
+        "from pipeline.config.pretrain import PretrainConfig\n"
+        "for words in (sys.argv[1:], [*sys.argv[1:-1], sys.argv[-1], 'name=b']):\n"
+        "    startup.check(cli.compose(PretrainConfig, words, config='pretrain'), world_size=1)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    where = [f"data.path={run}/data", f"runs_dir={run}/runs"]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *where,
+        *SETTINGS,
+        f"checkpoint.init_from={run}/runs/a",
+    ]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not (run / "runs" / "b").exists()
