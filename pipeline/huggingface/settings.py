@@ -30,27 +30,40 @@ REQUIRED = {
     "qwen3": [*_LATER, "intermediate_size", "head_dim"],
     "mixtral": [*_LATER, "intermediate_size", "num_local_experts", "num_experts_per_tok"],
     "qwen3_moe": [
-        *_LATER, "head_dim", "moe_intermediate_size", "num_local_experts", "num_experts_per_tok",
+        *_LATER,
+        "head_dim",
+        "moe_intermediate_size",
+        "num_local_experts",
+        "num_experts_per_tok",
         "norm_topk_prob",
     ],
-}  # fmt: skip
+}
 _ROPE = ["rope_theta", "rope_scaling", "rope_parameters"]
 _WINDOW = ["sliding_window", "use_sliding_window", "max_window_layers", "layer_types"]
 _USED_DECODER = [
-    "head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", *_ROPE,
+    "head_dim",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    *_ROPE,
     *_WINDOW,
-]  # fmt: skip
+]
 # What is read besides.
 USED = {
-    "gpt2": ["n_inner", "n_positions", "layer_norm_epsilon", "activation_function",
-             "tie_word_embeddings"],
+    "gpt2": [
+        "n_inner",
+        "n_positions",
+        "layer_norm_epsilon",
+        "activation_function",
+        "tie_word_embeddings",
+    ],
     "llama": [*_USED_DECODER, "attention_bias", "mlp_bias"],
     "mistral": _USED_DECODER,
     "qwen2": _USED_DECODER,
     "qwen3": [*_USED_DECODER, "attention_bias"],
     "mixtral": _USED_DECODER,
     "qwen3_moe": [*_USED_DECODER, "attention_bias"],
-}  # fmt: skip
+}
 # What only one value of is computed here.
 FIXED: dict[str, Any] = {
     "hidden_act": "silu",
