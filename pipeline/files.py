@@ -3,6 +3,7 @@
     whole_file, write_durably    a temporary beside it -> fsync -> rename -> fsync of the folder
     create_durably               the same, but the first writer wins: a claim that two cannot make
     sha256_of                    of a file in blocks, or of bytes
+    regular_file                 no pipe, no device, no link out of its folder
 
 A rename alone protects from a kill, not from a power cut: without the first fsync the name may come
 back with an empty file, without the second the old file may come back.
@@ -14,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +113,21 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def regular_file(path: str | Path, *, inside: str | Path | None = None) -> Path:
+    """`path`, when it is an ordinary file of the folder `inside` (None: the one it is named in).
+
+    Raises:
+        OSError: it is missing; or a pipe or device, which would be waited for; or a link leads
+            out of the folder.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    if not path.resolve().is_relative_to(Path(inside or path.parent).resolve()):
+        raise OSError(errno.ELOOP, f"a link leads out of its folder, to {path.resolve()}")
+    return path
 
 
 def sha256_of(content: bytes | memoryview | Path) -> str:

@@ -22,9 +22,9 @@ from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from pipeline.data import shard_format as fmt
-from pipeline.data.manifest import Manifest, read_bytes, regular_file
+from pipeline.data.manifest import Manifest, read_bytes
 from pipeline.errors import DataError
-from pipeline.files import sha256_of
+from pipeline.files import regular_file, sha256_of
 
 
 def find_faults(folder: str, *, quick: bool = False, workers: int | None = None) -> Iterator[str]:

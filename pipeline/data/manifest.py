@@ -9,11 +9,9 @@ machine. Only numpy and the standard library.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import re
-import stat
 import sys
 from array import array
 from dataclasses import dataclass, field
@@ -35,7 +33,7 @@ from pipeline.data.shard_format import (
     token_dtype,
 )
 from pipeline.errors import DataError, ShardError
-from pipeline.files import sha256_of
+from pipeline.files import regular_file, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,21 +321,6 @@ def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.
         raise ShardError(
             f"{path} is missing or truncated ({error}). Copy or prepare the dataset again."
         ) from error
-
-
-def regular_file(path: str | Path, *, inside: str | Path | None = None) -> Path:
-    """`path`, when it is an ordinary file of the folder `inside` (None: the one it is named in).
-
-    Raises:
-        OSError: it is missing; or a pipe or device, which would be waited for; or a link leads
-            out of the folder.
-    """
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
-    if not path.resolve().is_relative_to(Path(inside or path.parent).resolve()):
-        raise OSError(errno.ELOOP, f"a link leads out of the dataset, to {path.resolve()}")
-    return path
 
 
 def read_bytes(path: str) -> bytes:

@@ -20,10 +20,10 @@ import numpy as np
 from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less than reading
 
 from pipeline.data.datasets import Dataset
-from pipeline.data.manifest import regular_file
 from pipeline.data.mixture import Ints
 from pipeline.data.shard_format import DOCS_DTYPE
 from pipeline.errors import ShardError
+from pipeline.files import regular_file
 from pipeline.log import logger
 
 _NONE = np.empty(0, np.int64)
