@@ -64,21 +64,27 @@ def main(cfg: EvaluateConfig) -> int:
             "nothing to evaluate: "
             "set data.path=OUT (its validation split), or list data.validation."
         )
-    cfg.data.train = cfg.data.validation  # whose tokenizer and sizes count
     pretrain, path = _training_config(cfg, ranks.world_size)
-    data = describe(cfg.data)
+    data = describe(pretrain.data)
     shape = derive(pretrain, world_size=ranks.world_size, tokenizer_vocab_size=data.vocab_size)
     check_same_tokenizer(data, path)
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
     layout = connect(ranks, shape.sizes)
-    from pipeline.engine.engine import Engine
+    from pipeline.engine.forward_only import ForwardOnly
+    from pipeline.model.architecture import Architecture
+    from pipeline.model.stage_io import StageSchema
     from pipeline.training.initial_weights import load_weights
 
-    engine = Engine(pretrain, shape, layout)
-    path = load_weights(engine, path)
-    results = Evaluator(pretrain, shape=shape, engine=engine).run()
+    architecture = Architecture(
+        pretrain.model, pretrain.parallel, pretrain.training, shape.vocab_size,
+        shape.padded_vocab_size,
+    )  # fmt: skip
+    schema = StageSchema.of(pretrain.data, pretrain.parallel)
+    model = ForwardOnly(architecture, schema, layout, seq_len=shape.seq_len)
+    path = load_weights(model, path)
+    results = Evaluator(pretrain, shape=shape, engine=model).run()
     if ranks.is_main:
         _report(path, results, cfg.output)
     disconnect()
@@ -86,7 +92,10 @@ def main(cfg: EvaluateConfig) -> int:
 
 
 def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConfig, Path]:
-    """A one-step training run of the checkpoint's model; and the folder with the weights."""
+    """The checkpoint's model as a run, for the rules of layouts; and the folder with the weights.
+
+    Nothing is trained: the model is built by ForwardOnly.
+    """
     model, path, training = _model(Path(cfg.checkpoint))
     # Nothing runs backwards.
     parallel = replace(cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"])
@@ -95,7 +104,8 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
     return PretrainConfig(
         name="evaluate",
         model=replace(model, hidden_dropout=0.0, attention_dropout=0.0),
-        data=cfg.data,
+        # Whose tokenizer and sizes count.
+        data=replace(cfg.data, train=cfg.data.validation),
         parallel=parallel,
         schedule=ScheduleConfig(min_lr=0.0),
         training=TrainingConfig(

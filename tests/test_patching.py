@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import re
 import types
 import weakref
 from collections.abc import Iterator
@@ -113,3 +114,13 @@ def test_nothing_of_a_library_is_assigned_past_the_door() -> None:
                 name for name in assigned_attributes(path.read_text()) if OWN.get(name) != path.name
             ]
             assert found == [], path
+
+
+def test_every_test_that_a_source_file_names_exists() -> None:
+    """A proof that has moved proves nothing."""
+    named = {
+        (path.name, name)
+        for path in (ROOT / "pipeline").rglob("*.py")
+        for name in re.findall(r"tests/[a-z_/0-9]*\.py", path.read_text())
+    }
+    assert named and [pair for pair in sorted(named) if not (ROOT / pair[1]).is_file()] == []

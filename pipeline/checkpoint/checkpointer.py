@@ -197,7 +197,6 @@ class Checkpointer:
                 optimizer.
         """
         from pipeline.checkpoint import restore
-        from pipeline.engine import state
 
         self.wait()
         found = self._ranks.on_main(
@@ -212,7 +211,7 @@ class Checkpointer:
                 self._ranks.on_main(partial(_report_damage, path, problems))
                 continue
             record = self._ranks.agree(partial(restore.read_state, engine, path))
-            state.publish_weights(engine)
+            engine.publish_weights()
             self._last_saved = step
             if self._ranks.rank == 0:
                 logger.info("resumed from %s", path)

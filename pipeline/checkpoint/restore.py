@@ -12,6 +12,7 @@ from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.engine import state
 from pipeline.engine.engine import Engine
+from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.model.fragments import chunks_of
 
@@ -29,25 +30,25 @@ def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     state.create_state(engine, tensors.optimizer_keys, optimizer_step=record.optimizer_step)
     keys = ["weight", *tensors.optimizer_keys]
     tensors.read_into(
-        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys)
+        chunk for fragment in engine.fragments() for chunk in chunks_of(fragment, keys)
     )
     if engine.loss_scale and record.loss_scale:
         engine.loss_scale.restore(record.loss_scale)
     return record
 
 
-def read_weights(engine: Engine, folder: Path) -> None:
+def read_weights(weights: Weights, folder: Path) -> None:
     """Fill this rank's views of the weights from a checkpoint folder."""
     tensors = CheckpointTensors(folder)
-    _check_parameters(engine, tensors.parameters, folder)
+    _check_parameters(weights, tensors.parameters, folder)
     tensors.read_into(
-        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, ["weight"])
+        chunk for fragment in weights.fragments() for chunk in chunks_of(fragment, ["weight"])
     )
 
 
-def _check_parameters(engine: Engine, saved: list[str], folder: Path) -> None:
+def _check_parameters(weights: Weights, saved: list[str], folder: Path) -> None:
     """Raise CheckpointError unless this rank's parameters are in the checkpoint."""
-    missing = sorted(set(engine.all_parameters()) - set(saved))
+    missing = sorted(set(weights.all_parameters()) - set(saved))
     if missing:
         raise CheckpointError(
             f"{folder} has no "

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config.choices import Precision
@@ -25,18 +24,21 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
+from pipeline.engine import state
 from pipeline.engine.deepspeed.runners import choose_runner
+from pipeline.engine.forward_only import loss_masks
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.lr_schedule import lr_at
 from pipeline.engine.optimizer import parameter_groups, set_lr
 from pipeline.engine.runner import Runner
 from pipeline.engine.verdict import Verdict, decide_update
+from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.experts import set_moe_loss_scale
+from pipeline.model.fragments import Fragment
 from pipeline.model.initial_values import initialize
-from pipeline.model.names import canonical_name
-from pipeline.model.partition import Partition, is_split
+from pipeline.model.partition import Partition
 from pipeline.model.stage_io import StageSchema
 from pipeline.model.tensor_parallel import reduce_partial_gradients
 
@@ -64,6 +66,7 @@ class Engine:
 
     def __init__(self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -> None:
         self.cfg, self.shape, self.layout = cfg, shape, layout
+        self.model = cfg.model
         runner_class = choose_runner(shape, cfg.training.precision)
         pin_attention_kernels()
         self.architecture = Architecture(
@@ -78,7 +81,7 @@ class Engine:
         self.loss_scale = LossScale(layout.device) if is_fp16 else None
         self.runner: Runner = runner_class(
             module,
-            parameter_groups(self._named(module), cfg.optimizer, cfg.model),
+            parameter_groups(named_parameters(module, cfg.model), cfg.optimizer, cfg.model),
             optimizer=cfg.optimizer,
             architecture=self.architecture,
             shape=shape,
@@ -142,19 +145,9 @@ class Engine:
         """
         if all(batch.loss_mask is None for batch in batches):
             return [None] * len(batches)
-        masks, count = self._masks(batches)
+        masks, count = loss_masks(batches, self.layout)
         scale = len(batches) * self.layout.data.size / count.clamp(min=1.0)
         return [mask * scale for mask in masks]
-
-    def _masks(self, batches: Sequence[Batch]) -> tuple[list[Tensor], Tensor]:
-        """([(B, S) fp32 loss mask], 0-dim sum of them over all ranks)."""
-        masks = [
-            torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
-            for b in batches
-        ]
-        count = torch.stack([mask.sum() for mask in masks]).sum()
-        dist.all_reduce(count, group=self.layout.data.group)
-        return masks, count
 
     def _set_micro_batches(self, count: int) -> None:
         one = (
@@ -170,7 +163,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
-        masks, count = self._masks(batches)
+        masks, count = loss_masks(batches, self.layout)
         return self.runner.evaluate(batches, masks), count
 
     # ---- parameters ------------------------------------------------------------------------------
@@ -179,28 +172,22 @@ class Engine:
         """Canonical name -> (parameter, its partition) of this stage, tied copies included."""
         return {
             name: (parameter, self.partitions[name])
-            for name, parameter in self._named(self.runner.module)
+            for name, parameter in named_parameters(self.runner.module, self.model)
         }
 
-    def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        num_layers = self.cfg.model.num_layers
-        return [
-            (canonical_name(name, num_layers=num_layers), p)
-            for name, p in module.named_parameters()
-        ]
+    def fragments(self) -> list[Fragment]:
+        """Views of this rank's fp32 weights and optimizer state, tied copies included."""
+        return state.fragments(self)
+
+    def publish_weights(self) -> None:
+        """Copy the views' fp32 weights into those that the model computes with. Collective."""
+        self.runner.publish_weights()
 
     def _initial_weights(self, module: nn.Module) -> dict[str, Partition]:
         """Fill the parameters of this rank's stage; which part of the whole each of them is."""
         partitions = {}
-        for name, parameter in self._named(module):
-            is_vocabulary = name in ("embedding.word.weight", "head.weight")
-            partitions[name] = Partition.of(
-                tuple(parameter.shape),
-                dim=getattr(parameter, "partition_dim", None) if is_split(parameter) else None,
-                stride=getattr(parameter, "partition_stride", 1),
-                tensor_rank=self.layout.tensor.rank,
-                tensor_size=self.layout.tensor.size,
-                real_size=self.shape.vocab_size if is_vocabulary else None,
-            )
-            initialize(parameter, name, partitions[name], model=self.cfg.model, seed=self.cfg.seed)
+        for name, parameter in named_parameters(module, self.model):
+            part = partition_of(name, parameter, self.layout, vocab_size=self.shape.vocab_size)
+            initialize(parameter, name, part, model=self.model, seed=self.cfg.seed)
+            partitions[name] = part
         return partitions

@@ -19,11 +19,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.config.choices import Precision
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.engine.weights import named_parameters, partition_of
+from pipeline.model.architecture import Architecture
+from pipeline.model.attention import pin_attention_kernels
+from pipeline.model.fragments import WEIGHT, Fragment
+from pipeline.model.gpt import Loss
+from pipeline.model.initial_values import initialize
+from pipeline.model.partition import Partition
 from pipeline.model.stage_io import Packed, StageInput, StageSchema
+from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
+from pipeline.model.stages import layer_costs, partition
+from pipeline.model.tensor_parallel import gather_sequence
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
+
+
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,17 @@ class Stage:
     """Pipeline rank of the stage before; None: this one takes the batch."""
     next: int | None
     """Pipeline rank of the stage after; None: this one's hidden goes into the loss."""
+
+
+def loss_masks(batches: Sequence[Batch], layout: ParallelLayout) -> tuple[list[Tensor], Tensor]:
+    """([(B, S) fp32 loss mask], 0-dim sum of them over all data-parallel ranks). Collective."""
+    masks = [
+        torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
+        for b in batches
+    ]
+    count = torch.stack([mask.sum() for mask in masks]).sum()
+    dist.all_reduce(count, group=layout.data.group)
+    return masks, count
 
 
 @contextmanager
@@ -133,3 +162,137 @@ def _receive(
     hidden = torch.empty(*shape, hidden_size, dtype=dtype, device=layout.device)
     dist.recv(hidden, group=layout.pipeline.group, group_src=source)
     return hidden
+
+
+class _Layers(nn.Module):
+    """A run of [embedding, blocks, head] and, where it ends with the head, the loss."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        schema: StageSchema,
+        places: range,
+        tensor_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        model = architecture.model
+        is_first, is_last = 0 in places, model.num_layers + 1 in places
+        self.embeds = is_first
+        self.embedding = (
+            StageEmbedding(architecture, schema, with_positions=is_first)
+            if is_first or (is_last and model.tied_embeddings)
+            else None
+        )
+        blocks = [place - 1 for place in places if 0 < place <= model.num_layers]
+        self.layers = nn.ModuleDict({str(i): StageBlock(architecture, schema, i) for i in blocks})
+        self.head = StageHead(architecture, schema) if is_last else None
+        self.cross_entropy = Loss(architecture, tensor_group)
+
+    def forward(self, packed: Packed) -> Packed:
+        if self.embeds:
+            assert self.embedding is not None
+            packed = self.embedding(packed)
+        for block in self.layers.values():
+            packed = block(packed)
+        return packed if self.head is None else self.head(packed)
+
+    def loss(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        assert self.head is not None
+        holder = self.embedding if self.head.word is None else self.head
+        assert holder is not None and holder.word is not None
+        return self.cross_entropy(hidden, holder.word.weight, *labels)
+
+
+class ForwardOnly:
+    """A model that is only asked: one copy of its weights, in the precision it computes in.
+
+    No optimizer, no moments, no gradients, no fp32 copy; at any tensor and pipeline parallelism,
+    with a copy of the model on each data-parallel rank. Methods are collective.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        schema: StageSchema,
+        layout: ParallelLayout,
+        *,
+        seq_len: int,
+        seed: int | None = None,
+    ) -> None:
+        """Build this rank's stage.
+
+        Args:
+            seq_len: of the batches; stages are cut by what their layers cost.
+            seed: of the initial weights; None: they are loaded next, and hold anything until then.
+        """
+        self.model, self.schema, self.layout = architecture.model, schema, layout
+        pin_attention_kernels()
+        costs = layer_costs(
+            self.model, padded_vocab_size=architecture.padded_vocab_size, seq_len=seq_len
+        )
+        bounds = partition(costs, layout.pipeline.size)
+        here = layout.pipeline.rank
+        self.dtype = DTYPES[architecture.training.precision]
+        places = range(bounds[here], bounds[here + 1])
+        self.module = _Layers(architecture, schema, places, layout.tensor.group)
+        self.module.to(layout.device, self.dtype).requires_grad_(False)
+        self._parameters = {}
+        for name, parameter in named_parameters(self.module, self.model):
+            part = partition_of(name, parameter, layout, vocab_size=architecture.vocab_size)
+            self._parameters[name] = (parameter, part)
+            if seed is not None:
+                initialize(parameter, name, part, model=self.model, seed=seed)
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
+        masks, count = loss_masks(batches, self.layout)
+        here, last = self.layout.pipeline.rank, self.layout.pipeline.size - 1
+        stage = Stage(self.module, here - 1 if here else None, here + 1 if here < last else None)
+        with asking(self.module):
+            total = sum_losses(
+                [stage],
+                self.module.loss,
+                batches,
+                masks,
+                schema=self.schema,
+                hidden_size=self.model.hidden_size,
+                dtype=self.dtype,
+                layout=self.layout,
+            )
+        return total, count
+
+    def hidden_states(self, batches: Sequence[Batch], *, layer: int) -> list[Tensor]:
+        """(B, S, H) of each micro-batch after block `layer`; [] on ranks of other stages."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, packed: Packed) -> None:
+            hidden = self.schema.between.unpack(packed).hidden
+            assert hidden is not None
+            if self.schema.sequence_ranks > 1:
+                hidden = gather_sequence(hidden)
+            found.append(hidden)
+
+        blocks = self.module.layers
+        if str(layer) not in blocks:
+            self.evaluate(batches)
+            return found
+        handle = blocks[str(layer)].register_forward_hook(keep)
+        try:
+            self.evaluate(batches)
+        finally:
+            handle.remove()
+        return found
+
+    def all_parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
+        """Canonical name -> (parameter, its partition) of this stage, tied copies included."""
+        return self._parameters
+
+    def fragments(self) -> list[Fragment]:
+        """Views of the weights, in the precision of the model."""
+        return [
+            Fragment(name, part, 0, {WEIGHT: parameter.data.view(-1)}, False)
+            for name, (parameter, part) in self._parameters.items()
+        ]
+
+    def publish_weights(self) -> None:
+        """Nothing to do: the views are the weights that the model computes with."""

@@ -3,24 +3,30 @@
     fragments(engine) -> [Fragment(name, start, {"weight": view, "exp_avg": view, ...})]
 
 A checkpoint is written from these views and read into them; nothing is gathered. Loading is
-`create_state`, writing into the views, then `publish_weights`, which hands the fp32 weights to the
-copies that forward and backward use.
+`create_state`, writing into the views, then `Engine.publish_weights`, which hands the fp32 weights
+to the copies that forward and backward use.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.engine.engine import Engine
-from pipeline.engine.runner import Slot
+from pipeline.engine.runner import Runner, Slot
+from pipeline.engine.weights import Weights
 from pipeline.model.fragments import WEIGHT, Fragment
 from pipeline.model.partition import Partition
 
 
-def fragments(engine: Engine) -> list[Fragment]:
+class Trained(Weights, Protocol):
+    """Weights that an optimizer updates: an Engine."""
+
+    runner: Runner
+
+
+def fragments(engine: Trained) -> list[Fragment]:
     """Views of what this rank holds of weights and optimizer state, tied copies included."""
     named = {
         id(parameter): (name, partition)
@@ -40,7 +46,7 @@ def fragments(engine: Engine) -> list[Fragment]:
     return found
 
 
-def _is_owned(engine: Engine, slot: Slot, partition: Partition, index: int) -> bool:
+def _is_owned(engine: Trained, slot: Slot, partition: Partition, index: int) -> bool:
     if getattr(slot.parameter, "ds_pipe_replicated", False):
         return False
     if not partition.is_split and engine.layout.tensor.rank:
@@ -52,7 +58,7 @@ def _is_owned(engine: Engine, slot: Slot, partition: Partition, index: int) -> b
     )
 
 
-def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> None:
+def create_state(engine: Trained, keys: list[str], *, optimizer_step: int) -> None:
     """Give a fresh optimizer its step count, and zero state under `keys`.
 
     It would create them at its first step, which is too late to read a checkpoint into.
@@ -66,18 +72,10 @@ def create_state(engine: Engine, keys: list[str], *, optimizer_step: int) -> Non
         state["step"] = _step_count(optimizer, flat, optimizer_step)
 
 
-def optimizer_step(engine: Engine) -> int:
+def optimizer_step(engine: Trained) -> int:
     """Updates the optimizer has applied: steps without the skipped ones."""
     states = engine.runner.optimizer.state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
-
-
-def publish_weights(engine: Engine) -> None:
-    """Copy the views' fp32 weights into those that the model computes with.
-
-    Collective over data-parallel ranks.
-    """
-    engine.runner.publish_weights()
 
 
 def _step_count(optimizer: torch.optim.Optimizer, flat: Tensor, count: int) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.pretrain import PretrainConfig
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.config.run_shape import RunShape
     from pipeline.data.batch import Batch
     from pipeline.data.datasets import Dataset
-    from pipeline.engine.engine import Engine
+    from pipeline.distributed.layout import ParallelLayout
 
 # Micro-batches of one call of the engine: a pipeline's start and end cost little, a sign of life
 # comes often.
@@ -87,10 +87,19 @@ class LabelBytes:
         return (sizes if batch.loss_mask is None else sizes * batch.loss_mask).sum()
 
 
+class Scorer(Protocol):
+    """An engine that trains, or a model that is only asked (engine/forward_only.py)."""
+
+    layout: ParallelLayout
+
+    def evaluate(self, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
+
+
 class Evaluator:
     """Scores an engine's model on the validation datasets of a config."""
 
-    def __init__(self, cfg: PretrainConfig, *, shape: RunShape, engine: Engine) -> None:
+    def __init__(self, cfg: PretrainConfig, *, shape: RunShape, engine: Scorer) -> None:
         """Open the datasets.
 
         Raises:

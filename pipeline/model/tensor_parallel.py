@@ -99,10 +99,15 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
+def gather_sequence(hidden: Tensor) -> Tensor:
+    """(B, S, H) of hidden (S / ranks, B, H) that is split along the sequence."""
+    return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
+
+
 def enter_output_projection(hidden: Tensor, config: TransformerConfig) -> Tensor:
     """(B, S, H) hidden on every tensor-parallel rank; the backward pass sums their gradients."""
     if config.sequence_parallel:
-        return tensor_parallel.gather_from_sequence_parallel_region(hidden).transpose(0, 1)
+        return gather_sequence(hidden)
     if config.tensor_model_parallel_size == 1:
         return hidden
     return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)

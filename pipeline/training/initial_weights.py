@@ -7,14 +7,13 @@ from pathlib import Path
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.agreement import Agreement
-from pipeline.engine import state
-from pipeline.engine.engine import Engine
+from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.model.fragments import chunks_of
 
 
-def load_weights(engine: Engine, path: Path) -> Path:
+def load_weights(weights: Weights, path: Path) -> Path:
     """Start from the weights of a run, a checkpoint or a Hugging Face folder; the folder read.
 
     Collective: call on every rank.
@@ -22,22 +21,22 @@ def load_weights(engine: Engine, path: Path) -> Path:
     Raises:
         CheckpointError: the folder is neither, is damaged, or its model is not this one.
     """
-    ranks = Agreement(engine.layout.host_group)
+    ranks = Agreement(weights.layout.host_group)
     if (path / "config.json").is_file():
-        ranks.agree(lambda: import_weights(engine, path))
+        ranks.agree(lambda: import_weights(weights, path))
     else:
         path = ranks.on_main(lambda: folders.find(path))
         if problems := ranks.damage(path):
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
-        ranks.agree(lambda: restore.read_weights(engine, path))
-    state.publish_weights(engine)
+        ranks.agree(lambda: restore.read_weights(weights, path))
+    weights.publish_weights()
     return path
 
 
-def import_weights(engine: Engine, folder: Path) -> None:
+def import_weights(weights: Weights, folder: Path) -> None:
     """Fill this rank's weights from a Hugging Face folder, one whole parameter at a time."""
-    source = HuggingFaceWeights(folder, engine.cfg.model)
-    for fragment in state.fragments(engine):
+    source = HuggingFaceWeights(folder, weights.model)
+    for fragment in weights.fragments():
         whole = source.tensor(fragment.name, fragment.partition.global_shape)
         for chunk in chunks_of(fragment, ["weight"]):
             place = tuple(

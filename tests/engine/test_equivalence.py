@@ -26,6 +26,7 @@ FAST: dict[int, list[Case]] = {
         dict(model="modern", precision="bf16", zero=2),
         dict(model="capped", zero=0),
         dict(model="gpt1"),
+        dict(model="gpt2", zero=3, precision="fp16"),
     ],
     2: [
         dict(model="gpt2", tp=2, zero=2),

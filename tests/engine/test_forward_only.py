@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,65 @@ def test_training_with_dropout_does_not_know_of_evaluations(
     for ranks in run_on_ranks(histories, world_size, DROPOUT[world_size], tmp_path):
         for case, (alone, *others) in zip(DROPOUT[world_size], ranks):
             assert all(other == alone for other in others), case
+
+
+def asked(case: Case) -> dict[str, Any]:
+    """What a fresh model answers that is only asked, and what the engine that trains answers."""
+    from pipeline.engine.forward_only import ForwardOnly
+    from pipeline.model.stage_io import StageSchema
+
+    cfg = config(**case)
+    engine = engine_of(cfg)
+    parts = rank_batches(batches(masked=True)[0], engine.shape, engine.layout)
+    trainer = [float(x) for x in engine.evaluate(parts)]
+    layout, architecture, seq_len = engine.layout, engine.architecture, engine.shape.seq_len
+    del engine
+    gc.collect()
+    before = living_bytes()
+    schema = StageSchema.of(cfg.data, cfg.parallel)
+    model = ForwardOnly(architecture, schema, layout, seq_len=seq_len, seed=cfg.seed)
+    answer = [float(x) for x in model.evaluate(parts)]
+    hidden = model.hidden_states(parts[:2], layer=2)
+    shapes = [tuple(h.shape) for h in hidden]
+    sums = [float(h.float().abs().sum()) for h in hidden]
+    del hidden
+    weights = sum(p.nbytes for p, _ in model.all_parameters().values())
+    reset_parallel_state()
+    return {
+        "trainer": trainer,
+        "answer": answer,
+        "shapes": shapes,
+        "sums": sums,
+        "extra": (living_bytes() - before) / weights,
+    }
+
+
+def living_bytes() -> int:
+    """Bytes of all floating-point tensors of this process, each memory once."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.is_floating_point():
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def test_a_model_that_is_only_asked_answers_like_the_trainer() -> None:
+    """Without optimizer, moments or fp32 copies: it holds its weights, once, and nothing else."""
+    [alone] = run_on_ranks(asked, 1, {})
+    for case in (dict(precision="bf16"), dict(tp=2, sp=True), dict(pp=2)):
+        ranks = run_on_ranks(asked, 1 if "precision" in case else 2, case)
+        for rank in ranks:
+            assert rank["answer"] == pytest.approx(rank["trainer"], rel=1e-6), case
+            assert rank["extra"] < 1.05, case
+        assert ranks[0]["answer"] == pytest.approx(
+            alone["answer"], rel=1e-3 if "precision" in case else 1e-6
+        )
+        shown = [rank for rank in ranks if rank["shapes"]]
+        assert len(shown) == (1 if "pp" in case else len(ranks))
+        for rank in shown:
+            assert rank["shapes"] == alone["shapes"] == [(2, 32, 64)] * 2
+            assert rank["sums"] == pytest.approx(
+                alone["sums"], rel=1e-2 if "precision" in case else 1e-5
+            )

@@ -32,6 +32,8 @@ class DeepSpeedRunner:
 
     mpu: Any = None
     """The groups DeepSpeed asks for; None: the module brings them."""
+    copies_nothing: str
+    """The test that gradients are reduced in place."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class DeepSpeedRunner:
             lambda *_, **__: reduce(),
             why=why,
             upstream="not reported",
-            proof="tests/engine/test_bf16_sums.py::test_one_rank_copies_no_gradients",
+            proof=f"tests/engine/deepspeed/test_bf16_sums.py::{self.copies_nothing}",
         )
 
     def set_micro_batches(self, count: int) -> None:

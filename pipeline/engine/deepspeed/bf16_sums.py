@@ -63,20 +63,20 @@ def sum_in_place(optimizer: Any, reduction: Reduction | None) -> None:
         "_update_hp_grad",
         add,
         why="makes an fp32 copy of each gradient, and reduces nothing before the last one",
-        proof="tests/engine/test_bf16_sums.py::"
+        proof="tests/engine/deepspeed/test_bf16_sums.py::"
         "test_gradients_are_reduced_while_the_backward_pass_goes_on",
     )
     change(
         "clear_hp_grads",
         forget,
         why="clears all sums, which the next step's first gradients overwrite",
-        proof="tests/engine/test_bf16_sums.py::test_one_rank_copies_no_gradients",
+        proof="tests/engine/deepspeed/test_bf16_sums.py::test_one_rank_copies_no_gradients",
     )
     change(
         "backward_epilogue",
         clear_what_is_left,
         why="does not know that a sum without a gradient still holds the last step's",
-        proof="tests/engine/test_bf16_sums.py::test_losses_and_norms_are_deepspeeds_own[moe]",
+        proof="tests/engine/deepspeed/test_bf16_sums.py::test_losses_and_norms_are_deepspeeds_own[moe]",
     )
 
 

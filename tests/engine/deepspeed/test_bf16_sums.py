@@ -68,8 +68,8 @@ class LargeOps(TorchDispatchMode):
         return result
 
 
-def large_ops() -> list[str]:
-    engine = engine_of(config("gpt2", precision="bf16"))
+def large_ops(case: dict[str, Any]) -> list[str]:
+    engine = engine_of(config("gpt2-untied", precision="bf16", **case))
     for number, step in enumerate(batches()[:2]):
         parts = rank_batches(step, engine.shape, engine.layout)
         with LargeOps(sum(p.numel() for p in engine.runner.parameters) // 2) as ops:
@@ -79,8 +79,15 @@ def large_ops() -> list[str]:
 
 def test_one_rank_copies_no_gradients() -> None:
     """Nor does it clear sums that are overwritten: passes over as much memory as the weights."""
-    [found] = run_on_ranks(large_ops, 1)
+    [found] = run_on_ranks(large_ops, 1, {})
     assert not {"aten::cat", "aten::zero_"} & set(found), found
+
+
+def test_a_pipeline_copies_no_gradients() -> None:
+    """Its sums are reduced where they lie, or not at all on one data-parallel rank."""
+    for found in run_on_ranks(large_ops, 2, {"pp": 2}):
+        assert "aten::zero_" in found  # DeepSpeed clears a pipeline's sums: the watch sees them
+        assert "aten::cat" not in found, found
 
 
 def events() -> list[str]:
