@@ -38,10 +38,19 @@ class _AlsoPlain(type(ProcessGroupGloo)):  # type: ignore[misc]
 
 class _SharedGloo(ProcessGroupGloo, metaclass=_AlsoPlain):
     def __init__(
-        self, store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30)
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: timedelta = timedelta(minutes=30),
+        **settings: Any,
     ) -> None:
+        # The constructor that takes devices takes nothing else: what torch asks for (2.14:
+        # enable_reconfigure) goes into the options. A setting that they lack raises here, with
+        # its name, rather than being dropped.
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices, options._timeout = _transports(), timeout
+        for name, value in {"_devices": _transports(), "_timeout": timeout, **settings}.items():
+            setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 
