@@ -1,6 +1,6 @@
 #!/bin/bash
 # Train with N processes on this machine. Every further argument is a setting of pipeline.train:
-#   launch/local.sh 4 model=tiny parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2
+#   launch/local.sh 4 model=tiny data.path=data/corpus parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2
 # One Ctrl-C (or TERM, USR2) saves and ends; a second one ends at once. The same command continues the run.
 # In the background (`&`, nohup, many CI runners) Ctrl-C is ignored, and bash cannot change that: send TERM or USR2.
 set -uo pipefail

@@ -82,7 +82,7 @@ def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
     """Shards of local datasets that are absent or have the wrong size."""
     from pipeline.data.manifest import Manifest
 
-    for dataset in [*cfg.data.train, *cfg.data.validation]:
+    for dataset in [*cfg.data.train, *(cfg.data.validation or [])]:
         folder = Path(dataset.path)
         if "://" in dataset.path or not (folder / "manifest.json").is_file():
             continue  # prepare() has read, or missed, the manifest

@@ -38,13 +38,13 @@ class DataConfig:
     """What is read and how. Presets: conf/data/."""
 
     path: str | None = None
-    """Output folder of data_prep/tokenize.py; `train` and `validation` default to its two
-    splits.
-    """
+    """Output folder of data_prep/tokenize.py, whose two splits are read; null: train names all."""
     train: list[DatasetConfig] = field(default_factory=list)
-    """The training mixture."""
-    validation: list[DatasetConfig] = field(default_factory=list)
-    """Held-out datasets, evaluated one by one; empty: no evaluation."""
+    """The training mixture; empty: the split `train` of data.path."""
+    validation: list[DatasetConfig] | None = None
+    """Held-out datasets, evaluated one by one; []: no evaluation; null: the split `validation` of
+    data.path, or none where that is null.
+    """
     temperature: float = 1.0
     """Weights are raised to 1/temperature before they are normalised; above 1 flattens the
     mixture.
@@ -71,3 +71,11 @@ class DataConfig:
     """Upper bound of cache_dir on each node, GiB."""
     allow_dataset_change: bool = False
     """Resume although the datasets differ from those in the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Name the splits of data.path, so that a run's config.yaml says what is read."""
+        if self.path is not None and not self.train:
+            self.train = [DatasetConfig(path=f"{self.path}/train")]
+        if self.validation is None:
+            held_out = [] if self.path is None else [f"{self.path}/validation"]
+            self.validation = [DatasetConfig(path=path) for path in held_out]

@@ -72,6 +72,7 @@ def problems(
     budget = {"ramp"} if counts_tokens else set()
     # rule, what it needs to be right, and what is not known where it is broken or left out
     rules: list[tuple[Iterator[str], set[str], str]] = [
+        (run_name(cfg.name), set(), ""),
         (model_rules.head_width_fits(model), heads, "head width"),
         (model_rules.rotary_fits(model), {"head width"}, ""),
         (model_rules.groups_fit(model), groups, "groups"),
@@ -184,6 +185,16 @@ def effects(cfg: PretrainConfig) -> Iterator[str]:
         yield (
             f"training.recompute_every ({training.recompute_every}) counts only with "
             "training.recompute=full."
+        )
+
+
+def run_name(name: str) -> Iterator[str]:
+    """A run lives in one folder of runs_dir."""
+    if name.strip() in ("", ".", "..") or set(name) & set("/\\\0\n") or "${" in name:
+        yield (
+            f"name ('{name}') must be the name of one folder: not empty, not '..', without '/', a "
+            "backslash and '${'. The run lives in <runs_dir>/<name>: set another folder with "
+            "runs_dir=..., and name=gpt2-a."
         )
 
 

@@ -47,7 +47,8 @@ def test_option_composes_and_sets_what_it_says(path):
         if key == "defaults" or "${" in str(value):
             continue
         found = getattr(section, key)
-        assert getattr(found, "name", found) == value
+        follows = value is None and found == []  # data.validation, from data.path
+        assert follows or getattr(found, "name", found) == value
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -79,6 +80,25 @@ def test_data_path_gives_both_splits():
     """One setting names what tokenize wrote."""
     data = compose("data.path=corpus").data
     assert [d.path for d in data.train + data.validation] == ["corpus/train", "corpus/validation"]
+
+
+def test_there_is_no_default_data():
+    """A run on data that nobody named is a run on the wrong data."""
+    data = compose().data
+    assert (data.path, data.train, data.validation) == (None, [], [])
+
+
+def test_a_mixture_alone_has_no_validation_set():
+    """The example of conf/data/default.yaml; it asked for a folder that nobody named."""
+    data = compose("data.train=[{path: a/train, weight: 0.7}, {path: b/train, weight: 0.3}]").data
+    assert [d.path for d in data.train] == ["a/train", "b/train"] and data.validation == []
+
+
+def test_what_is_listed_wins_over_the_splits_of_data_path():
+    data = compose("data.path=corpus", "data.validation=[]").data
+    assert ([d.path for d in data.train], data.validation) == (["corpus/train"], [])
+    data = compose("data.path=corpus", "data.train=[{path: a}]").data
+    assert [d.path for d in data.train + data.validation] == ["a", "corpus/validation"]
 
 
 def test_shown_config_composes_to_itself(tmp_path):

@@ -162,3 +162,10 @@ def test_what_does_not_depend_on_a_broken_number_is_still_judged() -> None:
         shape_of(cfg, 4)
     for words in ("micro_batch_size (0)", "num_query_groups (2)", "ranks (4)", "warmup_steps (11)"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "..", "a/b", "/abs", "${foo}", "a\\b"])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    """The run lives in <runs_dir>/<name>: "" and ".." would write into other runs."""
+    with pytest.raises(ConfigError, match="must be the name of one folder"):
+        shape_of(replace(config(), name=name))
