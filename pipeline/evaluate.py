@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of a checkpoint on shard datasets, at any layout.
 
-    python -m pipeline.evaluate runs/NAME data.path=OUT        the run's newest checkpoint
+    python -m pipeline.evaluate runs/NAME                      newest checkpoint, on the run's data
     python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A}]'
     torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME parallel.tensor_parallel_size=4
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
@@ -26,6 +26,9 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig, ScheduleConfig, TrainingConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
+
+if TYPE_CHECKING:
+    from pipeline.data.datasets import Dataset
 
 # ---- command line --------------------------------------------------------------------------------
 
@@ -59,15 +62,12 @@ def main(cfg: EvaluateConfig) -> int:
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
-    if not cfg.data.validation:
-        raise ConfigError(
-            "nothing to evaluate: "
-            "set data.path=OUT (its validation split), or list data.validation."
-        )
     pretrain, path = _training_config(cfg, ranks.world_size)
     data = describe(pretrain.data)
     shape = derive(pretrain, world_size=ranks.world_size, tokenizer_vocab_size=data.vocab_size)
     check_same_tokenizer(data, path)
+    for dataset in data.train:
+        log.logger.info("evaluating on %s", _described(dataset, shape.seq_len, cfg.sequences))
 
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
@@ -96,7 +96,8 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
 
     Nothing is trained: the model is built by ForwardOnly.
     """
-    model, path, training = _model(Path(cfg.checkpoint))
+    model, path, training, run_data = _model(Path(cfg.checkpoint))
+    data = _data(cfg, run_data)
     # Nothing runs backwards.
     parallel = replace(cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"])
     sizes = ParallelSizes.filling(parallel, world_size=world_size)
@@ -104,8 +105,7 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
     return PretrainConfig(
         name="evaluate",
         model=replace(model, hidden_dropout=0.0, attention_dropout=0.0),
-        # Whose tokenizer and sizes count.
-        data=replace(cfg.data, train=cfg.data.validation),
+        data=data,
         parallel=parallel,
         schedule=ScheduleConfig(min_lr=0.0),
         training=TrainingConfig(
@@ -119,14 +119,40 @@ def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConf
     ), path
 
 
-def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any]]:
+def _data(cfg: EvaluateConfig, run_data: DataConfig | None) -> DataConfig:
+    """The data that were named, or else the held-out ones of the run, masks and all; never others.
+
+    `train` is the same: whose tokenizer and sizes count.
+    """
+    data = cfg.data
+    if not data.validation and run_data is not None:
+        data = replace(run_data, cache_dir=data.cache_dir or run_data.cache_dir)
+    if not data.validation:
+        raise ConfigError(
+            f"nothing to evaluate: {cfg.checkpoint} names no held-out data. "
+            "Set data.path=OUT (its validation split), or list data.validation."
+        )
+    return replace(data, train=data.validation)
+
+
+def _described(dataset: Dataset, seq_len: int, limit: int) -> str:
+    """Path, tokenizer, and how much of a dataset is read; the last sequence of a shard is short."""
+    tokens = [int(n) for n in dataset.shard_tokens]
+    sequences = sum(-(-max(n - 1, 0) // seq_len) for n in tokens)
+    part = f"{min(limit or sequences, sequences):,} of {sequences:,} sequences of {seq_len}"
+    sha256 = dataset.manifest.tokenizer.sha256[:12]
+    return f"{dataset.path}: {part}, {sum(tokens):,} tokens, tokenizer {sha256}"
+
+
+def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any], DataConfig | None]:
+    """Architecture, folder of the weights, and of a run its training and data settings."""
     if (path / "config.json").is_file():
         from pipeline.huggingface.settings import read_model_config
 
-        return read_model_config(path), path, {}
+        return read_model_config(path), path, {}, None
     path = folders.find(path)
     record = read_record(path)
-    return record.model(), path, record.config["training"]
+    return record.model(), path, record.config["training"], record.data()
 
 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:

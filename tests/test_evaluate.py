@@ -17,7 +17,7 @@ from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig, main
+from pipeline.evaluate import EvaluateConfig, _data, main
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import tokenizer_file
@@ -114,16 +114,13 @@ def save_fresh(data: Path, folder: Path) -> list[EvalResult]:
 
 
 def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: Path) -> None:
-    """Saved by one process, evaluated by two."""
+    """Saved by one process, evaluated by two; on the run's own held-out data where none is named."""
     run_on_ranks(save_fresh, 1, data, tmp_path / "run" / "checkpoints")
     cfg = EvaluateConfig(
         checkpoint=str(tmp_path / "run"),
         output=str(tmp_path / "out.json"),
         micro_batch_size=2,
         precision=Precision.fp32,
-        data=DataConfig(
-            validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(tmp_path)
-        ),
         parallel=ParallelConfig(tensor_parallel_size=2),
     )
     assert run_on_ranks(main, 2, cfg) == [0, 0]
@@ -132,7 +129,16 @@ def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: 
     check(EvalResult(**document["results"]["held-out"]), data)
 
 
-def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
-    """A dataset must be named."""
-    with pytest.raises(ConfigError, match="data.validation"):
-        main(EvaluateConfig(checkpoint=str(tmp_path)))
+def test_the_data_of_the_run_count_only_where_none_are_named() -> None:
+    """Never a default that nobody typed; the run's masks go with the run's data."""
+    of_run = DataConfig(train=[DatasetConfig(path="a")], mask_documents=True,
+                        validation=[DatasetConfig(path="held-out")])  # fmt: skip
+    found = _data(EvaluateConfig(checkpoint="x"), of_run)
+    assert [d.path for d in found.train] == ["held-out"] and found.mask_documents
+    named = EvaluateConfig(checkpoint="x", data=DataConfig(path="mine"))
+    found = _data(named, of_run)
+    assert found.validation == [DatasetConfig(path="mine/validation")] and not found.mask_documents
+    with pytest.raises(ConfigError, match="x names no held-out data.*data.validation"):
+        _data(EvaluateConfig(checkpoint="x"), replace(of_run, validation=[]))
+    with pytest.raises(ConfigError, match="x names no held-out data"):
+        _data(EvaluateConfig(checkpoint="x"), None)

@@ -9,11 +9,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 
+T = TypeVar("T")
 RECORD = "checkpoint.json"
 FORMAT = "pretrain-checkpoint"
 VERSION = 2  # 1: tensors in torch DCP files
@@ -122,21 +124,32 @@ class CheckpointRecord(RunRecord):
         Raises:
             CheckpointError: the model settings are those of another program.
         """
+        return dataclasses.replace(self._section("model", ModelConfig), vocab_size=self.vocab_size)
+
+    def data(self) -> DataConfig:
+        """What the run read and how, its held-out datasets too.
+
+        Raises:
+            CheckpointError: the data settings are those of another program.
+        """
+        return self._section("data", DataConfig)
+
+    def _section(self, name: str, schema: type[T]) -> T:
+        """A section of the run's settings as its dataclass."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            saved = self.config["model"]
+            saved = self.config[name]
             kept = {key: value for key, value in saved.items() if key not in RETIRED}
             if "${" in json.dumps(kept):  # would be looked up here: ${oc.env:...}
-                raise CheckpointError(f"the model settings in {RECORD} hold a ${{...}}.")
-            node = OmegaConf.merge(OmegaConf.structured(ModelConfig), kept)
-            model = cast(ModelConfig, OmegaConf.to_object(node))
+                raise CheckpointError(f"the {name} settings in {RECORD} hold a ${{...}}.")
+            node = OmegaConf.merge(OmegaConf.structured(schema), kept)
+            return cast(T, OmegaConf.to_object(node))
         except (OmegaConfBaseException, KeyError) as error:
             raise CheckpointError(
-                f"the model settings in {RECORD} are not understood: {error}."
+                f"the {name} settings in {RECORD} are not understood: {error}."
             ) from error
-        return dataclasses.replace(model, vocab_size=self.vocab_size)
 
 
 def read_record(folder: Path) -> CheckpointRecord:
