@@ -228,7 +228,7 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
         **settings,
         **{"resilience.spike_window": 8, "resilience.spike_sigmas": 5},
     )
-    run_on_ranks(train_late, 1, arguments, {"spike": 19 * 8 + 3, "nan": 20 * 8 + 3})
+    run_on_ranks(train_late, 1, arguments, {"spike": 19 * 8 + 3, "nan": 20 * 8 + 3, "label": 399})
     assert ledger(tmp_path / "late", 23) == (0, [(19, "spike", "rollback")])
 
 

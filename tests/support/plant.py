@@ -54,7 +54,9 @@ def spoilt(batch: Any, faults: dict[str, float]) -> Any:
         for name in ("nan", "spike")
     }
     batch.loss_mask[rows["nan"]] = float("nan")
-    batch.labels[rows["spike"]] = torch.arange(batch.labels.shape[1]) * 7919 % 64
+    # An id that the data never holds is certain to be unlikely; else ids in a senseless order.
+    senseless = torch.arange(batch.labels.shape[1]) * 7919 % 64
+    batch.labels[rows["spike"]] = int(faults["label"]) if "label" in faults else senseless
     batch.loss_mask[rows["spike"]] = 50.0  # so that one sample shows in the mean
     return batch
 
