@@ -53,6 +53,12 @@ class MachineError(PipelineError):
     """This machine or cluster cannot run the job: disk space, permissions, devices, links."""
 
 
+class DivergedError(PipelineError):
+    """Loss or gradients were not finite, or spiked, for longer than the settings allow."""
+
+    exit_code = 3
+
+
 class Problems:
     """What several checks found, raised at once: a user mends all of it in one go.
 
@@ -83,9 +89,3 @@ class Problems:
 def printed(error: PipelineError) -> str:
     """The message as a command prints it, further lines below the first."""
     return f"error: {error}".replace("\n", "\n       ")
-
-
-class DivergedError(PipelineError):
-    """Loss or gradients were not finite, or spiked, for longer than the settings allow."""
-
-    exit_code = 3

@@ -8,14 +8,15 @@ from pipeline import errors
 
 
 def classes() -> dict[str, type[BaseException]]:
-    return dict(inspect.getmembers(errors, inspect.isclass))
+    found = inspect.getmembers(errors, inspect.isclass)
+    return {name: kind for name, kind in found if issubclass(kind, BaseException)}
 
 
 def test_the_tree_in_the_docstring_is_the_tree_of_the_classes():
     tree = re.findall(
-        r"^( *)(?:[|`]-- |)?(?:[|] *[`|]-- )?(\w+Error)\b", errors.__doc__ or "", re.MULTILINE
+        r"^    (?:[|] {3})?(?:[|`]-- )?(\w+) {2,}", errors.__doc__ or "", re.MULTILINE
     )
-    assert {name for _, name in tree} == set(classes())
+    assert set(tree) == set(classes())
 
 
 def test_every_error_is_one_the_command_line_prints_without_a_traceback():
@@ -35,4 +36,4 @@ def test_every_error_says_what_it_stands_for():
         for n in ast.parse(inspect.getsource(errors)).body
         if isinstance(n, ast.ClassDef) and ast.get_docstring(n)
     }
-    assert names == set(classes())
+    assert names >= set(classes())
