@@ -89,6 +89,7 @@ TESTED_IN = {
     "pipeline/engine/deepspeed/staged.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/runner.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/state.py": ("checkpoint/test_checkpointer.py", SAVED),
+    "pipeline/engine/weights.py": ("engine/test_forward_only.py", "both holders of weights"),
     "pipeline/huggingface/decoder.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/gpt2.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/mixtures.py": ("huggingface/test_mapping.py", FOLDER),

@@ -257,7 +257,11 @@ def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
             time.sleep(0.05)
         config = (run / "config.yaml").read_text()
         second = subprocess.run(
-            [*command, *overrides(data, tmp_path, **settings, **{"optimizer.lr": 0.5})], **common
+            [
+                *command,
+                *overrides(data, tmp_path, **settings, **{"training.total_steps": 100_001}),
+            ],
+            **common,
         )
     finally:
         first.kill()

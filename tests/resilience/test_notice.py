@@ -33,6 +33,7 @@ def start(folder: Path, phase: str, number: int) -> int:
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.resilience import notice
     from pipeline.resilience.clock import Clock
+    from pipeline.training import startup
 
     layout_module.disconnect = layouts.reset_parallel_state  # the process group is the test's
     notice.install_handlers()
@@ -48,7 +49,11 @@ def start(folder: Path, phase: str, number: int) -> int:
 
     clock = Watched()
     settings = [f"data.path={folder}/data", f"runs_dir={folder}/runs", *SETTINGS]
-    train.train(cli.compose(PretrainConfig, settings, config="pretrain"), ranks, clock)
+    cfg = cli.compose(PretrainConfig, settings, config="pretrain")
+    begun = startup.check(cfg, world_size=ranks.world_size)
+    if ranks.is_main:
+        startup.begin(cfg, begun, ranks)
+    train.train(cfg, begun.shape, ranks, run_dir=begun.run_dir, clock=clock)
     return clock.now.step
 
 
