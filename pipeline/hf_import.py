@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
+from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
 
 
@@ -25,8 +26,16 @@ class ImportConfig:
 
 
 def main(cfg: ImportConfig) -> int:
-    """Print conf/model/<name>.yaml for the folder."""
-    print(cli.to_yaml(read_model_config(Path(cfg.folder))), end="")
+    """Print conf/model/<name>.yaml for the folder.
+
+    Raises:
+        CheckpointError: it has weights that `checkpoint.init_from` could not take over.
+    """
+    folder = Path(cfg.folder)
+    model = read_model_config(folder)
+    if any(folder.glob("*.safetensors")):
+        HuggingFaceWeights(folder, model)
+    print(cli.to_yaml(model), end="")
     return 0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from pipeline import cli
 from pipeline.config.model import ModelConfig
@@ -41,3 +43,13 @@ def test_what_is_not_computed_ends_in_words(tmp_path: Path) -> None:
     """With the file and the key."""
     with pytest.raises(CheckpointError, match="config.json asks for .*hidden_act='gelu'"):
         main(ImportConfig(folder=str(folder(tmp_path, hidden_act="gelu"))))
+
+
+def test_weights_that_could_not_be_taken_over_are_refused_before_a_preset_is_made(
+    tmp_path: Path,
+) -> None:
+    """Else the preset looks good, and the first training with it ends in the refusal."""
+    root = folder(tmp_path)
+    save_file({"other.weight": np.zeros(1, np.float32)}, root / "model.safetensors")
+    with pytest.raises(CheckpointError, match="other.weight"):
+        main(ImportConfig(folder=str(root)))
