@@ -1,7 +1,8 @@
 #!/bin/bash
 # Train with N processes on this machine. Every further argument is a setting of pipeline.train:
 #   launch/local.sh 4 model=tiny data.path=data/corpus parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2
-# One Ctrl-C (or TERM, USR2) saves and ends; a second one ends at once. The same command continues the run.
+# One Ctrl-C (or TERM, USR2, or a terminal that closes) saves and ends; a second one ends at once. The same command
+# continues the run. `nohup launch/local.sh ...` goes on without its terminal.
 # In the background (`&`, nohup, many CI runners) Ctrl-C is ignored, and bash cannot change that: send TERM or USR2.
 set -uo pipefail
 
@@ -27,8 +28,8 @@ for ((rank = 0; rank < WORLD_SIZE; rank++)); do
   pids+=($!)
 done
 
-# Ctrl-C reaches the processes by itself, TERM and USR2 only this script; being told twice is harmless.
-trap 'kill -USR2 "${pids[@]}" 2> /dev/null' INT TERM USR2
+# Ctrl-C and a closed terminal reach the processes by themselves, TERM and USR2 only this script; being told twice is harmless.
+trap 'kill -USR2 "${pids[@]}" 2> /dev/null' INT TERM USR2 HUP
 running=$WORLD_SIZE
 while ((running)); do
   wait -n -p ended; code=$?

@@ -1,6 +1,7 @@
 """A signal that asks the run to save and leave: any rank hears it, all obey at one step.
 
     Slurm --USR2 (time limit) / TERM (preemption, requeue, scancel)--> flag of the process
+    a terminal or ssh that goes --HUP--> the same, unless started with nohup
     flag --with the step's numbers, StepAgreement--> every rank knows --> save, exit 0
 
 `install_handlers()` runs before torch is imported: a notice during the seconds of start-up would
@@ -14,14 +15,18 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-NOTICES = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+NOTICES = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: list[int] = []
 
 
 def install_handlers() -> None:
-    """USR2, TERM and the first Ctrl-C ask to save and leave; a second Ctrl-C interrupts."""
+    """USR2, TERM, HUP and the first Ctrl-C ask to save and leave; a second Ctrl-C interrupts.
+
+    A HUP that was ignored when the process began stays ignored: that is what nohup asks for.
+    """
     for number in NOTICES:
-        signal.signal(number, _on_notice)
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_notice)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
 
 

@@ -5,7 +5,8 @@
 
 While all goes well nothing is written and nothing is sent. A rank that is stopped, dead, or cut off
 writes no page: its silence names it. Who writes is judged by the number of phases it has been
-through, then by what its stack shows.
+through, then by what its stack shows. Time in which the process itself was not run (SIGSTOP,
+`scontrol suspend`, a paused machine) is nobody's lack of progress and is not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from pipeline.distributed.ranks import RankHost, describe_ranks
@@ -32,6 +34,9 @@ from pipeline.resilience.hang_page import (
     hang_page,
     process_state,
 )
+
+ABSENCE_S = 1.0
+"""A tick that comes so much too late says that the process was stopped, or the machine paused."""
 
 
 class Watchdog:
@@ -68,6 +73,10 @@ class Watchdog:
         # A start has one page. A stopped rank that is woken when the others have left (Slurm sends
         # CONT before TERM) hears nobody: its page would blame them, in place of the true one.
         self.told = self.logs / f"{self.folder.name}.told"
+        self._tick_s = self.grace_s / 20
+        self._next_tick = time.monotonic()
+        # (when it ended, how long it was): times in which this process did not run.
+        self._absences: list[tuple[float, float]] = []
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -83,7 +92,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread: a report when the beat is late, the process's end when it stays late."""
-        while not self._closed.wait(self.grace_s / 4):
+        while not self._tick():
             beat = self.clock.now
             if self._age_s(beat) < self.timeout_s - self.grace_s:
                 continue
@@ -92,7 +101,7 @@ class Watchdog:
             threading.Thread(
                 target=self._report, args=(beat,), name="watchdog-report", daemon=True
             ).start()
-            if self._stays(beat, until_s=self.timeout_s):
+            if self._stays(beat, until_s=self.timeout_s, pause=self._tick):
                 os._exit(EXIT_HANG)
 
     def _report(self, beat: Beat) -> None:
@@ -100,19 +109,38 @@ class Watchdog:
         if self.told.exists():
             return
         path = self._write_sighting()
-        if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4):
+        pause = partial(self._closed.wait, self._tick_s)
+        if self._stays(beat, until_s=self.timeout_s - self.grace_s / 4, pause=pause):
             self._write_page()
         else:
             path.unlink(missing_ok=True)  # it went on
 
-    def _stays(self, beat: Beat, *, until_s: float) -> bool:
+    def _stays(self, beat: Beat, *, until_s: float, pause: Callable[[], object]) -> bool:
         """Whether `beat` is still the last sign of life when it is `until_s` old; waits to see."""
         while self.clock.now is beat and self._age_s(beat) < until_s and not self._closed.is_set():
-            self._closed.wait(self.grace_s / 20)
+            pause()
         return self.clock.now is beat and not self._closed.is_set()
 
+    def _tick(self) -> bool:
+        """Wait a moment, and note how long the process was away meanwhile; whether it is closed.
+
+        Called on the watchdog's own thread only, which does nothing else that takes time.
+        """
+        self._next_tick = time.monotonic() + self._tick_s
+        is_closed = self._closed.wait(self._tick_s)
+        now = time.monotonic()
+        if now - self._next_tick > ABSENCE_S:
+            self._absences.append((now, now - self._next_tick))
+            self._next_tick = now
+        return is_closed
+
     def _age_s(self, beat: Beat) -> float:
-        return time.monotonic() - beat.since
+        """Seconds since the sign of life in which this process ran."""
+        now, due = time.monotonic(), self._next_tick
+        # After a stop the report's thread may run before the tick that notes the absence.
+        unnoted = now - due if now - due > ABSENCE_S else 0.0
+        away = sum(long for end, long in self._absences if end > beat.since)
+        return now - beat.since - away - unnoted
 
     def _write_sighting(self) -> Path:
         """Write down what this rank is doing, what holds it up, and how its neighbours are."""

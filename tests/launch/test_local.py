@@ -120,7 +120,7 @@ def test_one_rank_that_fails_ends_all_with_its_code(launch, tmp_path):
     wait_until_dead(ranks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP])
 def test_notice_reaches_every_rank_and_waits_for_their_save(launch, tmp_path, number):
     """A notice to the script is a notice to the run."""
     process = launch("2", "run")

@@ -22,7 +22,7 @@ print(notices.received().name)
 
 
 @pytest.mark.parametrize("second", [signal.SIGUSR2, signal.SIGTERM])
-@pytest.mark.parametrize("first", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_notice_does_no_harm(first, second):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
@@ -45,6 +45,16 @@ def test_a_notice_before_the_handlers_waits_for_them():
     command = ["env", "--block-signal=USR2,TERM", *told]
     done = subprocess.run(command, cwd=REPO, input="", capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (0, "ready\nSIGUSR2\nSIGUSR2\n")
+
+
+def test_a_hangup_that_is_ignored_from_the_start_stays_ignored():
+    """`nohup` means: go on when the terminal goes."""
+    hang_up = ["sh", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, PROGRAM]
+    process = subprocess.Popen(hang_up, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate("", timeout=10)[0] == "SIGUSR2\nSIGUSR2\n"
 
 
 def test_a_second_interrupt_ends_the_process():

@@ -1,6 +1,8 @@
 """A hang is reported in time, names the right rank, and ends the process."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +90,47 @@ def test_a_rank_that_wakes_after_the_others_left_does_not_replace_their_page(tmp
     assert "**rank 1 on n2**: silent" in (tmp_path / "logs" / "hang-7.md").read_text()
     assert (tmp_path / "logs" / "hang-7" / "00000.json").exists()
     assert not (tmp_path / "logs" / ".hang-1").exists()
+
+
+SUSPENDED = """
+import os, sys, time
+from pathlib import Path
+from pipeline.resilience.clock import Clock
+from pipeline.distributed.ranks import RankHost
+from pipeline.resilience.watchdog import Watchdog
+clock, rank = Clock(), int(sys.argv[2])
+hosts = [RankHost(r, "n1", os.getpid(), 1.0) for r in range(2)]
+with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=rank, timeout_s=4.0, describe_step=str):
+    print("runs", flush=True)
+    for step in range(3):  # steps of 3 s under a limit of 4 s: one of them is interrupted for 6 s
+        clock.enter("train", step)
+        time.sleep(3.0 - 2.0 * (step == 2))
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_job_that_was_suspended_goes_on_when_it_is_resumed(tmp_path):
+    """`scontrol suspend`, a paused machine, Ctrl-Z: nobody was late, for nobody ran; then a hang is one again."""
+    command = [sys.executable, "-c", SUSPENDED, str(tmp_path)]
+    common = {"cwd": REPO, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*command, "0"], process_group=0, **common)
+    second = subprocess.Popen([*command, "1"], process_group=first.pid, **common)
+    ranks = [first, second]
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["runs\n"] * 2
+        time.sleep(1.0)
+        os.killpg(first.pid, signal.SIGSTOP)
+        time.sleep(6.0)
+        os.killpg(first.pid, signal.SIGCONT)
+        said = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [out for out, _ in said] == ["went on\n"] * 2, said
+    assert [rank.returncode for rank in ranks] == [EXIT_HANG] * 2
+    assert [path.name for path in (tmp_path / "logs").glob("hang-*.md")] == ["hang-2.md"]
 
 
 class Seen(Exception):
