@@ -3,12 +3,14 @@
     python -m data_prep.show DATASET                        totals by source, lengths, histogram
     python -m data_prep.show DATASET document=41            one document, decoded
     python -m data_prep.show DATASET search='Turing test'   documents that hold a text
+    python -m data_prep.show DATASET row=7                  a packed row; what is learned in colour
 
 DATASET is a local folder with a manifest.json; OUT of data_prep/tokenize.py stands for OUT/train.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from data_prep.tokens.browse import (
     document_lengths,
     plot_lengths,
     read_document,
+    read_row,
     search,
     tokenizer_of,
 )
@@ -35,6 +38,10 @@ class ShowConfig:
     """Folder of the dataset."""
     document: int | None = None
     """Print this document, counted from 0 in the order of the shards."""
+    row: int | None = None
+    """Print this packed row, counted from 0; what is learned is green, or between ⟦ and ⟧ where the
+    output is no terminal.
+    """
     search: str | None = None
     """Print the documents that hold this text, letter for letter."""
     limit: int = 10
@@ -50,13 +57,15 @@ def main(cfg: ShowConfig) -> None:
 
     Raises:
         DataError: no dataset there.
-        ConfigError: no document of this number.
+        ConfigError: no document or row of this number.
     """
     folder = Path(cfg.dataset)
     if not (folder / "manifest.json").exists() and (folder / "train").is_dir():
         folder = folder / "train"
     manifest = Manifest.load(folder)
-    if cfg.document is not None:
+    if cfg.row is not None:
+        _print_row(manifest, cfg.row)
+    elif cfg.document is not None:
         _print_document(manifest, cfg.document, max_chars=cfg.max_chars)
     elif cfg.search is not None:
         _print_matches(manifest, cfg)
@@ -91,6 +100,11 @@ def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
             f"{tokens:>19,}{tokens / max(manifest.tokens, 1):>8.1%}"
             f"{tokens / max(documents, 1):>12,.0f}"
         )
+    if manifest.row_tokens is not None:
+        print(
+            f"packed in {manifest.tokens // manifest.row_tokens:,} rows of {manifest.row_tokens:,} "
+            "tokens; what is left of a row counts as one more document"
+        )
     lengths = document_lengths(manifest)
     if len(lengths):
         points = np.percentile(lengths, [0, 5, 25, 50, 75, 95, 100], method="nearest").tolist()
@@ -103,9 +117,29 @@ def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
             print(f"histogram: {cfg.histogram}")
 
 
+def _print_row(manifest: Manifest, number: int) -> None:
+    """Each dialogue of a packed row, with what is learned marked; its padding as a number."""
+    tokenizer = tokenizer_of(manifest)
+    begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    documents = read_row(manifest, number)
+    print(f"--- row {number}: {len(documents)} documents")
+    for place, (tokens, _, loss) in enumerate(documents):
+        assert loss is not None
+        if not loss.any():
+            print(f"--- {place}: {len(tokens)} tokens of padding")
+            continue
+        print(f"--- {place}: {len(tokens)} tokens, {int(loss.sum())} of them learned")
+        edges = [0, *(np.flatnonzero(np.diff(loss)) + 1).tolist(), len(tokens)]
+        for a, b in zip(edges, edges[1:]):
+            text = tokenizer.decode(tokens[a:b])
+            print(f"{begin}{text}{end}" if loss[a] else text, end="")
+        print()
+
+
 def _print_document(manifest: Manifest, number: int, *, max_chars: int) -> None:
     ids = read_document(manifest, number)
-    text = tokenizer_of(manifest).decode(ids[:-1])
+    # Text ends with EOD, which is none; a dialogue is shown with all of its marks.
+    text = tokenizer_of(manifest).decode(ids if manifest.row_tokens else ids[:-1])
     cut = len(text) > max_chars > 0
     print(
         f"--- document {number}: {len(ids):,} tokens, {len(text):,} characters"

@@ -56,7 +56,7 @@ class EvaluateConfig:
 def main(cfg: EvaluateConfig) -> int:
     """Build the model on this layout, load the weights, score every dataset."""
     from pipeline.config.run_shape import derive
-    from pipeline.data.datasets import describe
+    from pipeline.data.datasets import describe, follow_data
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.training.startup import check_same_tokenizer
 
@@ -64,7 +64,13 @@ def main(cfg: EvaluateConfig) -> int:
     log.setup(global_rank=ranks.global_rank)
     pretrain, path = _training_config(cfg, ranks.world_size)
     data = describe(pretrain.data)
-    shape = derive(pretrain, world_size=ranks.world_size, tokenizer_vocab_size=data.vocab_size)
+    pretrain = follow_data(pretrain, data)
+    shape = derive(
+        pretrain,
+        world_size=ranks.world_size,
+        tokenizer_vocab_size=data.vocab_size,
+        row_tokens=data.row_tokens,
+    )
     check_same_tokenizer(data, path)
     for dataset in data.train:
         log.logger.info("evaluating on %s", _described(dataset, shape.seq_len, cfg.sequences))
@@ -137,11 +143,13 @@ def _data(cfg: EvaluateConfig, run_data: DataConfig | None) -> DataConfig:
 
 def _described(dataset: Dataset, seq_len: int, limit: int) -> str:
     """Path, tokenizer, and how much of a dataset is read; the last sequence of a shard is short."""
-    tokens = [int(n) for n in dataset.shard_tokens]
-    sequences = sum(-(-max(n - 1, 0) // seq_len) for n in tokens)
+    from pipeline.data.order import num_windows
+
+    windows = num_windows(dataset.shard_tokens, seq_len, packed=dataset.is_packed)
+    sequences = int(windows.sum())
     part = f"{min(limit or sequences, sequences):,} of {sequences:,} sequences of {seq_len}"
     sha256 = dataset.manifest.tokenizer.sha256[:12]
-    return f"{dataset.path}: {part}, {sum(tokens):,} tokens, tokenizer {sha256}"
+    return f"{dataset.path}: {part}, {int(dataset.manifest.tokens):,} tokens, tokenizer {sha256}"
 
 
 def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any], DataConfig | None]:

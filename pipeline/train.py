@@ -33,7 +33,7 @@ def main(cfg: PretrainConfig) -> int:
     try:
         # Everything that needs no device; then the folder is this start's, or it is refused.
         start = startup.check(cfg, world_size=ranks.world_size)
-        shape, run_dir = start.shape, start.run_dir
+        cfg, shape, run_dir = start.cfg, start.shape, start.run_dir
         speaks = ranks.is_main
         with ownership.claim(run_dir, node=ranks.node) if speaks else contextlib.nullcontext():
             begun = run_dir

@@ -70,6 +70,7 @@ TESTED_IN = {
     "pipeline/config/step_shape.py": ("config/test_run_shape.py", "derived with the run's shape"),
     "pipeline/config/training.py": ("config/test_conf.py", FIELDS),
     "pipeline/data/batch.py": ("data/test_loader.py", "what the loader hands out"),
+    "pipeline/data/dataset_files.py": ("data/test_manifest.py", "what a manifest leads to"),
     "pipeline/data/datasets.py": ("data/test_loader.py", "what the loader reads"),
     "pipeline/data/reading_plan.py": ("test_preflight.py", "the plan that preflight checks"),
     "pipeline/data/sampler.py": ("data/test_loader.py", "the loader's order and state"),

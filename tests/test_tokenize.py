@@ -96,7 +96,7 @@ def test_datasets_hold_each_document_once_with_the_ids_of_hugging_face(corpus, r
 
 def test_document_starts_follow_the_ends(reference):
     manifest = Manifest.load(reference / "train")
-    tokens, starts = manifest.map_block(0, 0)
+    tokens, starts, _ = manifest.map_block(0, 0)
     ends = np.flatnonzero(tokens == manifest.tokenizer.eod)
     assert starts.tolist() == [0, *(ends[:-1] + 1).tolist()]
 
@@ -119,7 +119,7 @@ def test_stock_webdataset_yields_the_same_tokens(reference):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     ours = [manifest.map_block(s, 0) for s in range(manifest.num_shards)]
     assert sum(len(sample["tokens.npy"]) for sample in samples) == manifest.tokens
-    for sample, (tokens, starts) in zip(samples, ours, strict=True):
+    for sample, (tokens, starts, _) in zip(samples, ours, strict=True):
         assert np.array_equal(sample["tokens.npy"], tokens)
         assert np.array_equal(sample["docs.npy"], starts)
 

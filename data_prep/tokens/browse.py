@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.shard_format import Block
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 
@@ -38,6 +39,29 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
     return Tokenizer.from_file(Path(manifest.folder, "tokenizer.json"), eod=manifest.tokenizer.eod)
 
 
+def read_row(manifest: Manifest, number: int) -> list[Block]:
+    """The documents of a packed row, each with the mask of what is learned.
+
+    Raises:
+        ConfigError: the dataset is not packed, or has no row of this number.
+    """
+    size = manifest.row_tokens
+    if size is None:
+        raise ConfigError(f"row={number}: {manifest.folder} is text, not packed rows.")
+    if not 0 <= number < manifest.tokens // size:
+        raise ConfigError(
+            f"row={number}: this dataset has the rows 0 to {manifest.tokens // size - 1}."
+        )
+    rows = np.concatenate([[0], np.cumsum(manifest.shard_tokens // size)])
+    shard = int(np.searchsorted(rows, number, "right")) - 1
+    block, begin = divmod((number - int(rows[shard])) * size, manifest.block_tokens)
+    tokens, starts, loss = manifest.map_block(shard, block)
+    assert loss is not None
+    mine = [*starts[(starts >= begin) & (starts < begin + size)].tolist(), begin + size]
+    none = np.zeros(1, starts.dtype)
+    return [Block(tokens[a:b], none, loss[a:b]) for a, b in zip(mine, mine[1:])]
+
+
 def read_document(manifest: Manifest, number: int) -> np.ndarray:
     """Ids of document `number` of the dataset, with its EOD.
 
@@ -53,7 +77,7 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
     )
     before = int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
     parts: list[np.ndarray] = []
-    for tokens, docs in _blocks(manifest, row):
+    for tokens, docs, _ in _blocks(manifest, row):
         if not parts:
             place = number - before
             ends = docs[place + 1 : place + 2].tolist()
@@ -72,6 +96,9 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
     wanted = text.encode()
     tokenizer = tokenizer_of(manifest)
     table = tokenizer.token_bytes[: manifest.tokenizer.vocab_size]
+    if manifest.row_tokens is not None:
+        yield from _search_rows(manifest, wanted, table)
+        return
     table[manifest.tokenizer.eod] = BETWEEN_DOCUMENTS
     lengths = np.array([len(entry) for entry in table])
     offsets = np.cumsum(lengths) - lengths
@@ -81,7 +108,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
         b"",
         -1,
     )  # documents that ended before `carried`; what may begin a match
-    for tokens, _ in _blocks(manifest, 0):
+    for tokens, _, _ in _blocks(manifest, 0):
         sizes = lengths[tokens]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         data = carried + letters[np.repeat(offsets[tokens], sizes) + within].tobytes()
@@ -97,8 +124,19 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
         finished += len(ends) - carried.count(BETWEEN_DOCUMENTS)
 
 
-def _blocks(manifest: Manifest, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, document starts) of the blocks from a row of the index on."""
+def _search_rows(manifest: Manifest, wanted: bytes, table: list[bytes]) -> Iterator[int]:
+    """Numbers of the documents of packed rows that hold these bytes; none runs over a block."""
+    first = 0
+    for tokens, starts, _ in _blocks(manifest, 0):
+        bounds = [*starts.tolist(), len(tokens)]
+        for number, (begin, end) in enumerate(zip(bounds, bounds[1:]), first):
+            if wanted in b"".join([table[i] for i in tokens[begin:end].tolist()]):
+                yield number
+        first += len(starts)
+
+
+def _blocks(manifest: Manifest, first: int) -> Iterator[Block]:
+    """The blocks from a row of the index on."""
     for row in range(first, int(manifest.block_starts[-1])):
         shard = int(np.searchsorted(manifest.block_starts, row, side="right")) - 1
         yield manifest.map_block(shard, row - int(manifest.block_starts[shard]))

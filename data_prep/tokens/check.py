@@ -22,7 +22,8 @@ from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from pipeline.data import shard_format as fmt
-from pipeline.data.manifest import Manifest, read_bytes
+from pipeline.data.dataset_files import read_bytes
+from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
 from pipeline.files import regular_file, sha256_of
 
@@ -40,7 +41,8 @@ def find_faults(folder: str, *, quick: bool = False, workers: int | None = None)
         yield from _check_files(manifest)
     if quick:
         return
-    if manifest.num_shards and not _ends_with_eod(manifest, manifest.num_shards - 1):
+    is_text = manifest.row_tokens is None
+    if is_text and manifest.num_shards and not _ends_with_eod(manifest, manifest.num_shards - 1):
         yield f"{folder}: the last document does not end with EOD."
     del index
     num_workers = min(workers or os.cpu_count() or 1, max(manifest.num_shards, 1))
@@ -127,15 +129,10 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
     place = 0
     for block, row in enumerate(rows):
         last = block == len(rows) - 1
-        tokens_name, docs_name = fmt.member_names(manifest.shard_keys[shard], block)
         arrays = []
-        for name, dtype, kind in (
-            (tokens_name, manifest.dtype, "tokens"),
-            (docs_name, fmt.DOCS_DTYPE, "docs"),
-        ):
-            count, offset, crc = (
-                int(row[f]) for f in (f"num_{kind}", f"{kind}_offset", f"{kind}_crc32")
-            )
+        for kind, dtype, num in manifest.layout.members:
+            name = fmt.member_name(manifest.shard_keys[shard], block, kind)
+            count, offset, crc = (int(row[f]) for f in (num, f"{kind}_offset", f"{kind}_crc32"))
             size = count * dtype.itemsize
             if offset != place + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES or offset + size > len(data):
                 yield (
@@ -154,12 +151,15 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
             if crc32(data[offset : offset + size]) != crc:
                 yield f"{name}: crc32 is not the index's."
             arrays.append(data[offset : offset + size].view(dtype))
-        tokens, docs = arrays
+        tokens, docs, loss = fmt.Block(*arrays)
+        tokens_name = fmt.member_name(manifest.shard_keys[shard], block, "tokens")
         if not last and len(tokens) != manifest.block_tokens:
             yield (
                 f"{tokens_name}: {len(tokens)} tokens; every block but the last has "
                 f"{manifest.block_tokens}."
             )
+        if loss is not None and manifest.row_tokens is not None:
+            yield from _check_rows(manifest.row_tokens, tokens_name, docs, loss)
         yield from _check_tokens(manifest, tokens_name, tokens, docs, begins_document)
         begins_document = bool(len(tokens)) and int(tokens[-1]) == manifest.tokenizer.eod
     if data[place:].any() or len(data) < place + 2 * fmt.TAR_BLOCK:
@@ -177,6 +177,8 @@ def _check_tokens(
     facts = manifest.tokenizer
     if len(tokens) and int(tokens.max()) >= facts.vocab_size:
         yield f"{name}: id {int(tokens.max())} is not below vocab_size ({facts.vocab_size})."
+    if manifest.row_tokens is not None:  # there EOD is padding, or whatever the template makes it
+        return
     starts = np.flatnonzero(tokens[:-1] == facts.eod) + 1
     if begins_document:
         starts = np.concatenate([[0], starts])
@@ -185,6 +187,21 @@ def _check_tokens(
             f"{name}: {len(docs)} documents are listed, {len(starts)} start after an EOD; their "
             "places must agree."
         )
+
+
+def _check_rows(row_tokens: int, name: str, docs: np.ndarray, loss: np.ndarray) -> Iterator[str]:
+    """A document starts with each row; the mask is 0 and 1, and 0 where a document starts."""
+    if len(loss) % row_tokens:
+        yield f"{name}: {len(loss)} tokens are not whole rows of {row_tokens}."
+    places = docs.astype(np.int64)
+    if (np.diff(places) <= 0).any() or not np.isin(np.arange(0, len(loss), row_tokens), docs).all():
+        yield f"{name}: documents must start in ascending order, one of them with each row."
+    elif (places >= len(loss)).any():
+        yield f"{name}: a document starts behind the block's end."
+    elif loss[places].any():
+        yield f"{name}: the first token of a document is marked as learned."
+    if len(loss) and int(loss.max()) > 1:
+        yield f"{name}: the mask of the loss holds {int(loss.max())}; it is made of 0 and 1."
 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:

@@ -38,6 +38,7 @@ from pipeline.log import logger
 # Neighbouring parts are joined up to this size; larger ones are only renamed.
 JOIN_TOKENS = fmt.SHARD_TOKENS // 8
 SUMMARY_FILE = "summary.json"
+PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed rows adds
 
 
 def finalize(output: Path, *, max_rejected_fraction: float) -> None:
@@ -65,7 +66,7 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         splits = {name: _gather(results, name) for name in results[0]["splits"]}
         _join_rejects(output, facts["units"])
         totals = {
-            name: _make_dataset(output, name, facts["tokenizer"], parts, text_bytes)
+            name: _make_dataset(output, name, facts, parts, text_bytes)
             for name, (parts, text_bytes) in splits.items()
         }
         summary: dict[str, Any] = totals | {"rejects": dict(sorted(rejects.items()))}
@@ -119,6 +120,12 @@ def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> No
         )
 
 
+def layout_of(facts: dict[str, Any]) -> fmt.ShardLayout:
+    """Of the shards that a job makes, by its job.json."""
+    dtype = fmt.token_dtype(facts["tokenizer"]["vocab_size"])
+    return fmt.ShardLayout(dtype, facts.get("row_tokens"))
+
+
 def parts_folder(output: Path) -> Path:
     """Where units put their parts."""
     return output / WORK_FOLDER / "parts"
@@ -156,11 +163,10 @@ def _join_rejects(output: Path, num_units: int) -> None:
 
 
 def _make_dataset(
-    output: Path, name: str, tokenizer: dict[str, Any], parts: list[Part], text_bytes: int
+    output: Path, name: str, facts: dict[str, Any], parts: list[Part], text_bytes: int
 ) -> dict[str, int]:
     """Move parts to their places as shards, and write what describes them; the totals."""
-    folder = output / name
-    dtype = fmt.token_dtype(tokenizer["vocab_size"])
+    folder, layout = output / name, layout_of(facts)
     shards: list[Part] = []
     for number, group in enumerate(_groups(parts)):
         target = folder / fmt.shard_path(number)
@@ -168,7 +174,7 @@ def _make_dataset(
         sources = [parts_folder(output) / part.name for part in group]
         if len(group) > 1:
             shards.append(
-                copy_parts(sources, group, target, dtype=dtype, scratch=parts_folder(output))
+                copy_parts(sources, group, target, layout=layout, scratch=parts_folder(output))
             )
         else:
             shards.append(group[0])
@@ -179,9 +185,7 @@ def _make_dataset(
         sync_folder(shards_folder)
     scratch = output / WORK_FOLDER
     raw = (scratch / "tokenizer.json").read_bytes()
-    write_dataset(
-        folder, shards, tokenizer=tokenizer, raw=raw, text_bytes=text_bytes, scratch=scratch
-    )
+    write_dataset(folder, shards, facts=facts, raw=raw, text_bytes=text_bytes, scratch=scratch)
     return {
         "documents": sum(s.documents for s in shards),
         "tokens": sum(s.tokens for s in shards),
@@ -194,7 +198,7 @@ def write_dataset(
     folder: Path,
     shards: list[Part],
     *,
-    tokenizer: dict[str, Any],
+    facts: dict[str, Any],
     raw: bytes,
     text_bytes: int,
     scratch: Path,
@@ -204,14 +208,16 @@ def write_dataset(
     Args:
         folder: the dataset.
         shards: in order; shard i is at shard_path(i).
-        tokenizer: fields of TokenizerIdentity.
+        facts: of the job: `tokenizer` has the fields of TokenizerIdentity; packed rows have
+            `row_tokens`, `chat_template` and `end_of_turn`.
         raw: the tokenizer.json.
         text_bytes: UTF-8 bytes of all documents.
         scratch: see whole_file.
     """
+    tokenizer, layout = facts["tokenizer"], layout_of(facts)
     rows = [tuple(row) for shard in shards for row in shard.blocks]
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.array(rows, fmt.INDEX_DTYPE), version=(1, 0))
+    np.lib.format.write_array(buffer, np.array(rows, layout.index_dtype), version=(1, 0))
     write_durably(folder / "index.npy", buffer.getvalue(), scratch=scratch)
     write_durably(folder / "tokenizer.json", raw, scratch=scratch)
     lines = [
@@ -222,9 +228,10 @@ def write_dataset(
     write_durably(folder / "provenance.jsonl", provenance, scratch=scratch)
     head = {
         "format": fmt.FORMAT,
-        "version": fmt.VERSION,
-        "dtype": fmt.token_dtype(tokenizer["vocab_size"]).str,
-        "block_tokens": fmt.BLOCK_TOKENS,
+        "version": layout.version,
+        "dtype": layout.dtype.str,
+        "block_tokens": layout.block_tokens,
+        **{key: facts[key] for key in PACKING if layout.row_tokens is not None},
         "tokenizer": tokenizer,
         "tokens": sum(s.tokens for s in shards),
         "documents": sum(s.documents for s in shards),

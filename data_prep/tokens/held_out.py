@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.jobs import WORK_FOLDER
-from data_prep.tokens.shard_writer import Part
+from data_prep.tokens.shard_writer import Part, map_part
 from data_prep.tokens.split import UnitWriter
 from pipeline.data import shard_format as fmt
-from pipeline.data.manifest import map_block
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import write_durably
 from pipeline.log import logger
@@ -114,14 +113,14 @@ class _Rewriter:
         self._fraction = facts["validation_fraction"]
         self._old = result["splits"]["train"]
         self._parts = [Part(**part) for part in self._old["parts"]]
-        self._dtype = fmt.token_dtype(facts["tokenizer"]["vocab_size"])
-        rows = [
-            (part, np.array([tuple(r)], fmt.INDEX_DTYPE)[0])
-            for part in self._parts
-            for r in part.blocks
-        ]
-        blocks = [map_block(str(parts / p.name), row, self._dtype)[0] for p, row in rows]
-        self.tokens = np.concatenate(blocks)
+        self._layout = fmt.ShardLayout(fmt.token_dtype(facts["tokenizer"]["vocab_size"]))
+        self.tokens = np.concatenate(
+            [
+                block.tokens
+                for part in self._parts
+                for block in map_part(parts / part.name, part, self._layout)
+            ]
+        )
         self._find()
 
     def _find(self) -> None:
@@ -149,7 +148,7 @@ class _Rewriter:
             self._parts_folder,
             number=self._number,
             source=self._parts[0].source,
-            dtype=self._dtype,
+            layout=self._layout,
             fraction=self._fraction,
             stem=f"{self._number:08d}-divided",
         ) as writer:

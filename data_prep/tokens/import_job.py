@@ -20,7 +20,7 @@ from data_prep.sources.pieces import Piece
 from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids
-from pipeline.data.shard_format import TokenizerIdentity, token_dtype
+from pipeline.data.shard_format import ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
 
@@ -110,7 +110,7 @@ def import_unit(
         dataset_writer.parts_folder(output),
         number=unit.number,
         source=unit.source,
-        dtype=dtype,
+        layout=ShardLayout(dtype),
         fraction=validation_fraction,
     ) as writer:
         documents = _open(unit.path, column, tokenizer).read(unit.begin, unit.end)

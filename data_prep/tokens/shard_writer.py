@@ -1,7 +1,7 @@
 """Token ids to shard tars, a block at a time: memory does not depend on a shard's size.
 
-    add(ids, starts) -> block of BLOCK_TOKENS -> two tar members -> part file; a new part every
-                        SHARD_TOKENS
+    add(ids, starts) -> block of block_tokens -> its tar members -> part file; a new part every
+                        shard_tokens
     close() -> [Part(...)], from which finalize.py makes shards
 
 A part has its final bytes; only its name changes when it becomes a shard.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.data import shard_format as fmt
-from pipeline.data.manifest import map_block
+from pipeline.data.dataset_files import map_block
 from pipeline.files import whole_file
 
 PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
@@ -40,7 +40,7 @@ class Part:
     bytes: int = 0
     sha256: str = ""
     blocks: list[list[int]] = field(default_factory=list)
-    """One row a block, in the order of INDEX_DTYPE."""
+    """One row a block, in the order of the layout's index_dtype."""
     inputs: list[str] = field(default_factory=list)
     """Id of the first document that starts in the part, and of the last."""
 
@@ -55,7 +55,9 @@ class PartWriter:
     Used as a context manager: left with an error, the part that was being written is removed.
     """
 
-    def __init__(self, folder: Path, *, stem: str, key: int, source: str, dtype: np.dtype) -> None:
+    def __init__(
+        self, folder: Path, *, stem: str, key: int, source: str, layout: fmt.ShardLayout
+    ) -> None:
         """Write into `folder` files named <stem>-000.tar and so on.
 
         Args:
@@ -63,16 +65,17 @@ class PartWriter:
             stem: unique in the folder, the same whenever the unit is done again.
             key: of the first part; the following ones count up, up to PARTS_PER_KEY_RANGE.
             source: label.
-            dtype: of the tokens.
+            layout: of the blocks.
         """
-        self._folder, self._stem, self._key, self._source, self._dtype = (
+        self._folder, self._stem, self._key, self._source, self._layout = (
             folder,
             stem,
             key,
             source,
-            dtype,
+            layout,
         )
-        self._block = np.empty(fmt.BLOCK_TOKENS, dtype)
+        self._block = np.empty(layout.block_tokens, layout.dtype)
+        self._loss = np.zeros(layout.block_tokens if layout.row_tokens else 0, fmt.LOSS_DTYPE)
         self._filled = 0
         self._starts: list[np.ndarray] = []
         self._parts: list[Part] = []
@@ -88,18 +91,27 @@ class PartWriter:
         """Remove the part that is not finished, if an error ended the block."""
         self._open_file.__exit__(*error)
 
-    def add(self, tokens: np.ndarray, starts: np.ndarray, ids: Sequence[str] = ()) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        ids: Sequence[str] = (),
+        loss: np.ndarray | None = None,
+    ) -> None:
         """Append tokens.
 
         Args:
             tokens: (n,) ids, end-of-document ids among them.
             starts: ascending places in `tokens` where documents start.
             ids: of the documents that start here, for provenance; none: not known.
+            loss: (n,) uint8, of packed rows: 1 where the token is to be predicted.
         """
-        done = 0
+        done, size = 0, len(self._block)
         while done < len(tokens):
-            take = min(len(tokens) - done, fmt.BLOCK_TOKENS - self._filled)
+            take = min(len(tokens) - done, size - self._filled)
             self._block[self._filled : self._filled + take] = tokens[done : done + take]
+            if loss is not None:
+                self._loss[self._filled : self._filled + take] = loss[done : done + take]
             low, high = np.searchsorted(starts, (done, done + take))
             self._starts.append((starts[low:high] - done + self._filled).astype(fmt.DOCS_DTYPE))
             self._filled += take
@@ -107,7 +119,7 @@ class PartWriter:
             if len(ids) and high > low:
                 part = self._part()
                 part.inputs = [part.inputs[0] if part.inputs else ids[low], ids[high - 1]]
-            if self._filled == fmt.BLOCK_TOKENS:
+            if self._filled == size:
                 self._write_block()
 
     def close(self) -> list[Part]:
@@ -129,20 +141,20 @@ class PartWriter:
         return self._parts[-1]
 
     def _write_block(self) -> None:
-        """The filled block becomes two members and a row of the index."""
+        """The filled block becomes members of the tar and a row of the index."""
         part = self._part()
-        tokens = self._block[: self._filled]
-        starts = np.concatenate(self._starts)
-        names = fmt.member_names(part.key, len(part.blocks))
-        row: list[int] = []
-        for name, array in zip(names, (tokens, starts)):
-            offset, crc = self._write_member(part, name, array)
-            row += [offset, len(array), crc]
-        part.blocks.append(row)
+        tokens, starts = self._block[: self._filled], np.concatenate(self._starts)
+        arrays = {"tokens": tokens, "docs": starts, "loss": self._loss[: self._filled]}
+        places = {}
+        for kind, _, _ in self._layout.members:
+            name = fmt.member_name(part.key, len(part.blocks), kind)
+            places[kind] = self._write_member(part, name, arrays[kind])
+        lengths = {kind: len(array) for kind, array in arrays.items()}
+        part.blocks.append(self._layout.index_row(lengths, places))
         part.tokens += len(tokens)
         part.documents += len(starts)
         self._filled, self._starts = 0, []
-        if part.tokens == fmt.SHARD_TOKENS:
+        if part.tokens == self._layout.shard_tokens:
             self._finish_part()
 
     def _write_member(self, part: Part, name: str, array: np.ndarray) -> tuple[int, int]:
@@ -170,7 +182,12 @@ class PartWriter:
 
 
 def copy_parts(
-    sources: list[Path], parts: list[Part], target: Path, *, dtype: np.dtype, scratch: Path
+    sources: list[Path],
+    parts: list[Part],
+    target: Path,
+    *,
+    layout: fmt.ShardLayout,
+    scratch: Path,
 ) -> Part:
     """Write the tokens of several parts into one at `target`; their files stay.
 
@@ -178,21 +195,26 @@ def copy_parts(
         sources: their files.
         parts: what is known of them; the new part has the key of the first.
         target: final place of the new tar.
-        dtype: of the tokens.
+        layout: of all of them.
         scratch: folder, on the same file system, where the new tar grows.
     """
     first = parts[0]
     stem = f"joined-{os.getpid()}-{first.key}"
-    with PartWriter(scratch, stem=stem, key=first.key, source=first.source, dtype=dtype) as writer:
+    with PartWriter(
+        scratch, stem=stem, key=first.key, source=first.source, layout=layout
+    ) as writer:
         for path, part in zip(sources, parts):
-            for row in part.blocks:
-                tokens, starts = map_block(
-                    str(path), np.array([tuple(row)], fmt.INDEX_DTYPE)[0], dtype
-                )
-                writer.add(tokens, starts)
+            for block in map_part(path, part, layout):
+                writer.add(block.tokens, block.starts, loss=block.loss)
         (merged,) = writer.close()
     os.replace(scratch / merged.name, target)
     ids = [i for part in parts for i in part.inputs]
     merged.inputs = [ids[0], ids[-1]] if ids else []
     merged.name = target.name
     return merged
+
+
+def map_part(path: Path, part: Part, layout: fmt.ShardLayout) -> Iterator[fmt.Block]:
+    """The blocks of a part whose file is at `path`, mapped."""
+    for row in part.blocks:
+        yield map_block(str(path), np.array([tuple(row)], layout.index_dtype)[0], layout)

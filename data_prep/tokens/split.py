@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.tokens.shard_writer import PARTS_PER_KEY_RANGE, PartWriter
+from pipeline.data.shard_format import ShardLayout
 from pipeline.errors import ConfigError
 
 SPLITS = ("train", "validation")
@@ -61,7 +62,7 @@ class UnitWriter:
         *,
         number: int,
         source: str,
-        dtype: np.dtype,
+        layout: ShardLayout,
         fraction: float,
         stem: str = "",
     ) -> None:
@@ -71,7 +72,7 @@ class UnitWriter:
             folder: of the parts.
             number: of the unit; parts are named and keyed by it.
             source: label of the unit.
-            dtype: of the tokens.
+            layout: of the blocks.
             fraction: share that is held out; 0: there is no validation split.
             stem: of the names of the parts; empty: the number.
         """
@@ -84,7 +85,7 @@ class UnitWriter:
                 stem=f"{stem or f'{number:08d}'}-{name}",
                 key=number * PARTS_PER_KEY_RANGE,
                 source=source,
-                dtype=dtype,
+                layout=layout,
             )
             for name in SPLITS[: 2 if fraction else 1]
         }
@@ -126,18 +127,25 @@ class UnitWriter:
         return "train"
 
     def add(
-        self, split: str, tokens: np.ndarray, starts: np.ndarray, ids: list[str], text_bytes: int
+        self,
+        split: str,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        ids: list[str],
+        text_bytes: int,
+        loss: np.ndarray | None = None,
     ) -> None:
         """Append whole documents to a split.
 
         Args:
             split: one of SPLITS.
-            tokens: (n,) ids, each document with its end-of-document id.
+            tokens: (n,) ids, each document with its end-of-document id, or whole packed rows.
             starts: places in `tokens` where documents start.
             ids: of these documents.
             text_bytes: UTF-8 bytes of their text.
+            loss: (n,) uint8, of packed rows.
         """
-        self._writers[split].add(tokens, starts, ids)
+        self._writers[split].add(tokens, starts, ids, loss)
         self._text_bytes[split] += text_bytes
 
     def close(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from data_prep.tokens import dataset_writer
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
 from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text
 from pipeline import cli, log
-from pipeline.data.shard_format import VERSION, TokenizerIdentity, token_dtype
+from pipeline.data.shard_format import VERSION, ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import write_durably
 from pipeline.log import logger
@@ -143,7 +143,7 @@ def tokenize_unit(
         dataset_writer.parts_folder(output),
         number=unit.number,
         source=unit.source,
-        dtype=dtype,
+        layout=ShardLayout(dtype),
         fraction=cfg.validation_fraction,
     ) as writer:
         batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}

@@ -45,7 +45,11 @@ LEAST = {
 
 
 def problems(
-    cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int | None
+    cfg: PretrainConfig,
+    *,
+    world_size: int,
+    tokenizer_vocab_size: int | None,
+    row_tokens: int | None = None,
 ) -> Iterator[str]:
     """Every rule that the settings break, in words.
 
@@ -53,6 +57,7 @@ def problems(
         cfg: the composed config.
         world_size: number of ranks.
         tokenizer_vocab_size: of the training data; None where they cannot be read.
+        row_tokens: of packed training data; None: they are text, or cannot be read.
     """
     broken = set()
     for key, problem in broken_numbers(cfg):
@@ -86,6 +91,7 @@ def problems(
         (layout(parallel, world_size), sizes, "data"),
         (sequence_length(cfg), lengths, "seq_len"),
         (ramp(cfg, world_size), batches | {"seq_len", "data", "ramp"}, "ramp"),
+        (packed_rows(cfg, row_tokens), lengths, ""),
         (one_length(cfg), set(), "steps"),
         (schedule(cfg), set(), ""),
         (schedule_fits(cfg, world_size), times | {"steps"} | budget, ""),
@@ -97,9 +103,20 @@ def problems(
         yield from found
 
 
-def check(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int | None) -> None:
+def check(
+    cfg: PretrainConfig,
+    *,
+    world_size: int,
+    tokenizer_vocab_size: int | None,
+    row_tokens: int | None = None,
+) -> None:
     """Raise one ConfigError with every broken rule, each on its own line; arguments as above."""
-    found = problems(cfg, world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
+    found = problems(
+        cfg,
+        world_size=world_size,
+        tokenizer_vocab_size=tokenizer_vocab_size,
+        row_tokens=row_tokens,
+    )
     if text := "\n".join(found):
         raise ConfigError(text)
 
@@ -256,6 +273,28 @@ def ramp(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
         if stage.until_step <= last:
             yield f"{section}.until_step ({stage.until_step}) must exceed {last}."
         last = stage.until_step
+
+
+def packed_rows(cfg: PretrainConfig, row_tokens: int | None) -> Iterator[str]:
+    """A sequence of packed data is a row, whole and with its own mask."""
+    if row_tokens is None:
+        return
+    if full_seq_len(cfg) != row_tokens:
+        yield (
+            f"the data are packed in rows of {row_tokens} tokens, and training.seq_len is "
+            f"{full_seq_len(cfg)}. Set training.seq_len={row_tokens} (model.max_seq_len at "
+            f"least that), or prepare the data again with row_tokens={full_seq_len(cfg)}."
+        )
+    if any(stage.seq_len not in (None, row_tokens) for stage in cfg.training.ramp):
+        yield (
+            "training.ramp[].seq_len would cut packed rows in the middle of a dialogue. Leave it "
+            "out; global_batch_size may ramp."
+        )
+    if cfg.data.mask_eod_loss:
+        yield (
+            "data.mask_eod_loss=true has no effect on packed rows, which say themselves what is "
+            "learned. Set it false."
+        )
 
 
 def one_length(cfg: PretrainConfig) -> Iterator[str]:

@@ -56,20 +56,27 @@ class RunShape:
         return next((shape for until, shape in self.ramp if step < until), self.ramp[-1][1])
 
 
-def derive(cfg: PretrainConfig, *, world_size: int, tokenizer_vocab_size: int) -> RunShape:
+def derive(
+    cfg: PretrainConfig,
+    *,
+    world_size: int,
+    tokenizer_vocab_size: int,
+    row_tokens: int | None = None,
+) -> RunShape:
     """The run's derived numbers.
 
     Args:
         cfg: the composed config.
         world_size: number of ranks (devices).
         tokenizer_vocab_size: of the training datasets' tokenizer.
+        row_tokens: of packed training data; None: they are text.
 
     Raises:
         ConfigError: settings contradict each other; every broken rule is named, with its values
             and a legal one, on a line of its own.
     """
     vocabulary = tokenizer_vocab_size
-    rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocabulary)
+    rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocabulary, row_tokens=row_tokens)
     sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
     ramp = ramp_shapes(cfg, sizes)
     total_steps, total_tokens = run_length(cfg.training, ramp)

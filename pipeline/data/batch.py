@@ -48,8 +48,10 @@ class Masks:
     positions: bool = False
 
     @classmethod
-    def of(cls, cfg: DataConfig) -> Masks:
-        """The fields a config asks for."""
+    def of(cls, cfg: DataConfig, *, packed: bool) -> Masks:
+        """The fields that a config asks for; of packed rows all, whatever it says."""
+        if packed:
+            return cls(loss=True, documents=True, positions=True)
         loss = cfg.mask_eod_loss or cfg.on_corrupt is OnCorrupt.skip
         return cls(loss, cfg.mask_eod_loss, cfg.mask_documents, cfg.reset_positions)
 
@@ -78,7 +80,10 @@ def make_batches(
     sample_ids = np.repeat(number, full // seq_len)
     loss_mask = document_ids = positions = None
     if masks.loss:
-        loss_mask = (np.arange(full) < windows.num_labels[:, None]).reshape(-1, seq_len)
+        loss_mask = np.arange(full) < windows.num_labels[:, None]
+        if windows.loss is not None:
+            loss_mask &= _learned_labels(windows)
+        loss_mask = loss_mask.reshape(-1, seq_len)
         if masks.eod_loss:
             loss_mask &= tokens != eod
     if masks.documents:
@@ -110,6 +115,19 @@ def make_batches(
         )
         for at in range(0, len(tokens), micro_batch_size)
     ]
+
+
+def _learned_labels(windows: Windows) -> np.ndarray:
+    """(n, full) bool, of packed rows: the label at i, which is token i + 1, is to be predicted.
+
+    Not where a document begins at i + 1: nobody predicts its first token from its neighbour.
+    """
+    assert windows.loss is not None and windows.starts is not None
+    learned = np.zeros(windows.loss.shape, bool)
+    learned[:, :-1] = windows.loss[:, 1:]
+    for row, starts in zip(learned, windows.starts, strict=True):
+        row[starts[starts > 0] - 1] = False
+    return learned
 
 
 def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:

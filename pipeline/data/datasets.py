@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Ints
+from pipeline.data.shard_format import Chat
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
 
@@ -36,6 +38,11 @@ class Dataset:
     def shard_tokens(self) -> Ints:
         """(num_shards,) tokens of each shard."""
         return self.manifest.shard_tokens
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its sequences are rows that were packed when it was prepared."""
+        return self.manifest.row_tokens is not None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -75,6 +82,10 @@ class DataSummary:
     """The training datasets: their manifests; files of remote ones may be gone."""
     tokens: int
     """Training tokens of all datasets, one epoch each."""
+    row_tokens: int | None
+    """Tokens of the packed rows that all training datasets consist of; None: they are text."""
+    chat: Chat | None
+    """How their dialogues became text."""
     identities: dict[str, str]
     """Path to identity of every training and validation dataset."""
 
@@ -97,6 +108,7 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
             _check_tokenizer_file(dataset)
         for dataset in held_out:
             check_has_labels(dataset)
+        _check_packing(train, held_out)
         tokenizer_json = train[0].tokenizer_path.read_bytes()
     _check_one_tokenizer([*train, *held_out])
     tokenizer = train[0].manifest.tokenizer
@@ -107,8 +119,17 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
         tokenizer_json=tokenizer_json,
         train=tuple(train),
         tokens=sum(int(d.manifest.tokens) for d in train),
+        row_tokens=train[0].manifest.row_tokens,
+        chat=train[0].manifest.chat,
         identities={d.path: d.identity for d in [*train, *held_out]},
     )
+
+
+def follow_data(cfg: PretrainConfig, data: DataSummary) -> PretrainConfig:
+    """The settings, with those that follow from the data: packed rows are documents apart."""
+    if data.row_tokens is None:
+        return cfg
+    return replace(cfg, data=replace(cfg.data, mask_documents=True, reset_positions=True))
 
 
 def open_datasets(
@@ -184,6 +205,31 @@ def _check_tokenizer_file(dataset: Dataset) -> None:
             f"is {found[:12]}, the manifest says {dataset.manifest.tokenizer.sha256[:12]}. Copy "
             "the right one back, or prepare the data again."
         )
+
+
+def _check_packing(train: Sequence[Dataset], held_out: Sequence[Dataset]) -> None:
+    """Refuse to mix packed rows with text, with rows of another length or another template.
+
+    Rows come with a mask of what is learned, and attention stays inside documents: that is one
+    setting for a whole batch. Held-out text is scored beside training on rows: it needs no mask.
+    """
+    first = train[0]
+    for other in [*train[1:], *(d for d in held_out if d.is_packed)]:
+        ours, theirs = first.manifest.row_tokens, other.manifest.row_tokens
+        if ours != theirs:
+            one, two = (f"rows of {n} tokens" if n else "text" for n in (ours, theirs))
+            raise DataError(
+                f"datasets {first.name} ({first.path}) and {other.name} ({other.path}) do not mix: "
+                f"one is {one}, the other {two}. Prepare both with "
+                "data_prep.conversations and one row_tokens, or train on one after the other "
+                "(checkpoint.init_from)."
+            )
+        if first.manifest.chat != other.manifest.chat:
+            raise DataError(
+                f"dialogues of {first.name} ({first.path}) and {other.name} ({other.path}) were "
+                "rendered by different chat templates; a model learns one. Prepare one of them "
+                "again with the other's (data_prep.conversations template=...)."
+            )
 
 
 def _check_one_tokenizer(datasets: Sequence[Dataset]) -> None:

@@ -83,7 +83,7 @@ class Loader:
         self.sampler = Sampler(cfg, self.datasets, seq_len=shape.seq_len, seed=seed)
         skips = cfg.on_corrupt is OnCorrupt.skip
         self.reader = Reader(self.sampler.datasets, seq_len=shape.seq_len, skip_corrupt=skips)
-        self.masks = Masks.of(cfg)
+        self.masks = Masks.of(cfg, packed=self.reader.is_packed)
         self.reads_tokens = reads_tokens or self.masks.loss
         self.wait_ms = 0.0
         self.corrupt_samples = 0

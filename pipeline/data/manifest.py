@@ -21,12 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.dataset_files import map_block, read_bytes
 from pipeline.data.shard_format import (
-    DOCS_DTYPE,
+    BLOCK_TOKENS,
     FORMAT,
-    INDEX_DTYPE,
+    PACKED_VERSION,
     SHARD_COLUMNS,
     VERSION,
+    Block,
+    Chat,
+    ShardLayout,
     TokenizerIdentity,
     is_sealed,
     shard_path,
@@ -66,6 +70,10 @@ class Manifest:
     """Label of each shard."""
     shard_keys: list[int] = field(repr=False)
     """First number in the names of a shard's members; each number occurs once in a dataset."""
+    row_tokens: int | None = None
+    """Tokens of a packed row (version 2); None: text, whose windows begin anywhere."""
+    chat: Chat | None = field(default=None, repr=False)
+    """How the dialogues of packed rows became text."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -91,10 +99,10 @@ class Manifest:
             raise DataError(
                 f"{path} is not the manifest of a token dataset: its format is not '{FORMAT}'."
             )
-        if content.get("version") != VERSION:
+        if content.get("version") not in (VERSION, PACKED_VERSION):
             raise DataError(
-                f"{path} has version {content.get('version')}; this release reads version "
-                f"{VERSION}."
+                f"{path} has version {content.get('version')}; this release reads versions "
+                f"{VERSION} and {PACKED_VERSION}."
             )
         if not is_sealed(raw):
             raise DataError(
@@ -114,6 +122,11 @@ class Manifest:
         """Number of tars."""
         return len(self.paths)
 
+    @property
+    def layout(self) -> ShardLayout:
+        """What a block holds."""
+        return ShardLayout(self.dtype, self.row_tokens)
+
     @cached_property
     def block_starts(self) -> np.ndarray:
         """(shards + 1,) int64: shard s has the rows block_starts[s] to block_starts[s + 1]."""
@@ -122,7 +135,7 @@ class Manifest:
 
     @cached_property
     def index(self) -> np.ndarray:
-        """(blocks,) INDEX_DTYPE; mapped, not read, when the dataset is local.
+        """(blocks,) of the layout's index_dtype; mapped, not read, when the dataset is local.
 
         Raises:
             DataError: index.npy is missing, is not the file the manifest names by its sha256, or
@@ -135,7 +148,7 @@ class Manifest:
                 raw: Any = read_bytes(path)
             else:
                 raw = np.memmap(regular_file(path), np.uint8, "r")
-            index = _npy_rows(raw)
+            index = _npy_rows(raw, self.layout.index_dtype)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read ({error}). Copy or prepare the dataset again."
@@ -143,7 +156,7 @@ class Manifest:
         if len(index) != expected:
             raise DataError(
                 f"{path} holds {len(index)} rows, the manifest asks for {expected} rows of "
-                f"{INDEX_DTYPE.itemsize} bytes. Copy or prepare the dataset again."
+                f"{index.dtype.itemsize} bytes. Copy or prepare the dataset again."
             )
         if (found := sha256_of(raw)) != self.index_sha256:
             raise DataError(
@@ -162,10 +175,10 @@ class Manifest:
         row = self.index[self.block_starts[shard] + block]
         rest = int(self.shard_tokens[shard]) - block * self.block_tokens
         size = int(self.shard_bytes[shard])
-        ends = (
-            int(row["tokens_offset"]) + int(row["num_tokens"]) * self.dtype.itemsize,
-            int(row["docs_offset"]) + int(row["num_docs"]) * DOCS_DTYPE.itemsize,
-        )
+        ends = [
+            int(row[f"{kind}_offset"]) + int(row[count]) * dtype.itemsize
+            for kind, dtype, count in self.layout.members
+        ]
         if int(row["num_tokens"]) != min(rest, self.block_tokens) or max(ends) > size:
             raise ShardError(
                 f"{self.folder}/index.npy contradicts the manifest: block {block} of "
@@ -174,14 +187,14 @@ class Manifest:
             )
         return row
 
-    def map_block(self, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, document starts) of one block of a local dataset, mapped.
+    def map_block(self, shard: int, block: int) -> Block:
+        """One block of a local dataset, mapped.
 
         Raises:
             ShardError: the tar is missing or shorter than the index says.
         """
         return map_block(
-            f"{self.folder}/{self.paths[shard]}", self.block_row(shard, block), self.dtype
+            f"{self.folder}/{self.paths[shard]}", self.block_row(shard, block), self.layout
         )
 
 
@@ -233,7 +246,23 @@ def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
         "sha256": sha256,
         "sources": sources,
         "shard_keys": keys.tolist(),
+        **_packing(content, identity, columns[0]),
     }
+
+
+def _packing(
+    content: dict[str, Any], tokenizer: TokenizerIdentity, shard_tokens: np.ndarray
+) -> dict[str, Any]:
+    """row_tokens and chat of a packed dataset, whose shards are whole rows; else nothing."""
+    if content["version"] != PACKED_VERSION:
+        return {}
+    row_tokens = _count(content["row_tokens"], "row_tokens", least=2, most=BLOCK_TOKENS)
+    if content["block_tokens"] % row_tokens or (shard_tokens % row_tokens).any():
+        raise ValueError(f"a block or a shard is not whole rows of {row_tokens} tokens")
+    template, end = content["chat_template"], _count(content["end_of_turn"], "end_of_turn")
+    if not isinstance(template, str) or end >= tokenizer.vocab_size:
+        raise ValueError(f"chat_template is no text, or end_of_turn {end} is no id")
+    return {"row_tokens": row_tokens, "chat": Chat(template, end)}
 
 
 def _count(value: Any, name: str, *, least: int = 0, most: int = 2**62) -> int:
@@ -248,8 +277,8 @@ def _sha256(value: Any) -> str:
     return value
 
 
-def _npy_rows(raw: Any) -> np.ndarray:
-    """(rows,) INDEX_DTYPE of an index.npy's bytes, a view of them.
+def _npy_rows(raw: Any, row_dtype: np.dtype) -> np.ndarray:
+    """(rows,) of row_dtype of an index.npy's bytes, a view of them.
 
     Raises:
         ValueError: not a one-dimensional npy array of that type.
@@ -262,12 +291,12 @@ def _npy_rows(raw: Any) -> np.ndarray:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # numpy parses a damaged header as Python: whatever that raises
         raise ValueError(f"its header is damaged: {error}") from None
-    if dtype != INDEX_DTYPE or len(shape) != 1 or fortran_order:
-        raise ValueError(f"it holds {shape} of {dtype}, not rows of {INDEX_DTYPE.itemsize} bytes")
+    if dtype != row_dtype or len(shape) != 1 or fortran_order:
+        raise ValueError(f"it holds {shape} of {dtype}, not rows of {row_dtype.itemsize} bytes")
     body = raw[stream.tell() :]
-    if len(body) != shape[0] * INDEX_DTYPE.itemsize:
+    if len(body) != shape[0] * row_dtype.itemsize:
         raise ValueError(f"it holds {len(body)} bytes of rows, its header says {shape[0]} rows")
-    return np.frombuffer(body, INDEX_DTYPE)
+    return np.frombuffer(body, row_dtype)
 
 
 # The writer puts one row on a line between these. 300,000 rows parsed at once would be 250 MB of
@@ -302,46 +331,3 @@ def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
             column.extend(map(sys.intern, values) if column is columns[5] else values)
         rows = []
     return columns
-
-
-def map_block(path: str, row: np.void, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(num_tokens,) of dtype and (num_docs,) uint32, mapped from a local tar by its index row.
-
-    Raises:
-        ShardError: the tar is missing or shorter than the row says.
-    """
-    try:
-        tokens = np.memmap(path, dtype, "r", int(row["tokens_offset"]), (int(row["num_tokens"]),))
-        if not row["num_docs"]:  # an empty map is an error
-            return tokens, np.empty(0, DOCS_DTYPE)
-        return tokens, np.memmap(
-            path, DOCS_DTYPE, "r", int(row["docs_offset"]), (int(row["num_docs"]),)
-        )
-    except (OSError, ValueError) as error:
-        raise ShardError(
-            f"{path} is missing or truncated ({error}). Copy or prepare the dataset again."
-        ) from error
-
-
-def read_bytes(path: str) -> bytes:
-    """Content of a file of a dataset, local or at an address that fsspec understands.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        if "://" not in path:
-            return regular_file(path).read_bytes()
-        import fsspec
-
-        return bytes(fsspec.open(path, "rb").open().read())
-    except Exception as error:  # every fsspec file system raises its own
-        reason = (
-            "there is no such file"
-            if isinstance(error, FileNotFoundError)
-            else f"{type(error).__name__}: {error}"
-        )
-        raise DataError(
-            f"{path} cannot be read: {reason}. A dataset is a folder that data_prep/tokenize.py "
-            "has written; its manifest.json appears when the last piece of work is done."
-        ) from error

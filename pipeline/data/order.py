@@ -28,9 +28,23 @@ ROUNDS = 6  # even, so that the two unequal halves of an odd width come back to 
 MIN_BITS = 6
 
 
-def num_sequences(tokens: Any, seq_len: int) -> Ints:
-    """Sequences of each shard: one reads seq_len + 1 tokens, and neighbours share one token."""
+def num_sequences(tokens: Any, seq_len: int, *, packed: bool = False) -> Ints:
+    """Sequences of each shard: one reads seq_len + 1 tokens, and neighbours share one token.
+
+    Packed rows share none: the label after a row's last token is of another document.
+    """
+    if packed:
+        return np.asarray(tokens, dtype=np.int64) // seq_len
     return np.maximum((np.asarray(tokens, dtype=np.int64) - 1) // seq_len, 0)
+
+
+def num_windows(tokens: Any, seq_len: int, *, packed: bool = False) -> Ints:
+    """Windows of each shard that together hold all of its labels, the last one perhaps short.
+
+    A shard of n tokens has n - 1 labels, so the count of text rounds up; packed rows are whole.
+    """
+    labels = np.asarray(tokens, dtype=np.int64) - (0 if packed else 1)
+    return -(-np.maximum(labels, 0) // seq_len)
 
 
 def draw_keys(*tag: int) -> Words:
@@ -111,11 +125,18 @@ class Order:
     """Sample number k of one dataset, over all epochs, to (shard, sequence)."""
 
     def __init__(
-        self, shard_tokens: Any, *, seq_len: int, seed: int, lanes: int = 1, window: int = 64
+        self,
+        shard_tokens: Any,
+        *,
+        seq_len: int,
+        seed: int,
+        lanes: int = 1,
+        window: int = 64,
+        packed: bool = False,
     ) -> None:
         """Prepare for shards of shard_tokens (num_shards,) tokens; the rest is the whole state."""
         self.seq_len, self.seed, self.lanes, self.window = seq_len, seed, lanes, window
-        self.sequences = num_sequences(shard_tokens, seq_len)
+        self.sequences = num_sequences(shard_tokens, seq_len, packed=packed)
         self.epoch_size = int(self.sequences.sum())
         self._epoch = lru_cache(maxsize=2)(self._deal)
 

@@ -21,8 +21,8 @@ from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less th
 
 from pipeline.data.datasets import Dataset
 from pipeline.data.mixture import Ints
-from pipeline.data.shard_format import DOCS_DTYPE
-from pipeline.errors import ShardError
+from pipeline.data.shard_format import DOCS_DTYPE, LOSS_DTYPE, Block
+from pipeline.errors import DataError, ShardError
 from pipeline.files import regular_file
 from pipeline.log import logger
 
@@ -47,6 +47,9 @@ class Windows:
     """
     num_corrupt: int
     """Sequences that were left out because their block is damaged."""
+    loss: np.ndarray | None = None
+    """(n, seq_len) uint8, of packed rows: 1 where the token is to be predicted; None: everywhere.
+    """
 
 
 @dataclass
@@ -54,22 +57,29 @@ class _Shard:
     """One mapped shard."""
 
     data: mmap.mmap
-    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(
-        default_factory=dict
-    )  # checked (tokens, document starts)
+    blocks: dict[int, Block] = field(default_factory=dict)  # checked
 
 
 class Reader:
-    """Windows of seq_len + 1 tokens from a list of datasets that share a tokenizer."""
+    """Windows of seq_len + 1 tokens from datasets that share a tokenizer, all packed or none.
+
+    A packed row has no label after its last token.
+    """
 
     def __init__(
         self, datasets: Sequence[Dataset], *, seq_len: int, skip_corrupt: bool = False
     ) -> None:
         self.datasets, self.seq_len, self.skip_corrupt = list(datasets), seq_len, skip_corrupt
+        check_rows(self.datasets, seq_len)
         self._block_tokens = np.array([dataset.manifest.block_tokens for dataset in self.datasets])
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._failed: dict[tuple[int, int], ShardError] = {}  # shards that cannot be opened
         self._reported: set[str] = set()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the windows are packed rows."""
+        return self.datasets[0].is_packed
 
     @property
     def eod(self) -> int:
@@ -100,6 +110,8 @@ class Reader:
                     self._reported.add(str(error))
                     logger.warning("left out (data.on_corrupt=skip): %s", error)
                 windows.ids[row], windows.num_labels[row] = 0, 0
+                if windows.loss is not None:
+                    windows.loss[row] = 0
                 windows.num_corrupt += 1
         return windows
 
@@ -112,14 +124,23 @@ class Reader:
             num_labels=np.full(count, self.seq_len),
             starts=[_NONE] * count if documents else None,
             num_corrupt=0,
+            loss=make((count, self.seq_len), dtype=LOSS_DTYPE) if self.is_packed else None,
         )
 
     def _read(
         self, windows: Windows, row: int, source: int, shard: int, block: int, offset: int
     ) -> None:
         """Fill one row; a window may run over block borders, never past its shard."""
-        tokens, documents = self._block(source, shard, block)
+        tokens, documents, loss = self._block(source, shard, block)
         stop = offset + self.seq_len
+        if windows.loss is not None:  # a packed row, which lies in one block
+            assert loss is not None and stop <= len(tokens)
+            windows.ids[row, :-1], windows.ids[row, -1] = tokens[offset:stop], 0
+            windows.loss[row], windows.num_labels[row] = loss[offset:stop], self.seq_len - 1
+            if windows.starts is not None:
+                first, last = documents.searchsorted(np.array((offset, stop), DOCS_DTYPE))
+                windows.starts[row] = documents[first:last].astype(np.int64) - offset
+            return
         if stop < len(tokens):  # nearly always: the window lies in one block
             windows.ids[row] = tokens[offset : stop + 1]
             if windows.starts is not None:
@@ -135,14 +156,14 @@ class Reader:
             places = documents.astype(np.int64) - offset
             starts.append(places[(places >= 0) & (places < self.seq_len - at)] + at)
             at, block, offset = at + len(part), block + 1, 0
-            tokens, documents = self._block(source, shard, block)
+            tokens, documents, _ = self._block(source, shard, block)
         windows.ids[row, at:] = 0
         windows.num_labels[row] = max(at - 1, 0)
         if windows.starts is not None:
             windows.starts[row] = np.concatenate([_NONE, *starts])
 
-    def _block(self, source: int, shard: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, document starts) of a block, empty past the shard's end.
+    def _block(self, source: int, shard: int, block: int) -> Block:
+        """A block's arrays, empty past the shard's end.
 
         The longest open map makes room.
         """
@@ -185,9 +206,7 @@ class Reader:
         self._failed[source, shard] = failure
         raise failure
 
-    def _check(
-        self, opened: _Shard, source: int, shard: int, block: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _check(self, opened: _Shard, source: int, shard: int, block: int) -> Block:
         """The arrays of a block that is touched for the first time.
 
         Raises:
@@ -199,12 +218,9 @@ class Reader:
         manifest = dataset.manifest
         at = manifest.block_starts[shard] + block
         if at >= manifest.block_starts[shard + 1]:
-            return np.empty(0, manifest.dtype), np.empty(0, DOCS_DTYPE)
+            return Block(*(np.empty(0, member.dtype) for member in manifest.layout.members))
         row, views = manifest.block_row(shard, block), []
-        for kind, dtype, count in (
-            ("tokens", manifest.dtype, "num_tokens"),
-            ("docs", DOCS_DTYPE, "num_docs"),
-        ):
+        for kind, dtype, count in manifest.layout.members:
             offset = int(row[f"{kind}_offset"])
             view = np.frombuffer(opened.data, dtype, int(row[count]), offset)
             if (found := crc32(view)) != row[f"{kind}_crc32"]:
@@ -214,7 +230,8 @@ class Reader:
                     f"{_way_out(dataset)}"
                 )
             views.append(view)
-        tokens, starts = views
+        found_block = Block(*views)
+        tokens, starts, _ = found_block
         # An id without an embedding ends in an index error on one rank, and in a silently wrong
         # row on tensor-parallel ranks. The largest of 1 Mi ids is found in 0.1 ms.
         largest, vocab_size = int(tokens.max(initial=0)), manifest.tokenizer.vocab_size
@@ -228,7 +245,20 @@ class Reader:
                 f"{dataset.shard_path(shard)}, block {block}: the places where documents begin are "
                 f"not ascending below {len(tokens)}. {_way_out(dataset)}"
             )
-        return tokens, starts
+        return found_block
+
+
+def check_rows(datasets: Sequence[Dataset], seq_len: int) -> None:
+    """Raise DataError unless packed rows are as long as the sequences."""
+    for dataset in datasets:
+        row_tokens = dataset.manifest.row_tokens
+        if row_tokens not in (None, seq_len):
+            raise DataError(
+                f"dataset {dataset.name} ({dataset.path}) is rows of {row_tokens} tokens, and "
+                f"sequences have {seq_len}. Set training.seq_len={row_tokens} (seq_len= in "
+                "pipeline.evaluate), or prepare it again with "
+                f"row_tokens={seq_len}."
+            )
 
 
 def _way_out(dataset: Dataset) -> str:

@@ -157,7 +157,8 @@ class Sampler:
         # Another order cannot go on inside an epoch: each dataset begins its next one.
         if not same_order:
             old = int(state["order"]["seq_len"])
-            sizes = [max(int(num_sequences(d.shard_tokens, old).sum()), 1) for d in self.datasets]
+            counts = [num_sequences(d.shard_tokens, old, packed=d.is_packed) for d in self.datasets]
+            sizes = [max(int(count.sum()), 1) for count in counts]
             # n samples of `size` an epoch: the begun epoch counts as read, in the new epoch's size.
             consumed = tuple(
                 -(-n // size) * o.epoch_size for n, size, o in zip(consumed, sizes, self.orders)
@@ -216,7 +217,12 @@ def _order(dataset: Dataset, index: int, cfg: DataConfig, *, seq_len: int, seed:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"data.{name} ({getattr(cfg, name)}) must be at least 1.")
     order = Order(
-        dataset.shard_tokens, seq_len=seq_len, seed=key, lanes=cfg.lanes, window=cfg.window
+        dataset.shard_tokens,
+        seq_len=seq_len,
+        seed=key,
+        lanes=cfg.lanes,
+        window=cfg.window,
+        packed=dataset.is_packed,
     )
     if not order.epoch_size:
         raise DataError(

@@ -7,12 +7,17 @@
     DATASET/shards/00000/tok-00000000.tar    1,000 a folder; uncompressed USTAR, SHARD_TOKENS each
         KKKKKKKK-0000.tokens.npy             one block: uint16 (vocab_size <= 65,536) or uint32
         KKKKKKKK-0000.docs.npy               uint32: where in the block documents start
+        KKKKKKKK-0000.loss.npy               version 2: uint8, 1 where this token is to be predicted
 
-A block and its starts are one sample of the tar, with the key KKKKKKKK-0000. Every block of a shard
-but its last holds exactly block_tokens tokens. A document ends with EOD and may run over blocks and
-shards; where it runs on it has no entry in docs. Stock `webdataset` reads the tars. Offsets in the
-index point at the raw array, past the tar and npy headers, so a block is one np.memmap. Only numpy
-and the standard library.
+A block's members are one sample of the tar, with the key KKKKKKKK-0000. Every block of a shard but
+its last holds exactly block_tokens tokens. Stock `webdataset` reads the tars. Offsets in the index
+point at the raw array, past the tar and npy headers, so a block is one np.memmap. Only numpy and
+the standard library.
+
+Version 1 is text: a document ends with EOD and may run over blocks and shards; where it runs on it
+has no entry in docs. Version 2 is rows of exactly row_tokens tokens, which no block cuts: a row
+holds whole documents, and what is left of it is one more, of EOD. A document's first token is
+nobody's label.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,12 +33,14 @@ from pipeline.files import sha256_of
 
 FORMAT = "gpt-shards"
 VERSION = 1
+PACKED_VERSION = 2
 BLOCK_TOKENS = 2**20
 SHARD_TOKENS = 2**25
 SHARDS_PER_FOLDER = 1000
 TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128
 DOCS_DTYPE = np.dtype("<u4")
+LOSS_DTYPE = np.dtype("u1")
 # Offsets are bytes from the start of the tar; crc32 (zlib) is that of the raw array.
 INDEX_DTYPE = np.dtype(
     [
@@ -44,6 +52,7 @@ INDEX_DTYPE = np.dtype(
         ("docs_crc32", "<u4"),
     ]
 )
+PACKED_INDEX_DTYPE = np.dtype(INDEX_DTYPE.descr + [("loss_offset", "<u8"), ("loss_crc32", "<u4")])
 SHARD_COLUMNS = ["path", "tokens", "bytes", "documents", "sha256", "source", "key"]
 
 
@@ -58,6 +67,88 @@ class TokenizerIdentity:
     """Id that ends every document."""
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How dialogues became text; in the manifest of a packed dataset."""
+
+    template: str
+    """Jinja, as transformers' chat templates are."""
+    end_of_turn: int
+    """Id of the token that ends an answer: where generation stops."""
+
+
+class Member(NamedTuple):
+    """One of a block's arrays."""
+
+    kind: str
+    """Part of its name in the tar, and of its columns in the index."""
+    dtype: np.dtype
+    length: str
+    """Column of the index with its number of elements."""
+
+
+class Block(NamedTuple):
+    """The arrays of one block."""
+
+    tokens: np.ndarray
+    """(n,) ids."""
+    starts: np.ndarray
+    """(documents,) uint32: where in `tokens` documents start."""
+    loss: np.ndarray | None = None
+    """(n,) uint8: 1 where the token is to be predicted; None in version 1: everywhere."""
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """What the blocks of a dataset hold, and how large they are."""
+
+    dtype: np.dtype
+    """Of the tokens."""
+    row_tokens: int | None = None
+    """Tokens of a packed row; None: documents run on."""
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return VERSION if self.row_tokens is None else PACKED_VERSION
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The arrays of a block, in their order in the tar and in the index."""
+        text = Member("tokens", self.dtype, "num_tokens"), Member("docs", DOCS_DTYPE, "num_docs")
+        if self.row_tokens is None:
+            return text
+        return *text, Member("loss", LOSS_DTYPE, "num_tokens")
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        """Of a block's row in the index."""
+        return INDEX_DTYPE if self.row_tokens is None else PACKED_INDEX_DTYPE
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block that is not a shard's last: as many whole rows as fit."""
+        return BLOCK_TOKENS - BLOCK_TOKENS % (self.row_tokens or 1)
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of a full shard: whole blocks."""
+        return SHARD_TOKENS // BLOCK_TOKENS * self.block_tokens
+
+    def index_row(self, lengths: dict[str, int], places: dict[str, tuple[int, int]]) -> list[int]:
+        """A block's row of the index.
+
+        Args:
+            lengths: kind to elements.
+            places: kind to (offset, crc32).
+        """
+        values = {}
+        for kind, _, length in self.members:
+            values[f"{kind}_offset"], values[f"{kind}_crc32"] = places[kind]
+            values[length] = lengths[kind]
+        return [values[name] for name in self.index_dtype.names or ()]
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Of the token arrays: the smaller of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -68,13 +159,13 @@ def shard_path(number: int) -> str:
     return f"shards/{number // SHARDS_PER_FOLDER:05d}/tok-{number:08d}.tar"
 
 
-def member_names(key: int, block: int) -> tuple[str, str]:
-    """Names of a block's two members in the shard with this key.
+def member_name(key: int, block: int, kind: str) -> str:
+    """Name of one of a block's arrays in the shard with this key.
 
     The key is not the shard's number: that is known only when all shards are written, and would
     have to be written into them then.
     """
-    return f"{key:08d}-{block:04d}.tokens.npy", f"{key:08d}-{block:04d}.docs.npy"
+    return f"{key:08d}-{block:04d}.{kind}.npy"
 
 
 def npy_header(dtype: np.dtype, count: int) -> bytes:

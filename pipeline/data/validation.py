@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from pipeline.config.data import DataConfig
 from pipeline.data.batch import Batch, Masks, make_batches
 from pipeline.data.datasets import Dataset, check_has_labels
+from pipeline.data.order import num_windows
 from pipeline.data.reader import Reader
 
-NO_MASKS = Masks()
+NO_SETTINGS = DataConfig()
 
 
 def validation_batches(
@@ -24,7 +26,7 @@ def validation_batches(
     data_parallel_size: int,
     num_sequences: int,
     device: torch.device,
-    masks: Masks = NO_MASKS,
+    cfg: DataConfig = NO_SETTINGS,
 ) -> Iterator[Batch]:
     """The first num_sequences windows of a dataset in their order on disk (0: all), at any layout.
 
@@ -40,12 +42,11 @@ def validation_batches(
         data_parallel_size: ranks that share the windows.
         num_sequences: windows in all; 0: every one.
         device: where the tensors go.
-        masks: Masks.of(cfg) to evaluate under the attention the model is trained with.
+        cfg: whose masks give the attention that the model is trained with.
     """
     reader = Reader([dataset], seq_len=seq_len)
-    masks = dataclasses.replace(masks, loss=True)
-    # A shard of n tokens has n - 1 labels; its last window may be short, so the count rounds up.
-    per_shard = -(-np.maximum(dataset.shard_tokens - 1, 0) // seq_len)
+    masks = dataclasses.replace(Masks.of(cfg, packed=dataset.is_packed), loss=True)
+    per_shard = num_windows(dataset.shard_tokens, seq_len, packed=dataset.is_packed)
     first = np.concatenate([[0], np.cumsum(per_shard)])
     total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
     check_has_labels(dataset)

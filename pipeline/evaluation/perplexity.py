@@ -162,7 +162,6 @@ class Evaluator:
 
     def _batches(self, dataset: Dataset) -> Iterator[Any]:
         """This rank's share of a dataset's held-out windows."""
-        from pipeline.data.batch import Masks
         from pipeline.data.validation import validation_batches
 
         layout = self.engine.layout
@@ -174,5 +173,5 @@ class Evaluator:
             data_parallel_size=layout.data.size,
             num_sequences=self.cfg.training.eval_sequences,
             device=layout.device,
-            masks=Masks.of(self.cfg.data),
+            cfg=self.cfg.data,
         )

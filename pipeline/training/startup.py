@@ -38,6 +38,8 @@ def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
 class Start(NamedTuple):
     """What is known of a run before it begins."""
 
+    cfg: PretrainConfig
+    """The settings, with those that follow from the data."""
     shape: RunShape
     run_dir: Path
     reading: ReadingPlan
@@ -52,18 +54,21 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
         PipelineError: settings, data, folder or checkpoints do not fit together; all that is wrong
             is named.
     """
-    from pipeline.data.datasets import describe
+    from pipeline.data.datasets import describe, follow_data
     from pipeline.data.reading_plan import plan_reading
     from pipeline.training import continuation
 
     problems, data = Problems(), None
     with problems:
         data = describe(cfg.data)
-    vocab_size = data.vocab_size if data else None
+    vocab_size, row_tokens = (data.vocab_size, data.row_tokens) if data else (None, None)
     with problems:
-        rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
+        rules.check(
+            cfg, world_size=world_size, tokenizer_vocab_size=vocab_size, row_tokens=row_tokens
+        )
     problems.raise_all()
     assert data is not None
+    cfg = follow_data(cfg, data)
     shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=data.vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:
@@ -80,7 +85,7 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
         reading = plan_reading(cfg.data, data.train, shape=shape, seed=cfg.seed, saved=saved)
     problems.raise_all()
     assert reading is not None
-    return Start(shape, run_dir, reading)
+    return Start(cfg, shape, run_dir, reading)
 
 
 def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:

@@ -17,7 +17,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.config.training import RampStage, TrainingConfig
-from pipeline.data.batch import Batch, Masks
+from pipeline.data.batch import Batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import Loader
 from pipeline.data.validation import validation_batches
@@ -445,7 +445,7 @@ def test_validation_covers_every_label_once_at_any_layout(data):
         return list(
             validation_batches(
                 dataset, seq_len=SEQ_LEN, micro_batch_size=size, data_rank=rank, data_parallel_size=ranks,
-                num_sequences=num, device=CPU, masks=Masks.of(cfg),
+                num_sequences=num, device=CPU, cfg=cfg,
             )
         )  # fmt: skip
 

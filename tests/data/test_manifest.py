@@ -77,7 +77,10 @@ REFUSED = {
     "deep": ("[" * 100_000, "is not JSON"),
     "list": ("[1]", "not the manifest of a token dataset"),
     "format": (manifest_content(1, format="other"), "not the manifest of a token dataset"),
-    "version": (manifest_content(1, version=9), "has version 9; this release reads version 1"),
+    "version": (
+        manifest_content(1, version=9),
+        "has version 9; this release reads versions 1 and 2",
+    ),
     "unsealed": (manifest_content(1, checksum="0"), "has changed since it was written"),
     "no tokenizer": (manifest_content(1, tokenizer={}), "'sha256'"),
     "tokenizer list": (manifest_content(1, tokenizer=[1]), "TypeError"),

@@ -22,9 +22,16 @@ def write_dataset(
     vocab_size: int = 60000,
     tokenizer: bytes = b"{}",
     eod: int = 0,
+    losses: Sequence[np.ndarray] | None = None,
+    row_tokens: int | None = None,
+    template: str = "",
 ) -> Path:
-    """Write one tar a token array; starts: places of each array at which documents begin (default: 0)."""
-    dtype = fmt.token_dtype(vocab_size)
+    """Write one tar a token array; starts: places of each array at which documents begin (default: 0).
+
+    losses, row_tokens: of packed rows, the mask of what is learned and the length of a row.
+    """
+    layout = fmt.ShardLayout(fmt.token_dtype(vocab_size), row_tokens)
+    dtype = layout.dtype
     starts = starts if starts is not None else [np.zeros(min(1, len(s)), np.int64) for s in shards]
     rows, table = [], []
     for number, (tokens, begins) in enumerate(zip(shards, starts)):
@@ -36,13 +43,17 @@ def write_dataset(
             docs = np.asarray([b - at for b in begins if at <= b < at + len(part)]).astype(
                 fmt.DOCS_DTYPE
             )
-            row = []
-            for name, array in zip(fmt.member_names(number, block), (part, docs)):
+            arrays = {"tokens": part, "docs": docs}
+            if losses is not None:
+                arrays["loss"] = losses[number][at : at + block_tokens].astype(fmt.LOSS_DTYPE)
+            places = {}
+            for kind, array in arrays.items():
                 data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
-                tar += fmt.tar_header(name, len(data))
-                row += [len(tar) + fmt.NPY_HEADER_BYTES, len(array), zlib.crc32(array.tobytes())]
+                tar += fmt.tar_header(fmt.member_name(number, block, kind), len(data))
+                places[kind] = len(tar) + fmt.NPY_HEADER_BYTES, zlib.crc32(array.tobytes())
                 tar += data + bytes(-len(data) % fmt.TAR_BLOCK)
-            table.append(tuple(row))
+            lengths = {kind: len(array) for kind, array in arrays.items()}
+            table.append(tuple(layout.index_row(lengths, places)))
         tar += bytes(2 * fmt.TAR_BLOCK)
         path.write_bytes(tar)
         rows.append(
@@ -57,10 +68,10 @@ def write_dataset(
             ]
         )
     (folder / "tokenizer.json").write_bytes(tokenizer)
-    np.save(folder / "index.npy", np.array(table, fmt.INDEX_DTYPE))
+    np.save(folder / "index.npy", np.array(table, layout.index_dtype))
     content = {
         "format": fmt.FORMAT,
-        "version": fmt.VERSION,
+        "version": layout.version,
         "dtype": dtype.str,
         "block_tokens": block_tokens,
         "tokenizer": {
@@ -75,6 +86,8 @@ def write_dataset(
         "checksum": fmt.UNSEALED,
         "shards": rows,
     }
+    if row_tokens is not None:
+        content |= {"row_tokens": row_tokens, "chat_template": template, "end_of_turn": 1}
     (folder / "manifest.json").write_bytes(fmt.seal(json.dumps(content).encode()))
     return folder
 

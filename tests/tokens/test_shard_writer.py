@@ -15,7 +15,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, write_jsonl
 
-U2 = np.dtype("<u2")
+U2 = fmt.ShardLayout(np.dtype("<u2"))
 EOD = 0
 
 
@@ -39,12 +39,14 @@ def read_back(folder, parts):
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / part.name).rename(target)
     facts = {"sha256": "0" * 64, "vocab_size": 100, "eod": EOD}
-    write_dataset(folder, parts, tokenizer=facts, raw=b"{}", text_bytes=0, scratch=folder)
+    write_dataset(
+        folder, parts, facts={"tokenizer": facts}, raw=b"{}", text_bytes=0, scratch=folder
+    )
     manifest = Manifest.load(folder)
     tokens, starts, place = [], [], 0
     for shard in range(manifest.num_shards):
         for block in range(manifest.block_starts[shard + 1] - manifest.block_starts[shard]):
-            block_tokens, docs = manifest.map_block(shard, block)
+            block_tokens, docs, _ = manifest.map_block(shard, block)
             tokens.append(block_tokens)
             starts.append(docs.astype(int) + place)
             place += len(block_tokens)
@@ -59,7 +61,7 @@ def read_back(folder, parts):
 )
 def test_tokens_and_document_starts_come_back(tiny_blocks, tmp_path_factory, batches):
     folder = tmp_path_factory.mktemp("parts")
-    with PartWriter(folder, stem="a", key=0, source="x", dtype=U2) as writer:
+    with PartWriter(folder, stem="a", key=0, source="x", layout=U2) as writer:
         for lengths in batches:
             writer.add(*stream(lengths))
         parts = writer.close()
@@ -74,11 +76,11 @@ def test_joined_parts_have_the_tokens_of_all(tiny_blocks, tmp_path):
     groups = [[3, 9], [9], [1, 1]]
     parts = []
     for i, lengths in enumerate(groups):
-        with PartWriter(tmp_path, stem=str(i), key=1000 * i, source="x", dtype=U2) as writer:
+        with PartWriter(tmp_path, stem=str(i), key=1000 * i, source="x", layout=U2) as writer:
             writer.add(*stream(lengths), [f"{i}.{k}" for k in range(len(lengths))])
             parts += writer.close()
     sources = [tmp_path / part.name for part in parts]
-    joined = copy_parts(sources, parts, tmp_path / "joined.tar", dtype=U2, scratch=tmp_path)
+    joined = copy_parts(sources, parts, tmp_path / "joined.tar", layout=U2, scratch=tmp_path)
     assert (joined.key, joined.documents, joined.inputs) == (0, 5, ["0.0", "2.1"])
     tokens, starts = read_back(tmp_path, [joined])
     expected = stream([n for lengths in groups for n in lengths])
@@ -87,7 +89,7 @@ def test_joined_parts_have_the_tokens_of_all(tiny_blocks, tmp_path):
 
 
 def test_provenance_names_the_documents_that_start_in_each_part(tiny_blocks, tmp_path):
-    with PartWriter(tmp_path, stem="a", key=0, source="x", dtype=U2) as writer:
+    with PartWriter(tmp_path, stem="a", key=0, source="x", layout=U2) as writer:
         writer.add(*stream([15, 15, 15, 40, 3]), ["a", "b", "c", "d", "e"])
         parts = writer.close()
     assert [part.inputs for part in parts] == [["a", "b"], ["c", "d"], ["e", "e"]]
@@ -96,7 +98,7 @@ def test_provenance_names_the_documents_that_start_in_each_part(tiny_blocks, tmp
 def test_an_error_leaves_no_unfinished_part(tmp_path):
     with (
         pytest.raises(RuntimeError),
-        PartWriter(tmp_path, stem="a", key=0, source="x", dtype=U2) as writer,
+        PartWriter(tmp_path, stem="a", key=0, source="x", layout=U2) as writer,
     ):
         writer.add(*stream([10]), ["a"])
         raise RuntimeError
