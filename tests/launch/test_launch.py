@@ -65,12 +65,23 @@ def test_python_of_a_clone_is_one_word_and_yours_is_split(tmp_path, given, words
     repo = tmp_path / "my clone"
     (repo / ".venv/bin").mkdir(parents=True)
     (repo / ".venv/bin/python").symlink_to("/bin/true")
+    (repo / ".venv/pyvenv.cfg").touch()
     environment = {"REPO": str(repo), "PATH": "/usr/bin:/bin"} | (
         {"PYTHON": given} if given else {}
     )
     show = f'source "{LAUNCH}/env.sh"; printf "%s\\n" "${{python[@]}}"'
     printed = subprocess.run(["bash", "-c", show], env=environment, capture_output=True, text=True)
     assert printed.stdout.splitlines() == [word.format(repo=repo) for word in words]
+
+
+def test_a_link_into_another_environment_is_called_by_the_path_it_points_to(tmp_path):
+    """Python looks for its packages beside that path: through the link it finds none."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/bin/true")
+    show = f'source "{LAUNCH}/env.sh"; printf "%s\\n" "${{python[@]}}"'
+    environment = {"REPO": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    printed = subprocess.run(["bash", "-c", show], env=environment, capture_output=True, text=True)
+    assert printed.stdout == "/bin/true\n"
 
 
 def test_no_script_splits_what_it_was_given():
@@ -150,3 +161,19 @@ def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_aga
         pod.terminate()
         assert pod.wait(timeout=60) == 1  # no DONE: "failed", so the pod is started again
     assert (tmp_path / "heard").exists()
+
+
+def test_kubernetes_notice_may_come_as_soon_as_torchrun_is_there(tmp_path):
+    """Where the shell set its trap after starting torchrun, 12 of 30 such notices were lost."""
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    (tmp_path / "torchrun").write_text(
+        '#!/bin/bash\ntrap "echo heard; exit 0" TERM\nkill -TERM $PPID\n'
+        "while kill -0 $PPID 2> /dev/null; do sleep 0.01; done\n"
+    )
+    (tmp_path / "torchrun").chmod(0o755)
+    command = [*container["command"], container["args"][0].replace("/runs", str(tmp_path))]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NAME": "big"}
+    for _ in range(20):
+        pod = subprocess.run(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        assert (pod.stdout, pod.returncode) == ("heard\n", 1)
