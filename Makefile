@@ -1,7 +1,7 @@
 # quickstart  data, training, evaluation, a sample and curves on this machine's CPU, in minutes
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
-# soak        hours of kills and restarts
+# soak        hours of faults and restarts, the table of tests/campaign.py into campaign.md
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 # DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
@@ -29,6 +29,7 @@ bench: .venv/dev
 	.venv/bin/python -m benchmarks
 
 soak: .venv/dev
+	.venv/bin/python -m tests.campaign --faults 300 --report campaign.md
 	$(PYTEST) -m slow -k soak
 
 .venv/core: pyproject.toml constraints.txt

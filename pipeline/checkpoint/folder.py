@@ -22,12 +22,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.checkpoint.record import RECORD, CheckpointRecord
+from pipeline.checkpoint.record import RECORD, CheckpointRecord, read_record
 from pipeline.errors import CheckpointError
 from pipeline.files import sha256_of, sync_folder, write_durably
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"
+TOKENIZER = "tokenizer.json"
 INDEX, METADATA = "tensors.json", ".metadata"  # of the tensors: this version's, version 1's
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -95,6 +96,23 @@ def read_sums(folder: Path) -> dict[str, str]:
     if sums_text(sums) != text or not is_clean or RECORD not in sums or not has_index:
         raise CheckpointError(f"{folder / SUMS} is damaged.")
     return sums
+
+
+def whole_record(folder: Path) -> CheckpointRecord | None:
+    """The record of a checkpoint whose small files are undamaged; None: restore will not take it.
+
+    One flipped bit leaves JSON that can be read: another width, another step, another tokenizer. A
+    start that believed it would be refused as another run's, and the good checkpoint before would
+    not be looked at.
+    """
+    try:
+        sums = read_sums(folder)
+        names = {RECORD, TOKENIZER} & sums.keys()
+        if any(sha256_of(folder / name) != sums[name] for name in names):
+            return None
+        return read_record(folder)
+    except (OSError, CheckpointError):
+        return None
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4) -> list[str]:

@@ -52,9 +52,9 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
 
 
 def newest_record(run_dir: Path) -> CheckpointRecord | None:
-    """Of the newest checkpoint whose record can be read; None where there is none."""
+    """Of the newest checkpoint whose record is undamaged; None where there is none."""
     paths = reversed(folders.list_checkpoints(run_dir / "checkpoints"))
-    return next((record for _, path in paths if (record := _read(path))), None)
+    return next((record for _, path in paths if (record := folders.whole_record(path))), None)
 
 
 def _check_beginning(cfg: PretrainConfig, run_dir: Path) -> None:
@@ -120,11 +120,3 @@ def _differences(
             f"{shape.total_steps}: there is nothing left to train. "
             f"Set training.total_steps above {record.step}, or begin again under another name=..."
         )
-
-
-def _read(path: Path) -> CheckpointRecord | None:
-    """The record; None when it cannot be read: restore reports it and takes the one before."""
-    try:
-        return read_record(path)
-    except CheckpointError:
-        return None

@@ -12,11 +12,10 @@ from pipeline.config import rules
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
-from pipeline.errors import CheckpointError, DataError, MachineError, Problems
+from pipeline.errors import DataError, MachineError, Problems
 from pipeline.files import sha256_of, write_durably
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint.record import CheckpointRecord
     from pipeline.data.datasets import DataSummary
     from pipeline.data.reading_plan import ReadingPlan
 
@@ -136,7 +135,7 @@ def first_weights(cfg: PretrainConfig, run_dir: Path) -> Path | None:
 
     if cfg.checkpoint.resume:
         for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints")):
-            if _record_if_whole(path):
+            if folders.whole_record(path):
                 return path
     if cfg.checkpoint.init_from is None:
         return None
@@ -151,7 +150,7 @@ def check_same_tokenizer(data: DataSummary, weights: Path) -> None:
         data: its tokenizer and the token that ends its documents.
         weights: a checkpoint or a Hugging Face folder.
     """
-    from pipeline.checkpoint.record import RECORD
+    from pipeline.checkpoint import folder as folders
     from pipeline.data.tokenizer import Tokenizer
 
     file = weights / "tokenizer.json"
@@ -173,18 +172,9 @@ def check_same_tokenizer(data: DataSummary, weights: Path) -> None:
                 f"data was made with ({data.tokenizer_sha256[:12]}): the same id means different "
                 f"text. Prepare the data with theirs: data_prep/tokenize.py tokenizer={file} ..."
             )
-    record = _record_if_whole(weights) if (weights / RECORD).is_file() else None
+    record = folders.whole_record(weights) if (weights / folders.RECORD).is_file() else None
     if record is not None and record.eod not in (None, data.eod):
         raise DataError(
             f"the weights in {weights} know id {record.eod} as the end of a document, the data has "
             f"id {data.eod}. Prepare the data with data_prep/tokenize.py eod={record.eod} ..."
         )
-
-
-def _record_if_whole(path: Path) -> CheckpointRecord | None:
-    from pipeline.checkpoint.record import read_record
-
-    try:
-        return read_record(path)
-    except CheckpointError:
-        return None  # restore reports it and takes the one before

@@ -1,6 +1,7 @@
 """A start that does not fit its run folder is refused, by preflight alike, and leaves no trace."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.sampler import Sampler
 from pipeline.errors import MachineError, PipelineError
 from pipeline.training import startup
+from tests.support.records import write_record
 from tests.support.slurm_cluster import REPO
 from tests.support.token_dataset import write_dataset
 
@@ -50,10 +52,10 @@ def run(tmp_path: Path) -> Path:
     )  # fmt: skip
     checkpoint = tmp_path / "runs" / "a" / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint.json").write_text(record.to_json())
     (checkpoint / "tokenizer.json").write_bytes(
         (tmp_path / "data/train/tokenizer.json").read_bytes()
     )
+    write_record(checkpoint, record.to_json())
     return tmp_path
 
 
@@ -114,9 +116,24 @@ def test_all_differences_are_named_at_once(run: Path):
 def test_another_optimizer_is_refused(run: Path):
     path = run / "runs/a/checkpoints/step-00000005/checkpoint.json"
     record = dataclasses.replace(CheckpointRecord.from_json(path.read_text()), optimizer="adagrad")
-    path.write_text(record.to_json())
+    write_record(path.parent, record.to_json())
     with pytest.raises(PipelineError, match="was trained with optimizer.name=adagrad"):
         startup.check(compose(run), world_size=1)
+
+
+def test_a_flipped_bit_of_the_newest_record_is_damage_and_not_another_run(run: Path):
+    """Each change leaves a record that can be read; the start goes on, and restore takes the checkpoint before."""
+    path = run / "runs/a/checkpoints/step-00000005/checkpoint.json"
+    shutil.copytree(path.parent, path.parent.with_name("step-00000009"))
+    path = path.parent.with_name("step-00000009") / path.name
+    whole = path.read_text()
+    for old, new in [('"seed": 1', '"seed": 3'), ('"optimizer": "adamw"', '"optimizer": "adamv"'), ('"hidden_size": ', '"hidden_size": 9')]:  # fmt: skip
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        startup.check(compose(run), world_size=1)
+    path.write_text(whole)
+    path.with_name("tokenizer.json").write_text("{]")
+    startup.check(compose(run), world_size=1)
 
 
 def test_only_damaged_checkpoints_do_not_begin_again_in_silence(run: Path):

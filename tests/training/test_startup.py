@@ -18,6 +18,7 @@ from pipeline.evaluate import main as evaluate
 from pipeline.training.startup import check, check_same_tokenizer, first_weights
 from tests.support.corpus import edit_tokenizer, make_tokenizer
 from tests.support.exported import LLAMA
+from tests.support.records import write_record
 from tests.support.token_dataset import write_dataset
 
 
@@ -76,7 +77,7 @@ def test_another_end_of_documents_than_the_checkpoints_is_refused(
             "loss_scale": None, "vocab_size": 400, "layout": {}, "versions": {}, "saved_at": "", "state": {},
             "config": {}, "eod": eod,
         }  # fmt: skip
-        (folder / "checkpoint.json").write_text(json.dumps(record))
+        write_record(folder, json.dumps(record))
         if eod == 0:
             check_same_tokenizer(summary, folder)
     with pytest.raises(DataError, match="know id 7 as the end of a document, the data has id 0"):
