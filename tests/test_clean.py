@@ -19,6 +19,7 @@ from data_prep.clean import CleanConfig
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
 from tests.support import slurm_cluster
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"word{i}" for i in range(3000)]
@@ -174,7 +175,7 @@ def test_tasks_at_the_same_time_give_the_same_bytes(
     for task in range(num_tasks):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(num_tasks)}
         tasks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | array))
-    assert [task.wait(timeout=240) for task in tasks] == [0] * num_tasks
+    assert [task.wait(timeout=HANG_S) for task in tasks] == [0] * num_tasks
     assert digests(tmp_path) == digests(undisturbed)
 
 
@@ -214,7 +215,7 @@ def test_a_job_killed_ten_times_ends_with_the_same_bytes(
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
         kills += 1
-    assert job.wait(timeout=120) == 0
+    assert job.wait(timeout=HANG_S) == 0
     assert digests(tmp_path) == digests(undisturbed)
 
 
@@ -325,7 +326,7 @@ def test_no_step_imports_torch() -> None:
         "[filters.build_step(name, recipe) for name in names]; "
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=HANG_S).returncode == 0
 
 
 def _is_finished(output: Path) -> bool:

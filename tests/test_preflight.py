@@ -19,6 +19,7 @@ from pipeline.resilience import failure
 from pipeline.training import startup
 from tests.support.slurm_cluster import REPO
 from tests.support.token_dataset import write_dataset
+from tests.support.waiting import HANG_S
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_run_that_would_start_prints_its_folder_and_imports_no_torch(settings,
         "assert 'torch' not in sys.modules\n"
     )
     command = [sys.executable, "-c", program, *settings, "parallel.tensor_parallel_size=2"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG_S)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'runs' / 'a'}\n"), done.stderr
     assert "4 ranks = 2 data x 1 pipeline x 2 tensor parallel" in done.stderr
     assert "estimated need of a device" in done.stderr

@@ -18,6 +18,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer, write_jsonl
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {"web": make_texts(60), "code": make_texts(100)[60:]}
@@ -115,7 +116,7 @@ def test_the_command_shows_a_document(output: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert (run.returncode, run.stderr) == (0, "")
     assert ALL[3].splitlines()[0] in run.stdout

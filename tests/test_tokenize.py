@@ -24,6 +24,7 @@ from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = make_texts(400)
@@ -224,7 +225,7 @@ def test_workers_end_with_their_parent_and_the_next_run_finishes(corpus, referen
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=HANG_S)
     assert not alive
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert checksums(tmp_path / "out") == checksums(reference)

@@ -22,6 +22,7 @@ from pipeline.errors import DataUsedUp, PipelineError
 from tests.support.corpus import make_tokenizer
 from tests.support.ranks import run_on_ranks
 from tests.support.token_dataset import write_dataset
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
@@ -117,7 +118,7 @@ def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     run = tmp_path / "killed"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while not (run / "checkpoints" / "latest").exists():
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.005)
@@ -251,7 +252,7 @@ def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
         **common,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not (run / "checkpoints" / "latest").exists():
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -407,6 +408,6 @@ def test_another_model_in_the_run_folder_is_refused(data: Path, tmp_path: Path) 
 
 def test_an_error_on_the_command_line_has_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.train", "data.path=nowhere", f"runs_dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -25,8 +25,8 @@ READERS: dict[Format, Callable[..., Iterator[Document]]] = {
     Format.arrow: read_arrow,
     Format.tar: read_tar,
 }
-# Where the errors of parsers are defined.
-PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "tarfile", "pyarrow"}
+# Where the errors of parsers are defined; zstandard below 0.24 calls its own module zstd.
+PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "zstd", "tarfile", "pyarrow"}
 
 
 def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:

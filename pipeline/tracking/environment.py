@@ -16,11 +16,13 @@ import torch
 
 def environment() -> dict[str, Any]:
     """Where and with what this process runs: git commit, versions, machine, job, command."""
-    libraries = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")
+    libraries = ("deepspeed", "megatron-core", "webdataset", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
     return {
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        # torch's own word names the build (+cu130); its metadata may not.
+        "versions": {"torch": torch.__version__} | versions,
         "host": socket.gethostname(),
         "num_cpus": os.cpu_count(),
         "num_local_devices": torch.cuda.device_count(),

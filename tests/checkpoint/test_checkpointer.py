@@ -37,6 +37,7 @@ from pipeline.model.partition import Partition
 from tests.support.checkpoint_runs import Run, resume, train_and_save
 from tests.support.layouts import allow_fp16_on_the_cpu, config
 from tests.support.ranks import PRELOAD, run_on_ranks
+from tests.support.waiting import HANG_S
 
 # ---- any layout to any layout -----------------------------------------------------------------------------------
 
@@ -388,7 +389,7 @@ def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
     for process in ranks:
         process.start()
     before = read_completed(root)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while read_completed(root) <= before and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.15))

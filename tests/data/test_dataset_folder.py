@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, DataError, ShardError
 from tests.support.fault_server import Served, serve
 from tests.support.s3_server import s3_server
 from tests.support.token_dataset import counting_shards, write_dataset
+from tests.support.waiting import HANG_S
 
 # fsspec keeps its connections open for the life of the process.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -174,7 +175,7 @@ def test_ranks_of_a_node_download_each_shard_once_between_them(server, tmp_path)
     ]
     for rank in ranks:
         rank.start()
-    assert [results.get(timeout=60) for _ in ranks] == [EXPECTED] * 3
+    assert [results.get(timeout=HANG_S) for _ in ranks] == [EXPECTED] * 3
     for rank in ranks:
         rank.join()
     assert [server.requests.count(TAR.format(n)) for n in range(6)] == [1] * 6
@@ -204,7 +205,7 @@ def test_the_next_windows_are_fetched_ahead(server, tmp_path):
     sampler.prefetch(samples)
     upcoming = sampler.orders[0].upcoming_shards(samples.index)
     assert len(upcoming) == 4
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while (
         len(list((tmp_path / "cache").glob("*/shards/*/*.tar"))) < 4 and time.monotonic() < deadline
     ):

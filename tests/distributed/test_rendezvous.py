@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed.rendezvous import is_one_machine
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CONNECT = """
@@ -68,7 +69,7 @@ def test_every_listening_socket_of_a_run_on_one_machine_is_loopback():
     """torch's store listens on all interfaces, gloo on the host name's address."""
     port = free_port()
     ranks = [start(rank, port) for rank in range(2)]
-    found = [process.communicate(timeout=120) for process in ranks]
+    found = [process.communicate(timeout=HANG_S) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], found
     addresses = [word for out, _ in found for word in out.split() if word != "listens"]
     # As /proc writes 127.0.0.1, also inside an IPv6 address: store and transport of rank 0, and
@@ -81,7 +82,7 @@ def test_a_taken_port_is_named_with_the_way_out():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         process = start(0, port)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
     assert f"port {port} of this machine cannot be opened" in error
     assert "Set MASTER_PORT to a free one" in error

@@ -170,7 +170,7 @@ def test_stages_may_differ_in_parameter_groups(world_size: int) -> None:
     """A norm for each group hung in step 1: stages with fewer groups made fewer reductions."""
     cases = GROUPS[world_size]
     configs = [with_groups(kind, **layout) for kind, layout in cases]
-    got = run_on_ranks(train_all, world_size, configs, [{}] * len(cases), timeout_s=240.0)[0]
+    got = run_on_ranks(train_all, world_size, configs, [{}] * len(cases))[0]
     alone = [with_groups(kind) for kind, _ in cases]
     expected = run_on_ranks(train_all, 1, alone, [{}] * len(cases))[0]
     for (kind, layout), have, want in zip(cases, got, expected):

@@ -12,6 +12,7 @@ import yaml
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from tests.support.slurm_cluster import REPO
+from tests.support.waiting import HANG_S
 
 LAUNCH = REPO / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".slurm"))
@@ -159,7 +160,7 @@ def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_aga
     ) as pod:
         assert pod.stdout.readline() == "started\n"
         pod.terminate()
-        assert pod.wait(timeout=60) == 1  # no DONE: "failed", so the pod is started again
+        assert pod.wait(timeout=HANG_S) == 1  # no DONE: "failed", so the pod is started again
     assert (tmp_path / "heard").exists()
 
 

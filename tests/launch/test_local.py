@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import HANG_S
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
 
 # Stands for `python -m pipeline.train`: behaves as its first setting says.
@@ -65,7 +67,7 @@ def launch(tmp_path):
 
 def pids(folder: Path, count: int) -> list[int]:
     """Process ids of the ranks once all have started."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         found = [path.read_text().split() for path in sorted(folder.glob("rank[0-9]"))]
         if len(found) == count and all(found):
@@ -83,7 +85,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_dead(processes: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while any(is_alive(pid) for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [pid for pid in processes if is_alive(pid)] == []
@@ -91,7 +93,7 @@ def wait_until_dead(processes: list[int]) -> None:
 
 def wait_until_caught(process: subprocess.Popen, number: int) -> None:
     """Return once the script has its trap: a signal before it would kill."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     status = Path(f"/proc/{process.pid}/status")
     while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> number - 1 & 1:
         assert time.monotonic() < deadline, f"signal {number} is never caught"

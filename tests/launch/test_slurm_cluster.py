@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import slurm_cluster
 from tests.support.slurm_cluster import REPO, SlurmCluster
+from tests.support.waiting import HANG_S
 
 pytestmark = [
     pytest.mark.slurm,
@@ -74,7 +75,7 @@ def test_cluster_dies_with_the_process_that_started_it(tmp_path):
     assert processes_mentioning(str(tmp_path / "box"))
     starter.send_signal(signal.SIGKILL)
     starter.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while processes_mentioning(str(tmp_path / "box")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_mentioning(str(tmp_path / "box")) == []

@@ -24,6 +24,7 @@ from tests.support import slurm_cluster
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster
 from tests.support.token_dataset import write_dataset
+from tests.support.waiting import HANG_S
 
 pytestmark = [
     pytest.mark.slurm,
@@ -39,7 +40,6 @@ SETTINGS = [
     "training.precision=fp32", "tracking.log_every=1", "tracking.sample_hash=true", "tracking.wandb=offline",
     "checkpoint.save_every=10", "optimizer.lr=0.003",
 ]  # fmt: skip
-START_S = 180.0  # a start of two ranks takes 10 s on two idle cores
 
 
 class Lab:
@@ -65,7 +65,7 @@ class Lab:
             "tracking.wandb=disabled",
         ]
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == 0, done.stderr
         self.alone = self.rows("alone")
@@ -106,7 +106,7 @@ class Lab:
             assert job.fact("JobState") not in ("FAILED", "COMPLETED", "CANCELLED"), job.log()
             return False
 
-        self.cluster.wait_for(reached, f"step {step}", START_S, job=job)
+        self.cluster.wait_for(reached, f"step {step}", HANG_S, job=job)
 
     def expect_undisturbed(self, name: str, *, repeated: bool = False) -> None:
         """Every step once (or, after a crash, again with the same result), as the lone process did it."""
@@ -146,9 +146,9 @@ def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     first = lab.submit("twice", options=("--nodes=1",), plant="step_s=1")
     lab.wait_for_step(first, "twice", 3)
     second = lab.submit("twice", options=("--nodes=1",))
-    assert second.wait_for_end(START_S) == "FAILED", second.log()
+    assert second.wait_for_end(HANG_S) == "FAILED", second.log()
     assert "is in use by process" in second.log() and f"Slurm job {first.id}" in second.log()
-    assert first.wait_for_end(START_S) == "COMPLETED", first.log()
+    assert first.wait_for_end(HANG_S) == "COMPLETED", first.log()
     lab.expect_undisturbed("twice")
 
 
@@ -157,7 +157,7 @@ def test_tensor_and_pipeline_parallel_over_two_nodes_equals_one_machine(lab):
         "layout", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "tracking.wandb=disabled",
         options=("--nodes=2", "--ntasks-per-node=2"), plant="",
     )  # fmt: skip
-    assert job.wait_for_end(START_S) == "COMPLETED", job.log()
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
     lab.expect_undisturbed("layout")
 
 
@@ -181,7 +181,7 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
         "--output=/dev/null",
         str(lab.folder / "urgent.sh"),
     )
-    assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
     assert job.log().count("leaving on notice") == 3
     lab.expect_undisturbed("notice")
     lab.expect_one_wandb_run("notice", starts=4)
@@ -193,10 +193,10 @@ def test_time_limit_resumes_without_losing_a_step(lab):
         "limit", options=("--nodes=1", "--time=2", "--signal=USR2@75"), plant="step_s=1.0"
     )
     lab.cluster.wait_for(
-        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", START_S, job=job
+        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", HANG_S, job=job
     )
     lab.cluster.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")  # once is enough
-    assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
     assert job.fact("Restarts") == "1"
     lab.expect_undisturbed("limit")
     lab.expect_one_wandb_run("limit", starts=2)
@@ -224,7 +224,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     assert dead not in job.nodes() and len(job.nodes()) == 2
     cut = next(node for node in job.nodes() if node != job.fact("BatchHost"))
     lab.cluster.cut(cut)
-    assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
     assert len(job.nodes()) == 1
     lab.expect_undisturbed("breaks", repeated=True)
     assert int(job.fact("Restarts")) == 3
@@ -238,7 +238,7 @@ def test_stopped_rank_is_named_with_its_node(lab):
     lab.cluster.run("kill", "-STOP", pid, node=node)
     logs = lab.run_dir("hang") / "logs"
     lab.cluster.wait_for(lambda: bool(list(logs.glob("hang-*.md"))), "a hang report", 60, job=job)
-    assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()  # requeued: step 10 was saved
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()  # requeued: step 10 was saved
     page = next(logs.glob("hang-*.md")).read_text()
     assert f"rank 1 on {node}**: silent" in page and "Sample hash of the step" in page
     assert re.search(r"\| 0 \| n\d \| \d+ \| train \| collective \(\w+\)", page), page
@@ -253,7 +253,7 @@ def test_planted_nan_and_spike_are_handled_the_same_way_twice(lab):
             "tracking.wandb=disabled",
             plant=f"nan={8 * 14 + 3} spike={8 * 26 + 5}",
         )  # fmt: skip
-        assert job.wait_for_end(START_S) == "COMPLETED", job.log()
+        assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
         newest = (lab.run_dir(name) / "checkpoints" / "latest").read_text().strip()
         record = json.loads(
             (lab.run_dir(name) / "checkpoints" / newest / "checkpoint.json").read_text()
@@ -275,7 +275,7 @@ def test_planted_nan_and_spike_are_handled_the_same_way_twice(lab):
 
 def test_crash_before_any_checkpoint_stops_the_job_with_a_short_log(lab):
     job = lab.submit("crash", plant="crash=3", options=("--nodes=2", "--ntasks-per-node=2"))
-    assert job.wait_for_end(START_S) == "FAILED", job.log()
+    assert job.wait_for_end(HANG_S) == "FAILED", job.log()
     assert job.fact("Restarts") == "0"
     failure = [line for line in job.log().splitlines() if "planted crash" in line]
     assert len(failure) == 1 and failure[0].startswith("error: rank 1 on n"), job.log()
@@ -292,7 +292,7 @@ def test_torchrun_on_two_hosts_equals_one_machine(lab):
         environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", *place, *train]
         return lab.cluster.run(
-            *command, node=f"n{1 + node_rank}", env=environment, cwd=lab.folder, timeout_s=START_S
+            *command, node=f"n{1 + node_rank}", env=environment, cwd=lab.folder, timeout_s=HANG_S
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -344,7 +344,7 @@ def test_soak_twenty_random_kills_leave_no_trace(lab):
             job.fact("JobState") == "FAILED"
         ):  # killed before the first save of this start: a person submits it again
             job = submit()
-    assert job.wait_for_end(2 * START_S) == "COMPLETED", job.log()
+    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
     lab.expect_undisturbed("soak", repeated=True)
 
 
@@ -383,7 +383,7 @@ def test_from_text_to_model_in_one_command(lab):
     first, second = re.fullmatch(r"tokenize (\d+), pretrain (\d+)\n", printed).groups()
     pretrain = Job(lab.cluster, second, lab.folder / f"slurm-{second}.out")
     assert pretrain.fact("Reason") == "Dependency"
-    assert pretrain.wait_for_end(2 * START_S) == "COMPLETED", pretrain.log()
+    assert pretrain.wait_for_end(HANG_S) == "COMPLETED", pretrain.log()
     tasks = [
         lab.cluster.run("scontrol", "-o", "show", "job", f"{first}_{task}") for task in range(3)
     ]

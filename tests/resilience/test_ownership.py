@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import MachineError
 from pipeline.resilience import ownership
 from tests.support.slurm_cluster import REPO
+from tests.support.waiting import HANG_S
 
 BEAT_S, SILENCE_S = 0.2, 2.0
 OWNER = f"""
@@ -143,7 +144,7 @@ def test_an_owner_that_slept_through_its_silence_ends_when_it_wakes(owner, tmp_p
     owner.send_signal(signal.SIGSTOP)
     with ownership.claim(tmp_path, node="n2"):
         owner.send_signal(signal.SIGCONT)
-        assert owner.wait(timeout=10) == 2
+        assert owner.wait(timeout=HANG_S) == 2
         assert f"has been taken over by process {os.getpid()} on n2" in owner.stderr.read()
 
 

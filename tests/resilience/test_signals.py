@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.support.slurm_cluster import REPO
+from tests.support.waiting import HANG_S
 
 PROGRAM = """
 import signal, sys
@@ -35,7 +36,7 @@ def test_a_second_notice_does_no_harm(first, second):
     process.send_signal(first)
     assert process.stdout.readline() == f"{first.name}\n"
     process.send_signal(second)
-    output, _ = process.communicate("", timeout=10)
+    output, _ = process.communicate("", timeout=HANG_S)
     assert (process.returncode, output) == (0, f"{first.name}\n")
 
 
@@ -43,7 +44,9 @@ def test_a_notice_before_the_handlers_waits_for_them():
     """The launch script starts ranks with the signals blocked: one that comes while Python starts is not lost."""
     told = ["sh", "-c", 'kill -USR2 $$; exec "$0" -c "$1"', sys.executable, PROGRAM]
     command = ["env", "--block-signal=USR2,TERM", *told]
-    done = subprocess.run(command, cwd=REPO, input="", capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        command, cwd=REPO, input="", capture_output=True, text=True, timeout=HANG_S
+    )
     assert (done.returncode, done.stdout) == (0, "ready\nSIGUSR2\nSIGUSR2\n")
 
 
@@ -54,7 +57,7 @@ def test_a_hangup_that_is_ignored_from_the_start_stays_ignored():
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGUSR2)
-    assert process.communicate("", timeout=10)[0] == "SIGUSR2\nSIGUSR2\n"
+    assert process.communicate("", timeout=HANG_S)[0] == "SIGUSR2\nSIGUSR2\n"
 
 
 def test_a_second_interrupt_ends_the_process():
@@ -66,5 +69,5 @@ def test_a_second_interrupt_ends_the_process():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate("", timeout=10)
+    _, errors = process.communicate("", timeout=HANG_S)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors

@@ -18,6 +18,7 @@ from pipeline.resilience.hang_page import PLACES, doing
 from pipeline.resilience.watchdog import Watchdog
 from tests.support.ranks import run_on_ranks
 from tests.support.slurm_cluster import REPO
+from tests.support.waiting import HANG_S
 
 RANKS = [RankHost(rank, f"n{1 + rank // 2}", 100 + rank, 0.0) for rank in range(4)]
 
@@ -42,7 +43,7 @@ with Watchdog(clock, run_dir=Path(sys.argv[1]), hosts=hosts, global_rank=rank, t
 def hang(run_dir, *, rank=0, world_size=1, program=HANGING) -> subprocess.CompletedProcess:
     """What becomes of one rank of a run that hangs."""
     command = [sys.executable, "-c", program, str(run_dir), str(rank), str(world_size)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
@@ -62,7 +63,7 @@ def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
     with Watchdog(
         clock, run_dir=tmp_path, hosts=RANKS[:1], global_rank=0, timeout_s=2.0, describe_step=str
     ):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_S
         while not list(tmp_path.glob("logs/.hang-*/00000.json")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -123,7 +124,7 @@ def test_a_job_that_was_suspended_goes_on_when_it_is_resumed(tmp_path):
         os.killpg(first.pid, signal.SIGSTOP)
         time.sleep(6.0)
         os.killpg(first.pid, signal.SIGCONT)
-        said = [rank.communicate(timeout=60) for rank in ranks]
+        said = [rank.communicate(timeout=HANG_S) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -13,11 +13,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests.support.waiting import HANG_S
+
 PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
 
 
 def run_on_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = HANG_S
 ) -> list[Any]:
     """[fn(*args) on rank r for r in range(world_size)], each rank in a process of its own under one gloo group.
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.waiting import HANG_S
+
 BOX = Path(__file__).with_name("slurmbox")
 REPO = Path(__file__).resolve().parents[2]
 
@@ -162,13 +164,13 @@ class SlurmCluster:
         for child in self._children():  # pid 1 of the cluster: the kernel kills all that is in it
             os.kill(int(child), signal.SIGKILL)
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=HANG_S)
         finally:
             self._process.kill()
 
     def run(
         self, *command: str, node: str | None = None, env: Mapping[str, str] | None = None, cwd: Path | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = HANG_S,
     ) -> str:  # fmt: skip
         """What a command prints on the controller (or on `node`); AssertionError when it fails."""
         done = subprocess.run(
@@ -201,7 +203,7 @@ class SlurmCluster:
         self,
         claim: Callable[[], bool],
         what: str,
-        timeout_s: float = 60.0,
+        timeout_s: float = HANG_S,
         *,
         job: Job | None = None,
     ) -> None:

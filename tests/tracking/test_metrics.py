@@ -27,6 +27,7 @@ from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking import metrics, wandb_run
 from pipeline.tracking.metrics import Metrics, SilentMetrics
+from tests.support.waiting import HANG_S
 
 
 @dataclasses.dataclass
@@ -269,7 +270,7 @@ def test_wandb_server_that_accepts_and_never_answers(tmp_path):
         root = Path(metrics.__file__).parents[2]
         command = [sys.executable, "-c", script]
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG_S
         )
     assert (done.returncode, done.stdout.strip()) == (0, "done")
     assert rows(tmp_path)[-1]["step"] == 20

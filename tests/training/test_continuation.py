@@ -20,6 +20,7 @@ from pipeline.training import startup
 from tests.support.records import write_record
 from tests.support.slurm_cluster import REPO
 from tests.support.token_dataset import write_dataset
+from tests.support.waiting import HANG_S
 
 SETTINGS = [
     "name=a", "model=tiny", "training.seq_len=64", "training.total_steps=20", "training.global_batch_size=8",
@@ -180,6 +181,6 @@ def test_the_checks_of_a_folder_and_of_weights_need_no_torch(run: Path):
         *SETTINGS,
         f"checkpoint.init_from={run}/runs/a",
     ]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert not (run / "runs" / "b").exists()
