@@ -3,7 +3,8 @@
     python -m data_prep.train_tokenizer input=corpus.jsonl output=tokenizer.json vocab_size=32768
 
 Input is what data_prep/tokenize.py reads: files, folders or globs, separated by commas. The same
-input gives the same file. `<|endoftext|>` is id 0.
+input gives the same file. `<|endoftext|>` is id 0; the tokens of chats and pictures, and spare
+ones, follow it, so that a base model needs no new embeddings to be fine-tuned.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 EOD = "<|endoftext|>"
+SPECIAL = [EOD, "<|im_start|>", "<|im_end|>", "<|image|>", *(f"<|spare_{i}|>" for i in range(5))]
+LEAST = len(SPECIAL) + 256
 Pretokenizer = Enum("Pretokenizer", ["gpt2", "llama3"])
 # What may merge: pieces of this. Digits by threes, line ends apart, contractions of either case;
 # from Llama 3's tokenizer.json. gpt2's rule is built into Hugging Face's ByteLevel.
@@ -46,7 +49,7 @@ class TrainTokenizerConfig(InputConfig):
     output: str = MISSING
     """The tokenizer.json to write."""
     vocab_size: int = 32768
-    """Ids in all, with the 256 bytes and `<|endoftext|>`."""
+    """Ids in all, with the 256 bytes and the nine special tokens."""
     pretokenizer: Pretokenizer = Pretokenizer.llama3
     """Rule that cuts text into pieces before merging: gpt2, llama3."""
     sample_mb: float = 1000.0
@@ -60,12 +63,13 @@ def main(cfg: TrainTokenizerConfig) -> None:
         ConfigError: vocab_size has no room for the bytes.
         DataError: the input holds no text.
     """
-    if cfg.vocab_size < 257:
+    if cfg.vocab_size < LEAST:
         raise ConfigError(
-            f"vocab_size ({cfg.vocab_size}) must be at least 257: 256 bytes and {EOD}."
+            f"vocab_size ({cfg.vocab_size}) must be at least {LEAST}: 256 bytes and "
+            f"{len(SPECIAL)} special tokens ({', '.join(SPECIAL)})."
         )
     tokenizer = build(_texts(cfg), vocab_size=cfg.vocab_size, pretokenizer=cfg.pretokenizer)
-    if tokenizer.get_vocab_size() <= 257:
+    if tokenizer.get_vocab_size() <= LEAST:
         raise DataError(f"input={cfg.input} holds no text to train on. --help lists what is read.")
     output = Path(cfg.output)
     write_durably(output, tokenizer.to_str(pretty=True).encode())
@@ -75,7 +79,7 @@ def main(cfg: TrainTokenizerConfig) -> None:
 def build(
     texts: Iterator[str], *, vocab_size: int, pretokenizer: Pretokenizer
 ) -> tokenizers.Tokenizer:
-    """The BPE that the texts give; `<|endoftext|>` is id 0, the 256 bytes follow."""
+    """The BPE that the texts give; ids are SPECIAL, the 256 bytes, merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -88,7 +92,7 @@ def build(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOD],
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -46,6 +46,7 @@ SHARED = {
     "pipeline",
     "pipeline.cli",
     "pipeline.data",
+    "pipeline.data.chat",
     "pipeline.data.dataset_files",
     "pipeline.data.manifest",
     "pipeline.data.shard_format",

@@ -245,9 +245,7 @@ def test_another_job_is_refused_the_folder(corpus, reference):
 
 def test_finalize_refuses_while_units_are_missing(corpus, tmp_path):
     tokenize(corpus, tmp_path / "out", "workers=1", "task=1", "num_tasks=3")
-    with pytest.raises(
-        DataError, match="units are not done, first .0, 2, 3.*Run the tokenize command"
-    ):
+    with pytest.raises(DataError, match="units are not done, first .0, 2, 3.*Run the same command"):
         finalize.main(finalize.FinalizeConfig(output=str(tmp_path / "out")))
     assert not (tmp_path / "out/train").exists()
 

@@ -7,7 +7,8 @@ One reader for each format; a file that turns out to be damaged keeps what came 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from data_prep.sources.inputs import InputConfig, Unit
 from data_prep.sources.kinds import Format, format_of
@@ -31,10 +32,17 @@ PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "zstd", "tarfile", "pya
 
 def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
     """The documents of a unit in order; the rest goes to `rejects`."""
+    return read_pieces(unit, cfg, rejects, READERS)
+
+
+def read_pieces(
+    unit: Unit, cfg: InputConfig, rejects: Rejects, readers: Mapping[Format, Callable[..., Any]]
+) -> Iterator[Any]:
+    """What the readers of each kind yield of a unit's pieces; damaged files go to `rejects`."""
     for piece in unit.pieces:
         kind = format_of(piece.path, cfg.format)
         assert kind is not None, "find_units refuses what has no kind"
-        read = READERS[kind]
+        read = readers[kind]
         with open_piece(piece) as file:
             try:
                 yield from read(file, piece, unit.source, cfg, rejects)

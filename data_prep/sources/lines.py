@@ -7,7 +7,7 @@ is kept as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import orjson
@@ -24,14 +24,29 @@ def read_jsonl(
     file: BinaryIO, piece: Piece, source: str, cfg: InputConfig, rejects: Rejects
 ) -> Iterator[Document]:
     """The documents of the lines that begin in the piece."""
+    for record, place in read_objects(file, piece, cfg, rejects, (cfg.text_field,)):
+        text = accept(field_of(record, cfg.text_field), piece.path, cfg, rejects, **place)
+        if text is not None:
+            url = record.get(cfg.url_field)
+            name = f"{piece.name}@{place['offset']}"
+            yield Document(text, name, source, url if isinstance(url, str) else "")
+
+
+def read_objects(
+    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects, fields: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], dict[str, int | None]]]:
+    """(object, its place as Rejects.add takes it) of the lines that begin in the piece.
+
+    An object that has one of the fields twice is none of them.
+    """
     may_be_one_value = suffix_of(piece.path) == ".json"
     if may_be_one_value and piece.start:
-        if _is_one_value(file, piece, cfg):
+        if _is_one_value(file, piece, cfg, fields):
             return  # the piece that begins the file says so
         may_be_one_value = False
     for offset, line_number, line in read_lines(file, piece, cfg, rejects):
         place: dict[str, int | None] = {"line": line_number, "offset": offset}
-        reason, detail, record = _record_of(line, cfg.text_field)
+        reason, detail, record = _record_of(line, fields)
         if may_be_one_value and reason in ("broken_json", "not_an_object"):
             rejects.add("not_json_lines", piece.path, detail)
             return
@@ -39,23 +54,18 @@ def read_jsonl(
         if reason:
             rejects.add(reason, piece.path, detail, **place)
             continue
-        text = accept(field_of(record, cfg.text_field), piece.path, cfg, rejects, **place)
-        if text is not None:
-            url = record.get(cfg.url_field)
-            yield Document(
-                text, f"{piece.name}@{offset}", source, url if isinstance(url, str) else ""
-            )
+        yield record, place
 
 
-def _is_one_value(file: BinaryIO, piece: Piece, cfg: InputConfig) -> bool:
+def _is_one_value(file: BinaryIO, piece: Piece, cfg: InputConfig, fields: Sequence[str]) -> bool:
     """Whether a .json file that can seek is no JSON lines, by its first line."""
     file.seek(0)
     head = Piece(piece.path, piece.size)
     first = next(read_lines(file, head, cfg, Rejects(OnError.quarantine)), None)
-    return first is not None and bool(_record_of(first[2], cfg.text_field)[0])
+    return first is not None and bool(_record_of(first[2], fields)[0])
 
 
-def _record_of(line: bytes, field: str) -> tuple[str, str, dict[str, Any]]:
+def _record_of(line: bytes, fields: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
     """(reason, detail, object) of a line; the reason is empty if it is an object to take."""
     try:
         record = parse_json(line)
@@ -65,8 +75,9 @@ def _record_of(line: bytes, field: str) -> tuple[str, str, dict[str, Any]]:
         return "broken_json", str(error), {}
     if not isinstance(record, dict):
         return "not_an_object", type(record).__name__, {}
-    if is_twice(line, field):
-        return "ambiguous", f"the key {field}", {}
+    for field in fields:
+        if is_twice(line, field):
+            return "ambiguous", f"the key {field}", {}
     return "", "", record
 
 

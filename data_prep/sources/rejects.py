@@ -1,7 +1,7 @@
 """What a text must be to become a document, and the account of those that are not.
 
 Nothing is dropped silently: what is not yielded is in the rejects, with the place and one of
-REASONS.
+REASONS; dialogues have reasons of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ REASONS = {
     "empty": "the text has no characters; never fails a job",
     "damaged_file": "the file ends too early, or is not what its suffix says; what came before the "
     "damage is kept",
+}
+DIALOGUE_REASONS = {
+    "not_a_dialogue": "it holds neither messages, each with a role and a text, nor a prompt and a "
+    "completion",
+    "no_assistant": "no message of the dialogue is the assistant's",
+    "nothing_learned": "every answer says learn: false, or is empty",
+    "special_token": "the dialogue's own words spell a special token, which would become one",
+    "boundary_inside_token": "one token holds the end of the question and the begin of the answer",
+    "template_error": "the chat template refuses the dialogue",
+    "too_long": "the dialogue is longer than row_tokens; it is never cut",
 }
 
 
@@ -60,7 +70,7 @@ class Rejects:
         """Record one document, or one damaged file.
 
         Args:
-            reason: one of REASONS.
+            reason: one of REASONS or DIALOGUE_REASONS.
             path: the file.
             detail: what the parser said.
             place: offset (byte, of the decompressed file), line (from 1), row (from 0) or member;
@@ -74,8 +84,9 @@ class Rejects:
             spot = ", ".join(f"{key} {value}" for key, value in where.items())
             raise DataError(
                 f"{path}{', ' if spot else ''}{spot}: {reason}: "
-                f"{REASONS[reason]}{f' ({detail})' if detail else ''}. Mend the file and run "
-                "again, or go on with on_error=quarantine, which lists such documents."
+                f"{(REASONS | DIALOGUE_REASONS)[reason]}{f' ({detail})' if detail else ''}. Mend "
+                "the file and run again, or go on with on_error=quarantine, which lists such "
+                "documents."
             )
         self.rows.append(
             {"file": printable(path), **where, "reason": reason, "detail": detail[:200]}
@@ -109,19 +120,25 @@ def accept(
     if not isinstance(value, str):
         rejects.add("not_a_string", path, type(value).__name__, **place)
         return None
-    reason, detail = "", ""
     if not value:
-        reason = "empty"
+        reason, detail = "empty", ""
     elif len(value) > cfg.max_document_mb * 1e6:
         reason, detail = "too_large", f"{len(value)} characters"
-    elif "\0" in value:
-        reason, detail = "nul", f"at character {value.index(chr(0))}"
-    elif not value.isascii() and not _is_encodable(value):
-        reason = "lone_surrogate"
+    else:
+        reason, detail = text_problem(value)
     if reason:
         rejects.add(reason, path, detail, **place)
         return None
     return str(value)
+
+
+def text_problem(text: str) -> tuple[str, str]:
+    """(reason, detail) why a string is no text; the reason is empty if it is one."""
+    if "\0" in text:
+        return "nul", f"at character {text.index(chr(0))}"
+    if not text.isascii() and not _is_encodable(text):
+        return "lone_surrogate", ""
+    return "", ""
 
 
 def _is_encodable(text: str) -> bool:

@@ -29,6 +29,7 @@ from data_prep.jobs import (
 )
 from data_prep.tokens.held_out import ensure_held_out
 from data_prep.tokens.shard_writer import Part, copy_parts
+from data_prep.tokens.split import documents_in
 from pipeline.data import shard_format as fmt
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
@@ -44,7 +45,7 @@ PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed
 def finalize(output: Path, *, max_rejected_fraction: float) -> None:
     """Make OUT/<split>/ of all units' parts, OUT/rejects.jsonl and OUT/summary.json."""
     if not (output / JOB_FILE).is_file():
-        raise DataError(f"{output} holds no job of data_prep/tokenize.py: it has no {JOB_FILE}.")
+        raise DataError(f"{output} holds no job of data_prep: it has no {JOB_FILE}.")
     with disk_errors(output), locked(output):
         if is_complete(output):  # another task was faster
             close_job(output)
@@ -54,7 +55,7 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         if missing:
             raise DataError(
                 f"{output}: {len(missing)} of {facts['units']} units are not done, first "
-                f"{missing[:5]}. Run the tokenize command, or the array tasks, again; only what is "
+                f"{missing[:5]}. Run the same command, or the array tasks, again; only what is "
                 "missing is done."
             )
         results = read_markers(markers(output), facts["units"])
@@ -91,8 +92,7 @@ def _check_documents(
     output: Path, results: list[dict[str, Any]], rejects: Counter[str], fraction: float
 ) -> None:
     """Refuse a job without documents, or with too many that were rejected."""
-    splits = [split for result in results for split in result["splits"].values()]
-    documents = sum(part["documents"] for split in splits for part in split["parts"])
+    documents = sum(documents_in(result, split) for result in results for split in result["splits"])
     check_rejected(documents, rejects, fraction)
     if not documents:
         raise DataError(

@@ -12,14 +12,16 @@ anew under other names, and a record says that they are whole, so that this may 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.jobs import WORK_FOLDER
+from data_prep.tokens.rows import Dialogue, RowPacker
 from data_prep.tokens.shard_writer import Part, map_part
-from data_prep.tokens.split import UnitWriter
+from data_prep.tokens.split import SPLITS, UnitWriter, documents_in
 from pipeline.data import shard_format as fmt
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import write_durably
@@ -56,7 +58,7 @@ def ensure_held_out(
 
 def _documents(results: list[dict[str, Any]], split: str) -> int:
     """Documents of a split."""
-    return sum(part["documents"] for r in results for part in r["splits"][split]["parts"])
+    return sum(documents_in(result, split) for result in results)
 
 
 def _choose(results: list[dict[str, Any]], facts: dict[str, Any], parts: Path) -> dict[str, Any]:
@@ -67,10 +69,15 @@ def _choose(results: list[dict[str, Any]], facts: dict[str, Any], parts: Path) -
     lowest = min(nearest["digest"] for nearest in noted.values())
     chosen = {i: nearest for i, nearest in noted.items() if nearest["digest"] == lowest}
     ids = [i for nearest in chosen.values() for i in nearest["ids"]]
+    if len(ids) == total and "row_tokens" in facts:
+        return {"splits": {}, "note": f"{why}a dialogue is not divided: prepare more of them"}
     if len(ids) == total:
         return _hold_out_tail(max(noted), results, facts, parts, why)
     splits = {}
     for number, nearest in chosen.items():
+        if "row_tokens" in facts:
+            splits[str(number)] = _divide_rows(number, results[number], facts, parts)
+            continue
         rewriter = _Rewriter(number, results[number], facts, parts)
         is_validation = np.zeros(len(rewriter.ends), bool)
         is_validation[nearest["documents"]] = True
@@ -161,7 +168,50 @@ class _Rewriter:
                     starts = np.flatnonzero(np.concatenate(([True], tokens[:-1] == self._eod)))
                     writer.add(name, tokens, starts, [], size)
             splits = writer.close()["splits"]
-        for name, inputs in (("train", bounds), ("validation", [ids[0], ids[-1]])):
-            for part in splits[name]["parts"]:
-                part["inputs"] = inputs
-        return splits
+        return _with_inputs(splits, bounds, ids)
+
+
+def _divide_rows(
+    number: int, result: dict[str, Any], facts: dict[str, Any], parts: Path
+) -> dict[str, Any]:
+    """Pack a unit's dialogues anew, those nearest to being held out apart; new `splits`."""
+    layout = fmt.ShardLayout(fmt.token_dtype(facts["tokenizer"]["vocab_size"]), facts["row_tokens"])
+    old, nearest = result["splits"]["train"], result["nearest"]
+    old_parts, chosen = [Part(**part) for part in old["parts"]], set(nearest["documents"])
+    with UnitWriter(
+        parts,
+        number=number,
+        source=old_parts[0].source,
+        layout=layout,
+        fraction=facts["validation_fraction"],
+        stem=f"{number:08d}-divided",
+    ) as writer:
+        packers = {
+            name: RowPacker(layout, eod=facts["tokenizer"]["eod"], write=partial(writer.add, name))
+            for name in SPLITS
+        }
+        place = 0
+        for part in old_parts:
+            for tokens, starts, loss in map_part(parts / part.name, part, layout):
+                assert loss is not None
+                bounds = [*starts.tolist(), len(tokens)]
+                for begin, end in zip(bounds, bounds[1:]):
+                    if loss[begin:end].any():  # else it is padding
+                        split = "validation" if place in chosen else "train"
+                        packers[split].add(Dialogue(tokens[begin:end], loss[begin:end]))
+                    place += 1
+        for packer in packers.values():
+            packer.close()
+        splits = writer.close()["splits"]
+    splits["train"]["text_bytes"] = old["text_bytes"] - nearest["text_bytes"]
+    splits["validation"]["text_bytes"] = nearest["text_bytes"]
+    bounds_of_train = [old_parts[0].inputs[0], old_parts[-1].inputs[-1]]
+    return _with_inputs(splits, bounds_of_train, nearest["ids"])
+
+
+def _with_inputs(splits: dict[str, Any], bounds: list[str], ids: list[str]) -> dict[str, Any]:
+    """The splits, their parts' provenance filled in: of train the bounds that it had."""
+    for name, inputs in (("train", bounds), ("validation", [ids[0], ids[-1]])):
+        for part in splits[name]["parts"]:
+            part["inputs"] = inputs
+    return splits

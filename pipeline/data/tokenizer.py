@@ -114,6 +114,13 @@ class Tokenizer:
         return frozenset(special - {unknown} | {self.eod})
 
     @cached_property
+    def special_names(self) -> list[str]:
+        """The special tokens, and the one that ends documents where it stands apart from words."""
+        names = [name for name, token in self._added.items() if token["special"]]
+        end = self.eod_token
+        return names if end is None or end in names else [*names, end]
+
+    @cached_property
     def text_json(self) -> dict[str, Any]:
         """The tokenizer.json with which texts are encoded: its special tokens cannot be spelt."""
         special = {name for name, token in self._added.items() if token["special"]}

@@ -25,7 +25,7 @@ def make_texts(count: int) -> list[str]:
     ]
 
 
-def make_tokenizer(path: Path, *, vocab_size: int = 400, pattern: str = "llama3") -> Path:
+def make_tokenizer(path: Path, *, vocab_size: int = 408, pattern: str = "llama3") -> Path:
     """A byte-level BPE trained on make_texts, with `<|endoftext|>` as id 0."""
     from data_prep.train_tokenizer import Pretokenizer, build
 

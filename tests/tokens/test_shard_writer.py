@@ -131,7 +131,7 @@ def test_the_same_text_gives_the_same_tokenizer(tmp_path, pretokenizer):
 
 def test_a_tokenizer_needs_room_for_the_bytes_and_some_text(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [""])
-    with pytest.raises(ConfigError, match="vocab_size .100. must be at least 257"):
+    with pytest.raises(ConfigError, match="vocab_size .100. must be at least 265"):
         train(tmp_path, "vocab_size=100")
     with pytest.raises(DataError, match="holds no text to train on"):
         train(tmp_path)

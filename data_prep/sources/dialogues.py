@@ -1,0 +1,161 @@
+"""Dialogues of JSON lines and tables: messages, or a prompt and its completion.
+
+    Unit -> pieces -> lines or rows -> Talk(messages, tools, where it is from) or a reject
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"prompt": "...", "completion": "..."}      becomes a dialogue of two
+
+A message may carry "learn": false, and whatever else its template reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from data_prep.sources.documents import read_pieces
+from data_prep.sources.inputs import InputConfig, Unit
+from data_prep.sources.kinds import Format, format_of
+from data_prep.sources.lines import read_objects
+from data_prep.sources.pieces import Piece
+from data_prep.sources.rejects import Rejects, text_problem
+from data_prep.sources.tables import open_table
+from pipeline.errors import ConfigError
+
+FIELDS = ("messages", "prompt", "completion", "tools")
+KINDS = (Format.jsonl, Format.parquet, Format.arrow)
+
+
+class Talk(NamedTuple):
+    """One dialogue, as it was written."""
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    id: str
+    """File and place, as of a Document."""
+    path: str
+    place: dict[str, int | None]
+    """As Rejects.add takes it."""
+
+
+def check_kinds(units: list[Unit], cfg: InputConfig) -> None:
+    """Raise ConfigError unless every file can hold dialogues, and the settings have an effect."""
+    if cfg.text_field != InputConfig.text_field or cfg.url_field != InputConfig.url_field:
+        raise ConfigError(
+            f"text_field ({cfg.text_field}) and url_field ({cfg.url_field}) have no effect here: "
+            f"dialogues are read from the fields {', '.join(FIELDS)}."
+        )
+    for piece in (piece for unit in units for piece in unit.pieces):
+        if format_of(piece.path, cfg.format) not in KINDS:
+            raise ConfigError(
+                f"{piece.path}: dialogues are read from jsonl, parquet and arrow files. Leave it "
+                "out with exclude=, or convert it."
+            )
+
+
+def read_talks(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[Talk]:
+    """The dialogues of a unit in order; what is none goes to `rejects`."""
+    return read_pieces(unit, cfg, rejects, _READERS)
+
+
+def _read_lines(
+    file: BinaryIO, piece: Piece, _: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Talk]:
+    """The dialogues of the lines that begin in the piece."""
+    for record, place in read_objects(file, piece, cfg, rejects, FIELDS):
+        name = f"{piece.name}@{place['offset']}"
+        yield from _accepted(record, name, piece.path, place, rejects)
+
+
+def _read_parquet(
+    file: BinaryIO, piece: Piece, _: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Talk]:
+    yield from _read_table(Format.parquet, file, piece, rejects)
+
+
+def _read_arrow(
+    file: BinaryIO, piece: Piece, _: str, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Talk]:
+    yield from _read_table(Format.arrow, file, piece, rejects)
+
+
+_READERS = {Format.jsonl: _read_lines, Format.parquet: _read_parquet, Format.arrow: _read_arrow}
+
+
+def _read_table(kind: Format, file: BinaryIO, piece: Piece, rejects: Rejects) -> Iterator[Talk]:
+    """The dialogues of a table's rows; a null field of a struct is a field that is not there."""
+    names, batches = open_table(kind, file)
+    columns = [name for name in FIELDS if name in names]
+    for name in columns:
+        if names.count(name) > 1:
+            rejects.add("ambiguous", piece.path, f"{names.count(name)} columns are called {name}")
+            return
+    row = 0
+    for batch in batches(columns):
+        for number in range(batch.num_rows):
+            place: dict[str, int | None] = {"row": row}
+            row += 1
+            try:
+                (record,) = batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                rejects.add("invalid_utf8", piece.path, str(error), **place)
+                continue
+            name = f"{piece.name}#{place['row']}"
+            yield from _accepted(_without_nulls(record), name, piece.path, place, rejects)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested values without the fields that a table has to have for every row."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _accepted(
+    record: dict[str, Any], name: str, path: str, place: dict[str, int | None], rejects: Rejects
+) -> Iterator[Talk]:
+    """The dialogue of a record, or nothing and a reject."""
+    messages, problem = _messages_of(record)
+    if problem:
+        rejects.add("not_a_dialogue", path, problem, **place)
+        return
+    for text in _texts(messages):
+        reason, detail = text_problem(text)
+        if reason:
+            rejects.add(reason, path, detail, **place)
+            return
+    yield Talk(messages, record.get("tools"), name, path, place)
+
+
+def _messages_of(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """(messages, what is wrong with them) of a record."""
+    if "messages" not in record:
+        missing = [key for key in ("prompt", "completion") if key not in record]
+        if missing:
+            return [], f"it has no messages, and no {' and no '.join(missing)}"
+        roles = {"prompt": "user", "completion": "assistant"}
+        record = {"messages": [{"role": role, "content": record[k]} for k, role in roles.items()]}
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        return [], "messages is not a list with something in it"
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return [], f"message {number} is not an object"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                return [], f"{key} of message {number} is not a text"
+        learn = message.get("learn")
+        if learn is not None and (
+            not isinstance(learn, bool) or learn and message["role"] != "assistant"
+        ):
+            return [], f"learn of message {number} must be true or false, and of an assistant's"
+    return messages, ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
