@@ -104,7 +104,7 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     wait()
     tokens_per_s = steps * shape.at(0).tokens / (time.perf_counter() - start)
     achieved = tokens_per_s * flops_per_token(
-        cfg.model, vocab_size=shape.vocab_size, seq_len=rung.seq_len
+        cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=rung.seq_len
     )
     on_cuda = device.type == "cuda"
     return {

@@ -288,6 +288,7 @@ def ask(process: subprocess.Popen, seconds: float) -> dict[str, float]:
 
 def flops_of(shape: str) -> float:
     """FLOPs a token of this shape."""
+    from pipeline.config.finetune import FinetuneConfig
     from pipeline.config.model import ModelConfig
     from pipeline.planning.flops import flops_per_token
 
@@ -295,7 +296,7 @@ def flops_of(shape: str) -> float:
     model = ModelConfig(
         name=shape, num_layers=layers, hidden_size=width, num_attention_heads=heads, max_seq_len=seq
     )
-    return flops_per_token(model, vocab_size=vocab, seq_len=seq)
+    return flops_per_token(model, FinetuneConfig(), vocab_size=vocab, seq_len=seq)
 
 
 def compare(

@@ -25,6 +25,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import MachineError, PipelineError
 from pipeline.planning import memory
+from pipeline.planning.flops import count_parameters
 from pipeline.resilience import ownership
 
 WANDB_TIMEOUT_S = 5.0
@@ -67,11 +68,14 @@ def main(cfg: PreflightConfig) -> None:
         raise MachineError("\n".join(problems))
     assert start is not None
     shape = start.shape
+    counts = count_parameters(cfg.model, cfg.finetune, shape.vocab_size)
     print(
         f"preflight: {shape.world_size} ranks = {shape.sizes.data} data x "
         f"{shape.sizes.pipeline} pipeline x {shape.sizes.tensor} tensor parallel; "
         f"{shape.total_steps} steps, {shape.total_tokens:,} tokens\n"
         f"preflight: the run reads {start.reading}\n"
+        f"preflight: {counts['num_trained_parameters']:,} of {counts['num_parameters']:,} "
+        "parameters are trained\n"
         f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
         file=sys.stderr,
     )

@@ -61,8 +61,10 @@ TESTED_IN = {
     "pipeline/checkpoint/tools.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/config/choices.py": ("config/test_conf.py", FIELDS),
     "pipeline/config/data.py": ("config/test_conf.py", FIELDS),
+    "pipeline/config/finetune.py": ("config/test_conf.py", FIELDS),
     "pipeline/config/model.py": ("config/test_conf.py", FIELDS),
     "pipeline/config/model_rules.py": ("config/test_run_shape.py", "derive() keeps the rules"),
+    "pipeline/config/name_rules.py": ("model/test_lora.py", "derive() keeps the rules"),
     "pipeline/config/operation.py": ("config/test_conf.py", FIELDS),
     "pipeline/config/parallel_sizes.py": (
         "config/test_run_shape.py",
@@ -98,6 +100,7 @@ TESTED_IN = {
     "pipeline/huggingface/gpt2.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/mixtures.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
+    "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/attention.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
@@ -113,6 +116,7 @@ TESTED_IN = {
     "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
     "pipeline/tracking/wandb_run.py": ("tracking/test_metrics.py", "metrics send to it"),
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),
+    "pipeline/training/state.py": ("test_train.py", RUN),
     "pipeline/training/trainer.py": ("test_train.py", RUN),
 }
 # What is longer and should be: tables.

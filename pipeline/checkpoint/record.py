@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pipeline.config.data import DataConfig
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 
@@ -37,6 +38,8 @@ class RunRecord:
     """History and ledger of bad steps."""
     eod: int | None = None
     """Id of the token that ends the documents of the datasets; None: of an older program."""
+    base: dict[str, str] | None = None
+    """Of which weights the tensors are a part (adapters.Base); None: they are a whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +110,16 @@ class CheckpointRecord(RunRecord):
     def to_json(self) -> str:
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
-                "versions", "saved_at", "eod", "state", "loader", "guard", "config", "size_bytes",
-                "write_s")  # fmt: skip
+                "versions", "saved_at", "eod", "base", "state", "loader", "guard", "config",
+                "size_bytes", "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
-        if self.eod is None:  # older records do not have the key, and stay as they are
-            del content["eod"]
+        for key in ("eod", "base"):
+            if content[key] is None:  # older records do not have the key, and stay as they are
+                del content[key]
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def model(self) -> ModelConfig:
@@ -133,6 +137,18 @@ class CheckpointRecord(RunRecord):
             CheckpointError: the data settings are those of another program.
         """
         return self._section("data", DataConfig)
+
+    def finetune(self) -> FinetuneConfig:
+        """What was trained; everything, in a record of an older program.
+
+        Raises:
+            CheckpointError: the settings are those of another program.
+        """
+        return (
+            self._section("finetune", FinetuneConfig)
+            if "finetune" in self.config
+            else FinetuneConfig()
+        )
 
     def _section(self, name: str, schema: type[T]) -> T:
         """A section of the run's settings as its dataclass."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.checkpoint.adapters import ModelTensors
 from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.config.parameter_names import is_lora
 from pipeline.engine import state
 from pipeline.engine.engine import Engine
 from pipeline.engine.weights import Weights
@@ -20,7 +22,7 @@ from pipeline.model.fragments import chunks_of
 def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     """Fill this rank's views of weights and optimizer state, and the loss scale; the record."""
     record, tensors = read_record(folder), CheckpointTensors(folder)
-    _check_parameters(engine, tensors.parameters, folder)
+    _check_parameters(_trained(engine), tensors.parameters, folder)
     if record.optimizer != engine.cfg.optimizer.name.name:
         raise CheckpointError(
             f"{folder} was saved with optimizer.name={record.optimizer}, this run has "
@@ -30,25 +32,34 @@ def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     state.create_state(engine, tensors.optimizer_keys, optimizer_step=record.optimizer_step)
     keys = ["weight", *tensors.optimizer_keys]
     tensors.read_into(
-        chunk for fragment in engine.fragments() for chunk in chunks_of(fragment, keys)
+        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys)
     )
     if engine.loss_scale and record.loss_scale:
         engine.loss_scale.restore(record.loss_scale)
     return record
 
 
-def read_weights(weights: Weights, folder: Path) -> None:
-    """Fill this rank's views of the weights from a checkpoint folder."""
-    tensors = CheckpointTensors(folder)
-    _check_parameters(weights, tensors.parameters, folder)
+def read_weights(weights: Weights, tensors: ModelTensors) -> None:
+    """Fill this rank's views of the weights; low-rank matrices keep their initial values."""
+    names = {name for name in weights.all_parameters() if not is_lora(name)}
+    _check_parameters(names, tensors.parameters, tensors.folder)
     tensors.read_into(
-        chunk for fragment in weights.fragments() for chunk in chunks_of(fragment, ["weight"])
+        chunk
+        for fragment in weights.fragments()
+        if fragment.name in names
+        for chunk in chunks_of(fragment, ["weight"])
     )
 
 
-def _check_parameters(weights: Weights, saved: list[str], folder: Path) -> None:
-    """Raise CheckpointError unless this rank's parameters are in the checkpoint."""
-    missing = sorted(set(weights.all_parameters()) - set(saved))
+def _trained(engine: Engine) -> set[str]:
+    """Canonical names of this rank's trained parameters."""
+    named = engine.all_parameters().items()
+    return {name for name, (parameter, _) in named if parameter.requires_grad}
+
+
+def _check_parameters(names: set[str], saved: list[str], folder: Path) -> None:
+    """Raise CheckpointError unless these parameters are in the checkpoint."""
+    missing = sorted(names - set(saved))
     if missing:
         raise CheckpointError(
             f"{folder} has no "

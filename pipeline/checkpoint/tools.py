@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.adapters import recorded_base
 from pipeline.checkpoint.record import RECORD, read_record
 from pipeline.errors import CheckpointError
 
@@ -56,6 +57,8 @@ def show(path: Path) -> int:
     folder = folders.find(path)
     record, tensors = read_record(folder), CheckpointTensors(folder)
     print(f"folder: {folder}")
+    if record.base is not None:
+        print(f"holds: a part of a model, beside the base in {record.base['path']}")
     for key, value in _flat(
         {k: v for k, v in json.loads(record.to_json()).items() if k != "loader"}
     ):
@@ -74,6 +77,9 @@ def diff(first: Path, second: Path) -> int:
 
     a, b = CheckpointTensors(folders.find(first)), CheckpointTensors(folders.find(second))
     print(f"a: {a.folder}\nb: {b.folder}")
+    bases = [recorded_base(read_record(tensors.folder)) for tensors in (a, b)]
+    if len({base and base.sha256 for base in bases}) > 1:
+        print("a and b are parts of models with different bases, or one of them is whole")
     lonely = sorted(set(a.names) ^ set(b.names))
     for name in lonely:
         print(f"only in {'a' if name in a.names else 'b'}: {name}")

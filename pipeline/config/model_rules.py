@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import math
-import re
 from collections.abc import Iterator
 
 from pipeline.config.choices import NormPlacement, Position, RopeScaling
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
-from pipeline.config.parameter_names import parameter_names
-from pipeline.config.training import OptimizerConfig, ParallelConfig
+from pipeline.config.training import ParallelConfig
 
 
 def head_width_fits(model: ModelConfig) -> Iterator[str]:
@@ -94,25 +89,4 @@ def tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
             yield (
                 f"model.{name} ({value}) must be divisible by parallel.tensor_parallel_size "
                 f"({size}). Largest size that fits this model: {max(fits, default=1)}."
-            )
-
-
-def lr_scale(cfg: OptimizerConfig, model: ModelConfig) -> Iterator[str]:
-    """Every pattern of optimizer.lr_scale names a parameter, and its factor is a number."""
-    names = set(parameter_names(model)) if cfg.lr_scale else set()
-    in_every_layer = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
-    modules = {f"{name.rpartition('.')[0]}.*" for name in in_every_layer}
-    patterns = sorted(names | in_every_layer | modules)
-    for pattern, factor in cfg.lr_scale.items():
-        if not 0 <= factor < math.inf:
-            yield f"optimizer.lr_scale: the factor of {pattern} ({factor}) must be at least 0."
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, patterns, n=1)
-            yield (
-                f"optimizer.lr_scale: {pattern} names no parameter of this model. "
-                + (
-                    f"Did you mean {near[0]}?"
-                    if near
-                    else f"They are {', '.join(sorted(modules))}."
-                )
             )

@@ -1,43 +1,127 @@
-"""The canonical names of a model's parameters, without building it; see pipeline/model/names.py."""
+"""The canonical names and whole shapes of a model's parameters, without building it.
+
+    ModelConfig, FinetuneConfig --parameter_shapes--> {name: shape} --trained_names--> {name}
+
+See pipeline/model/names.py for the names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.config.choices import Normalization, NormPlacement, Position
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 
+Shape = tuple[int, ...]
 
-def parameter_names(model: ModelConfig) -> Iterator[str]:
-    """The canonical name of every parameter of a model, which need not be built."""
-    norm = ["weight", "bias"] if model.normalization is Normalization.layernorm else ["weight"]
-    linear = ["weight", "bias"] if model.bias else ["weight"]
-    yield "embedding.word.weight"
+
+def parameter_shapes(
+    model: ModelConfig, finetune: FinetuneConfig, *, vocab_size: int
+) -> dict[str, Shape]:
+    """Canonical name to whole shape of every parameter, low-rank matrices at the end."""
+    hidden, width = model.hidden_size, resolve(model).head_dim
+    linears = linear_shapes(model)
+    shapes: dict[str, Shape] = {"embedding.word.weight": (vocab_size, hidden)}
     if model.position is Position.learned:
-        yield "embedding.position.weight"
+        shapes["embedding.position.weight"] = (model.max_seq_len, hidden)
     for layer in range(model.num_layers):
         at = f"layers.{layer}"
-        yield from (f"{at}.{n}.{k}" for n in ("input_layernorm", "pre_mlp_layernorm") for k in norm)
-        yield f"{at}.self_attention.linear_qkv.weight"
-        if resolve(model).qkv_bias:
-            yield f"{at}.self_attention.linear_qkv.bias"
-        yield from (f"{at}.self_attention.linear_proj.{kind}" for kind in linear)
+        norms = {"input_layernorm": hidden, "pre_mlp_layernorm": hidden}
         if model.qk_norm:
-            yield from (f"{at}.self_attention.{n}_layernorm.{kind}" for n in "qk" for kind in norm)
+            norms |= {f"self_attention.{n}_layernorm": width for n in "qk"}
+        for name, size in norms.items():
+            shapes |= dict.fromkeys(_norm(model, f"{at}.{name}"), (size,))
         if model.moe.num_experts:
-            yield f"{at}.mlp.router.weight"
-        for mlp in _mlps(model):
-            yield from (f"{at}.{mlp}.linear_fc{n}.{kind}" for n in (1, 2) for kind in linear)
+            shapes[f"{at}.mlp.router.weight"] = (model.moe.num_experts, hidden)
+    for stem, (rows, columns) in linears.items():
+        shapes[f"{stem}.weight"] = (rows, columns)
+        if resolve(model).qkv_bias if stem.endswith("linear_qkv") else model.bias:
+            shapes[f"{stem}.bias"] = (rows,)
     if model.norm_placement is NormPlacement.pre:
-        yield from (f"final_norm.{kind}" for kind in norm)
+        shapes |= dict.fromkeys(_norm(model, "final_norm"), (hidden,))
     if not model.tied_embeddings:
-        yield "head.weight"
+        shapes["head.weight"] = (vocab_size, hidden)
+    for stem in lora_stems(model, finetune):
+        rows, columns = linears[stem]
+        shapes[f"{stem}.lora_a"] = (finetune.lora_rank, columns)
+        shapes[f"{stem}.lora_b"] = (rows, finetune.lora_rank)
+    return shapes
 
 
-def _mlps(model: ModelConfig) -> list[str]:
-    """The MLPs of a block: one, or the experts."""
-    if not model.moe.num_experts:
-        return ["mlp"]
-    shared = ["mlp.shared_experts"] if model.moe.shared_expert_ffn_hidden_size else []
-    return [f"mlp.experts.local_experts.{e}" for e in range(model.moe.num_experts)] + shared
+def parameter_names(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:
+    """The canonical name of every parameter."""
+    return list(parameter_shapes(model, finetune, vocab_size=1))
+
+
+def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Canonical name, without its end, to (rows, columns) of every linear of the blocks."""
+    sizes, hidden = resolve(model), model.hidden_size
+    heads, width = model.num_attention_heads, sizes.head_dim
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in range(model.num_layers):
+        at = f"layers.{layer}"
+        rows = (heads + 2 * sizes.num_query_groups) * width
+        shapes[f"{at}.self_attention.linear_qkv"] = (rows, hidden)
+        shapes[f"{at}.self_attention.linear_proj"] = (hidden, heads * width)
+        for mlp, inner in _mlps(model).items():
+            shapes[f"{at}.{mlp}.linear_fc1"] = (inner * (2 if sizes.is_gated else 1), hidden)
+            shapes[f"{at}.{mlp}.linear_fc2"] = (hidden, inner)
+    return shapes
+
+
+def lora_stems(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:
+    """The linears that get low-rank matrices."""
+    if not finetune.lora_rank:
+        return []
+    return [name for name in linear_shapes(model) if matches(name, finetune.lora_targets, model)]
+
+
+def is_lora(name: str) -> bool:
+    """Whether a canonical name is that of a low-rank matrix."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def trained_names(
+    names: Iterable[str], model: ModelConfig, finetune: FinetuneConfig
+) -> Iterator[str]:
+    """Those of the names that are trained."""
+    return (name for name in names if matches(name, finetune.train, model))
+
+
+def freezes(model: ModelConfig, finetune: FinetuneConfig) -> bool:
+    """Whether any parameter is not trained."""
+    return not all(
+        matches(name, finetune.train, model) for name in parameter_names(model, finetune)
+    )
+
+
+def matches(name: str, patterns: Sequence[str], model: ModelConfig) -> bool:
+    """Whether one of the patterns names it; layers.-1 is the last block."""
+    return any(fnmatch.fnmatchcase(name, counted_from_0(p, model)) for p in patterns)
+
+
+def counted_from_0(pattern: str, model: ModelConfig) -> str:
+    """The pattern with layers.-N as the block it means; one that there is not stays as it is."""
+    found = re.match(r"layers\.-(\d+)(?=\.|$)", pattern)
+    layer = model.num_layers - int(found[1]) if found else -1
+    return pattern if found is None or layer < 0 else f"layers.{layer}{pattern[found.end() :]}"
+
+
+def _norm(model: ModelConfig, at: str) -> list[str]:
+    has_bias = model.normalization is Normalization.layernorm
+    return [f"{at}.weight", *([f"{at}.bias"] if has_bias else [])]
+
+
+def _mlps(model: ModelConfig) -> dict[str, int]:
+    """The MLPs of a block, one or the experts, and their inner widths."""
+    inner, moe = resolve(model).ffn_hidden_size, model.moe
+    if not moe.num_experts:
+        return {"mlp": inner}
+    widths = {f"mlp.experts.local_experts.{e}": inner for e in range(moe.num_experts)}
+    if moe.shared_expert_ffn_hidden_size:
+        widths["mlp.shared_experts"] = moe.shared_expert_ffn_hidden_size
+    return widths

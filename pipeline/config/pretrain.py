@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from pipeline.config.data import DataConfig
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.operation import CheckpointConfig, ResilienceConfig, TrackingConfig
 from pipeline.config.training import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainingConfig
@@ -35,6 +36,7 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from pipeline.config import model_rules
+from pipeline.config import model_rules, name_rules
 from pipeline.config.choices import Decay, PipelineSchedule, Precision, Recompute
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
@@ -37,6 +37,7 @@ LEAST = {
         tracking.log_every""",
     0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
         model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
+        finetune.lora_rank
         optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
         training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
@@ -68,6 +69,8 @@ def problems(
     groups = {"model.num_attention_heads", "model.num_query_groups"}
     widths = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
     counts = {"model.num_layers", "model.moe.num_experts"}
+    named = counts | heads | groups | widths | {"finetune.lora_rank"}
+    staged = {"stages", "seq_len", "model.vocab_size"}
     sizes = {"parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"}
     lengths = {"training.seq_len", "model.max_seq_len"}
     batches = {"training.global_batch_size", "training.micro_batch_size"}
@@ -84,12 +87,13 @@ def problems(
         (model_rules.architecture(model), set(), ""),
         (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
         (model_rules.tensor_parallel(model, parallel), widths | sizes | {"groups"}, ""),
-        (model_rules.lr_scale(cfg.optimizer, model), counts | heads, ""),
+        (name_rules.names(cfg), named, ""),
         (zero(cfg), sizes, ""),
-        (pipeline_stages(cfg), sizes | {"model.num_layers"}, ""),
+        (pipeline_stages(cfg), sizes | {"model.num_layers"}, "stages"),
         (effects(cfg), sizes, ""),
         (layout(parallel, world_size), sizes, "data"),
         (sequence_length(cfg), lengths, "seq_len"),
+        (name_rules.stages_train(cfg, tokenizer_vocab_size), named | sizes | staged, ""),
         (ramp(cfg, world_size), batches | {"seq_len", "data", "ramp"}, "ramp"),
         (packed_rows(cfg, row_tokens), lengths, ""),
         (one_length(cfg), set(), "steps"),

@@ -7,13 +7,13 @@ Runs before process groups form and imports no torch: an impossible run costs se
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pipeline.config import rules
 from pipeline.config.choices import Precision
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.stages import pad_vocabulary
 from pipeline.config.step_shape import (
     Ramp,
     StepShape,
@@ -22,10 +22,6 @@ from pipeline.config.step_shape import (
     run_length,
     warmup_steps,
 )
-
-# Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
-# full.
-VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,6 @@ def derive(
     ramp = ramp_shapes(cfg, sizes)
     total_steps, total_tokens = run_length(cfg.training, ramp)
     vocab_size = vocabulary if cfg.model.vocab_size is None else cfg.model.vocab_size
-    multiple = VOCAB_MULTIPLE * sizes.tensor
     return RunShape(
         sizes=sizes,
         zero_stage=_zero_stage(cfg, sizes),
@@ -89,7 +84,7 @@ def derive(
         global_batch_size=cfg.training.global_batch_size,
         seq_len=full_seq_len(cfg),
         vocab_size=vocab_size,
-        padded_vocab_size=math.ceil(vocab_size / multiple) * multiple,
+        padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=sizes.tensor),
         total_steps=total_steps,
         total_tokens=total_tokens,
         warmup_steps=warmup_steps(cfg),

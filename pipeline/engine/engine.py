@@ -38,6 +38,7 @@ from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.experts import set_moe_loss_scale
 from pipeline.model.fragments import Fragment
 from pipeline.model.initial_values import initialize
+from pipeline.model.lora import adapt, freeze
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import StageSchema
 from pipeline.model.tensor_parallel import reduce_partial_gradients
@@ -74,14 +75,16 @@ class Engine:
         )
         schema = StageSchema.of(cfg.data, cfg.parallel)
         module = runner_class.build_module(self.architecture, schema, shape, layout)
+        adapt(module, cfg.model, cfg.finetune)
         module.to(layout.device)
         self.partitions = self._initial_weights(module)
+        trained = list(freeze(named_parameters(module, cfg.model), cfg.model, cfg.finetune))
         reduce_partial_gradients(module, layout.tensor.group)
         is_fp16 = cfg.training.precision is Precision.fp16
         self.loss_scale = LossScale(layout.device) if is_fp16 else None
         self.runner: Runner = runner_class(
             module,
-            parameter_groups(named_parameters(module, cfg.model), cfg.optimizer, cfg.model),
+            parameter_groups(trained, cfg.optimizer, cfg.model),
             optimizer=cfg.optimizer,
             architecture=self.architecture,
             shape=shape,
@@ -176,8 +179,8 @@ class Engine:
         }
 
     def fragments(self) -> list[Fragment]:
-        """Views of this rank's fp32 weights and optimizer state, tied copies included."""
-        return state.fragments(self)
+        """Views of all weights of this rank, the trained ones in fp32 with optimizer state."""
+        return [*state.fragments(self), *state.frozen_fragments(self)]
 
     def publish_weights(self) -> None:
         """Copy the views' fp32 weights into those that the model computes with. Collective."""

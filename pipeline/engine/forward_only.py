@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config.choices import Precision
+from pipeline.config.stages import layer_costs, partition
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
@@ -30,7 +31,6 @@ from pipeline.model.initial_values import initialize
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import Packed, StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
-from pipeline.model.stages import layer_costs, partition
 from pipeline.model.tensor_parallel import gather_sequence
 
 if TYPE_CHECKING:

@@ -68,7 +68,10 @@ class Runner(Protocol):
         """0-dim sum of weights * cross entropy over all ranks, without gradients."""
 
     def slots(self) -> Iterator[Slot]:
-        """Where this rank's share of the fp32 weights lies."""
+        """Where this rank's share of the trained fp32 weights lies."""
+
+    def frozen_slots(self) -> Iterator[Slot]:
+        """Where this rank's share of the frozen weights lies: the model's own memory."""
 
     def publish_weights(self) -> None:
         """Copy the fp32 weights into those that the model computes with."""

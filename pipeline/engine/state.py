@@ -27,7 +27,7 @@ class Trained(Weights, Protocol):
 
 
 def fragments(engine: Trained) -> list[Fragment]:
-    """Views of what this rank holds of weights and optimizer state, tied copies included."""
+    """Views of this rank's trained weights and optimizer state, tied copies included."""
     named = {
         id(parameter): (name, partition)
         for name, (parameter, partition) in engine.all_parameters().items()
@@ -44,6 +44,21 @@ def fragments(engine: Trained) -> list[Fragment]:
             Fragment(name, partition, slot.start, views, _is_owned(engine, slot, partition, index))
         )
     return found
+
+
+def frozen_fragments(engine: Trained) -> list[Fragment]:
+    """Views of this rank's frozen weights, in the precision the model computes in.
+
+    No checkpoint holds them: they are read from the base, whenever a run starts.
+    """
+    named = {
+        id(parameter): (name, partition)
+        for name, (parameter, partition) in engine.all_parameters().items()
+    }
+    return [
+        Fragment(*named[id(slot.parameter)], slot.start, {WEIGHT: slot.flat}, False)
+        for slot in engine.runner.frozen_slots()
+    ]
 
 
 def _is_owned(engine: Trained, slot: Slot, partition: Partition, index: int) -> bool:

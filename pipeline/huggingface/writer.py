@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.checkpoint.tensors import CheckpointTensors
+    from pipeline.checkpoint.adapters import ModelTensors
     from pipeline.data.tokenizer import Tokenizer
 
 DType = Enum("DType", ["fp32", "bf16", "fp16"])
@@ -38,16 +38,16 @@ SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4
 
 
-def export(checkpoint: Path, output: Path, *, dtype: DType) -> Mapping:
+def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = None) -> Mapping:
     """Write everything but the proof.
 
     Raises:
         ConfigError: no transformers class computes the model.
     """
-    from pipeline.checkpoint.tensors import CheckpointTensors
     from pipeline.data.tokenizer import Tokenizer
+    from pipeline.huggingface.whole_model import open_model
 
-    record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
+    record, tensors = read_record(checkpoint), open_model(checkpoint, base=base)
     model = record.model()
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)
@@ -102,9 +102,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> 
     _write_json(output / "tokenizer_config.json", settings)
 
 
-def write_weights(
-    tensors: CheckpointTensors, mapping: Mapping, output: Path, *, dtype: DType
-) -> None:
+def write_weights(tensors: ModelTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
     """Write the safetensors files and their index, holding one parameter at a time."""
     import torch
 
@@ -128,7 +126,7 @@ def write_weights(
         _write_json(output / "model.safetensors.index.json", document)
 
 
-def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
+def _shards(tensors: ModelTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
     """The rules in files of at most SHARD_BYTES, or one parameter; absent biases in the last."""
     current: list[Rule] = []
     size = 0
@@ -146,7 +144,7 @@ def _shards(tensors: CheckpointTensors, mapping: Mapping, dtype: DType) -> Itera
     yield current + zeros
 
 
-def _shapes(tensors: CheckpointTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: ModelTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
     """Their names and shapes, found out on tensors without memory."""
     import torch
 
@@ -156,7 +154,7 @@ def _shapes(tensors: CheckpointTensors, rule: Rule) -> dict[str, tuple[int, ...]
     }
 
 
-def _values(tensors: CheckpointTensors, rules: list[Rule]) -> Iterator[Tensor]:
+def _values(tensors: ModelTensors, rules: list[Rule]) -> Iterator[Tensor]:
     for rule in rules:
         yield from rule.split(tensors.tensor(f"weights/{rule.name}") if rule.name else _zeros((0,)))
 
@@ -175,17 +173,16 @@ def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
     return sum(map(math.prod, shapes.values())) * (4 if dtype is DType.fp32 else 2)
 
 
-def logits_difference(checkpoint: Path, output: Path, *, dtype: DType) -> float:
+def logits_difference(
+    checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = None
+) -> float:
     """Largest |difference| of fp32 logits, the folder's and ours, on equally rounded weights."""
     import torch
 
-    from pipeline.checkpoint.tensors import CheckpointTensors
+    from pipeline.huggingface.whole_model import open_model
     from pipeline.model.local_model import LocalModel
 
-    tensors, model = (
-        CheckpointTensors(checkpoint),
-        read_record(checkpoint).model(),
-    )
+    tensors, model = open_model(checkpoint, base=base), read_record(checkpoint).model()
     rounded = getattr(torch, DTYPES[dtype])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
     theirs = load_transformers(output, torch.float32, ours.device)
@@ -227,6 +224,7 @@ def _model_card(
         "Precision in training, of these weights": (
             f"{config['training']['precision']}, {dtype.name}"
         ),
+        **_fine_tuning(record),
         "Seed": config["seed"],
         "Checkpoint": f"step {record.step}, saved {record.saved_at}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
@@ -238,6 +236,23 @@ def _model_card(
         "tuning.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
+
+
+def _fine_tuning(record: CheckpointRecord) -> dict[str, str]:
+    """What the card says of a run that trained a part of a model."""
+    if record.base is None:
+        return {}
+    finetune = record.finetune()
+    facts = {
+        "Trained parameters": ", ".join(finetune.train),
+        "Base (SHA-256)": f"{record.base['path']} ({record.base['sha256'][:16]}...)",
+    }
+    if finetune.lora_rank:
+        facts["LoRA"] = (
+            f"rank {finetune.lora_rank}, alpha {finetune.lora_alpha:g}; merged in fp32, then "
+            "rounded: not bit for bit the base in this precision with the adapter beside it"
+        )
+    return facts
 
 
 def _identities(record: CheckpointRecord) -> str:

@@ -146,11 +146,11 @@ class LocalSampler:
     """Our own forward pass on a checkpoint."""
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
-        from pipeline.checkpoint.tensors import CheckpointTensors
         from pipeline.data.tokenizer import Tokenizer
+        from pipeline.huggingface.whole_model import open_model
         from pipeline.model.local_model import LocalModel
 
-        tensors = CheckpointTensors(folder)
+        tensors = open_model(folder)
         self.cfg = cfg
         record = read_record(folder)
         self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json", eod=record.eod)

@@ -46,13 +46,21 @@ def initial_std(name: str, model: ModelConfig) -> float:
 def initialize(
     parameter: Tensor, name: str, part: Partition, *, model: ModelConfig, seed: int
 ) -> None:
-    """Fill this rank's shard of a parameter: norms 1, biases 0, matrices normal; padding rows 0."""
+    """Fill this rank's shard of a parameter: norms 1, biases 0, matrices normal; padding rows 0.
+
+    Of low-rank matrices B is 0 and A normal, as wide as PEFT's uniform one, by the width of the
+    whole input: by that of a shard, the losses would change with tensor_parallel_size.
+    """
     parameter.zero_()
     if parameter.dim() == 1:
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
         return
+    if name.endswith(".lora_b"):
+        return
     std = initial_std(name, model)
+    if name.endswith(".lora_a"):
+        std = 1.0 / math.sqrt(3.0 * part.global_shape[1])
     # A block is drawn whole, in all its columns, and the rank keeps its own rows and columns: which
     # numbers they get must not depend on where another layout would cut.
     for local, whole in part.pieces():

@@ -72,12 +72,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights, projection):  # type: ignore[no-untyped-def]
         """Sum of the chunks' losses; their gradients, for a loss gradient of 1, stay in ctx."""
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen head saves one product of three
+        needs_gradient = of_hidden or of_weight
         # 524 tokens on CPU at 32,000 columns. The 16 are for vocabularies so wide that a chunk
         # would be a few rows, and the products would read the whole weight for each of them.
         chunk = max(16, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -85,11 +86,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = here @ weight.t()
             losses, grad_logits = _cross_entropy(logits, labels[part], projection, needs_gradient)
             loss += losses.sum() if importance is None else losses @ importance
-            if grad_logits is None or grad_hidden is None:
+            if grad_logits is None:
                 continue
-            torch.matmul(grad_logits, weight, out=grad_hidden[part])
-            if importance is not None:  # on (N, H), not on the wider (N, V)
-                grad_hidden[part] *= importance[:, None]
+            if grad_hidden is not None:
+                torch.matmul(grad_logits, weight, out=grad_hidden[part])
+                if importance is not None:  # on (N, H), not on the wider (N, V)
+                    grad_hidden[part] *= importance[:, None]
+            if not of_weight:
+                continue
+            if importance is not None:
                 here = here * importance[:, None].to(here.dtype)
             if grad_weight is None:
                 grad_weight = grad_logits.t() @ here
@@ -99,18 +104,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = grad_weight.float().add_(grad_logits.t() @ here)
         scale = 1.0 if token_weights is not None else 1.0 / labels.numel()
         if needs_gradient:
-            assert grad_weight is not None, "no tokens"
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            assert grad_weight is not None or not of_weight, "no tokens"
+            whole = None if grad_weight is None else grad_weight.to(weight.dtype)
+            ctx.save_for_backward(grad_hidden, whole)
             ctx.scale = scale
         return loss * scale
 
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss * ctx.scale
         # In place: the copy would be as large as the embedding, and there is no second backward
         # pass.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
+        grads = (None if grad is None else grad.mul_(scale) for grad in ctx.saved_tensors)
+        return *grads, None, None, None
 
 
 def _cross_entropy(

@@ -148,6 +148,14 @@ def is_split(parameter: Any) -> bool:
     return getattr(parameter, "tensor_model_parallel", False)
 
 
+def mark_split(parameter: Any, dim: int, stride: int) -> None:
+    """Say that tensor-parallel ranks hold parts of the parameter; None is no parameter."""
+    if parameter is not None:
+        vars(parameter).update(
+            tensor_model_parallel=True, partition_dim=dim, partition_stride=stride
+        )
+
+
 def _product(shape: Sequence[int]) -> int:
     total = 1
     for size in shape:

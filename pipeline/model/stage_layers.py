@@ -2,7 +2,7 @@
 
     StageEmbedding -> StageBlock x num_layers -> StageHead
 
-They are the layers of gpt.py with one argument: what stage_io.py packed. model/stages.py says
+They are the layers of gpt.py with one argument: what stage_io.py packed. config/stages.py says
 which stage holds which of them.
 """
 

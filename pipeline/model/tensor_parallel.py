@@ -17,45 +17,46 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-
-def _mark_split(parameter: Any, dim: int, stride: int) -> None:
-    if isinstance(parameter, nn.Parameter):
-        vars(parameter).update(
-            tensor_model_parallel=True, partition_dim=dim, partition_stride=stride
-        )
+from pipeline.model.lora import LowRankColumn, LowRankRow
+from pipeline.model.partition import mark_split
 
 
-class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+class ColumnLinear(LowRankColumn, tensor_parallel.ColumnParallelLinear):
     """Rows of the weight are split over the tensor-parallel ranks; bias is added here."""
 
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
-        if not kwargs.get("is_expert"):
-            kwargs["skip_bias_add"] = False
+        # Not by megatron-core: behind a frozen weight it gives the bias no gradient.
+        kwargs["skip_bias_add"] = True
         super().__init__(*args, stride=stride, **kwargs)
-        _mark_split(self.weight, 0, stride)
-        _mark_split(self.bias, 0, stride)
+        mark_split(self.weight, 0, stride)
+        mark_split(self.bias, 0, stride)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(output of this rank's rows, None)."""
         if self.tp_group.size() == 1:
-            return F.linear(x, self.weight, self.bias), None
-        return super().forward(x, *args, **kwargs)
+            out = F.linear(x, self.weight, self.bias)
+        else:
+            out, bias = super().forward(x, *args, **kwargs)
+            out = out if bias is None else out + bias
+        return out + self.low_rank(x) if self.lora_scale else out, None
 
 
-class RowLinear(tensor_parallel.RowParallelLinear):
+class RowLinear(LowRankRow, tensor_parallel.RowParallelLinear):
     """The weight's columns are split over tensor-parallel ranks; the bias joins after the sum."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("is_expert"):
             kwargs["skip_bias_add"] = False
         super().__init__(*args, **kwargs)
-        _mark_split(self.weight, 1, 1)
+        mark_split(self.weight, 1, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(sum over ranks, None)."""
         if self.tp_group.size() == 1:
-            return F.linear(x, self.weight, self.bias), None
-        return super().forward(x)
+            out = F.linear(x, self.weight, self.bias)
+        else:
+            out = super().forward(x)[0]
+        return out + self.low_rank(x) if self.lora_scale else out, None
 
 
 class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):
@@ -63,7 +64,7 @@ class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, init_method=nn.init.normal_, **kwargs)
-        _mark_split(self.weight, 0, 1)
+        mark_split(self.weight, 0, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Rows of `tokens`, the same on every rank."""
@@ -129,8 +130,9 @@ def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
 def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Sum over the tensor-parallel ranks every gradient of which each rank computes a part.
 
-    These are the norms and row-parallel biases under sequence parallelism, and the per-head norms
-    always. A tensor hook runs before the gradient is accumulated, so it is right for every ZeRO
+    These are the norms, row-parallel biases and whole low-rank matrices under sequence parallelism,
+    and the per-head norms always. Frozen ones have no gradient, and may have no hook. A
+    tensor hook runs before the gradient is accumulated, so it is right for every ZeRO
     stage and both engines.
     """
     if group.size() == 1:
@@ -142,7 +144,8 @@ def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> Non
         return gradient
 
     for parameter in module.parameters():
-        if getattr(parameter, "has_partial_gradient", False) or getattr(
+        is_partial = getattr(parameter, "has_partial_gradient", False) or getattr(
             parameter, "sequence_parallel", False
-        ):
+        )
+        if is_partial and parameter.requires_grad:
             parameter.register_hook(reduce)

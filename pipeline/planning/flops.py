@@ -7,9 +7,23 @@ Pure functions of the config; imports no torch.
 
 from __future__ import annotations
 
+import math
+
 from pipeline.config.choices import Normalization, NormPlacement, Position
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
+from pipeline.config.parameter_names import (
+    linear_shapes,
+    matches,
+    parameter_names,
+    trained_names,
+)
+from pipeline.planning.trained import (
+    first_trained_layer,
+    num_low_rank_parameters,
+    num_trained_parameters,
+)
 
 # Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the
 # device's name contains counts, so longer names come first.
@@ -66,7 +80,9 @@ def mfu(
     return tokens_per_sec_per_device * flops_per_token / (peak_tflops * 1e12)
 
 
-def flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> float:
+def flops_per_token(
+    model: ModelConfig, finetune: FinetuneConfig, *, vocab_size: int, seq_len: int
+) -> float:
     """Floating-point operations that one training token costs, forward and backward.
 
         6 * (weights of the matrices a token passes) + 12 * num_layers * num_heads * head_dim *
@@ -78,22 +94,57 @@ def flops_per_token(model: ModelConfig, *, vocab_size: int, seq_len: int) -> flo
     Sources: PaLM, arXiv:2204.02311, appendix B; Narayanan et al. 2021 (Megatron), arXiv:2104.04473,
     section 3, whose formula without recomputation, 72 B s l h^2 (1 + s / 6h + V / 12lh), this
     equals for a GPT-3 layer.
+
+    A frozen matrix has no gradient, so 4 instead of 6; below the first trained block nothing goes
+    backwards, so 2, and 4 instead of 12; low-rank matrices come on top.
     """
-    weights = model.num_layers * (_attention_weights(model) + _mlp_weights(model, active=True))
-    weights += vocab_size * model.hidden_size
-    attention = (
-        12 * model.num_layers * model.num_attention_heads * resolve(model).head_dim * seq_len
+    weights = _attention_weights(model) + _mlp_weights(model, active=True)
+    attention = model.num_attention_heads * resolve(model).head_dim * seq_len
+    trained = _trained_shares(model, finetune)
+    first, total = first_trained_layer(model, finetune), 0.0
+    for layer in range(model.num_layers):
+        is_reached = layer >= first
+        total += weights * (2 + 2 * is_reached + 2 * trained[layer])
+        total += attention * (4 + 8 * is_reached)
+    is_head_trained = matches(
+        "embedding.word.weight" if model.tied_embeddings else "head.weight", finetune.train, model
     )
-    return float(6 * weights + attention)
+    names = trained_names(parameter_names(model, finetune), model, finetune)
+    is_passed = any(name != "head.weight" for name in names)
+    total += vocab_size * model.hidden_size * (2 + 2 * is_passed + 2 * is_head_trained)
+    return total + 6.0 * num_low_rank_parameters(model, finetune)
+
+
+def _trained_shares(model: ModelConfig, finetune: FinetuneConfig) -> list[float]:
+    """Of each block, which part of the weights of its linears is trained."""
+    counts = [[0, 0] for _ in range(model.num_layers)]
+    for stem, shape in linear_shapes(model).items():
+        count = counts[int(stem.split(".")[1])]
+        count[0] += math.prod(shape) * matches(f"{stem}.weight", finetune.train, model)
+        count[1] += math.prod(shape)
+    return [trained / whole for trained, whole in counts]
 
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Trained parameters, shared ones counted once, the padding of the vocabulary left out."""
+    """Parameters of the model itself, shared ones counted once, without padding of the vocabulary.
+
+    How many of them are trained: planning/trained.py.
+    """
     embeddings = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     if model.position is Position.learned:
         embeddings += model.max_seq_len * model.hidden_size
     final_norm = _norm(model) if model.norm_placement is NormPlacement.pre else 0
     return embeddings + model.num_layers * _block_parameters(model) + final_norm
+
+
+def count_parameters(
+    model: ModelConfig, finetune: FinetuneConfig, vocab_size: int
+) -> dict[str, int]:
+    """What a run says of its size: parameters of the model, and how many numbers are trained."""
+    return {
+        "num_parameters": num_parameters(model, vocab_size),
+        "num_trained_parameters": num_trained_parameters(model, finetune, vocab_size),
+    }
 
 
 def _block_parameters(model: ModelConfig) -> int:

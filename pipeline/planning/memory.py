@@ -12,16 +12,18 @@ torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.choices import OptimizerName, Precision, Recompute
 from pipeline.config.model_shape import resolve
+from pipeline.config.parameter_names import is_lora, parameter_names, trained_names
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.errors import ConfigError
 from pipeline.planning.flops import num_parameters
+from pipeline.planning.trained import first_trained_layer, numbers_on_a_rank
 
 GIB = 2**30
 # Bytes of element-wise optimizer state per parameter, fp32.
@@ -61,16 +63,41 @@ def estimate(cfg: PretrainConfig, shape: RunShape) -> Memory:
         whole - num_parameters(replace(model, num_layers=0), shape.padded_vocab_size)
     ) / model.num_layers
     parameters = (whole - (model.num_layers - layers) * one_layer) / shape.sizes.tensor
+    trained = _trained(cfg, shape, layers=layers, whole=parameters)
+    parameters += _trained(cfg, shape, layers=layers, whole=0.0, is_wanted=is_lora)
     # Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     optimizer = STATE_BYTES[cfg.optimizer.name] + (4 if stage > 0 else 0)
     in_flight = min(shape.sizes.pipeline, shape.at(shape.total_steps).num_micro_batches)
     return Memory(
         weights=parameters * wide / (shards if stage == 3 else 1) / GIB,
-        gradients=parameters * 4 / (shards if stage >= 2 else 1) / GIB,
+        gradients=trained * 4 / (shards if stage >= 2 else 1) / GIB,
         optimizer=0.0
         if parallel.offload_optimizer
-        else parameters * optimizer / (shards if stage > 0 else 1) / GIB,
+        else trained * optimizer / (shards if stage > 0 else 1) / GIB,
         activations=_activations(cfg, shape, layers=layers, in_flight=in_flight) / GIB,
+    )
+
+
+def _trained(
+    cfg: PretrainConfig,
+    shape: RunShape,
+    *,
+    layers: int,
+    whole: float,
+    is_wanted: Callable[[str], bool] = lambda _: True,
+) -> float:
+    """Numbers of a rank that are trained, of those wanted; `whole` where all of them are."""
+    model, finetune = cfg.model, cfg.finetune
+    if "*" in finetune.train and not finetune.lora_rank:
+        return whole
+    names = parameter_names(model, finetune)
+    return numbers_on_a_rank(
+        filter(is_wanted, trained_names(names, model, finetune)),
+        model,
+        finetune,
+        vocab_size=shape.padded_vocab_size,
+        tensor=shape.sizes.tensor,
+        layers=layers,
     )
 
 
@@ -94,6 +121,8 @@ def _activations(cfg: PretrainConfig, shape: RunShape, *, layers: int, in_flight
     common = 5 * hidden / (tensor if cfg.parallel.sequence_parallel else 1)
     split = ((2 * heads + 2 * groups) * sizes.head_dim + inner) / tensor
     layer = tokens * wide * (common + split)
+    # Nothing is kept for blocks that the backward pass does not reach.
+    layers = min(layers, max(1, model.num_layers - first_trained_layer(model, cfg.finetune)))
     # Every n-th block keeps its input only, and lives again one at a time.
     if cfg.training.recompute is Recompute.full:
         kept = tokens * wide * hidden

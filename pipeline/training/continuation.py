@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from pipeline import cli
 from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.adapters import Base, base_of, recorded_base
 from pipeline.checkpoint.record import RETIRED, CheckpointRecord, read_record
+from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.errors import CheckpointError, ConfigError, Problems
@@ -34,6 +36,12 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
         cfg, shape: the run.
         run_dir: runs/NAME; need not exist.
     """
+    if freezes(cfg.model, cfg.finetune) and not cfg.checkpoint.init_from:
+        raise ConfigError(
+            f"finetune.train ({', '.join(cfg.finetune.train)}) leaves parameters frozen, and "
+            "frozen at random numbers they are of no use. Set checkpoint.init_from to a run, a "
+            "checkpoint or a Hugging Face folder, at every start of this run."
+        )
     checkpoints = folders.list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
         _check_beginning(cfg, run_dir)
@@ -108,6 +116,19 @@ def _differences(
             f"{run_dir} holds a run of another model ({'; '.join(changed)}). "
             "Give this run another name=..., or move that folder away."
         )
+    before, after = record.finetune(), cfg.finetune
+    wrong = [
+        f"finetune.{key}: {value} there, {getattr(after, key)} here"
+        for key, value in vars(before).items()
+        if value != getattr(after, key)
+    ]
+    if wrong:
+        yield CheckpointError(
+            f"{run_dir} trains other parameters ({'; '.join(wrong)}). Give this run another "
+            f"name=..., with checkpoint.init_from={run_dir} to start from what that one learned."
+        )
+    elif (base := recorded_base(record)) is not None and cfg.checkpoint.init_from:
+        yield from _another_base(base, Path(cfg.checkpoint.init_from))
     if record.optimizer != cfg.optimizer.name.name:
         yield CheckpointError(
             f"{run_dir} was trained with optimizer.name={record.optimizer}, this start has "
@@ -120,3 +141,15 @@ def _differences(
             f"{shape.total_steps}: there is nothing left to train. "
             f"Set training.total_steps above {record.step}, or begin again under another name=..."
         )
+
+
+def _another_base(base: Base, path: Path) -> Iterator[CheckpointError]:
+    """What is wrong with the weights a run would go on beside.
+
+    A Hugging Face folder is compared when it is loaded: reading all of it is the ranks' work.
+    """
+    try:
+        if not (path / "config.json").is_file():
+            base.check(base_of(folders.find(path)))
+    except CheckpointError as error:
+        yield error

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint import restore
+from pipeline.checkpoint.adapters import Base, base_of, recorded_base
 from pipeline.checkpoint.agreement import Agreement
+from pipeline.checkpoint.record import read_record
+from pipeline.config.parameter_names import is_lora
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.reader import HuggingFaceWeights
+from pipeline.huggingface.whole_model import find_base, open_model
 from pipeline.model.fragments import chunks_of
 
 
@@ -28,15 +33,41 @@ def load_weights(weights: Weights, path: Path) -> Path:
         path = ranks.on_main(lambda: folders.find(path))
         if problems := ranks.damage(path):
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
-        ranks.agree(lambda: restore.read_weights(weights, path))
+        known = _known_bases(path, ranks)
+        ranks.agree(
+            lambda: restore.read_weights(weights, open_model(path, identify=known.__getitem__))
+        )
     weights.publish_weights()
     return path
+
+
+def load_base(weights: Weights, path: Path) -> Base:
+    """Start beside weights that stay as they are; what they are. Collective."""
+    return base_of(load_weights(weights, path), Agreement(weights.layout.host_group))
+
+
+def _known_bases(path: Path, ranks: Agreement) -> dict[Path, Base]:
+    """The identity of an adapter's base, and of that one's, ...; the ranks share the reading."""
+    known: dict[Path, Base] = {}
+    while not (path / "config.json").is_file():
+        wanted = ranks.on_main(partial(_recorded_base, path))
+        if wanted is None:
+            break
+        path = ranks.on_main(partial(find_base, wanted))
+        known[path] = base_of(path, ranks)
+    return known
+
+
+def _recorded_base(checkpoint: Path) -> Base | None:
+    return recorded_base(read_record(checkpoint))
 
 
 def import_weights(weights: Weights, folder: Path) -> None:
     """Fill this rank's weights from a Hugging Face folder, one whole parameter at a time."""
     source = HuggingFaceWeights(folder, weights.model)
     for fragment in weights.fragments():
+        if is_lora(fragment.name):
+            continue
         whole = source.tensor(fragment.name, fragment.partition.global_shape)
         for chunk in chunks_of(fragment, ["weight"]):
             place = tuple(

@@ -102,7 +102,7 @@ def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
 
 def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
     """Raise MachineError unless the run folder can be written and has room for its checkpoints."""
-    from pipeline.planning.flops import num_parameters
+    from pipeline.planning.trained import num_trained_parameters
 
     # The folder is made when the run begins; what is there already must take a file, which gets no
     # name, or loses it at once.
@@ -115,7 +115,8 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
             f"the run folder {run_dir} cannot be written ({error.strerror}). "
             "Choose another with runs_dir=... or name=..."
         ) from None
-    size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(cfg.model, shape.vocab_size)
+    trained = num_trained_parameters(cfg.model, cfg.finetune, shape.vocab_size)
+    size = CHECKPOINT_BYTES_PER_PARAMETER * trained
     free = shutil.disk_usage(there).free
     if free < 2 * size:  # the newest checkpoint and the one being written
         raise MachineError(

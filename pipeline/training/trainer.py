@@ -8,19 +8,20 @@ Everything it needs is built in `Trainer.__init__`; every method is called on ev
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import cli
+from pipeline.checkpoint.adapters import Base, as_json, recorded_base
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import RunRecord
 from pipeline.config.choices import OnCorrupt, Precision
+from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
-from pipeline.config.step_shape import StepShape
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
@@ -30,7 +31,7 @@ from pipeline.errors import CheckpointError, DataUsedUp, DivergedError
 from pipeline.evaluation.perplexity import Evaluator
 from pipeline.files import write_durably
 from pipeline.log import logger
-from pipeline.planning.flops import flops_per_token, num_parameters
+from pipeline.planning.flops import count_parameters, flops_per_token
 from pipeline.resilience import notice
 from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput
@@ -38,24 +39,8 @@ from pipeline.resilience.guard import Action, Guard
 from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.metrics import Metrics, SilentMetrics
-from pipeline.training.initial_weights import load_weights
-
-
-@dataclass
-class TrainState:
-    """How far the run is; lives in every checkpoint."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    samples_seen: int = 0
-    skipped_steps: int = 0
-    restarts: int = 0
-
-    def advance(self, shape: StepShape) -> None:
-        """One optimizer step is done, applied or skipped."""
-        self.step += 1
-        self.tokens_seen += shape.tokens
-        self.samples_seen += shape.num_samples
+from pipeline.training.initial_weights import load_base, load_weights
+from pipeline.training.state import TrainState
 
 
 class Trainer:
@@ -75,6 +60,7 @@ class Trainer:
         self.run_dir, self.clock, self.hosts = run_dir, clock, hosts
         self.state = TrainState()
         self.evaluated_step: int | None = None  # the last one, None before the first
+        self.base: Base | None = None  # of a run that trains a part
         self.engine = Engine(cfg, shape, layout)
         clock.alive()
         self.loader = Loader(
@@ -109,11 +95,11 @@ class Trainer:
             config=cli.to_dict(cfg),
             shape=shape,
             flops_per_token=flops_per_token(
-                cfg.model, vocab_size=shape.vocab_size, seq_len=shape.seq_len
+                cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=shape.seq_len
             ),
             goodput=Goodput(self.run_dir, self.clock),
             facts={
-                "num_parameters": num_parameters(cfg.model, shape.vocab_size),
+                **count_parameters(cfg.model, cfg.finetune, shape.vocab_size),
                 "datasets": self.loader.state()["datasets"],
             },
         )
@@ -281,14 +267,19 @@ class Trainer:
             gc.disable()
         if self.layout.ranks.is_main:  # a longer total_steps takes a finished run up again
             (self.run_dir / "DONE").unlink(missing_ok=True)
+        source = self.cfg.checkpoint.init_from
+        if source and freezes(self.cfg.model, self.cfg.finetune):  # no checkpoint holds these
+            self.base = load_base(self.engine, Path(source))
         record = self.checkpoints.restore(self.engine) if self.cfg.checkpoint.resume else None
         if record is not None:
             self.state = TrainState(**record.state)
             self.state.restarts += 1
             self.loader.restore(record.loader)
             self.guard.restore(record.guard)
-        elif self.cfg.checkpoint.init_from:
-            load_weights(self.engine, Path(self.cfg.checkpoint.init_from))
+            if (base := recorded_base(record)) is not None and self.base is not None:
+                base.check(self.base)
+        elif source and self.base is None:
+            load_weights(self.engine, Path(source))
 
     def save(self) -> None:
         """Write a checkpoint; does nothing when this step is already on disk."""
@@ -324,6 +315,7 @@ class Trainer:
             loader=self.loader.state(),
             guard=self.guard.state(),
             eod=self.loader.reader.eod,
+            base=as_json(self.base),
             config=cli.to_dict(self.cfg),
         )
 

@@ -1,4 +1,4 @@
-"""The names of a model's parameters, known before it is built."""
+"""The names and shapes of a model's parameters, known before it is built."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import parameter_names as names
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.parameter_names import parameter_names
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
 from tests.support.layouts import MODELS, VOCAB, config
@@ -21,13 +22,16 @@ def test_names_are_those_of_the_reference(model: str) -> None:
     cfg = config() if model not in MODELS else config(model)
     if model == "qwen2":
         cfg = replace(cfg, model=replace(cfg.model, bias=False, qkv_bias=True))
-    names = list(parameter_names(cfg.model))
-    assert sorted(names) == sorted(parameter_shapes(cfg, VOCAB))
+    cfg = replace(cfg, finetune=replace(cfg.finetune, lora_rank=3))
+    found = names.parameter_shapes(cfg.model, cfg.finetune, vocab_size=VOCAB)
+    assert found == parameter_shapes(cfg, VOCAB)
 
 
 def test_a_built_model_has_exactly_these_names() -> None:
     for model, found in run_on_ranks(built_names, 1, ["gpt2-untied", "moe", "mqa"])[0].items():
-        assert sorted(parameter_names(ModelConfig(**MODELS[model]))) == sorted(found)
+        assert sorted(
+            names.parameter_names(ModelConfig(**MODELS[model]), FinetuneConfig())
+        ) == sorted(found)
 
 
 def built_names(models: list[str]) -> dict[str, list[str]]:

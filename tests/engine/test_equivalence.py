@@ -13,13 +13,10 @@ from typing import Any
 import pytest
 
 from pipeline.config.choices import Init
+from tests.support.equivalence import Case, check, compare
 from tests.support.layouts import batches, config, reference, train, train_all
 from tests.support.ranks import run_on_ranks
 
-TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
-
-Case = dict[str, Any]
-KINDS = ("documents", "masked", "positions", "batch_size")  # of the data
 FAST: dict[int, list[Case]] = {
     1: [
         dict(model="gpt2"),
@@ -207,32 +204,3 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
         written = base.deepspeed_config
         base.deepspeed_config = lambda *a: {k: v for k, v in written(*a).items() if k != "pipeline"}
     return train(cfg, batches())
-
-
-def check(world_size: int, cases: list[Case]) -> None:
-    """Run all cases of one world size in one set of processes and compare each."""
-    kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
-    configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
-    results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
-    for ranks in zip(*results):
-        assert all(r["history"] == ranks[0]["history"] for r in ranks), (
-            "ranks disagree about loss or gradient norm"
-        )
-    expected: dict[str, Any] = {}
-    for case, kind, cfg, got in zip(cases, kinds, configs, results[0]):
-        key = f"{case['model']} {kind} {cfg.optimizer.clip_grad}"
-        expected.setdefault(key, None)
-        if expected[key] is None:
-            expected[key] = reference(cfg, **kind)
-        compare(got, expected[key], case.get("precision", "fp32"), str(case))
-
-
-def compare(
-    got: dict[str, Any], expected: list[tuple[float, float]], precision: str, what: str
-) -> None:
-    """Assert that every loss and gradient norm is within the tolerance of the precision."""
-    for step, (have, want) in enumerate(zip(got["history"], expected, strict=True)):
-        for name, a, b, tolerance in zip(("loss", "grad_norm"), have, want, TOLERANCE[precision]):
-            assert abs(a - b) <= tolerance * abs(b), (
-                f"{what}: {name} of step {step} differs: {a} instead of {b}"
-            )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline import cli
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig, TrainingConfig
@@ -98,9 +99,9 @@ def test_flops_equal_megatrons_formula_for_gpt3_175b():
     expected = (
         72 * layers * hidden**2 * (1 + seq_len / (6 * hidden) + vocab / (12 * layers * hidden))
     )
-    assert flops_per_token(preset("gpt3-175b"), vocab_size=vocab, seq_len=seq_len) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert flops_per_token(
+        preset("gpt3-175b"), FinetuneConfig(), vocab_size=vocab, seq_len=seq_len
+    ) == pytest.approx(expected, rel=1e-12)
 
 
 def test_mfu_of_megatron_gpt3_is_the_one_palm_published():
@@ -112,7 +113,7 @@ def test_mfu_of_megatron_gpt3_is_the_one_palm_published():
     model = ModelConfig(
         name="mtnlg", num_layers=layers, hidden_size=hidden, num_attention_heads=128
     )
-    flops = flops_per_token(model, vocab_size=51200, seq_len=seq_len)
+    flops = flops_per_token(model, FinetuneConfig(), vocab_size=51200, seq_len=seq_len)
     rate = 65.43e3 / 2240
     share = mfu(tokens_per_sec_per_device=rate, flops_per_token=flops, peak_tflops=312.0)
     assert share == pytest.approx(0.302, abs=0.002)
@@ -124,7 +125,9 @@ def test_only_the_experts_a_token_visits_cost_flops():
     dense = preset("tiny", "model.bias=false", "model.ffn_hidden_size=1024")
     router = 6 * sparse.num_layers * sparse.hidden_size * 8
     sizes = {"vocab_size": 512, "seq_len": 128}
-    assert flops_per_token(sparse, **sizes) == flops_per_token(dense, **sizes) + router
+    assert flops_per_token(sparse, FinetuneConfig(), **sizes) == (
+        flops_per_token(dense, FinetuneConfig(), **sizes) + router
+    )
 
 
 @pytest.mark.parametrize(

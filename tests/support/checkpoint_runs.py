@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.adapters import as_json
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import RunRecord
 from pipeline.cli import to_dict
@@ -22,9 +23,15 @@ class Run:
     """An engine and its checkpointer; ends with `close`, so that one process can hold several layouts in turn."""
 
     def __init__(
-        self, cfg: PretrainConfig, folder: Path, *, attachments: dict[str, Path] | None = None
+        self,
+        cfg: PretrainConfig,
+        folder: Path,
+        *,
+        attachments: dict[str, Path] | None = None,
+        base: Path | None = None,
     ) -> None:
         from pipeline.engine.engine import Engine
+        from pipeline.training.initial_weights import load_base
 
         ranks = ranks_from_environment()
         self.cfg = cfg
@@ -34,6 +41,7 @@ class Run:
         self.checkpointer = Checkpointer(
             cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments
         )
+        self.base = None if base is None else load_base(self.engine, base)
         self.steps = batches()
 
     def train(self, first: int, last: int) -> History:
@@ -48,7 +56,9 @@ class Run:
     def save(self, step: int) -> None:
         """Start writing a checkpoint."""
         record = RunRecord(
-            state={"step": step, "tokens_seen": step * BATCH * SEQ_LEN}, config=to_dict(self.cfg)
+            state={"step": step, "tokens_seen": step * BATCH * SEQ_LEN},
+            config=to_dict(self.cfg),
+            base=as_json(self.base),
         )
         self.checkpointer.save(self.engine, step=step, run=record)
 
@@ -72,9 +82,16 @@ def train_and_save(
     return history
 
 
-def resume(cfg: PretrainConfig, folder: Path, last: int, *, save_to: Path | None = None) -> History:
+def resume(
+    cfg: PretrainConfig,
+    folder: Path,
+    last: int,
+    *,
+    save_to: Path | None = None,
+    base: Path | None = None,
+) -> History:
     """Restore the newest checkpoint and train on to `last`; save what was restored once more, elsewhere. Collective."""
-    run = Run(cfg, folder)
+    run = Run(cfg, folder, base=base)
     record = run.checkpointer.restore(run.engine)
     assert record is not None
     if save_to is not None:

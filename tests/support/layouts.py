@@ -21,6 +21,7 @@ from pipeline.config.choices import (
     Recompute,
 )
 from pipeline.config.data import DataConfig
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
@@ -90,7 +91,7 @@ def config(
     model: str = "gpt2", *, tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, schedule: str = "1f1b",
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
-    lanes: int = 1, batch_size: int = BATCH,
+    lanes: int = 1, batch_size: int = BATCH, train: str = "*", lora_rank: int = 0,
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
@@ -106,6 +107,10 @@ def config(
         training=TrainingConfig(
             total_steps=STEPS, global_batch_size=batch_size, micro_batch_size=micro_batch_size, precision=Precision[precision],
             recompute=Recompute[recompute],
+        ),
+        finetune=FinetuneConfig(
+            train=train.split(), lora_rank=lora_rank, lora_alpha=8.0,
+            lora_targets=["*.self_attention.linear_*", *(["*.mlp.linear_*"] if "moe" not in model else [])],
         ),
     )  # fmt: skip
 

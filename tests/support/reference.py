@@ -6,6 +6,7 @@ pipeline/model. Only the initial numbers are shared.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 
 import torch
@@ -63,6 +64,12 @@ def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[in
         shapes |= {f"final_norm.{n}": (hidden,) for n in norm}
     if not model.tied_embeddings:
         shapes["head.weight"] = (vocab_size, hidden)
+    rank = cfg.finetune.lora_rank
+    for name in [n for n in shapes if ".linear_" in n and ".experts." not in n] if rank else []:
+        stem, _, kind = name.rpartition(".")
+        if kind == "weight" and any(fnmatch.fnmatch(stem, t) for t in cfg.finetune.lora_targets):
+            rows, columns = shapes[name]
+            shapes |= {f"{stem}.lora_a": (rank, columns), f"{stem}.lora_b": (rows, rank)}
     return shapes
 
 
@@ -76,7 +83,8 @@ class ReferenceGPT:
         for name, shape in parameter_shapes(cfg, vocab_size).items():
             tensor = torch.empty(shape)
             initialize(tensor, name, Partition.of(shape), model=cfg.model, seed=cfg.seed)
-            self.weights[name] = tensor.requires_grad_()
+            is_trained = any(fnmatch.fnmatch(name, p) for p in cfg.finetune.train)
+            self.weights[name] = tensor.requires_grad_(is_trained)
 
     def loss(
         self,
@@ -138,7 +146,11 @@ class ReferenceGPT:
         ] + self.weights[f"{name}.bias"]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        out = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        if f"{name}.lora_a" in self.weights:  # arXiv:2106.09685, section 4.1
+            product = self.weights[f"{name}.lora_b"] @ self.weights[f"{name}.lora_a"]
+            out = out + self.cfg.finetune.lora_alpha / self.cfg.finetune.lora_rank * x @ product.t()
+        return out
 
     def _attention(self, x: Tensor, at: str, visible: Tensor) -> Tensor:
         model = self.model
@@ -230,8 +242,9 @@ class ReferenceGPT:
         from pipeline.engine.lr_schedule import lr_at
 
         cfg = self.cfg.optimizer
-        decayed = [w for w in self.weights.values() if w.dim() > 1]
-        plain = [w for w in self.weights.values() if w.dim() == 1]
+        trained = [w for w in self.weights.values() if w.requires_grad]
+        decayed = [w for w in trained if w.dim() > 1]
+        plain = [w for w in trained if w.dim() == 1]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
@@ -251,7 +264,7 @@ class ReferenceGPT:
             optimizer.zero_grad()
             sum(self.router_losses, loss).backward()
             limit = cfg.clip_grad or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), limit)
+            norm = torch.nn.utils.clip_grad_norm_(trained, limit)
             optimizer.step()
             history.append((float(loss.detach()), float(norm)))
         return history

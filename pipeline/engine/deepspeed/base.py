@@ -120,8 +120,12 @@ class DeepSpeedRunner:
         return self.wrapper._global_grad_norm
 
     def slots(self) -> Iterator[Slot]:
-        """Where this rank's share of the fp32 weights lies."""
+        """Where this rank's share of the trained fp32 weights lies."""
         return slots.find_slots(self.wrapper, self.parameters)
+
+    def frozen_slots(self) -> Iterator[Slot]:
+        """Where this rank's share of the frozen weights lies: the model's own memory."""
+        return slots.find_frozen_slots(self.parameters)
 
     @torch.no_grad()
     def publish_weights(self) -> None:

@@ -13,7 +13,7 @@ from pipeline.engine.runner import Slot
 
 
 def find_slots(wrapper: Any, parameters: list[nn.Parameter]) -> Iterator[Slot]:
-    """The slots of this rank.
+    """The slots of this rank's trained parameters.
 
     Args:
         wrapper: DeepSpeed's optimizer of any stage; torch's own at ZeRO-0.
@@ -21,7 +21,8 @@ def find_slots(wrapper: Any, parameters: list[nn.Parameter]) -> Iterator[Slot]:
     """
     if isinstance(wrapper, torch.optim.Optimizer):
         for parameter in parameters:
-            yield Slot(parameter, parameter, 0, 0, parameter.numel())
+            if parameter.requires_grad:
+                yield Slot(parameter, parameter, 0, 0, parameter.numel())
     elif _is_stage_3(wrapper):
         yield from _stage_3_slots(wrapper)
     else:
@@ -45,12 +46,31 @@ def _stage_3_slots(wrapper: Any) -> Iterator[Slot]:
     for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:
-            rank, width = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
-            start = min(rank * width, parameter.ds_numel)
-            stop = min(start + width, parameter.ds_numel)
+            start, stop = _stage_3_run(parameter)
             if start < stop:
                 yield Slot(parameter, flat, offset, start, stop - start)
-            offset += width
+            offset += parameter.partition_numel()
+
+
+def _stage_3_run(parameter: Any) -> tuple[int, int]:
+    """First and last element of this rank's part of a partitioned parameter."""
+    width = parameter.partition_numel()
+    start = min(dist.get_rank(parameter.ds_process_group) * width, parameter.ds_numel)
+    return start, min(start + width, parameter.ds_numel)
+
+
+def find_frozen_slots(parameters: list[nn.Parameter]) -> Iterator[Slot]:
+    """The slots of the parameters that no optimizer knows, whatever the ZeRO stage."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            continue
+        if not hasattr(parameter, "ds_tensor"):
+            yield Slot(parameter, parameter.data.view(-1), 0, 0, parameter.numel())
+            continue
+        start, stop = _stage_3_run(parameter)
+        if start < stop:
+            held = parameter.ds_tensor.data.view(-1)[: stop - start]
+            yield Slot(parameter, held, 0, start, stop - start)
 
 
 def publish_weights(wrapper: Any) -> None:

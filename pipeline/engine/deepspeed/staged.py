@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import PipelineSchedule
 from pipeline.config.run_shape import RunShape
+from pipeline.config.stages import partition, pipeline_costs
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
@@ -31,7 +32,6 @@ from pipeline.model.gpt import Loss
 from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
-from pipeline.model.stages import layer_costs, partition
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
@@ -132,9 +132,7 @@ def pipeline_module(
         # its weight.
         through: Any = {"forward_fn": lambda _, hidden: hidden, "with_positions": False, **tie}
         specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **through))
-    costs = layer_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
-    if tied:
-        costs = [*costs[:-1], 0.0, costs[-1]]
+    costs = pipeline_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
     loss, head = (
         Loss(architecture, layout.tensor.group),

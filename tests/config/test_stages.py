@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.stages import layer_costs, partition
+from pipeline.config.stages import layer_costs, partition
 from tests.support.layouts import config
 
 

@@ -1,17 +1,23 @@
 """Which layers each pipeline stage holds: pure arithmetic.
 
-The list of layers is [embedding, block 0, ..., block n-1, head]. Stages are contiguous; their
-costs, in units of one block's multiply-adds per token, are as equal as contiguity allows, the most
-loaded stage as light as possible.
+The list of layers is [embedding, block 0, ..., block n-1, head]; where the head is the word
+embedding, a copy of it stands before the head. Stages are contiguous; their costs, in units of one
+block's multiply-adds per token, are as equal as contiguity allows, the most loaded stage as light
+as possible.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
+
+# Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
+# full.
+VOCAB_MULTIPLE = 128
 
 
 def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
@@ -24,6 +30,29 @@ def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> 
     mlp = hidden * sizes.ffn_hidden_size * sizes.num_mlp_matrices * experts
     block = projections + scores + mlp
     return [0.01, *[1.0] * model.num_layers, padded_vocab_size * hidden / block]
+
+
+def pipeline_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
+    """`layer_costs` of a training pipeline, which has a layer more for a tied head's weight."""
+    costs = layer_costs(model, padded_vocab_size=padded_vocab_size, seq_len=seq_len)
+    return [*costs[:-1], 0.0, costs[-1]] if model.tied_embeddings else costs
+
+
+def places_of(name: str, model: ModelConfig) -> list[int]:
+    """Which of the layers of `pipeline_costs` hold a parameter, by its canonical name."""
+    tied = ["embedding.word.weight"] if model.tied_embeddings else []
+    copy = model.num_layers + 1
+    if name.startswith("layers."):
+        return [int(name.split(".")[1]) + 1]
+    if name.startswith("embedding."):
+        return [0, copy] if name in tied else [0]
+    return [copy + len(tied)]
+
+
+def pad_vocabulary(vocab_size: int, *, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: a multiple of VOCAB_MULTIPLE on every tensor-parallel rank."""
+    multiple = VOCAB_MULTIPLE * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[int]:
