@@ -23,6 +23,7 @@ from pipeline.checkpoint.folder import list_checkpoints
 from tests.support import slurm_cluster
 from tests.support.campaign_run import (
     HANG_S,
+    ON_AGAIN_S,
     CampaignError,
     LocalRun,
     SlurmRun,
@@ -123,7 +124,7 @@ def damage(
     run.start()
     aside = newest.with_name(f"damaged-{newest.name}")
     told = f"checkpoint {newest} is DAMAGED and not used"
-    if not wait_for(lambda: aside.exists() and told in run.log(), 180) or run.has_ended():
+    if not wait_for(lambda: aside.exists() and told in run.log(), ON_AGAIN_S) or run.has_ended():
         raise CampaignError(f"{how.__name__} {spoilt} was not found out\n{run.log()[-3000:]}")
     shutil.rmtree(aside)
 
@@ -152,7 +153,7 @@ def wandb_is_killed(run: LocalRun, dice: random.Random) -> None:
     if "W&B is given up" in run.log():  # it was killed in this start: begin with a living one
         kill_all_ranks(run, dice)
         run.start()
-    if not wait_for(lambda: wandb_processes(run), 120):
+    if not wait_for(lambda: wandb_processes(run), ON_AGAIN_S):
         raise CampaignError(f"W&B has no process that could be killed\n{run.log()[-3000:]}")
     for pid in wandb_processes(run):
         signal_if_there(pid, signal.SIGKILL)
