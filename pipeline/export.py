@@ -1,6 +1,6 @@
 """Turn a checkpoint into a Hugging Face folder that loads without remote code.
 
-    python -m pipeline.export checkpoint=runs/NAME output=FOLDER [dtype=bf16]
+    python -m pipeline.export checkpoint=runs/NAME output=FOLDER [dtype=bf16] [adapter=true]
 
     checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
                                             tokenizer, README.md
@@ -19,6 +19,7 @@ from pathlib import Path
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
 from pipeline.errors import CheckpointError
+from pipeline.huggingface.peft import adapter_difference, export_adapter
 from pipeline.huggingface.writer import TOLERANCE, DType, export, logits_difference
 
 
@@ -32,6 +33,12 @@ class ExportConfig:
     """Folder to write; must be new or empty."""
     dtype: DType = DType.bf16
     """Type of the written weights; the checkpoint has fp32."""
+    adapter: bool = False
+    """Of a LoRA run, write the low-rank matrices only, as a folder that peft loads; false: merged
+    with the base, in fp32, then rounded.
+    """
+    base: str | None = None
+    """Where the base of a LoRA run is now; null: where it was when it was trained."""
     check: bool = True
     """Compare logits with our own forward pass; false for models that do not fit into memory
     twice.
@@ -48,21 +55,32 @@ def main(cfg: ExportConfig) -> int:
         raise CheckpointError(
             f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one."
         )
-    export(checkpoint, output, dtype=cfg.dtype)
+    base = Path(cfg.base) if cfg.base else None
+    if cfg.adapter:
+        export_adapter(checkpoint, output, dtype=cfg.dtype, base=base)
+    else:
+        export(checkpoint, output, dtype=cfg.dtype, base=base)
     if not cfg.check:
         print(f"{output}: written, NOT CHECKED (check=false)")
         return 0
-    difference = logits_difference(checkpoint, output, dtype=cfg.dtype)
+    if cfg.adapter:
+        difference, moved = adapter_difference(checkpoint, output, dtype=cfg.dtype)
+        library, file = "peft", "adapter_config.json"
+    else:
+        difference = logits_difference(checkpoint, output, dtype=cfg.dtype, base=base)
+        library, file = "transformers", "config.json"
     if not difference <= TOLERANCE:
-        (output / "config.json").rename(output / "config.json.failed")
+        (output / file).rename(output / f"{file}.failed")
         raise CheckpointError(
             f"the exported model's logits differ from ours by {difference:.3g}, more than "
-            f"{TOLERANCE:g}: the export is wrong. {output} was left without its config.json."
+            f"{TOLERANCE:g}: the export is wrong. {output} was left without its {file}."
         )
     print(
-        f"{output}: written; logits of transformers and ours differ by at most {difference:.2e} in "
+        f"{output}: written; logits of {library} and ours differ by at most {difference:.2e} in "
         "fp32"
     )
+    if cfg.adapter:
+        print(f"{output}: the adapter changes the logits of its base by up to {moved:.2e}")
     return 0
 
 

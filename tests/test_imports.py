@@ -40,6 +40,7 @@ FENCES = {
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],
     "wandb": ["pipeline.tracking.wandb_run"],
     "transformers": ["pipeline.huggingface", "pipeline.inference"],
+    "peft": ["pipeline.huggingface.peft"],
 }
 # what data_prep may take from pipeline
 SHARED = {

@@ -64,9 +64,9 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         **ends,
         "torch_dtype": DTYPES[dtype],
     }
-    _write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
-    write_durably(output / "README.md", _model_card(record, model, mapping, dtype).encode())
-    _write_json(output / "config.json", config)  # last: without it the folder is no model
+    write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
+    write_durably(output / "README.md", model_card(record, mapping, dtype).encode())
+    write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
 
 
@@ -99,7 +99,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> 
         # Else transformers 4 switches the pretokenizer's own off.
         "add_prefix_space": bool(first.get("add_prefix_space", False)),
     }
-    _write_json(output / "tokenizer_config.json", settings)
+    write_json(output / "tokenizer_config.json", settings)
 
 
 def write_weights(tensors: ModelTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
@@ -123,7 +123,7 @@ def write_weights(tensors: ModelTensors, mapping: Mapping, output: Path, *, dtyp
         index |= dict.fromkeys(shapes, name)
     if len(shards) > 1:
         document = {"metadata": {"total_size": total}, "weight_map": index}
-        _write_json(output / "model.safetensors.index.json", document)
+        write_json(output / "model.safetensors.index.json", document)
 
 
 def _shards(tensors: ModelTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
@@ -186,13 +186,19 @@ def logits_difference(
     rounded = getattr(torch, DTYPES[dtype])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
     theirs = load_transformers(output, torch.float32, ours.device)
-    length = min(model.max_seq_len, 64)
-    tokens = torch.randint(
-        0, model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = fixed_tokens(model)
     with torch.no_grad():
         logits = theirs(input_ids=tokens.to(ours.device)).logits.float()
     return float((logits - ours.logits(tokens)).abs().max())
+
+
+def fixed_tokens(model: ModelConfig) -> Tensor:
+    """(2, at most 64) token ids on which logits are compared."""
+    import torch
+
+    shape = (2, min(model.max_seq_len, 64))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.vocab_size or 1, shape, generator=generator)
 
 
 def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -204,11 +210,14 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
 
 
-def _model_card(
-    record: CheckpointRecord, model: ModelConfig, mapping: Mapping, dtype: DType
+def model_card(
+    record: CheckpointRecord, mapping: Mapping, dtype: DType, *, library: str = "transformers"
 ) -> str:
-    """README.md of an exported folder: what was trained, on what, and how."""
-    config = record.config
+    """README.md of an exported folder: what was trained, on what, and how.
+
+    library: that loads it; peft, where it is an adapter.
+    """
+    config, model = record.config, record.model()
     facts = {
         "Class": mapping.architecture,
         "Layers, hidden size, heads": (
@@ -224,21 +233,21 @@ def _model_card(
         "Precision in training, of these weights": (
             f"{config['training']['precision']}, {dtype.name}"
         ),
-        **_fine_tuning(record),
+        **_fine_tuning(record, is_merged=library == "transformers"),
         "Seed": config["seed"],
         "Checkpoint": f"step {record.step}, saved {record.saved_at}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n"
         f"# {config['name']}\n\nA language model that continues text; it has had no instruction "
         "tuning.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 
 
-def _fine_tuning(record: CheckpointRecord) -> dict[str, str]:
+def _fine_tuning(record: CheckpointRecord, *, is_merged: bool) -> dict[str, str]:
     """What the card says of a run that trained a part of a model."""
     if record.base is None:
         return {}
@@ -248,10 +257,12 @@ def _fine_tuning(record: CheckpointRecord) -> dict[str, str]:
         "Base (SHA-256)": f"{record.base['path']} ({record.base['sha256'][:16]}...)",
     }
     if finetune.lora_rank:
-        facts["LoRA"] = (
-            f"rank {finetune.lora_rank}, alpha {finetune.lora_alpha:g}; merged in fp32, then "
-            "rounded: not bit for bit the base in this precision with the adapter beside it"
-        )
+        facts["LoRA"] = f"rank {finetune.lora_rank}, alpha {finetune.lora_alpha:g}"
+        if is_merged:
+            facts["LoRA"] += (
+                "; merged in fp32, then rounded: not bit for bit the base in this precision with "
+                "the adapter beside it"
+            )
     return facts
 
 
@@ -264,5 +275,6 @@ def _identities(record: CheckpointRecord) -> str:
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
     write_durably(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.training import ParallelConfig, TrainingConfig
@@ -17,6 +18,7 @@ from pipeline.distributed.layout import connect
 from pipeline.distributed.ranks import Ranks
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import GPT
+from pipeline.model.lora import adapt
 from pipeline.model.names import canonical_name
 
 
@@ -24,12 +26,19 @@ class LocalModel:
     """A GPT that answers with logits."""
 
     @torch.no_grad()
-    def __init__(self, model: ModelConfig, weight: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        weight: Callable[[str], Tensor],
+        *,
+        finetune: FinetuneConfig | None = None,
+    ) -> None:
         """Build the model and copy its weights, one parameter at a time.
 
         Args:
             model: architecture, with vocab_size.
             weight: canonical name to whole parameter.
+            finetune: with low-rank matrices beside the linears; None: without.
         """
         vocab_size = model.vocab_size
         assert vocab_size is not None
@@ -39,7 +48,9 @@ class LocalModel:
             model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
         )
         self.model, self.device = model, layout.device
-        self.gpt = GPT(architecture, layout.tensor.group).to(layout.device).eval()
+        self.gpt = GPT(architecture, layout.tensor.group)
+        adapt(self.gpt, model, finetune or FinetuneConfig())
+        self.gpt = self.gpt.to(layout.device).eval()
         for name, parameter in self.gpt.named_parameters():
             parameter.copy_(weight(canonical_name(name, num_layers=model.num_layers)))
 

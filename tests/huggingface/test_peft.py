@@ -1,0 +1,123 @@
+"""A LoRA run as a PEFT folder: peft computes what we compute; and merged, transformers does."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.adapters import delta
+from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.config.model import ModelConfig
+from pipeline.errors import CheckpointError
+from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.peft import adapter_difference, export_adapter
+from pipeline.huggingface.writer import DType, export, logits_difference
+from tests.support.checkpoint_runs import Run
+from tests.support.exported import EXPORTED, tokenizer_file
+from tests.support.layouts import config
+from tests.support.ranks import run_on_ranks
+
+NAMES = ["gpt2", "llama", "qwen3"]
+
+
+def save_adapters(names: list[str], root: Path, tokenizer: Path) -> None:
+    """A base and a LoRA run beside it, far enough from it to be seen, for each model; norms too for one."""
+    for name in [*names, "norms"]:
+        for kind in ("base", "adapter"):
+            model = ModelConfig(**EXPORTED.get(name, EXPORTED["gpt2"]))
+            train = "*" if kind == "base" else "*.lora_?" + (" *norm.*" if name == "norms" else "")
+            cfg = config(train=train, lora_rank=0 if kind == "base" else 4)
+            cfg.model, cfg.optimizer.lr, cfg.schedule.warmup_steps = model, 0.03, 0
+            base = None if kind == "base" else folders.find(root / name / "base")
+            run = Run(cfg, root / name / kind, attachments={"tokenizer.json": tokenizer}, base=base)
+            run.train(0, 4)
+            run.save(4)
+            run.close()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    run_on_ranks(save_adapters, 1, NAMES, root, tokenizer_file(root))
+    return root
+
+
+def merged_differences(root: Path, output: Path) -> dict[str, float]:
+    warnings.simplefilter("ignore")  # transformers warns about its own future
+    found = {}
+    for name in [*NAMES, "norms"]:
+        checkpoint = folders.find(root / name / "adapter")
+        export(checkpoint, output / name, dtype=DType.fp32)
+        found[name] = logits_difference(checkpoint, output / name, dtype=DType.fp32)
+    return found
+
+
+def test_merged_folders_have_our_logits(adapters: Path, tmp_path: Path) -> None:
+    """Base plus product, in transformers' own classes; the card says how it was merged."""
+    found = run_on_ranks(merged_differences, 1, adapters, tmp_path)[0]
+    assert max(found.values()) < 1e-4, found
+    card = (tmp_path / "llama" / "README.md").read_text()
+    assert "rank 4, alpha 8; merged in fp32, then rounded" in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder_holds_the_product_of_every_matrix(
+    name: str, adapters: Path, tmp_path: Path
+) -> None:
+    """Without peft: what its files add to each of their matrices is what ours add to ours."""
+    checkpoint = folders.find(adapters / name / "adapter")
+    export_adapter(checkpoint, tmp_path, dtype=DType.fp32)
+    files = load_file(tmp_path / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8.0)
+    assert settings["fan_in_fan_out"] is (name == "gpt2")
+    assert Path(settings["base_model_name_or_path"]) == tmp_path / "base"
+    own, checked = CheckpointTensors(checkpoint), 0
+    for rule in mapping_for(ModelConfig(**{**EXPORTED[name], "vocab_size": 250})).rules:
+        stem = rule.name.removesuffix(".weight")
+        if f"{stem}.lora_a" not in own.parameters:
+            continue
+        pair = (own.tensor(f"weights/{stem}.lora_{n}") for n in "ab")
+        for theirs, expected in zip(rule.theirs, rule.split(delta(*pair, alpha=8.0)), strict=True):
+            at = f"base_model.model.{theirs.removesuffix('.weight')}.lora_"
+            found = 2.0 * files[f"{at}B.weight"] @ files[f"{at}A.weight"]
+            torch.testing.assert_close(found.t() if name == "gpt2" else found, expected)
+            checked += 1
+    assert checked == len(settings["target_modules"]) == len(files) // 2
+    assert not any("mlp.experts" in name for name in files)
+
+
+def test_more_than_low_rank_matrices_is_refused(adapters: Path, tmp_path: Path) -> None:
+    for kind, reason in (
+        ("norms/adapter", "final_norm.* was trained too"),
+        ("norms/base", "it is no adapter"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            export_adapter(folders.find(adapters / kind), tmp_path / "out", dtype=DType.fp32)
+        assert not (tmp_path / "out").exists()
+
+
+def peft_differences(root: Path, output: Path) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    found = {}
+    for name in NAMES:
+        checkpoint = folders.find(root / name / "adapter")
+        export_adapter(checkpoint, output / name, dtype=DType.fp32)
+        found[name] = adapter_difference(checkpoint, output / name, dtype=DType.fp32)
+    return found
+
+
+@pytest.mark.slow
+def test_peft_computes_what_we_compute(adapters: Path, tmp_path: Path) -> None:
+    """GPT-2, Llama and Qwen3; an adapter that is not loaded differs by more than 1e-2."""
+    for name, (difference, moved) in run_on_ranks(peft_differences, 1, adapters, tmp_path)[
+        0
+    ].items():
+        assert difference < 1e-4 and moved > 1e-2, (name, difference, moved)
