@@ -35,6 +35,7 @@ from tqdm import tqdm
 from pipeline.errors import ConfigError, MachineError
 from pipeline.files import create_durably, write_durably
 from pipeline.log import logger
+from pipeline.redaction import redact
 
 ROOT = str(Path(__file__).resolve().parents[1])
 JOB_FILE = "job.json"
@@ -67,6 +68,8 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
         ConfigError: the folder holds another job; the message names what differs.
         MachineError: the folder cannot be written.
     """
+    # Two jobs whose addresses differ in their signature only are one.
+    facts = redact(facts)
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"

@@ -28,6 +28,7 @@ from data_prep.tokens.browse import (
 from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
+from pipeline.redaction import redact
 
 
 @dataclass
@@ -76,7 +77,7 @@ def main(cfg: ShowConfig) -> None:
 def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
     """Identity, tokenizer, a line a source, and the lengths of documents."""
     facts = manifest.tokenizer
-    print(f"{manifest.folder}   identity {manifest.identity[:16]}")
+    print(redact(f"{manifest.folder}   identity {manifest.identity[:16]}"))
     print(
         f"tokenizer {facts.sha256[:16]}, vocab_size {facts.vocab_size:,}, eod {facts.eod}, ids "
         f"{manifest.dtype.name}"

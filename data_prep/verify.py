@@ -21,6 +21,7 @@ from omegaconf import MISSING
 from data_prep.tokens.check import find_faults
 from pipeline import cli
 from pipeline.data.manifest import Manifest
+from pipeline.redaction import redact
 
 
 @dataclass
@@ -49,13 +50,10 @@ def main(cfg: VerifyConfig) -> int:
         for fault in find_faults(folder, quick=cfg.quick, workers=cfg.workers):
             found += 1
             if num_faults + found <= cfg.max_faults:
-                print(f"fault: {fault}")
+                print(redact(f"fault: {fault}"))
         num_faults += found
-        print(
-            f"{folder}: {_summary(folder, quick=cfg.quick)}"
-            if not found
-            else f"{folder}: {found} faults"
-        )
+        result = f"{found} faults" if found else _summary(folder, quick=cfg.quick)
+        print(redact(f"{folder}: {result}"))
     return 1 if num_faults else 0
 
 

@@ -23,7 +23,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from pipeline import log
 from pipeline.errors import ConfigError, PipelineError, printed
+from pipeline.redaction import redact
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -41,6 +43,8 @@ def run(
         positional: fields that may be given without `key=`, in this order.
     A PipelineError ends in its message on standard error and its exit code, without a traceback.
     """
+    log.open_standard_streams()
+    sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(help_text(main, schema, config=config, positional=positional))
@@ -55,7 +59,7 @@ def run(
             sys.exit(0)
         sys.exit(main(cfg) or 0)
     except PipelineError as error:
-        print(printed(error), file=sys.stderr)
+        log.say(printed(error))
         sys.exit(error.exit_code)
 
 
@@ -97,19 +101,18 @@ def _escaped(value: str) -> str:
 
 
 def to_yaml(cfg: Any) -> str:
-    """The composed config as yaml, enums by name."""
+    """The composed config as yaml, enums by name, without secrets: it is written and shown."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """The composed config as plain JSON-able values, enums by name."""
+    """The composed config as plain JSON-able values, enums by name, without secrets."""
     from omegaconf import OmegaConf
 
-    return typing.cast(
-        "dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    )
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    return redact(typing.cast("dict[str, Any]", values))
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:

@@ -1,10 +1,22 @@
-"""Console messages: one logger for both packages; rank 0 speaks, other ranks only warn."""
+"""Console messages: one logger for both packages; rank 0 speaks, other ranks only warn.
+
+    logger.info(...)    a message with time and rank      say(...)    a line as it is
+
+Both redact secrets, and neither raises: standard error may be closed, a full disk, or a terminal
+that is gone, and what speaks there has more to do than that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+import traceback
 import warnings
+from types import TracebackType
+
+from pipeline.redaction import redact
 
 logger = logging.getLogger("pretrain")
 
@@ -13,12 +25,44 @@ def setup(*, global_rank: int = 0) -> None:
     """Send messages to standard error; of ranks above 0 only warnings, marked with the rank."""
     handler = logging.StreamHandler(sys.stderr)
     mark = f"[rank {global_rank}] " if global_rank else ""
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s {mark}%(levelname).1s %(message)s", "%H:%M:%S")
-    )
+    handler.setFormatter(_Redacting(f"%(asctime)s {mark}%(levelname).1s %(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     logger.propagate = False
     # Advice to developers, repeated by every rank.
     for library in ("torch", "deepspeed", "megatron", "hydra"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
+
+
+class _Redacting(logging.Formatter):
+    """Messages without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def say(text: str) -> None:
+    """Print to standard error, without secrets; whatever is wrong there, this returns."""
+    with contextlib.suppress(OSError, ValueError):
+        print(redact(text), file=sys.stderr, flush=True)
+
+
+def open_standard_streams() -> None:
+    """Call first: /dev/null stands in where standard input, output or error is closed.
+
+    The next file that is opened would get the number otherwise, and a library's messages with it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the process's life
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def say_traceback(
+    kind: type[BaseException], error: BaseException, stack: TracebackType | None
+) -> None:
+    """What sys.excepthook prints, without secrets."""
+    say("".join(traceback.format_exception(kind, error, stack)).rstrip())

@@ -31,7 +31,10 @@ LAYERS = {
         leaves
     """,
 }
-LEAVES = {"pipeline": {"cli", "errors", "files", "log", "patching"}, "data_prep": {"jobs"}}
+LEAVES = {
+    "pipeline": {"cli", "errors", "files", "log", "patching", "redaction"},
+    "data_prep": {"jobs"},
+}
 
 # library -> places that may import it
 FENCES = {
@@ -56,6 +59,7 @@ SHARED = {
     "pipeline.errors",
     "pipeline.files",
     "pipeline.log",
+    "pipeline.redaction",
 }
 ENTRY_POINTS = ["pipeline/train.py", "pipeline/preflight.py", "pipeline/evaluate.py"]
 

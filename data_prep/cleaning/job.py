@@ -21,6 +21,7 @@ from data_prep.cleaning.stages import Plan, link_keys, link_units, name_repeats,
 from data_prep.jobs import JobConfig, marked, num_workers, read_markers, run_units, task_of
 from data_prep.sources.inputs import InputConfig, Unit
 from pipeline.files import sha256_of
+from pipeline.redaction import redact
 
 POLL_S = 2.0
 REPORT = "report.json"
@@ -81,7 +82,7 @@ def _stage(
 
 def job_facts(recipe: Recipe, source: InputConfig, units: list[Unit]) -> dict[str, Any]:
     """Everything that the result follows from, enums by name."""
-    listing = json.dumps([asdict(unit) for unit in units])
+    listing = json.dumps(redact([asdict(unit) for unit in units], {}))
     # on_error is not among them: a unit that passed with fail has nothing to quarantine.
     reading = ("input", "format", "text_field", "url_field", "max_document_mb")
     facts = {

@@ -189,7 +189,7 @@ def _split(words: str) -> list[str]:
 
 def _label(path: str) -> str:
     """Last name of a path that is no glob, without suffixes."""
-    folder, rest = ("", path) if "://" in path else split_pattern(path)
+    folder, rest = ("", printable(path)) if "://" in path else split_pattern(path)
     names = [*folder.split("/"), *(n for n in rest.split("/") if not is_pattern(n))]
     names = [name for name in names if name not in ("", ".", "..") and not name.endswith(":")]
     return printable(names[-1].split(".")[0] or "text") if names else "text"

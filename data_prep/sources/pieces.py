@@ -9,11 +9,13 @@ import lzma
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
 from data_prep.sources.kinds import SEEKING, Format, format_of, name_of
 from data_prep.sources.listing import reason_of
 from pipeline.errors import DataError
+from pipeline.redaction import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,13 @@ class Piece:
         return printable(self.path)
 
 
+@lru_cache(maxsize=1024)
 def printable(path: str) -> str:
-    """The path, with bytes that are no UTF-8 escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path as it may be written: bytes that are no UTF-8 escaped, an address without secrets.
+
+    What is secret in the environment plays no part: ids must not depend on the machine.
+    """
+    return redact(os.fsencode(path).decode("utf-8", "backslashreplace"), {})
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.sources.inputs import InputConfig, OnError
 from data_prep.sources.pieces import printable
 from pipeline.errors import DataError
+from pipeline.redaction import redact
 
 REASONS = {
     "broken_json": "the line is not JSON",
@@ -89,7 +90,7 @@ class Rejects:
                 "documents."
             )
         self.rows.append(
-            {"file": printable(path), **where, "reason": reason, "detail": detail[:200]}
+            {"file": printable(path), **where, "reason": reason, "detail": redact(detail)[:200]}
         )
 
 

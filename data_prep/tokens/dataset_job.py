@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -75,7 +74,7 @@ def job_facts(
     for unit in units:
         digest.update(f"{unit.number} {unit.source}\n".encode())
         for piece in unit.pieces:
-            digest.update(os.fsencode(f"{piece.path}\t{piece.size}\t{piece.start}\t{piece.stop}\n"))
+            digest.update(f"{piece.name}\t{piece.size}\t{piece.start}\t{piece.stop}\n".encode())
     # on_error is not among them: a unit that passed with fail has nothing to quarantine.
     values = cli.to_dict(cfg)
     return {

@@ -23,6 +23,7 @@ from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids
 from pipeline.data.shard_format import ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
+from pipeline.redaction import redact
 
 BATCH_TOKENS = 1 << 20
 
@@ -65,7 +66,7 @@ def find_token_units(
         raise DataError(
             f"input={source}: no tokens were found; .bin, .parquet and .arrow files are read."
         )
-    digest = sha256_of(repr((files, units)).encode("utf-8", "surrogateescape"))
+    digest = sha256_of(redact(repr((files, units)), {}).encode("utf-8", "surrogateescape"))
     return units, len(files), digest
 
 

@@ -24,6 +24,7 @@ from pipeline.data.mixture import Ints, Mixture, Position, Samples, Segment, cut
 from pipeline.data.order import Order, num_sequences
 from pipeline.errors import ConfigError, DataError
 from pipeline.log import logger
+from pipeline.redaction import redact
 
 
 class Sampler:
@@ -126,7 +127,11 @@ class Sampler:
                 for segment in position.segments
             ],
             "datasets": {
-                d.identity: {"name": d.name, "path": d.path, "tokens": int(d.manifest.tokens)}
+                d.identity: {
+                    "name": d.name,
+                    "path": redact(d.path),
+                    "tokens": int(d.manifest.tokens),
+                }
                 for d in self.datasets
             },
         }
