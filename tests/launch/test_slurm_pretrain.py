@@ -230,6 +230,26 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     assert int(job.fact("Restarts")) == 3
 
 
+def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
+    """Its claim stays behind: the requeued job takes over at once, another job when the claim has been silent."""
+    job = lab.submit("power", options=("--nodes=1",), plant="step_s=0.5")
+    lab.wait_for_step(job, "power", 12)
+    owner = lab.run_dir("power") / "owner"
+    assert [path.name for path in owner.iterdir()] == ["00000001.json"]
+    node = job.fact("BatchHost")
+    lab.cluster.power_off(node)
+    claim = json.loads((owner / "00000001.json").read_text())
+    assert (claim["node"], claim["released"]) == (node, False), "nobody was left to release it"
+    lab.wait_for_step(job, "power", lab.rows("power")[-1]["step"] + 4)  # requeued, elsewhere
+    assert job.fact("BatchHost") != node and job.fact("Restarts") == "1"
+    lab.cluster.power_off(job.fact("BatchHost"))
+    lab.cluster.run("scancel", job.id)
+    another = lab.submit("power", options=("--nodes=1",), plant="step_s=0.5")
+    assert another.wait_for_end(HANG_S) == "COMPLETED", another.log()
+    assert json.loads((owner / "00000003.json").read_text())["job_id"] == another.id
+    lab.expect_undisturbed("power", repeated=True)
+
+
 def test_stopped_rank_is_named_with_its_node(lab):
     job = lab.submit("hang", "resilience.hang_timeout_s=20", options=("--nodes=2",))
     lab.wait_for_step(job, "hang", 12)

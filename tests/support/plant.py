@@ -62,7 +62,8 @@ def spoilt(batch: Any, faults: dict[str, float]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    # In place of this folder, where a file has the name of a library: tokenizers.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     planted = {
         name: float(value)
         for name, _, value in (word.partition("=") for word in os.environ.get("PLANT", "").split())
