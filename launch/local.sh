@@ -39,6 +39,8 @@ while ((running)); do
     sleep 2                            # whoever else failed says so
     kill -KILL "${pids[@]}" 2> /dev/null
     wait
+    # A shard that shrinks under its reader kills it (SIGBUS), without a word: say which one.
+    ((code > 128)) && "${python[@]}" -m pipeline.preflight shards_only=true "$@"
     exit "$code"
   fi
 done

@@ -3,8 +3,11 @@
     python -m pipeline.preflight world_size=128 model=gpt3-6.7b parallel.tensor_parallel_size=8 ...
 
 Takes the settings of pipeline.train, and the number of ranks. All problems are listed, not just the
-first; the last line on standard output is the run folder, which launch/pretrain.slurm uses. Imports
-no torch.
+first; the last line on standard output is the run folder, which launch/pretrain.slurm uses (before
+it, where one is set, the run's folder below checkpoint.fallback_dir). Imports no torch.
+
+With shards_only=true nothing else is checked, and nothing is said when all is well: launch scripts
+ask so after a rank has been killed, for a shard that shrinks under its reader kills it (SIGBUS).
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline import cli
+from pipeline import cli, log
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
-from pipeline.errors import MachineError, PipelineError
+from pipeline.errors import DataError, MachineError, PipelineError
 from pipeline.planning import memory
 from pipeline.planning.flops import count_parameters
 from pipeline.resilience import ownership
@@ -37,6 +40,8 @@ class PreflightConfig(PretrainConfig):
 
     world_size: int = 1
     """Ranks of the planned job: nodes times devices of a node."""
+    shards_only: bool = False
+    """Only look whether every shard has the size that its manifest says."""
 
 
 def main(cfg: PreflightConfig) -> None:
@@ -45,8 +50,12 @@ def main(cfg: PreflightConfig) -> None:
     Raises:
         MachineError: one or more checks failed; all are named.
     """
+    from pipeline.checkpoint import folder as folders
     from pipeline.training import startup
 
+    if cfg.shards_only:
+        check_shards(cfg)
+        return
     problems: list[str] = []
     start: startup.Start | None = None
     try:
@@ -63,7 +72,7 @@ def main(cfg: PreflightConfig) -> None:
     problems += [problem for check in checks for problem in check(cfg)]
     reading = start.reading.warnings() if start else []
     for warning in [*reading, *wandb_warnings(cfg.tracking)]:
-        print(f"warning: {warning}", file=sys.stderr)
+        log.say(f"warning: {warning}")
     if problems:
         raise MachineError("\n".join(problems))
     assert start is not None
@@ -79,7 +88,33 @@ def main(cfg: PreflightConfig) -> None:
         f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
         file=sys.stderr,
     )
-    print(Path(cfg.runs_dir) / cfg.name)
+    # Where checkpoints come to lie: the fallback first, the run folder last.
+    places = folders.places(Path(cfg.runs_dir) / cfg.name, cfg.checkpoint.fallback_dir)
+    for place in reversed(places):
+        print(place.parent)
+
+
+def check_shards(cfg: PretrainConfig) -> None:
+    """Raise DataError where a shard has shrunk, grown or gone, also in the cache of remote ones."""
+    if problems := [*missing_shards(cfg), *damaged_copies(cfg)]:
+        raise DataError(
+            "\n".join(problems)
+            + "\nA file that shrinks or goes while it is read kills its readers (SIGBUS): never "
+            "change a dataset that a run reads. Copy it again, check it with data_prep.verify, and "
+            "start the same command again."
+        )
+
+
+def damaged_copies(cfg: PretrainConfig) -> Iterator[str]:
+    """Shards in the cache of remote datasets that have another size than their manifest says."""
+    from pipeline.data.manifest import Manifest
+
+    cache = Path(cfg.data.cache_dir or Path(cfg.runs_dir) / cfg.name / "cache")
+    for folder in sorted(path.parent for path in cache.glob("*/manifest.json")):
+        manifest = Manifest.load(str(folder))
+        for path, size in zip(manifest.paths, manifest.shard_bytes, strict=True):
+            if (found := _size(folder / str(path))) not in (-1, int(size)):
+                yield f"{folder / str(path)} has {found} bytes, {size} expected. Delete it."
 
 
 def missing_shards(cfg: PretrainConfig) -> Iterator[str]:

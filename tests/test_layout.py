@@ -116,8 +116,8 @@ TESTED_IN = {
     "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
     "pipeline/tracking/wandb_run.py": ("tracking/test_metrics.py", "metrics send to it"),
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),
+    "pipeline/training/run_metrics.py": ("test_train.py", RUN),
     "pipeline/training/state.py": ("test_train.py", RUN),
-    "pipeline/training/trainer.py": ("test_train.py", RUN),
 }
 # What is longer and should be: tables.
 LONG_FUNCTIONS: dict[str, str] = {}

@@ -333,6 +333,21 @@ def test_an_evaluation_that_fails_costs_no_step(
     assert saved == [f"step-{due or last:08d}"]
 
 
+def test_an_evaluation_that_a_kill_took_is_made_up_for(data: Path, tmp_path: Path) -> None:
+    """Saving comes before evaluating, so a kill between the two lost the row of that step for ever."""
+    settings = {"training.eval_every": 3, "checkpoint.asynchronous": "false"}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "whole", **settings))
+    run_on_ranks(stumble, 1, overrides(data, tmp_path, "stumbled", **settings))
+    assert list(validation(tmp_path / "stumbled")) == []
+    for _ in range(2):  # the second start finds the run done, and every evaluation where it belongs
+        run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "stumbled", **settings))
+        assert list(validation(tmp_path / "stumbled")) == [3, 6, 9, 10]
+        assert validation(tmp_path / "stumbled") == validation(tmp_path / "whole")
+        assert history(tmp_path / "stumbled") == history(tmp_path / "whole")
+    rows = (tmp_path / "stumbled/metrics.jsonl").read_text()
+    assert rows.count("val/validation/loss") == 4, "none is made twice"
+
+
 def prepare(arguments: list[str], world_size: int = 1) -> None:
     """What pipeline.train does before it needs torch."""
     from pipeline.training import startup

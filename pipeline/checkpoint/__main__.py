@@ -7,8 +7,7 @@
 
 Save: copy this rank's fragments to host memory (training waits), then, in a background thread,
 write the files, sync them, rename the folder, move `latest`, prune. Restore: the newest checkpoint
-whose checksums hold is read into the fragments of whatever layout runs now. A failed save is
-retried, then reported; training goes on.
+whose checksums hold is read into the fragments of whatever layout runs now.
 """
 
 from __future__ import annotations

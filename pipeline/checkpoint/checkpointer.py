@@ -3,7 +3,8 @@
 Save: copy this rank's fragments to host memory (training waits), then, in a background thread,
 write the files, sync them, rename the folder, move `latest`, prune. Restore: the newest checkpoint
 whose checksums hold is read into the fragments of whatever layout runs now. A failed save is
-retried, then reported; training goes on.
+tried again, then in the fallback folder, then reported; training goes on, until
+checkpoint.max_failed_saves in a row have failed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.config.operation import CheckpointConfig
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
 from pipeline.log import logger
+from pipeline.resilience.bookkeeping import bookkeeping
 
 if TYPE_CHECKING:
     from pipeline.distributed.layout import ParallelLayout
@@ -46,22 +48,29 @@ class Checkpointer:
         *,
         folder: Path,
         layout: ParallelLayout,
+        fallback: Path | None = None,
         attachments: dict[str, Path] | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """Collective.
 
         Args:
             folder: runs/<name>/checkpoints, on a file system that every rank sees.
+            fallback: another such folder, for what `folder` does not take.
             attachments: file name to file, copied into every checkpoint: tokenizer.json.
+            alive: called while training waits for a save that begins another try.
         """
         import torch.distributed as dist
 
         from pipeline.checkpoint.tensors import HostCopy
 
-        self.cfg, self.folder, self.layout = cfg, folder, layout
+        self.cfg, self.layout = cfg, layout
+        self.places = [folder, *([fallback] if fallback else [])]
         self.attachments = attachments or {}
         self.failed_saves = 0
         """Saves that were given up, on every rank alike."""
+        self._failed_in_a_row = self._tries = 0
+        self._alive = alive
         # The background thread talks in a group of its own, so that its messages never meet
         # training's.
         self._ranks = Agreement(dist.new_group(backend="gloo"))
@@ -109,78 +118,95 @@ class Checkpointer:
         return (time.monotonic() - start) * 1e3
 
     def wait(self) -> bool:
-        """Wait until the last save is on the disk; false when it was given up."""
-        if self._thread is None:
-            return True
-        self._thread.join()
-        self._thread = None
+        """Wait until the last save is on the disk; false when it was given up.
+
+        Raises:
+            CheckpointError: on every rank, when max_failed_saves in a row were given up.
+        """
+        if self._thread is not None:
+            seen = None
+            while True:
+                self._thread.join(1.0)
+                if not self._thread.is_alive():
+                    break
+                if self._tries != seen:  # another try is progress; one that hangs is not
+                    seen = self._tries
+                    self._alive()
+            self._thread = None
+            self._count()
+        return self._outcome is None
+
+    def _count(self) -> None:
+        """Take in the outcome of a save, which all ranks know alike."""
         if self._outcome is None:
-            return True
+            self._failed_in_a_row = 0
+            return
         self.failed_saves += 1
-        self._last_saved = None
-        return False
+        self._failed_in_a_row += 1
+        step, self._last_saved = self._last_saved, None
+        if self._failed_in_a_row >= self.cfg.max_failed_saves:
+            raise CheckpointError(
+                f"{self._failed_in_a_row} checkpoints in a row could not be written to "
+                f"{' or '.join(map(str, self.places))}, the last of step {step}: {self._outcome}. "
+                "Training ends (checkpoint.max_failed_saves); the same command goes on at the "
+                "newest that is there. Free the disk, or set checkpoint.fallback_dir to a folder "
+                "on another one."
+            )
 
     def _write(self, chunks: list, record: CheckpointRecord) -> None:
         """Body of the background thread; never raises. Collective over the checkpoint group."""
-        for attempt in range(ATTEMPTS):
-            self._outcome = _first_problem(self._try_write, chunks, record)
+        ways = [(root, attempt) for root in self.places for attempt in range(ATTEMPTS)]
+        for number, (root, attempt) in enumerate(ways, start=1):
+            self._tries += 1
+            self._outcome = _first_problem(self._try_write, root, chunks, record)
             if self._outcome is None:
                 return
+            is_retry = attempt + 1 < ATTEMPTS
+            if is_retry:
+                then = f"trying again in {RETRY_PAUSE_S:.0f} s"
+            elif number < len(ways):
+                then = f"trying {ways[number][0]}"
+            else:
+                then = "given up"
             if self._ranks.rank == 0:
-                again = (
-                    f"trying again in {RETRY_PAUSE_S:.0f} s"
-                    if attempt + 1 < ATTEMPTS
-                    else "given up; training goes on"
-                )
                 logger.error(
-                    "checkpoint of step %d failed: %s (%s)", record.step, self._outcome, again
+                    "checkpoint of step %d failed: %s (%s)", record.step, self._outcome, then
                 )
-            if attempt + 1 < ATTEMPTS:
+            # What was half written would keep the disk full for everybody.
+            _first_problem(self._ranks.on_main, partial(folders.clear_leftovers, root))
+            if is_retry:
                 time.sleep(RETRY_PAUSE_S)
 
-    def _try_write(self, chunks: list, record: CheckpointRecord) -> None:
+    def _try_write(self, root: Path, chunks: list, record: CheckpointRecord) -> None:
         """Write, publish and prune one checkpoint, once. Collective."""
         from pipeline.checkpoint import tensors
 
-        start, saving = time.monotonic(), folders.saving_folder(self.folder, record.step)
+        start, saving = time.monotonic(), folders.saving_folder(root, record.step)
         size_bytes = sum(self._ranks.gather(sum(c.data.nbytes for c in chunks)))
-        self._ranks.on_main(lambda: self._make_room(saving, size_bytes))
+        self._ranks.on_main(lambda: _make_room(root, saving, size_bytes))
         sums = tensors.write(chunks, saving, ranks=self._ranks)
         sums = {name: digest for part in self._ranks.gather(sums) for name, digest in part.items()}
         seconds = round(time.monotonic() - start, 3)
         record = replace(record, size_bytes=size_bytes, write_s=seconds)
-        self._ranks.on_main(lambda: self._publish(record, sums))
+        self._ranks.on_main(lambda: self._publish(root, record, sums))
 
-    def _make_room(self, saving: Path, size_bytes: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        folders.clear_leftovers(self.folder)
-        free = shutil.disk_usage(self.folder).free
-        if free < size_bytes + SPARE_BYTES:
-            raise CheckpointError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free, "
-                f"the checkpoint needs {(size_bytes + SPARE_BYTES) / 2**30:.2f} GiB"
-            )
-        saving.mkdir()
-
-    def _publish(self, record: CheckpointRecord, sums: dict[str, str]) -> None:
+    def _publish(self, root: Path, record: CheckpointRecord, sums: dict[str, str]) -> None:
         """Add the attachments, give the folder its name, prune; on the main rank only."""
-        saving = folders.saving_folder(self.folder, record.step)
+        saving = folders.saving_folder(root, record.step)
         attached = {
             name: write_durably(saving / name, path.read_bytes())
             for name, path in self.attachments.items()
         }
-        final = folders.publish(self.folder, record, {**sums, **attached})
+        final = folders.publish(root, record, {**sums, **attached})
         gib = record.size_bytes / 2**30
         logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record.write_s)
-        try:
+        with bookkeeping(f"deleting old checkpoints of {root}"):
             folders.prune(
-                self.folder,
+                root,
                 written=record.step,
                 keep_last=self.cfg.keep_last,
                 keep_every=self.cfg.keep_every,
             )
-        except OSError as error:
-            logger.warning("old checkpoints could not be deleted: %s", error)
 
     # ---- restore ---------------------------------------------------------------------------------
 
@@ -202,7 +228,7 @@ class Checkpointer:
         found = self._ranks.on_main(
             lambda: [
                 (s, p)
-                for s, p in folders.list_checkpoints(self.folder)
+                for s, p in folders.list_places(self.places)
                 if not_after is None or s <= not_after
             ]
         )
@@ -218,11 +244,24 @@ class Checkpointer:
             return record
         if found:
             raise CheckpointError(
-                f"all {len(found)} checkpoints in {self.folder} are damaged; they were renamed to "
-                "damaged-step-... and kept. Repair one and rename it back, or set "
+                f"all {len(found)} checkpoints in {self.places[0]} are damaged; they were renamed "
+                "to damaged-step-... and kept. Repair one and rename it back, or set "
                 "checkpoint.resume=false and another name to start again."
             )
         return None
+
+
+def _make_room(root: Path, saving: Path, size_bytes: int) -> None:
+    """An empty `saving` folder on a disk that has room for the checkpoint."""
+    root.mkdir(parents=True, exist_ok=True)
+    folders.clear_leftovers(root)
+    free = shutil.disk_usage(root).free
+    if free < size_bytes + SPARE_BYTES:
+        raise CheckpointError(
+            f"{root} has {free / 2**30:.2f} GiB free, "
+            f"the checkpoint needs {(size_bytes + SPARE_BYTES) / 2**30:.2f} GiB"
+        )
+    saving.mkdir()
 
 
 def _report_damage(path: Path, problems: list[str]) -> None:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.checkpoint.record import RECORD, CheckpointRecord, read_record
 from pipeline.errors import CheckpointError
 from pipeline.files import sha256_of, sync_folder, write_durably
+from pipeline.resilience.bookkeeping import bookkeeping
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"
@@ -49,6 +50,25 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
         return []
     found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def places(run_dir: Path, fallback_dir: str | None) -> list[Path]:
+    """Folders that may hold the checkpoints of a run, the one that is preferred first."""
+    fallback = [Path(fallback_dir) / run_dir.name / "checkpoints"] if fallback_dir else []
+    return [run_dir / "checkpoints", *fallback]
+
+
+def list_places(roots: Sequence[Path]) -> list[tuple[int, Path]]:
+    """(step, folder) of finished checkpoints in any of the places, oldest first.
+
+    Of one step that is in several, the preferred place's comes last.
+    """
+    found = [
+        (step, -number, path)
+        for number, root in enumerate(roots)
+        for step, path in list_checkpoints(root)
+    ]
+    return [(step, path) for step, _, path in sorted(found)]
 
 
 def find(path: Path) -> Path:
@@ -157,7 +177,8 @@ def publish(root: Path, record: CheckpointRecord, sums: dict[str, str]) -> Path:
     doomed = _take_name(final) if final.exists() else None
     os.rename(folder, final)
     sync_folder(root)
-    write_durably(root / LATEST, f"{final.name}\n".encode())
+    with bookkeeping(str(root / LATEST)):  # the checkpoint is whole, and found by its name
+        write_durably(root / LATEST, f"{final.name}\n".encode())
     if doomed:
         shutil.rmtree(doomed, ignore_errors=True)
     return final

@@ -20,7 +20,15 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background; training stops only for the copy to host memory."""
     resume: bool = True
-    """Continue at the newest good checkpoint of runs/<name>."""
+    """Continue at the newest good checkpoint of runs/<name>, or of fallback_dir."""
+    fallback_dir: str | None = None
+    """Folder on another disk, seen by every rank, for checkpoints that runs/<name> does not take:
+    <fallback_dir>/<name>/checkpoints; null: none.
+    """
+    max_failed_saves: int = 3
+    """Saves in a row that may fail, each tried several times and in both places; then training
+    ends.
+    """
     init_from: str | None = None
     """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing
     is resumed.

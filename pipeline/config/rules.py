@@ -34,7 +34,7 @@ LEAST = {
         model.moe.ffn_hidden_size parallel.tensor_parallel_size parallel.pipeline_parallel_size
         training.total_steps training.total_tokens training.seq_len training.global_batch_size
         training.micro_batch_size training.recompute_every schedule.decay_steps
-        tracking.log_every""",
+        tracking.log_every checkpoint.max_failed_saves""",
     0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
         model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
         finetune.lora_rank

@@ -10,13 +10,14 @@ as many interleaved tracebacks as there are ranks.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import traceback
 from pathlib import Path
 
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import EXIT_BUG, PipelineError, printed
+from pipeline.errors import EXIT_BUG, DataError, PipelineError, printed
+from pipeline.log import say
+from pipeline.redaction import redact
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_FRAMES = 4
@@ -36,7 +37,7 @@ def report(
         advice: lines that are added to the short report, such as a memory breakdown.
     """
     code = error.exit_code if isinstance(error, PipelineError) else EXIT_BUG
-    whole = "".join(traceback.format_exception(error))
+    whole = redact("".join(traceback.format_exception(error)))
     failures = (
         run_dir / "logs" / "failures"
         if run_dir
@@ -47,19 +48,18 @@ def report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(whole)
-        with (folder / "first").open("x") as file:  # the claim: only one rank can create it
-            file.write(f"{ranks.global_rank}\n")
-    except FileExistsError:
-        return code
-    except OSError as problem:  # a full or read-only disk must not hide the failure
-        print(f"(no report in {folder}: {problem})", file=sys.stderr)
-        if not ranks.is_main:
+        try:
+            with (folder / "first").open("x") as file:  # the claim: only one rank can create it
+                file.write(f"{ranks.global_rank}\n")
+        except FileExistsError:
             return code
-    print(
-        short_report(error, ranks=ranks, step=step, path=path, advice=advice),
-        file=sys.stderr,
-        flush=True,
-    )
+    except OSError as problem:  # a full or read-only disk must not hide the failure
+        # Nobody could claim to be the first. The main rank speaks, and a rank that alone knows what
+        # is wrong: with its data; not a thousand ranks that know the same.
+        if not ranks.is_main and not isinstance(error, DataError):
+            return code
+        say(f"(no report in {folder}: {problem})")
+    say(short_report(error, ranks=ranks, step=step, path=path, advice=advice))
     return code
 
 

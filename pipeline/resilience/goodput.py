@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import whole_file
+from pipeline.log import logger
+from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.resilience.clock import Clock
 
 
@@ -25,11 +27,10 @@ class Goodput:
     def __init__(self, run_dir: Path, clock: Clock) -> None:
         self.clock, self.first_step = clock, 0
         folder = run_dir / "logs" / "attempts"
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = sorted(folder.glob("*.json"))
-        # An empty file is what a power cut leaves of one that was not synced: the account loses it.
-        self.earlier = [json.loads(content) for path in paths if (content := path.read_bytes())]
-        self.path = folder / f"{len(paths):04d}.json"
+        paths = sorted(path for path in folder.glob("*.json") if path.stem.isdecimal())
+        self.earlier = [found for path in paths if (found := _read(path)) is not None]
+        number = int(paths[-1].stem) + 1 if paths else 0
+        self.path = folder / f"{number:04d}.json"
 
     def begin(self, step: int) -> None:
         """This start goes on from `step`."""
@@ -45,11 +46,26 @@ class Goodput:
             "last_step": step,
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
         }
-        with whole_file(self.path, durable=False) as file:  # on the way between two steps
+        # Not synced: it is on the way between two steps.
+        with bookkeeping(str(self.path)), whole_file(self.path, durable=False) as file:
             file.write(json.dumps(attempt).encode())
         return {
             f"goodput/{name}": value for name, value in summary([*self.earlier, attempt]).items()
         }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """An earlier attempt; None, and a warning, when the file is none.
+
+    Empty is what a power cut leaves of a file that was not synced; the account loses that start.
+    """
+    try:
+        attempt: dict[str, Any] = json.loads(path.read_bytes())
+        summary([attempt])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("%s is passed over, goodput does without it: %r", path, error)
+        return None
+    return attempt
 
 
 def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from pipeline.errors import MachineError
 from pipeline.files import create_durably, write_durably
+from pipeline.log import say
 
 BEAT_S = 10.0
 """Between two signs of life."""
@@ -96,12 +96,10 @@ class Ownership:
     def _leave(self, owner: Claim | None) -> None:
         """End this process at once: it was stopped or cut off, and the run has another owner."""
         who = owner.describe() if owner else "another process"
-        print(
+        say(
             f"error: the run folder {self.path.parent.parent} has been taken over by {who}, "
             f"because this process gave no sign of life for more than {SILENCE_S:.0f} s. "
-            "It ends here.",
-            file=sys.stderr,
-            flush=True,
+            "It ends here."
         )
         os._exit(MachineError.exit_code)
 
@@ -114,7 +112,18 @@ def claim(run_dir: Path, *, node: str) -> Ownership:
     Raises:
         MachineError: another process has it, and lives.
     """
-    folder, mine = run_dir / "owner", _claim_of_this_process(node)
+    try:
+        return _claim(run_dir, _claim_of_this_process(node))
+    except OSError as error:
+        raise MachineError(
+            f"the run folder {run_dir} cannot be written ({error.strerror or error}): this start "
+            "cannot claim it. Free its disk, or choose another folder with runs_dir=... or name=..."
+        ) from None
+
+
+def _claim(run_dir: Path, mine: Claim) -> Ownership:
+    """The body of `claim`: judge the owner that is there, and be the only one with a number."""
+    folder = run_dir / "owner"
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         path, owner = _owner(folder)

@@ -25,6 +25,8 @@ from pathlib import Path
 from pipeline.distributed.ranks import RankHost, describe_ranks
 from pipeline.errors import EXIT_HANG
 from pipeline.files import whole_file
+from pipeline.log import say
+from pipeline.redaction import redact
 from pipeline.resilience.clock import Beat, Clock
 from pipeline.resilience.hang_page import (
     Sighting,
@@ -106,6 +108,18 @@ class Watchdog:
 
     def _report(self, beat: Beat) -> None:
         """Write down what this rank is doing; the lowest rank of those that did writes the page."""
+        try:
+            self._tell(beat)
+        except OSError as error:  # no page then; each rank says in the log what it knows
+            main = sys._current_frames()[threading.main_thread().ident or 0]
+            say(
+                f"error: no progress for {self._age_s(beat):.0f} s at step {beat.step}: "
+                f"rank {self.global_rank} on {self.hosts[self.global_rank].node} is in "
+                f"{doing(main) or beat.phase} (no page: {error})"
+            )
+
+    def _tell(self, beat: Beat) -> None:
+        """The report on the disk: a sighting, and the page, or nothing when it went on."""
         if self.told.exists():
             return
         path = self._write_sighting()
@@ -160,7 +174,7 @@ class Watchdog:
         path = self.folder / f"{self.global_rank:05d}.json"
         # The disk may be what hangs: nothing here waits for it longer than it must.
         with whole_file(path, durable=False) as file:
-            file.write(json.dumps(asdict(sighting)).encode())
+            file.write(json.dumps(redact(asdict(sighting))).encode())
         return path
 
     def _note(self) -> str:
@@ -185,10 +199,8 @@ class Watchdog:
         shutil.rmtree(self.logs / f"hang-{step}", ignore_errors=True)
         self.folder.rename(self.logs / f"hang-{step}")
         who, why = guilty(seen, self.hosts)
-        print(
+        say(
             f"error: no progress for {self.timeout_s:.0f} s at step {step}: "
             f"{describe_ranks(who, self.hosts)}: {why}\n"
-            f"       the page {page} says what each rank was doing",
-            file=sys.stderr,
-            flush=True,
+            f"       the page {page} says what each rank was doing"
         )

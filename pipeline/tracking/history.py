@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,25 @@ class History:
         return rates[len(rates) // 2]
 
 
+def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:
+    """Whether metrics.jsonl has the held-out loss of each dataset after `step`."""
+    try:
+        rows = [row for row in _rows(run_dir / "metrics.jsonl") if row.get("step") == step]
+    except OSError:  # it is not there, or cannot be read now
+        return False
+    return all(any(f"val/{name}/loss" in row for row in rows) for name in names)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines that are rows: a killed process leaves half a line."""
     import orjson
 
     rows = []
     for line in path.read_bytes().splitlines():
         try:
-            rows.append(orjson.loads(line))
-        except orjson.JSONDecodeError:  # a killed process leaves half a line
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

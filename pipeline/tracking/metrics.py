@@ -10,7 +10,6 @@ Scalars stay on the device until a logged step reads them, so only logged steps 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import resource
 import sys
@@ -31,8 +30,11 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.log import logger
 from pipeline.planning.flops import mfu, peak_tflops
+from pipeline.redaction import redact
+from pipeline.resilience.bookkeeping import bookkeeping, num_failures
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking.environment import environment
+from pipeline.tracking.row_file import RowFile
 from pipeline.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -86,10 +88,10 @@ class Metrics:
             else platform.processor() or "cpu"
         )
         self.peak_tflops = cfg.peak_tflops or peak_tflops(device)
-        facts = {"device": device, **environment(), **facts}
+        facts = redact({"device": device, **environment(), **facts})
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         logger.info("commit %s on %s; %s", facts["git_commit"] or "unknown", device, versions)
-        self._file = _open_lines(run_dir / "metrics.jsonl")
+        self._rows = RowFile(run_dir / "metrics.jsonl")
         self._write(
             {"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts}
         )
@@ -137,7 +139,8 @@ class Metrics:
             self._logged_steps += 1
         now = time.perf_counter()
         self._interval_s, self._mark = self._interval_s + now - self._mark, now
-        self._advance_bar(state)
+        with bookkeeping("the progress bar"):  # the terminal may be gone
+            self._advance_bar(state)
 
     def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
         """Pass on loss, perplexity and bits per byte of each validation dataset."""
@@ -159,8 +162,9 @@ class Metrics:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the bar, the file and the W&B run; waits for W&B a bounded time."""
-        self._cleanup.close()
-        self._file.close()
+        with bookkeeping("the progress bar"):
+            self._cleanup.close()
+        self._rows.close()
         if self._wandb is not None:
             self._wandb.close(exit_code)
 
@@ -190,6 +194,7 @@ class Metrics:
             "resilience/skipped_steps": state.skipped_steps,
             **{key: _number(value) for key, value in extra.items()},
             **self.goodput.write(state.step),
+            "resilience/bookkeeping_failures": num_failures(),
         }
         self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
@@ -203,7 +208,7 @@ class Metrics:
             self._wandb.log(row)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        self._rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
     def _show(self, state: State, values: dict[str, Any]) -> None:
         """The console line of a logged step, with the time that is left at this rate."""
@@ -263,16 +268,6 @@ class SilentMetrics:
 
     def close(self, exit_code: int = 0) -> None:
         """Nothing."""
-
-
-def _open_lines(path: Path) -> Any:
-    """The file, appended to at the start of a line: a killed process may have left half of one."""
-    file = path.open("ab+", buffering=0)
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
 
 
 def _number(value: Any) -> Any:

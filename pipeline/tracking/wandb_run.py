@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 import uuid
 from pathlib import Path
@@ -17,79 +18,104 @@ from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.files import write_durably
 from pipeline.log import logger
+from pipeline.redaction import redact
+from pipeline.resilience.bookkeeping import bookkeeping
 
 WANDB_INIT_TIMEOUT_S = 120.0
 WANDB_CLOSE_TIMEOUT_S = 60.0  # what a run waits at its end for W&B to take the last values
-WANDB_QUEUE = 10_000  # values kept for a W&B that does not take them
+WANDB_QUEUE = 10_000  # rows kept for a W&B that does not take them; later ones are lost to it
+WANDB_PAUSE_S, WANDB_LONGEST_PAUSE_S = 30.0, 3600.0  # before W&B is tried again; doubles
 
 
 class WandbRun:
-    """A W&B run, opened and fed by a thread of its own; whatever fails there is one warning."""
+    """A W&B run, opened and fed by a thread of its own; when it fails it is opened again later."""
 
     def __init__(self, cfg: TrackingConfig, *, run_dir: Path, config: dict[str, Any]):
+        self._cfg, self._run_dir, self._config = cfg, run_dir, config
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(WANDB_QUEUE)
-        self._broken = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(cfg, run_dir, config), daemon=True, name="wandb"
-        )
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="wandb")
         self._thread.start()
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand over one row; never waits."""
-        if not self._broken.is_set():
-            try:
-                self._queue.put_nowait(row)
-            except queue.Full:
-                self._give_up(f"{WANDB_QUEUE} values wait for it")
+        with bookkeeping("W&B's queue, full", errors=queue.Full):
+            self._queue.put_nowait(row)
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run with the exit code; waits WANDB_CLOSE_TIMEOUT_S at most."""
-        if not self._broken.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(exit_code)
-            self._thread.join(WANDB_CLOSE_TIMEOUT_S)
-            if self._thread.is_alive():
-                self._give_up(f"it did not finish within {WANDB_CLOSE_TIMEOUT_S:.0f} s")
-
-    def _work(self, cfg: TrackingConfig, run_dir: Path, config: dict[str, Any]) -> None:
-        """The thread: open the run, send what the queue brings; its failure is one warning."""
-        try:
-            import wandb
-
-            mode: Any = _wandb_mode(cfg.wandb)
-            settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_INIT_TIMEOUT_S)
-            # One run for the job's whole life. Offline every restart writes a folder of its own
-            # with this id, and `wandb sync` joins them; `resume` means nothing there.
-            run = wandb.init(
-                project=cfg.project,
-                entity=cfg.entity,
-                group=cfg.group,
-                tags=cfg.tags,
-                name=run_dir.name,
-                dir=run_dir,
-                id=_wandb_id(run_dir),
-                resume="allow" if mode == "online" else None,
-                mode=mode,
-                config=config,
-                settings=settings,
-            )
-            logger.info(
-                "wandb: %s", run.url if mode == "online" else f"{mode}; kept in {run_dir}/wandb"
-            )
-            # After a restart steps repeat: W&B's own step cannot.
-            run.define_metric("*", step_metric="step")
-            while isinstance(row := self._queue.get(), dict):
-                run.log(row)
-            run.finish(exit_code=row)
-        except Exception as error:
-            self._give_up(f"{type(error).__name__}: {error}")
-
-    def _give_up(self, reason: str) -> None:
-        if not self._broken.is_set():
-            self._broken.set()
+        self._closing.set()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(exit_code)
+        self._thread.join(WANDB_CLOSE_TIMEOUT_S)
+        if waiting := self._queue.qsize() or self._thread.is_alive():
             logger.warning(
-                "W&B is given up, training goes on and metrics.jsonl has everything: %s", reason
+                "W&B did not take the last %d values within %.0f s; metrics.jsonl has everything",
+                waiting,
+                WANDB_CLOSE_TIMEOUT_S,
             )
+
+    def _work(self) -> None:
+        """The thread: open the run and send what the queue brings, again after every failure."""
+        pause_s, is_done = WANDB_PAUSE_S, False
+        while not is_done:
+            with bookkeeping("W&B, while metrics.jsonl has everything", errors=Exception):
+                self._send(self._open())
+                is_done = True
+            # At the end one try is all there is time for.
+            is_done = is_done or self._closing.wait(pause_s)
+            pause_s = min(2 * pause_s, WANDB_LONGEST_PAUSE_S)
+
+    def _send(self, run: Any) -> None:
+        """Pass on what the queue brings, to the exit code, which is its last."""
+        while isinstance(row := self._queue.get(), dict):
+            try:
+                run.log(row)
+            except Exception:
+                self._put_back(row)
+                raise
+        run.finish(exit_code=row)
+
+    def _put_back(self, row: dict[str, Any]) -> None:
+        """W&B did not take it: it comes first when W&B is back."""
+        with self._queue.mutex:
+            self._queue.queue.appendleft(row)
+
+    def _open(self) -> Any:
+        """The W&B run. After a failure its helper process, which may be dead, is replaced."""
+        import wandb
+
+        if wandb.run is not None:
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+        mode: Any = _wandb_mode(self._cfg.wandb)
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=WANDB_INIT_TIMEOUT_S,
+            # wandb-metadata.json has the command line as it was typed.
+            x_disable_meta=redact(sys.argv) != sys.argv,
+        )
+        # One run for the job's whole life. Offline every restart writes a folder of its own
+        # with this id, and `wandb sync` joins them; `resume` means nothing there.
+        run = wandb.init(
+            project=self._cfg.project,
+            entity=self._cfg.entity,
+            group=self._cfg.group,
+            tags=self._cfg.tags,
+            name=self._run_dir.name,
+            dir=self._run_dir,
+            id=_wandb_id(self._run_dir),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            config=self._config,
+            settings=settings,
+        )
+        where = run.url if mode == "online" else f"{mode}; kept in {self._run_dir}/wandb"
+        logger.info("wandb: %s", where)
+        # After a restart steps repeat: W&B's own step cannot.
+        run.define_metric("*", step_metric="step")
+        return run
 
 
 def _wandb_mode(mode: WandbMode) -> str:

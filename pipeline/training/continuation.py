@@ -9,7 +9,7 @@ and a W&B run open. Nothing is written here, no tensor is read, and torch is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,26 +42,27 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
             "frozen at random numbers they are of no use. Set checkpoint.init_from to a run, a "
             "checkpoint or a Hugging Face folder, at every start of this run."
         )
-    checkpoints = folders.list_checkpoints(run_dir / "checkpoints")
+    places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
+    checkpoints = folders.list_places(places)
     if not checkpoints:
         _check_beginning(cfg, run_dir)
         return
     if not cfg.checkpoint.resume:
         raise CheckpointError(
-            f"{run_dir} holds checkpoints up to step {checkpoints[-1][0]}, and "
+            f"{checkpoints[-1][1].parent} holds checkpoints up to step {checkpoints[-1][0]}, and "
             "checkpoint.resume=false would begin at step 0 among them. "
             "Give the new run another name=..., or move that folder away."
         )
-    if (record := newest_record(run_dir)) is None:
+    if (record := newest_record(places)) is None:
         return  # restore reads every byte, says what is damaged, and ends the run
     problems = Problems()
     problems.found += _differences(cfg, shape, run_dir, record)
     problems.raise_all()
 
 
-def newest_record(run_dir: Path) -> CheckpointRecord | None:
-    """Of the newest checkpoint whose record is undamaged; None where there is none."""
-    paths = reversed(folders.list_checkpoints(run_dir / "checkpoints"))
+def newest_record(places: Sequence[Path]) -> CheckpointRecord | None:
+    """Of the newest checkpoint in these folders whose record is undamaged; None: there is none."""
+    paths = reversed(folders.list_places(places))
     return next((record for _, path in paths if (record := folders.whole_record(path))), None)
 
 

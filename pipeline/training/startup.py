@@ -14,6 +14,7 @@ from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import DataError, MachineError, Problems
 from pipeline.files import sha256_of, write_durably
+from pipeline.resilience.bookkeeping import bookkeeping
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
@@ -53,6 +54,7 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
         PipelineError: settings, data, folder or checkpoints do not fit together; all that is wrong
             is named.
     """
+    from pipeline.checkpoint import folder as folders
     from pipeline.data.datasets import describe, follow_data
     from pipeline.data.reading_plan import plan_reading
     from pipeline.training import continuation
@@ -79,7 +81,8 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
             check_same_tokenizer(data, weights)
     reading = None
     with problems:
-        newest = continuation.newest_record(run_dir) if cfg.checkpoint.resume else None
+        places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
+        newest = continuation.newest_record(places) if cfg.checkpoint.resume else None
         saved = newest.loader if newest else None
         reading = plan_reading(cfg.data, data.train, shape=shape, seed=cfg.seed, saved=saved)
     problems.raise_all()
@@ -89,7 +92,8 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
 
 def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
     """The main rank, once the folder is its own: write config.yaml, and say what starts."""
-    write_durably(start.run_dir / "config.yaml", cli.to_yaml(cfg).encode())
+    with bookkeeping(str(start.run_dir / "config.yaml")):
+        write_durably(start.run_dir / "config.yaml", cli.to_yaml(cfg).encode())
     log.logger.info("run %s: %s", start.run_dir, start.shape)
     if start.reading.used_up:
         log.logger.warning(start.reading.used_up)
@@ -101,28 +105,41 @@ def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
 
 
 def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
-    """Raise MachineError unless the run folder can be written and has room for its checkpoints."""
+    """Raise MachineError unless the run folder can be written and has room for its checkpoints.
+
+    So must the folder that is to take them when the run folder does not.
+    """
+    from pipeline.checkpoint import folder as folders
     from pipeline.planning.trained import num_trained_parameters
 
-    # The folder is made when the run begins; what is there already must take a file, which gets no
-    # name, or loses it at once.
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    trained = num_trained_parameters(cfg.model, cfg.finetune, shape.vocab_size)
+    size = CHECKPOINT_BYTES_PER_PARAMETER * trained
+    _check_room(run_dir, size, "runs_dir=... or name=...")
+    for place in folders.places(run_dir, cfg.checkpoint.fallback_dir)[1:]:
+        _check_room(place.parent, size, "checkpoint.fallback_dir=...")
+
+
+def _check_room(folder: Path, checkpoint_bytes: int, setting: str) -> None:
+    """Raise MachineError unless the folder can be made, written, and holds two checkpoints.
+
+    The folder is made when the run begins; what is there already must take a file, which gets no
+    name, or loses it at once.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise MachineError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}). "
-            "Choose another with runs_dir=... or name=..."
+            f"the run folder {folder} cannot be written ({error.strerror}). "
+            f"Choose another with {setting}"
         ) from None
-    trained = num_trained_parameters(cfg.model, cfg.finetune, shape.vocab_size)
-    size = CHECKPOINT_BYTES_PER_PARAMETER * trained
     free = shutil.disk_usage(there).free
-    if free < 2 * size:  # the newest checkpoint and the one being written
+    if free < 2 * checkpoint_bytes:  # the newest checkpoint and the one being written
         raise MachineError(
-            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free; two checkpoints of this model "
-            f"need {2 * size / 2**30:.2f} GiB. "
-            "Free some space or choose another disk with runs_dir=..."
+            f"the disk of {folder} has {free / 2**30:.2f} GiB free; two checkpoints of this model "
+            f"need {2 * checkpoint_bytes / 2**30:.2f} GiB. "
+            f"Free some space or choose another disk with {setting}"
         )
 
 
@@ -135,7 +152,8 @@ def first_weights(cfg: PretrainConfig, run_dir: Path) -> Path | None:
     from pipeline.checkpoint import folder as folders
 
     if cfg.checkpoint.resume:
-        for _, path in reversed(folders.list_checkpoints(run_dir / "checkpoints")):
+        places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
+        for _, path in reversed(folders.list_places(places)):
             if folders.whole_record(path):
                 return path
     if cfg.checkpoint.init_from is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline import cli
+from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import Base, as_json, recorded_base
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import RunRecord
@@ -27,19 +28,20 @@ from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.ranks import RankHost
 from pipeline.engine.engine import Engine, StepResult
-from pipeline.errors import CheckpointError, DataUsedUp, DivergedError
+from pipeline.errors import DataUsedUp, DivergedError
 from pipeline.evaluation.perplexity import Evaluator
 from pipeline.files import write_durably
 from pipeline.log import logger
-from pipeline.planning.flops import count_parameters, flops_per_token
 from pipeline.resilience import notice
+from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.resilience.clock import Clock
-from pipeline.resilience.goodput import Goodput
 from pipeline.resilience.guard import Action, Guard
 from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
+from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.initial_weights import load_base, load_weights
+from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
 
 
@@ -73,41 +75,31 @@ class Trainer:
             reads_tokens=layout.pipeline.rank in (0, shape.sizes.pipeline - 1),
         )
         self.evaluator = Evaluator(cfg, shape=shape, engine=self.engine)
+        places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,
-            folder=run_dir / "checkpoints",
+            folder=places[0],
+            fallback=places[1] if places[1:] else None,
             layout=layout,
             attachments={"tokenizer.json": self.loader.tokenizer_path},
+            alive=clock.alive,
         )
         self.guard = Guard(cfg.resilience, loss_scaling=cfg.training.precision is Precision.fp16)
         self.agreement = StepAgreement(layout.device)
         self.stragglers = Stragglers(
             ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
         )
-        self.metrics = self.open_metrics() if layout.ranks.is_main else SilentMetrics()
-
-    def open_metrics(self) -> Metrics:
-        """The numbers of the run, for the rank that speaks."""
-        cfg, shape = self.cfg, self.shape
-        return Metrics(
-            cfg.tracking,
-            run_dir=self.run_dir,
-            config=cli.to_dict(cfg),
-            shape=shape,
-            flops_per_token=flops_per_token(
-                cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=shape.seq_len
-            ),
-            goodput=Goodput(self.run_dir, self.clock),
-            facts={
-                **count_parameters(cfg.model, cfg.finetune, shape.vocab_size),
-                "datasets": self.loader.state()["datasets"],
-            },
-        )
+        self.metrics: Metrics | SilentMetrics = SilentMetrics()
+        if layout.ranks.is_main:
+            datasets = self.loader.state()["datasets"]
+            self.metrics = open_metrics(cfg, shape, run_dir, clock=clock, datasets=datasets)
 
     def fit(self) -> None:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
         self.restore()
         self.metrics.begin(self.state)
+        if self.state.step and self.is_due(self.cfg.training.eval_every) and not self.is_evaluated:
+            self.evaluate()  # the start that saved this step ended before it was evaluated
         while self.state.step < self.shape.total_steps:
             batches = self.next_batches()  # num_micro_batches x (micro_batch_size, seq_len)
             result = self.train_step(batches)  # forward, backward, clip, update
@@ -135,6 +127,11 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one."""
         return every > 0 and self.state.step % every == 0
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation of the present step is done."""
+        return self.evaluated_step == self.state.step
 
     def next_batches(self) -> list[Batch]:
         """This rank's share of the next step.
@@ -266,7 +263,8 @@ class Trainer:
         if self.cfg.training.gc_every:
             gc.disable()
         if self.layout.ranks.is_main:  # a longer total_steps takes a finished run up again
-            (self.run_dir / "DONE").unlink(missing_ok=True)
+            with bookkeeping("DONE"):
+                (self.run_dir / "DONE").unlink(missing_ok=True)
         source = self.cfg.checkpoint.init_from
         if source and freezes(self.cfg.model, self.cfg.finetune):  # no checkpoint holds these
             self.base = load_base(self.engine, Path(source))
@@ -278,8 +276,21 @@ class Trainer:
             self.guard.restore(record.guard)
             if (base := recorded_base(record)) is not None and self.base is not None:
                 base.check(self.base)
+            self.evaluated_step = self.recorded_evaluation()  # collective
         elif source and self.base is None:
             load_weights(self.engine, Path(source))
+
+    def recorded_evaluation(self) -> int | None:
+        """The present step, if metrics.jsonl has its evaluation, as the main rank sees it.
+
+        Collective: call on every rank.
+        """
+        names = [dataset.name for dataset in self.evaluator.datasets]
+        found = [
+            self.layout.ranks.is_main and has_evaluation(self.run_dir, self.state.step, names=names)
+        ]
+        torch.distributed.broadcast_object_list(found, src=0, group=self.layout.host_group)
+        return self.state.step if found[0] else None
 
     def save(self) -> None:
         """Write a checkpoint; does nothing when this step is already on disk."""
@@ -296,17 +307,13 @@ class Trainer:
         """Put the present state on the disk, its last step judged; wait until it is there.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: it could not be written, checkpoint.max_failed_saves times.
         """
         if summary := self.agreement.drain():
             self.react(summary)
         self.save()
-        if not self.checkpoints.wait():
-            raise CheckpointError(
-                f"the checkpoint of step {self.state.step} could not be written (see above); the "
-                "run ends with the one before. "
-                "Free the disk, or whatever the message says, and start the same command again."
-            )
+        while not self.checkpoints.wait():
+            self.save()
 
     def record(self) -> RunRecord:
         """What a checkpoint holds besides tensors."""
@@ -327,12 +334,13 @@ class Trainer:
         """
         self.save_and_wait()
         is_done = self.state.step >= self.shape.total_steps
-        if is_done and self.evaluated_step != self.state.step:
+        if is_done and not self.is_evaluated:
             self.evaluate()
         self.loader.close()
         self.clock.enter("end", self.state.step)
         if self.layout.ranks.is_main and is_done:
-            write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())
+            with bookkeeping("DONE"):
+                write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())
         self.metrics.close(0)
         logger.info(
             "%s at step %d of %d",

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,64 @@ def test_training_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
     assert (
         not list(tmp_path.glob(".step-*")) and folders.damage(tmp_path / folders.name_of(4)) == []
     )
+
+
+def save_with_a_fallback(folder: Path) -> dict[str, Any]:
+    """Saves whose first place is a file; then rank 1 can write nothing anywhere. Collective."""
+    from pipeline.checkpoint import checkpointer as module
+
+    module.RETRY_PAUSE_S = 0.0
+    cfg = CheckpointConfig(max_failed_saves=2)
+    checkpointer = Checkpointer(cfg, folder=folder / "file" / "checkpoints", fallback=folder / "other", layout=None)  # type: ignore[arg-type]  # fmt: skip
+
+    def save(step: int) -> bool:
+        checkpointer._last_saved = step
+        checkpointer._thread = threading.Thread(target=checkpointer._write, args=(small_chunks(step), record_of(step)))  # fmt: skip
+        checkpointer._thread.start()
+        return checkpointer.wait()
+
+    outcomes = [save(1)]
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, no_limit[1]))
+    outcomes.append(save(2))
+    left = sorted(path.name for path in (folder / "other").iterdir())
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    outcomes.append(save(3))  # it worked in between: the count begins anew
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, no_limit[1]))
+    outcomes.append(save(4))
+    with pytest.raises(CheckpointError) as caught:
+        save(5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    return {"outcomes": outcomes, "left": left, "error": str(caught.value)}
+
+
+def test_a_save_goes_to_the_fallback_and_the_run_ends_after_so_many_failures(
+    tmp_path: Path,
+) -> None:
+    """A run that cannot save must not train for days: it ends, on every rank, and says why."""
+    (tmp_path / "file").write_text("in the place of the run folder")
+    found = run_on_ranks(save_with_a_fallback, 2, tmp_path)
+    assert found[0] == found[1], "all ranks know the same"
+    assert found[0]["outcomes"] == [True, False, True, False]
+    assert found[0]["left"] == ["latest", "step-00000001"], "a failed save leaves nothing behind"
+    for words in ("2 checkpoints in a row", "the last of step 5", "File too large", "fallback_dir"):
+        assert words in found[0]["error"]
+    places = [tmp_path / "file" / "checkpoints", tmp_path / "other"]
+    assert [step for step, _ in folders.list_places(places)] == [1, 3]
+
+
+def test_the_newest_checkpoint_of_both_places_is_taken(tmp_path: Path) -> None:
+    places = folders.places(tmp_path / "runs" / "a", str(tmp_path / "other"))
+    assert places == [tmp_path / "runs/a/checkpoints", tmp_path / "other/a/checkpoints"]
+    for place, steps in zip(places, ((1, 3), (2, 3, 4))):
+        for step in steps:
+            (place / folders.name_of(step)).mkdir(parents=True)
+    found = folders.list_places(places)
+    assert [step for step, _ in found] == [1, 2, 3, 3, 4]
+    assert [path.parent for step, path in found if step == 3] == [places[1], places[0]]
 
 
 def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:

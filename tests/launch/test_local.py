@@ -10,11 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.support.corpus import make_tokenizer
+from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "local.sh"
 
 # Stands for `python -m pipeline.train`: behaves as its first setting says.
 RANK = """
@@ -158,3 +162,40 @@ def test_no_rank_outlives_a_killed_launcher(launch, tmp_path):
 def test_usage_is_shown_without_a_number_of_processes(launch, arguments):
     """`launch/local.sh model=tiny` is the likely slip."""
     assert launch(*arguments).wait(60) == 2
+
+
+@pytest.mark.slow
+def test_a_shard_that_shrinks_under_the_trainer_is_named(tmp_path):
+    """The kernel kills who reads a mapped file behind its new end (SIGBUS): stacks told nobody which file."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json", vocab_size=300).read_bytes()
+    for split in ("train", "validation"):
+        write_dataset(tmp_path / "data" / split, [np.arange(8192) % 300] * 2, vocab_size=300, tokenizer=tokenizer)  # fmt: skip
+    settings = [
+        f"data.path={tmp_path}/data", f"runs_dir={tmp_path}/runs", "name=a", "model=tiny", "model.num_layers=2",
+        "model.hidden_size=32", "model.max_seq_len=32", "training.total_steps=100", "training.global_batch_size=4",
+        "training.micro_batch_size=2", "training.precision=fp32", "training.eval_every=0", "schedule.warmup_steps=2",
+        "tracking.log_every=1", "tracking.wandb=disabled",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHON": f"{sys.executable} {ROOT}/tests/support/plant.py",
+        "PLANT": "step_s=0.3",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen([SCRIPT, "1", *settings], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + HANG_S
+        while not (metrics.exists() and "train/loss" in metrics.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        shard = next((tmp_path / "data" / "train").rglob("*.tar"))
+        os.truncate(shard, 1000)
+        errors = process.communicate(timeout=HANG_S)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGBUS, errors
+    last = errors[errors.rindex("error: ") :]
+    assert "1 of 2 shards are missing or truncated" in last and str(shard.name) in last, errors
+    assert "(1000 bytes, " in last and "SIGBUS" in last

@@ -17,6 +17,7 @@ pytestmark = [
 # Called as `PYTHON -m pipeline.preflight ...` and `PYTHON -m pipeline.train ...`.
 STAND_IN = """#!/bin/bash
 if [[ $2 == pipeline.preflight ]]; then
+  [[ "$*" == *shards_only=true* ]] && { echo "error: shard 7 is truncated" >&2; exit 2; }
   [[ "$*" == *bad=1* ]] && { echo "error: bad must be 0" >&2; exit 2; }
   echo "preflight: $*" >&2; echo "$PWD/run"; exit 0
 fi
@@ -26,6 +27,8 @@ arguments=$(printf ' [%s]' "${@:3}")
 printf 'rank %s of %s on %s, meet at %s:%s, OMP %s, arguments:%s\\n' "$SLURM_PROCID" "$SLURM_NTASKS" "$(hostname)" \\
   "$MASTER_ADDR" "$MASTER_PORT" "$OMP_NUM_THREADS" "$arguments" >>ranks
 if [[ $MODE != stuck && $SLURM_PROCID == 0 ]]; then echo "step-$SLURM_RESTART_COUNT" >run/checkpoints/latest; fi
+[[ $MODE == bus && $SLURM_PROCID == 1 ]] && kill -BUS $$
+[[ $MODE == bus ]] && sleep 60
 [[ $MODE == done ]] && { touch run/DONE; exit 0; }
 # Ranks start with the signals blocked: they wait to be asked for.
 [[ $MODE == wait && -z $SLURM_RESTART_COUNT ]] && exec SYS_EXECUTABLE -c \
@@ -68,6 +71,14 @@ def test_a_job_without_progress_stops_after_one_try(cluster, tmp_path):
     assert job.fact("ExitCode") == "9:0"
     assert job.fact("Restarts") == "0"
     assert "no new checkpoint in this start: not requeued" in job.log()
+
+
+def test_a_rank_that_is_killed_makes_the_job_look_at_its_shards(cluster, tmp_path):
+    """A shard that shrinks under its reader kills it without a word (SIGBUS)."""
+    job = submit(cluster, tmp_path, "bus")
+    cluster.wait_for(lambda: "requeued (start 2" in job.log(), "the end of a start", 60, job=job)
+    cluster.run("scancel", job.id)
+    assert "error: shard 7 is truncated" in job.log()
 
 
 def test_a_job_that_fails_after_progress_goes_on_until_progress_ends(cluster, tmp_path):

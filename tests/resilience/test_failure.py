@@ -1,9 +1,10 @@
 """A failed job's log ends in ten lines, whatever the number of ranks."""
 
+import os
 import re
 
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ShardError
 from pipeline.resilience import failure
 from pipeline.resilience.clock import Clock
 
@@ -48,6 +49,32 @@ def test_user_errors_are_one_message_with_their_exit_code(tmp_path, capfd):
         ConfigError("x must be even."), ranks=ranks(3), run_dir=tmp_path, step=None
     )
     assert (code, capfd.readouterr().err) == (2, "error: x must be even. (rank 3 on n1)\n")
+
+
+def test_a_file_in_the_place_of_the_reports_does_not_hide_the_failure(tmp_path, capfd):
+    """It was taken for another rank's claim, so that nobody spoke."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "failures").write_text("mine")
+    for rank, error in ((0, bug()), (9, ShardError("shard 7 is gone.")), (10, bug())):
+        failure.report(error, ranks=ranks(rank), run_dir=tmp_path, step=3)
+    printed = capfd.readouterr().err
+    assert "error: rank 0 on n1 after step 3" in printed
+    assert "shard 7 is gone. (rank 9 on n2)" in printed and "rank 10" not in printed
+
+
+def test_a_report_holds_no_secret_and_a_closed_standard_error_no_rank(tmp_path, monkeypatch, capfd):
+    """The exit code must reach the launcher: a rank that cannot speak would wait in its teardown."""
+    error = RuntimeError("GET https://me:planted@host/x?sig=planted failed")
+    failure.report(error, ranks=ranks(0), run_dir=tmp_path, step=1)
+    (report,) = (tmp_path / "logs" / "failures").glob("*/00000.txt")
+    printed = capfd.readouterr().err
+    assert "https://***@host/x?***" in report.read_text() and "https://***@host/x?***" in printed
+    assert (
+        "planted"
+        not in report.read_text().replace("planted@host/x?sig=planted failed", "") + printed
+    )
+    monkeypatch.setattr("sys.stderr", open(os.devnull))  # noqa: SIM115 - not writable
+    assert failure.report(error, ranks=ranks(0), run_dir=tmp_path / "b", step=1) == 1
 
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_failure(tmp_path, capfd):

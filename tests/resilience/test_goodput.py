@@ -52,3 +52,25 @@ def test_an_attempt_that_a_power_cut_emptied_does_not_stop_the_next_start(tmp_pa
     third = Goodput(tmp_path, Clock())
     assert third.path == folder / "0002.json"
     assert len(third.earlier) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"seconds": 3}', b"\xff", b'{"a": 1}'])
+def test_a_file_that_is_no_attempt_is_passed_over(tmp_path, content):
+    """Power cuts leave empty files, people leave anything: none of it keeps a run from starting."""
+    folder = tmp_path / "logs" / "attempts"
+    folder.mkdir(parents=True)
+    (folder / "0000.json").write_bytes(content)
+    (folder / "notes.json").write_bytes(b"mine")
+    goodput = Goodput(tmp_path, Clock())
+    goodput.begin(0)
+    assert goodput.write(1)["goodput/restarts"] == 0
+    assert (folder / "0000.json").read_bytes() == content, "it is not ours to overwrite"
+    assert (folder / "0001.json").exists()
+
+
+def test_an_account_that_cannot_be_written_goes_on_in_memory(tmp_path):
+    """A full disk or a file in the place of logs/: the numbers of this start are still right."""
+    (tmp_path / "logs").write_text("in the way")
+    goodput = Goodput(tmp_path, Clock())
+    goodput.begin(0)
+    assert goodput.write(3)["goodput/lost_steps"] == 0

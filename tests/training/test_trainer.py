@@ -1,0 +1,160 @@
+"""A run on a real disk that fills, goes and comes back: it ends as an undisturbed one does, and tells everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.tensors import CheckpointTensors
+from tests.support.corpus import make_tokenizer
+from tests.support.token_dataset import write_dataset
+from tests.support.waiting import HANG_S
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+SETTINGS = [
+    "name=a", "model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32", "schedule.warmup_steps=2",
+    f"training.total_steps={STEPS}", "training.global_batch_size=4", "training.micro_batch_size=2",
+    "training.eval_every=0", "training.precision=fp32", "tracking.log_every=1", "tracking.sample_hash=true",
+    "tracking.wandb=disabled", "checkpoint.save_every=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = make_tokenizer(folder / "tokenizer.json", vocab_size=300).read_bytes()
+    for split, stride in (("train", 7), ("validation", 11)):
+        tokens = np.arange(8192) * stride % 300
+        write_dataset(folder / split, [tokens], vocab_size=300, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for some checkpoints and the 64 MiB that a save leaves free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def start(data: Path, runs: Path, *settings: str, step_s: float = 0.0, **how: Any) -> subprocess.Popen:  # fmt: skip
+    """pipeline.train as a process, each step lengthened so that something can happen meanwhile."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": f"step_s={step_s}"}
+    command = [sys.executable, "tests/support/plant.py", "-m", "pipeline.train", f"data.path={data}", f"runs_dir={runs}",
+               *SETTINGS, *settings]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **how)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def results(run: Path) -> list[tuple]:
+    """What must not depend on what the disk does."""
+    names = ("step", "train/loss", "train/grad_norm", "data/sample_hash")
+    return [tuple(row[name] for name in names) for row in rows(run)]
+
+
+def wait_for(process: subprocess.Popen, claim: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + HANG_S
+    while not claim():
+        assert process.poll() is None, f"the run ended with {process.returncode} before {what}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.02)
+
+
+def expect_equal_checkpoints(one: Path, other: Path) -> None:
+    a, b = CheckpointTensors(one), CheckpointTensors(other)
+    assert a.names == b.names
+    for name in a.names:
+        assert (a.tensor(name) == b.tensor(name)).all(), name
+
+
+@pytest.mark.slow
+def test_full_disk_deleted_folder_and_closed_terminal_cost_a_run_nothing(
+    data: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """Each of these used to end a run, or would have been silent about what it lost."""
+    alone = start(data, tmp_path, stderr=subprocess.PIPE)
+    assert alone.wait(HANG_S) == 0, alone.communicate()
+    alone.communicate()
+    expected, run, fallback = results(tmp_path / "a"), small_disk / "a", tmp_path / "other"
+    # Foreign things under logs/, of a crash or of people.
+    (run / "logs" / "attempts").mkdir(parents=True)
+    (run / "logs" / "attempts" / "0000.json").touch()
+    (run / "logs" / "failures").write_text("mine")
+    process = start(
+        data, small_disk, f"checkpoint.fallback_dir={fallback}", step_s=0.3, preexec_fn=lambda: os.close(2)
+    )  # fmt: skip
+    try:
+        wait_for(process, lambda: len(rows(run)) >= 2, "second step")
+        with pytest.raises(OSError, match="No space"), open(small_disk / "ballast", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+        saved = fallback / "a" / "checkpoints"
+        wait_for(process, lambda: folders.list_checkpoints(saved), "checkpoint in the fallback")
+        (small_disk / "ballast").unlink()
+        written = (run / "checkpoints" / "latest").exists
+        wait_for(process, written, "checkpoint in the run folder")
+        seen = results(run)
+        assert [row[0] for row in seen] == list(range(1, len(seen) + 1)), "no row was lost"
+        shutil.rmtree(run)
+        assert process.wait(HANG_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    later = results(run)
+    merged = {row[0]: row for row in [*seen, *later]}
+    # Between our look and the deletion a step may have been logged.
+    assert set(range(1, STEPS + 1)) - set(merged) <= {seen[-1][0] + 1}
+    assert all(merged[row[0]] == row for row in expected if row[0] in merged)
+    assert rows(run)[-1]["resilience/bookkeeping_failures"] > 0
+    last = folders.name_of(STEPS)
+    expect_equal_checkpoints(run / "checkpoints" / last, tmp_path / "a" / "checkpoints" / last)
+    assert (run / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_the_newest_checkpoint_though_it_is_in_the_fallback(
+    data: Path, tmp_path: Path
+) -> None:
+    """HUP ends the first start, whose folder takes no checkpoint; the second finds what it saved elsewhere."""
+    run, fallback = tmp_path / "a", f"checkpoint.fallback_dir={tmp_path / 'other'}"
+    run.mkdir()
+    (run / "checkpoints").write_text("in the place of the folder")
+    first = start(data, tmp_path, fallback, step_s=0.3, stderr=subprocess.PIPE, text=True)
+    wait_for(first, lambda: len(rows(run)) >= 5, "fifth step")
+    first.send_signal(signal.SIGHUP)
+    errors = first.communicate(timeout=HANG_S)[1]
+    assert first.returncode == 0, errors
+    left = len(rows(run))
+    assert left < STEPS and "trying" in errors
+    (run / "checkpoints").unlink()
+    second = start(data, tmp_path, fallback, stderr=subprocess.PIPE, text=True)
+    errors = second.communicate(timeout=HANG_S)[1]
+    assert second.returncode == 0, errors
+    assert f"resumed from {tmp_path / 'other'}/a/checkpoints/{folders.name_of(left)}" in errors
+    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
+    assert folders.list_checkpoints(run / "checkpoints")[-1][0] == STEPS
