@@ -57,26 +57,37 @@ class Entry:
 class HostCopy:
     """Host memory that every save reuses: pages are faulted in, or pinned, once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_threads: int = 1) -> None:
+        """Args: num_threads: that copy what is on the host already; a device copies by itself."""
+        self.num_threads = num_threads
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @torch.no_grad()
     def take(self, fragments: Iterable[Fragment]) -> list[Chunk]:
         """Copies of all the owned fragments hold. Training may go on when this returns."""
-        copies, is_on_device = [], False
+        copies, on_host, is_on_device = [], [], False
         for fragment in fragments:
             if not fragment.is_owned:
                 continue
             for chunk in chunks_of(fragment, fragment.views):
                 source = chunk.data
-                is_on_device |= source.is_cuda
                 place = (chunk.name, chunk.offsets)
                 if place not in self._buffers:
                     self._buffers[place] = torch.empty(
                         source.shape, dtype=torch.float32, pin_memory=source.is_cuda
                     )
-                copy = self._buffers[place].copy_(source, non_blocking=True)
+                copy = self._buffers[place]
+                if source.is_cuda:
+                    copy.copy_(source, non_blocking=True)
+                    is_on_device = True
+                else:
+                    on_host.append((copy, source))
                 copies.append(Chunk(chunk.name, chunk.whole_shape, chunk.offsets, copy))
+        if on_host:
+            # One core copies 12 to 16 GB/s, below what the memory gives. A chunk has 64 MiB at
+            # most, so that an embedding does not keep one thread alone.
+            with ThreadPoolExecutor(self.num_threads) as pool:
+                list(pool.map(lambda pair: pair[0].copy_(pair[1]), on_host))
         if is_on_device:
             torch.cuda.synchronize()
         return copies

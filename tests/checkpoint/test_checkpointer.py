@@ -572,3 +572,27 @@ def test_host_copy_reuses_its_memory() -> None:
     assert [(chunk.offsets, chunk.data.tolist()) for chunk in second] == [
         ((0, 3), [[0.0, 1.0]]), ((1, 0), [[2.0, 3.0, 4.0, 5.0, 6.0]]), ((2, 0), [[7.0, 8.0]]),
     ]  # fmt: skip
+
+
+def test_host_copy_by_several_threads_is_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk once, and by as many threads as were given: one core does not reach the memory's speed."""
+    import threading
+
+    from torch import Tensor
+
+    fragments = [
+        Fragment(f"f{number}", Partition.of((300, 40)), 0, {"weight": torch.rand(12_000)}, True)
+        for number in range(8)
+    ]
+    meet, copy = threading.Barrier(2, timeout=20), Tensor.copy_
+
+    def copy_together(self: Tensor, source: Tensor, **kwargs: object) -> Tensor:
+        meet.wait()  # breaks where one thread copies one after the other
+        return copy(self, source, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tensor, "copy_", copy_together)
+    copies = HostCopy(num_threads=2).take(fragments)
+    monkeypatch.undo()
+    assert [chunk.name for chunk in copies] == [f"weights/f{number}" for number in range(8)]
+    for fragment, chunk in zip(fragments, copies):
+        assert torch.equal(chunk.data.reshape(-1), fragment.views["weight"])
