@@ -1,7 +1,7 @@
 """Speed of data_prep/tokenize.py beside its peers, from jsonl on disk to token files on disk.
 
     python benchmarks/tokenize.py                     # 300 MB of text found on this machine, 2 workers
-    python benchmarks/tokenize.py megatron=PATH       # a checkout of Megatron-LM: its two scripts too
+    python benchmarks/tokenize.py megatron=PATH megatron_python=PYTHON   # a checkout of Megatron-LM: its two scripts too
     python benchmarks/tokenize.py only=ours,hf rounds=1
 
 Every engine runs as its own process on a small and a large file, in turn, `rounds` times. Printed, of the fastest
@@ -52,6 +52,8 @@ class BenchConfig:
     """Engines, separated by commas; empty: all that can run here."""
     megatron: str = ""
     """A checkout of Megatron-LM."""
+    megatron_python: str = ""
+    """The Python that has what Megatron-LM wants (its main branch: Python 3.12 and triton); empty: this one."""
     child: str = ""
     """For this script itself: the peer to run in this process, hf or tiktoken."""
     input: str = ""
@@ -201,15 +203,13 @@ def commands(cfg: BenchConfig, work: Path, size: str, tokenizer: Path) -> dict[s
         work.mkdir(parents=True, exist_ok=True)
         (work / "datatrove_run.py").write_text(DATATROVE)
     if cfg.megatron:
+        theirs, scripts = cfg.megatron_python or python, f"{cfg.megatron}/tools"
         common = ["--input", source, "--output-prefix", f"{out}/megatron", "--tokenizer-type", "HuggingFaceTokenizer",
-                  "--tokenizer-model", str(tokenizer.parent), "--append-eod", "--workers", str(cfg.workers)]  # fmt: skip
-        table["megatron"] = [python, f"{cfg.megatron}/tools/preprocess_data.py", *common]
-        table["megatron_fast"] = [
-            python,
-            f"{cfg.megatron}/tools/preprocess_data_fast.py",
-            *common,
-            "--use-gigatoken",
-        ]
+                  "--tokenizer-model", str(tokenizer.parent), "--append-eod"]  # fmt: skip
+        # The fast script is one process whose threads gigatoken starts: it knows no --workers.
+        slow = ["--workers", str(cfg.workers)]
+        table["megatron"] = [theirs, f"{scripts}/preprocess_data.py", *common, *slow]
+        table["megatron_fast"] = [theirs, f"{scripts}/preprocess_data_fast.py", *common, "--use-gigatoken"]  # fmt: skip
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -74,14 +75,21 @@ def stop_a_rank_for_good(run: LocalRun, dice: random.Random) -> None:
 
 def full_disk(run: LocalRun, dice: random.Random) -> None:
     """No byte is left on the file system of the run's folder, until a save has been given up."""
+    before = saves_given_up(run)
     with filled(run.disk):
-        wait_for(lambda: run.has_ended() or "given up" in run.log(), 40)
+        wait_for(lambda: run.has_ended() or saves_given_up(run) > before, 60)
 
 
 def read_only_folder(run: LocalRun, dice: random.Random) -> None:
     """What is open stays open, nothing can be opened for writing: a file system with errors, a server's new rule."""
+    before = saves_given_up(run)
     with read_only(run.run_dir):
-        wait_for(lambda: run.has_ended() or "given up" in run.log(), 40)
+        wait_for(lambda: run.has_ended() or saves_given_up(run) > before, 60)
+
+
+def saves_given_up(run: LocalRun) -> int:
+    """How many saves of this start were."""
+    return len(re.findall(r"checkpoint of step \d+ failed: .*given up", run.log()))
 
 
 def latest_is_deleted(run: LocalRun, dice: random.Random) -> None:
