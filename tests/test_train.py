@@ -105,6 +105,40 @@ def test_four_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
     assert list(validation(tmp_path / "one")) == [5, 10]
 
 
+def train_and_adapt(base: list[str], adapter: list[str]) -> None:
+    """A base, an adapter of it to its end, in one process."""
+    train_on_ranks(base)
+    train_on_ranks(adapter)
+
+
+def test_an_adapter_goes_on_beside_its_base_at_another_layout(data: Path, tmp_path: Path) -> None:
+    """The whole command: the base is read at every start, checkpoints hold what is trained, losses go on."""
+    given = {"schedule": "constant", "training.eval_every": 0, "schedule.warmup_steps": 0}
+    base = overrides(data, tmp_path, "base", **{**given, "training.total_steps": 2})
+    beside = {**given, "finetune": "lora", "checkpoint.init_from": tmp_path / "base"}
+    whole = {**beside, "training.total_steps": 6}
+    run_on_ranks(train_and_adapt, 1, base, overrides(data, tmp_path, "one", **whole))
+    for steps, layout in (
+        (3, {"parallel.zero_stage": 3}),
+        (6, {"parallel.pipeline_parallel_size": 2}),
+    ):
+        arguments = {**beside, "training.total_steps": steps, **layout}
+        run_on_ranks(train_on_ranks, 2, overrides(data, tmp_path, "two", **arguments))
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert list(one) == list(two) == list(range(1, 7))
+    for step in one:
+        assert two[step][:2] == pytest.approx(one[step][:2], rel=1e-5), step
+    record = read_record(tmp_path / "two/checkpoints/step-00000006")
+    assert record.base is not None and record.base["path"].startswith(str(tmp_path / "base"))
+    size = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("checkpoints/*6/rank-*"))
+            for name in ("one", "two")}  # fmt: skip
+    whole_size = sum(f.stat().st_size for f in (tmp_path / "base").glob("checkpoints/*2/rank-*"))
+    assert 0 < size["two"] < whole_size / 4 and 0 < size["one"] < whole_size / 4
+    with pytest.raises(PipelineError, match="is not the base of this adapter"):
+        other = {**whole, "training.total_steps": 9, "checkpoint.init_from": tmp_path / "one"}
+        train_on_ranks(overrides(data, tmp_path, "two", **other))
+
+
 def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
     """kill -9 in mid-run, dropout on: the same command continues with the samples and losses of an undisturbed run."""
     dropout = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}

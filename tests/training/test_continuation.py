@@ -184,3 +184,25 @@ def test_the_checks_of_a_folder_and_of_weights_need_no_torch(run: Path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert not (run / "runs" / "b").exists()
+
+
+def test_frozen_weights_must_come_from_somewhere(tmp_path: Path) -> None:
+    """Frozen at random numbers, a model learns little and says nothing about it."""
+    write_data(tmp_path / "data")
+    cfg = compose(tmp_path, "finetune=lora")
+    with pytest.raises(PipelineError, match="leaves parameters frozen.* Set checkpoint.init_from"):
+        startup.check(cfg, world_size=1)
+
+
+def test_a_run_that_trained_all_does_not_go_on_with_a_part(run: Path) -> None:
+    """Its optimizer state is of other parameters."""
+    cfg = compose(
+        run,
+        "finetune=last-layers",
+        "model.tied_embeddings=false",
+        f"checkpoint.init_from={run}/runs/a",
+    )
+    with pytest.raises(
+        PipelineError, match=r"trains other parameters \(finetune.train: \['\*'\] there"
+    ):
+        startup.check(cfg, world_size=1)
