@@ -68,7 +68,8 @@ if __name__ == "__main__":
         name: float(value)
         for name, _, value in (word.partition("=") for word in os.environ.get("PLANT", "").split())
     }
-    assert sys.argv[1] == "-m", sys.argv
+    if sys.argv[1] != "-m":  # a line of Python, which launch scripts have too
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     module, sys.argv = sys.argv[2], sys.argv[2:]
     if planted and module == "pipeline.train":
         install(planted)
