@@ -3,8 +3,10 @@
     python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" temperature=0.8 top_k=50
     python -m pipeline.generate checkpoint=runs/NAME file=prompts.txt num_samples=4
     python -m pipeline.generate checkpoint=FOLDER interactive=true
+    python -m pipeline.generate checkpoint=runs/chat chat=true temperature=0
 
-A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D.
+A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D,
+and so does a chat.
 transformers samples, with its key/value cache: a checkpoint is exported to a temporary folder
 first. A model that no transformers class computes is sampled through our own forward pass, which
 computes the whole prefix for every token.
@@ -33,6 +35,9 @@ def main(cfg: GenerateConfig) -> int:
 
     with open_sampler(cfg) as sampler:
         torch.manual_seed(cfg.seed)
+        if cfg.chat:
+            _talk(sampler)
+            return 0
         if cfg.interactive:
             for prompt in _typed_prompts():
                 _print_one(sampler, prompt)
@@ -67,14 +72,24 @@ def _typed_prompts() -> Iterator[str]:
             return
 
 
+def _talk(sampler: TextSampler) -> None:
+    """A dialogue on the terminal; the model sees all of it, or as many last turns as fit."""
+    messages: list[dict[str, str]] = []
+    for said in _typed_prompts():
+        messages.append({"role": "user", "content": said})
+        (answer,) = sampler.answer([messages], on_text=_show)
+        sys.stdout.write("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def _print_one(sampler: TextSampler, prompt: str) -> None:
     sys.stdout.write(prompt)
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    sampler.sample([prompt], on_text=show)
+    sampler.sample([prompt], on_text=_show)
     sys.stdout.write("\n")
 
 

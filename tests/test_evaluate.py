@@ -74,7 +74,7 @@ def evaluate(
         run = Run(
             with_data(config("gpt2", **layout), data),
             folder,
-            attachments={"tokenizer.json": data / "tokenizer.json"},
+            attachments={"tokenizer.json": (data / "tokenizer.json").read_bytes()},
         )
         beats: list[int] = []
         results.append(

@@ -50,7 +50,7 @@ class Checkpointer:
         folder: Path,
         layout: ParallelLayout,
         fallback: Path | None = None,
-        attachments: dict[str, Path] | None = None,
+        attachments: dict[str, bytes] | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         """Collective.
@@ -58,7 +58,8 @@ class Checkpointer:
         Args:
             folder: runs/<name>/checkpoints, on a file system that every rank sees.
             fallback: another such folder, for what `folder` does not take.
-            attachments: file name to file, copied into every checkpoint: tokenizer.json.
+            attachments: file name to content, written into every checkpoint: tokenizer.json, and
+                the chat template that the data were rendered by.
             alive: called while training waits for a save that begins another try.
         """
         import torch.distributed as dist
@@ -197,8 +198,8 @@ class Checkpointer:
         """Add the attachments, give the folder its name, prune; on the main rank only."""
         saving = folders.saving_folder(root, record.step)
         attached = {
-            name: write_durably(saving / name, path.read_bytes())
-            for name, path in self.attachments.items()
+            name: write_durably(saving / name, content)
+            for name, content in self.attachments.items()
         }
         final = folders.publish(root, record, {**sums, **attached})
         gib = record.size_bytes / 2**30

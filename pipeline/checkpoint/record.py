@@ -18,6 +18,8 @@ from pipeline.errors import CheckpointError
 
 T = TypeVar("T")
 RECORD = "checkpoint.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Beside it, of a model of dialogues; transformers knows the file by this name."""
 FORMAT = "pretrain-checkpoint"
 VERSION = 2  # 1: tensors in torch DCP files
 RETIRED = {"backend"}
@@ -38,6 +40,8 @@ class RunRecord:
     """History and ledger of bad steps."""
     eod: int | None = None
     """Id of the token that ends the documents of the datasets; None: of an older program."""
+    end_of_turn: int | None = None
+    """Id of the token that ends an answer; None: the datasets were no dialogues."""
     base: dict[str, str] | None = None
     """Of which weights the tensors are a part (adapters.Base); None: they are a whole model."""
 
@@ -110,14 +114,14 @@ class CheckpointRecord(RunRecord):
     def to_json(self) -> str:
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
-                "versions", "saved_at", "eod", "base", "state", "loader", "guard", "config",
-                "size_bytes", "write_s")  # fmt: skip
+                "versions", "saved_at", "eod", "end_of_turn", "base", "state", "loader", "guard",
+                "config", "size_bytes", "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
-        for key in ("eod", "base"):
+        for key in ("eod", "end_of_turn", "base"):
             if content[key] is None:  # older records do not have the key, and stay as they are
                 del content[key]
         return json.dumps(content, indent=1, ensure_ascii=False)

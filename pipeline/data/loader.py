@@ -96,6 +96,21 @@ class Loader:
         """The tokenizer.json all datasets share."""
         return self.datasets[0].tokenizer_path
 
+    def ends(self) -> dict[str, int | None]:
+        """Ids of the tokens that end a document, and an answer: `eod` and `end_of_turn`.
+
+        There is no such answer where the data are no dialogues.
+        """
+        chat = self.datasets[0].manifest.chat
+        return {"eod": self.reader.eod, "end_of_turn": chat.end_of_turn if chat else None}
+
+    def attachments(self) -> dict[str, bytes]:
+        """Name to content of what a checkpoint needs to be used: tokenizer, chat template."""
+        files = {"tokenizer.json": self.tokenizer_path.read_bytes()}
+        if (chat := self.datasets[0].manifest.chat) is not None:
+            files["chat_template.jinja"] = chat.template.encode()
+        return files
+
     @property
     def sample_hash(self) -> str:
         """Hash of the last step's global samples, equal at every layout.

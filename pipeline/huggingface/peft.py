@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.adapters import recorded_base
-from pipeline.checkpoint.record import CheckpointRecord, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
@@ -75,8 +75,9 @@ def export_adapter(
         matrices.values(),
         getattr(torch, DTYPES[dtype]),
     )
-    if (checkpoint / "tokenizer.json").is_file():
-        write_durably(output / "tokenizer.json", (checkpoint / "tokenizer.json").read_bytes())
+    for name in ("tokenizer.json", CHAT_TEMPLATE):
+        if (checkpoint / name).is_file():
+            write_durably(output / name, (checkpoint / name).read_bytes())
     write_durably(output / "README.md", model_card(record, mapping, dtype, library="peft").encode())
     write_json(
         output / "adapter_config.json",  # last: without it the folder is no adapter

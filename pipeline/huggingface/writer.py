@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.record import CheckpointRecord, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, read_record
 from pipeline.config.model import ModelConfig
 from pipeline.files import write_durably
 from pipeline.huggingface.mapping import mapping_for
@@ -64,7 +64,12 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         **ends,
         "torch_dtype": DTYPES[dtype],
     }
-    write_json(output / "generation_config.json", {**ends, "pad_token_id": eod})
+    generation: dict[str, Any] = {**ends, "pad_token_id": eod}
+    template = checkpoint / CHAT_TEMPLATE
+    if template.is_file():  # it stops where a turn ends, and where a document does
+        write_durably(output / CHAT_TEMPLATE, template.read_bytes())
+        generation["eos_token_id"] = list(dict.fromkeys([eod, record.end_of_turn]))
+    write_json(output / "generation_config.json", generation)
     write_durably(output / "README.md", model_card(record, mapping, dtype).encode())
     write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
@@ -241,8 +246,7 @@ def model_card(
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n"
-        f"# {config['name']}\n\nA language model that continues text; it has had no instruction "
-        "tuning.\n\n"
+        f"# {config['name']}\n\n{_what_it_does(record)}\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 
@@ -264,6 +268,16 @@ def _fine_tuning(record: CheckpointRecord, *, is_merged: bool) -> dict[str, str]
                 "the adapter beside it"
             )
     return facts
+
+
+def _what_it_does(record: CheckpointRecord) -> str:
+    """A sentence for the card."""
+    if record.end_of_turn is None:
+        return "A language model that continues text; it has had no instruction tuning."
+    return (
+        "A language model fine-tuned on dialogues: it answers in the form of its chat template "
+        "(chat_template.jinja) and stops at the end of its turn."
+    )
 
 
 def _identities(record: CheckpointRecord) -> str:

@@ -15,13 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, read_record
+from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.writer import DType, export, load_transformers
 from pipeline.log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+NO_TEMPLATE = (
+    "this model has no chat template: it was not trained on dialogues (data_prep.conversations). "
+    "Give it a prompt= instead."
+)
 
 
 @dataclass
@@ -36,6 +43,8 @@ class GenerateConfig:
     """Text file with one prompt a line; replaces `prompt`."""
     interactive: bool = False
     """Ask for prompts on the terminal until end of file."""
+    chat: bool = False
+    """Talk on the terminal until end of file, by the model's chat template."""
     max_new_tokens: int = 128
     """Longest continuation, tokens; it ends earlier with the document."""
     temperature: float = 0.8
@@ -58,6 +67,15 @@ class TextSampler(Protocol):
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
+
+    def answer(
+        self, dialogues: Sequence[Messages], *, on_text: Callable[[str], None] | None
+    ) -> list[str]:
+        """What the assistant says next in each dialogue; on_text as above.
+
+        Raises:
+            ConfigError: the model has no chat template, or it refuses a dialogue.
+        """
 
 
 @contextlib.contextmanager
@@ -99,23 +117,46 @@ class TransformersSampler:
         self.model = load_transformers(
             folder, torch.bfloat16 if on_cuda else torch.float32, self.device
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         ends = self.model.generation_config.eos_token_id
-        self.end: int | None = ends[0] if isinstance(ends, list) else ends
+        self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.max_seq_len = int(self.model.config.max_position_embeddings)
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
+        # An empty prompt begins a document, which its end does; a long one loses its beginning.
+        start = self.ends[:1]
+        rows = [self.tokenizer(p)["input_ids"][-self._room :] or start for p in prompts]
+        if not all(rows):
+            raise ConfigError("this model names no token that begins a text: give a prompt.")
+        return self._continue(rows, on_text)
+
+    def answer(
+        self, dialogues: Sequence[Messages], *, on_text: Callable[[str], None] | None
+    ) -> list[str]:
+        """What the assistant says next in each dialogue."""
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(NO_TEMPLATE)
+
+        def ids(messages: Messages) -> list[int]:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return self._continue([fitting(m, ids, self._room) for m in dialogues], on_text)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.max_seq_len - min(self.cfg.max_new_tokens, self.max_seq_len // 2)
+
+    def _continue(self, rows: list[list[int]], on_text: Callable[[str], None] | None) -> list[str]:
+        """Texts after rows of ids, padded on the left to one batch."""
         import torch
 
         cfg = self.cfg
-        room = self.max_seq_len - min(cfg.max_new_tokens, self.max_seq_len // 2)
-        # An empty prompt begins a document, which its end does; a long one loses its beginning.
-        start = [] if self.end is None else [self.end]
-        rows = [self.tokenizer(prompt)["input_ids"][-room:] or start for prompt in prompts]
-        if not all(rows):
-            raise ConfigError("this model names no token that begins a text: give a prompt.")
-        length, pad = max(map(len, rows)), self.end or 0
+        length, pad = max(map(len, rows)), (self.ends or [0])[0]
         padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         options: dict[str, Any] = {"do_sample": cfg.temperature > 0}
@@ -124,7 +165,7 @@ class TransformersSampler:
         if cfg.stop:
             options["stopping_criteria"] = [_stop_at(cfg.stop, self.tokenizer, length)]
         if on_text is not None:
-            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop, end=self.end)
+            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop, ends=self.ends)
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=padded.to(self.device),
@@ -137,8 +178,9 @@ class TransformersSampler:
         return [cut_at_stop(text, cfg.stop) for text in texts]
 
     def _text(self, ids: list[int]) -> str:
-        """Up to the document's end, special tokens left out."""
-        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        """Up to the end of the document or turn, special tokens left out."""
+        places = [ids.index(end) for end in self.ends if end in ids]
+        ids = ids[: min(places)] if places else ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -154,6 +196,10 @@ class LocalSampler:
         self.cfg = cfg
         record = read_record(folder)
         self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json", eod=record.eod)
+        self.ends = {self.tokenizer.eod, record.end_of_turn}
+        self.template: ChatTemplate | None = None
+        if (folder / CHAT_TEMPLATE).is_file():
+            self.template = ChatTemplate((folder / CHAT_TEMPLATE).read_text(), self.tokenizer)
         self.model = LocalModel(
             record.model(),
             lambda name: tensors.tensor(f"weights/{name}"),
@@ -161,13 +207,24 @@ class LocalSampler:
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
-        return [self._continue(prompt, on_text or (lambda _: None)) for prompt in prompts]
+        rows = [self.tokenizer.encode(prompt) or [self.tokenizer.eod] for prompt in prompts]
+        return [self._continue(row, on_text or (lambda _: None)) for row in rows]
 
-    def _continue(self, prompt: str, on_text: Callable[[str], None]) -> str:
-        """Text after `prompt`, a token at a time; `on_text` hears each whole character."""
+    def answer(
+        self, dialogues: Sequence[Messages], *, on_text: Callable[[str], None] | None
+    ) -> list[str]:
+        """What the assistant says next in each dialogue."""
+        if self.template is None:
+            raise ConfigError(NO_TEMPLATE)
+        room = self.model.model.max_seq_len // 2
+        rows = [fitting(messages, self.template.prompt_ids, room) for messages in dialogues]
+        return [self._continue(row, on_text or (lambda _: None)) for row in rows]
+
+    def _continue(self, prefix: list[int], on_text: Callable[[str], None]) -> str:
+        """Text after a row of ids, a token at a time; `on_text` hears each whole character."""
         import torch
 
-        cfg, prefix, text = self.cfg, self.tokenizer.encode(prompt) or [self.tokenizer.eod], ""
+        cfg, text = self.cfg, ""
         tokens: list[int] = []
         while len(tokens) < cfg.max_new_tokens:
             window = torch.tensor([[*prefix, *tokens][-self.model.model.max_seq_len :]])
@@ -175,7 +232,7 @@ class LocalSampler:
             token = int(
                 choose(logits, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
             )
-            if token == self.tokenizer.eod:
+            if token in self.ends:
                 break
             tokens.append(token)
             so_far = self.tokenizer.decode(tokens)
@@ -186,6 +243,22 @@ class LocalSampler:
             if len(text) < len(so_far):
                 break
         return text
+
+
+def fitting(messages: Messages, ids: Callable[[Messages], list[int]], room: int) -> list[int]:
+    """Ids of a dialogue, its oldest turns left out until they fit.
+
+    Raises:
+        ConfigError: the template refuses the dialogue, or its last message alone is too long.
+    """
+    try:
+        while len(row := ids(messages)) > room and len(messages) > 2:
+            messages = messages[2:]
+    except Exception as error:  # transformers hands on what the template's Python raises
+        raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
+    if len(row) > room:
+        raise ConfigError(f"the message has {len(row)} tokens; the model has room for {room}.")
+    return row
 
 
 def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -227,9 +300,9 @@ def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
 
 
 def _streamer(
-    tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str], end: int | None
+    tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str], ends: Sequence[int]
 ) -> Any:
-    """Transformers' streamer that hands on whole words, up to a stop string or the end's id."""
+    """Transformers' streamer that hands on whole words, up to a stop string or an end's id."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -237,7 +310,7 @@ def _streamer(
         shown = 0
 
         def put(self, value: Tensor) -> None:
-            if self.next_tokens_are_prompt or int(value.view(-1)[-1]) != end:
+            if self.next_tokens_are_prompt or int(value.view(-1)[-1]) not in ends:
                 super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -81,7 +81,7 @@ class Trainer:
             folder=places[0],
             fallback=places[1] if places[1:] else None,
             layout=layout,
-            attachments={"tokenizer.json": self.loader.tokenizer_path},
+            attachments=self.loader.attachments(),
             alive=clock.alive,
         )
         self.guard = Guard(cfg.resilience, loss_scaling=cfg.training.precision is Precision.fp16)
@@ -321,7 +321,7 @@ class Trainer:
             state=asdict(self.state),
             loader=self.loader.state(),
             guard=self.guard.state(),
-            eod=self.loader.reader.eod,
+            **self.loader.ends(),
             base=as_json(self.base),
             config=cli.to_dict(self.cfg),
         )

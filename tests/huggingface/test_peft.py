@@ -36,7 +36,8 @@ def save_adapters(names: list[str], root: Path, tokenizer: Path) -> None:
             cfg = config(train=train, lora_rank=0 if kind == "base" else 4)
             cfg.model, cfg.optimizer.lr, cfg.schedule.warmup_steps = model, 0.03, 0
             base = None if kind == "base" else folders.find(root / name / "base")
-            run = Run(cfg, root / name / kind, attachments={"tokenizer.json": tokenizer}, base=base)
+            files = {"tokenizer.json": tokenizer.read_bytes()}
+            run = Run(cfg, root / name / kind, attachments=files, base=base)
             run.train(0, 4)
             run.save(4)
             run.close()

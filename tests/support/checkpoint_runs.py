@@ -27,14 +27,15 @@ class Run:
         cfg: PretrainConfig,
         folder: Path,
         *,
-        attachments: dict[str, Path] | None = None,
+        attachments: dict[str, bytes] | None = None,
         base: Path | None = None,
+        ends: dict[str, int] | None = None,
     ) -> None:
         from pipeline.engine.engine import Engine
         from pipeline.training.initial_weights import load_base
 
         ranks = ranks_from_environment()
-        self.cfg = cfg
+        self.cfg, self.ends = cfg, ends or {}
         self.shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
         self.layout = connect(ranks, self.shape.sizes)
         self.engine = Engine(cfg, self.shape, self.layout)
@@ -58,6 +59,7 @@ class Run:
         record = RunRecord(
             state={"step": step, "tokens_seen": step * BATCH * SEQ_LEN},
             config=to_dict(self.cfg),
+            **self.ends,
             base=as_json(self.base),
         )
         self.checkpointer.save(self.engine, step=step, run=record)

@@ -67,7 +67,7 @@ def save_models(models: dict[str, dict[str, Any]], root: Path, tokenizer: Path) 
         cfg.model = ModelConfig(**settings)
         cfg.optimizer.lr = 0.03
         cfg.schedule.warmup_steps = 0
-        run = Run(cfg, root / name, attachments={"tokenizer.json": tokenizer})
+        run = Run(cfg, root / name, attachments={"tokenizer.json": tokenizer.read_bytes()})
         run.train(0, 1)
         run.save(1)
         run.close()
