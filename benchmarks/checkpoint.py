@@ -43,7 +43,7 @@ def build(layers: int) -> Any:
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.engine import state
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     cfg = compose(
         PretrainConfig,
@@ -55,7 +55,7 @@ def build(layers: int) -> Any:
         config="pretrain",
     )  # fmt: skip
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
-    engine = Engine(cfg, shape, connect(ranks_from_environment({}), shape.sizes))
+    engine = build_engine(cfg, shape, connect(ranks_from_environment({}), shape.sizes))
     state.create_state(engine, ["exp_avg", "exp_avg_sq"], optimizer_step=1)
     for fragment in state.fragments(engine):
         fragment.views["exp_avg"].copy_(fragment.views["weight"])
@@ -85,10 +85,10 @@ def contender(name: str, layers: int, folder: Path) -> None:
         path.mkdir(parents=True)
         if name == "ours" and checkpointer is None:
             from pipeline.checkpoint.checkpointer import Checkpointer
+            from pipeline.config.operation import CheckpointConfig
 
-            engine.cfg.checkpoint.keep_last = 1
             checkpointer = Checkpointer(
-                engine.cfg.checkpoint, folder=folder / name / "run", layout=engine.layout
+                CheckpointConfig(keep_last=1), folder=folder / name / "run", layout=engine.layout
             )
         found = _round(name, engine, checkpointer, path, number + 1)
         found |= {"extra": peak_bytes() - base, "bytes": _size(folder / name)}

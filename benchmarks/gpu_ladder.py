@@ -56,8 +56,8 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.engine import Engine
     from pipeline.planning.flops import flops_per_token, num_parameters, peak_tflops
+    from pipeline.training.build import build_engine
 
     rung = RUNGS[name]
     batch = rung.micro_batch_size * rung.num_micro_batches
@@ -73,7 +73,7 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     )  # fmt: skip
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
     layout = connect(ranks_from_environment(), shape.sizes)
-    engine, device = Engine(cfg, shape, layout), layout.device
+    engine, device = build_engine(cfg, shape, layout), layout.device
 
     def step(number: int) -> Any:
         shape = (rung.micro_batch_size, rung.seq_len + 1)

@@ -170,7 +170,7 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
     from pipeline.config.training import OptimizerConfig, TrainingConfig
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     layers, width, heads, seq, batch, vocab = SHAPES[shape]
     cfg = PretrainConfig(
@@ -191,7 +191,7 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
         ),
     )
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab)
-    engine = Engine(cfg, shape, connect(ranks_from_environment(), shape.sizes))
+    engine = build_engine(cfg, shape, connect(ranks_from_environment(), shape.sizes))
     micro_batch: Any = SimpleNamespace(
         tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None
     )

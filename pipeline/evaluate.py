@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import read_record
-from pipeline.config.choices import PipelineSchedule, Precision
+from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
+from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import ModelConfig
-from pipeline.config.parallel_sizes import ParallelSizes
-from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.training import ParallelConfig, ScheduleConfig, TrainingConfig
+from pipeline.config.training import ParallelConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
+
+CACHE_DIR = "runs/evaluate/cache"
+"""Local folder for remote shards where data.cache_dir names none."""
 
 # ---- command line --------------------------------------------------------------------------------
 
@@ -51,22 +53,23 @@ class EvaluateConfig:
     """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Sizes and sequence_parallel count; what concerns training alone does not."""
 
 
 def main(cfg: EvaluateConfig) -> int:
     """Build the model on this layout, load the weights, score every dataset."""
-    from pipeline.config.run_shape import derive
+    from pipeline.config.run_shape import derive_evaluation
     from pipeline.data.datasets import describe, follow_data
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.training.startup import check_same_tokenizer
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
-    pretrain, path = _training_config(cfg, ranks.world_size)
-    data = describe(pretrain.data)
-    pretrain = follow_data(pretrain, data)
-    shape = derive(
-        pretrain,
+    evaluation, path = _evaluation(cfg)
+    data = describe(evaluation.data)
+    evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
+    shape = derive_evaluation(
+        evaluation,
         world_size=ranks.world_size,
         tokenizer_vocab_size=data.vocab_size,
         row_tokens=data.row_tokens,
@@ -84,44 +87,41 @@ def main(cfg: EvaluateConfig) -> int:
     from pipeline.training.initial_weights import load_weights
 
     architecture = Architecture(
-        pretrain.model, pretrain.parallel, pretrain.training, shape.vocab_size,
-        shape.padded_vocab_size,
-    )  # fmt: skip
-    schema = StageSchema.of(pretrain.data, pretrain.parallel)
+        evaluation.model,
+        evaluation.parallel,
+        evaluation.precision,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.padded_vocab_size,
+    )
+    schema = StageSchema.of(evaluation.data, evaluation.parallel)
     model = ForwardOnly(architecture, schema, layout, seq_len=shape.seq_len)
     path = load_weights(model, path)
-    results = Evaluator(pretrain, shape=shape, engine=model).run()
+    evaluator = Evaluator(
+        evaluation.data,
+        shape=shape,
+        engine=model,
+        sequences=evaluation.sequences,
+        cache_dir=Path(evaluation.data.cache_dir or CACHE_DIR),
+    )
+    results = evaluator.run()
     if ranks.is_main:
         _report(path, results, cfg.output)
     disconnect()
     return 0
 
 
-def _training_config(cfg: EvaluateConfig, world_size: int) -> tuple[PretrainConfig, Path]:
-    """The checkpoint's model as a run, for the rules of layouts; and the folder with the weights.
-
-    Nothing is trained: the model is built by ForwardOnly.
-    """
+def _evaluation(cfg: EvaluateConfig) -> tuple[Evaluation, Path]:
+    """What is asked, its nulls filled from the checkpoint; and the folder with the weights."""
     model, path, training, run_data = _model(Path(cfg.checkpoint))
-    data = _data(cfg, run_data)
-    # Nothing runs backwards.
-    parallel = replace(cfg.parallel, pipeline_schedule=PipelineSchedule["1f1b"])
-    sizes = ParallelSizes.filling(parallel, world_size=world_size)
-    stages = 2 * sizes.pipeline  # enough micro-batches for every schedule
-    return PretrainConfig(
-        name="evaluate",
-        model=replace(model, hidden_dropout=0.0, attention_dropout=0.0),
-        data=data,
-        parallel=parallel,
-        schedule=ScheduleConfig(min_lr=0.0),
-        training=TrainingConfig(
-            total_steps=1,
-            seq_len=cfg.seq_len or training.get("seq_len"),
-            global_batch_size=cfg.micro_batch_size * max(1, sizes.data) * stages,
-            micro_batch_size=cfg.micro_batch_size,
-            precision=cfg.precision or Precision[training.get("precision", "fp32")],
-            eval_sequences=cfg.sequences,
-        ),
+    lengths = (cfg.seq_len, training.get("seq_len"), model.max_seq_len)
+    return Evaluation(
+        model=model,
+        data=_data(cfg, run_data),
+        parallel=cfg.parallel,
+        precision=cfg.precision or Precision[training.get("precision", "fp32")],
+        seq_len=next(length for length in lengths if length is not None),
+        micro_batch_size=cfg.micro_batch_size,
+        sequences=cfg.sequences,
     ), path
 
 

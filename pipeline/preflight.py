@@ -27,7 +27,7 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import DataError, MachineError, PipelineError
-from pipeline.planning import memory
+from pipeline.planning.advice import estimate_of_run
 from pipeline.planning.flops import count_parameters
 from pipeline.resilience import ownership
 
@@ -85,7 +85,7 @@ def main(cfg: PreflightConfig) -> None:
         f"preflight: the run reads {start.reading}\n"
         f"preflight: {counts['num_trained_parameters']:,} of {counts['num_parameters']:,} "
         "parameters are trained\n"
-        f"preflight: estimated need of a device {memory.estimate(cfg, shape)}",
+        f"preflight: estimated need of a device {estimate_of_run(cfg, shape)}",
         file=sys.stderr,
     )
     # Where checkpoints come to lie: the fallback first, the run folder last.

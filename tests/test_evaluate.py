@@ -58,7 +58,6 @@ def expected(cfg: PretrainConfig, data: Path) -> EvalResult:
 
 
 def with_data(cfg: PretrainConfig, data: Path) -> PretrainConfig:
-    cfg.training = replace(cfg.training, eval_sequences=0)
     cfg.data = DataConfig(
         validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(data / "cache")
     )
@@ -78,9 +77,13 @@ def evaluate(
         )
         beats: list[int] = []
         results.append(
-            Evaluator(run.cfg, shape=run.shape, engine=run.engine).run(
-                alive=partial(beats.append, 1)
-            )["held-out"]
+            Evaluator(
+                run.cfg.data,
+                shape=run.shape,
+                engine=run.engine,
+                sequences=0,
+                cache_dir=data / "cache",
+            ).run(alive=partial(beats.append, 1))["held-out"]
         )
         assert beats
         if save:

@@ -61,6 +61,11 @@ SHARED = {
     "pipeline.log",
     "pipeline.redaction",
 }
+# who may take all settings of a run: who parses, judges or wires them; the others get their sections
+TAKERS_OF_ALL_SETTINGS = {
+    "pipeline.config", "pipeline.planning.advice", "pipeline.training", "pipeline.train",
+    "pipeline.preflight", "pipeline.order_audit",
+}  # fmt: skip
 ENTRY_POINTS = ["pipeline/train.py", "pipeline/preflight.py", "pipeline/evaluate.py"]
 
 
@@ -179,6 +184,22 @@ def test_an_upward_import_and_a_stranger_are_found():
 def test_library_is_imported_only_behind_its_fence(library):
     """A library that changes, or is missing, must touch one place."""
     assert fence_breaks(library, {name: imports(path) for name, path in MODULES.items()}) == []
+
+
+def takers(found: dict[str, set[str]]) -> list[str]:
+    """Modules that take all settings of a run although they should take sections."""
+    return [
+        module
+        for module, others in sorted(found.items())
+        if "pipeline.config.pretrain" in others
+        and not {module, module.rpartition(".")[0]} & TAKERS_OF_ALL_SETTINGS
+    ]
+
+
+def test_who_computes_takes_sections_and_not_all_settings_of_a_run():
+    """What a part depends on stands in its signature; an evaluation needs no pretended run."""
+    assert takers({name: imports(path) for name, path in MODULES.items()}) == []
+    assert takers({"pipeline.engine.engine": {"pipeline.config.pretrain"}})
 
 
 def test_data_prep_takes_only_the_shared_modules_of_the_pipeline():

@@ -104,7 +104,7 @@ class Checkpointer:
         record = CheckpointRecord(
             **vars(run),
             step=step,
-            optimizer=engine.cfg.optimizer.name.name,
+            optimizer=engine.optimizer_name,
             optimizer_step=state.optimizer_step(engine),
             loss_scale=engine.loss_scale.state() if engine.loss_scale else None,
             vocab_size=engine.shape.vocab_size,

@@ -23,10 +23,10 @@ def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     """Fill this rank's views of weights and optimizer state, and the loss scale; the record."""
     record, tensors = read_record(folder), CheckpointTensors(folder)
     _check_parameters(_trained(engine), tensors.parameters, folder)
-    if record.optimizer != engine.cfg.optimizer.name.name:
+    if record.optimizer != engine.optimizer_name:
         raise CheckpointError(
             f"{folder} was saved with optimizer.name={record.optimizer}, this run has "
-            f"{engine.cfg.optimizer.name.name}: its optimizer state does not fit. To go on with "
+            f"{engine.optimizer_name}: its optimizer state does not fit. To go on with "
             "the weights only, give another name=... and checkpoint.init_from=..."
         )
     state.create_state(engine, tensors.optimizer_keys, optimizer_step=record.optimizer_step)

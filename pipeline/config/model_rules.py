@@ -64,6 +64,21 @@ def architecture(model: ModelConfig) -> Iterator[str]:
         )
 
 
+def sequence_length(model: ModelConfig, name: str, seq_len: int | None) -> Iterator[str]:
+    """Positions are known up to the longest sequence.
+
+    Args:
+        name: of the setting that seq_len comes from.
+        seq_len: None: the longest.
+    """
+    longest = model.max_seq_len
+    if seq_len is not None and seq_len > longest:
+        yield (
+            f"{name} ({seq_len}) must not exceed model.max_seq_len ({longest}). "
+            f"Set {name}={longest} or model.max_seq_len={seq_len}."
+        )
+
+
 def vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
     """Every id of the data has an embedding."""
     size = model.vocab_size

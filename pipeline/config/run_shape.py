@@ -1,6 +1,7 @@
 """Every number that follows from the config and the world size, computed once.
 
     derive(cfg, world_size, tokenizer_vocab_size)  --rules-->  ConfigError, or a frozen RunShape
+    derive_evaluation(evaluation, ...)             --rules-->  ConfigError, or a ForwardShape
 
 Runs before process groups form and imports no torch: an impossible run costs seconds, no GPU hours.
 """
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 from pipeline.config import rules
 from pipeline.config.choices import Precision
+from pipeline.config.evaluation import Evaluation
+from pipeline.config.model import ModelConfig
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.stages import pad_vocabulary
@@ -25,27 +28,33 @@ from pipeline.config.step_shape import (
 
 
 @dataclass(frozen=True)
-class RunShape:
-    """Derived numbers of a run; frozen."""
+class ForwardShape:
+    """Derived numbers of a forward pass, of a run or of an evaluation; frozen."""
 
     sizes: ParallelSizes
-    zero_stage: int
-    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank."""
     micro_batch_size: int
-    global_batch_size: int
     seq_len: int
     vocab_size: int
     padded_vocab_size: int
-    total_steps: int
-    total_tokens: int
-    warmup_steps: int
-    ramp: Ramp
-    """(until_step, shape) in order; the last one has no end (until_step = total_steps)."""
 
     @property
     def world_size(self) -> int:
         """All ranks."""
         return self.sizes.world_size
+
+
+@dataclass(frozen=True)
+class RunShape(ForwardShape):
+    """Derived numbers of a run; frozen."""
+
+    zero_stage: int
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank."""
+    global_batch_size: int
+    total_steps: int
+    total_tokens: int
+    warmup_steps: int
+    ramp: Ramp
+    """(until_step, shape) in order; the last one has no end (until_step = total_steps)."""
 
     def at(self, step: int) -> StepShape:
         """The shape of optimizer step `step` (0 is the first)."""
@@ -76,7 +85,7 @@ def derive(
     sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
     ramp = ramp_shapes(cfg, sizes)
     total_steps, total_tokens = run_length(cfg.training, ramp)
-    vocab_size = vocabulary if cfg.model.vocab_size is None else cfg.model.vocab_size
+    vocab_size = _vocab_size(cfg.model, vocabulary)
     return RunShape(
         sizes=sizes,
         zero_stage=_zero_stage(cfg, sizes),
@@ -90,6 +99,37 @@ def derive(
         warmup_steps=warmup_steps(cfg),
         ramp=ramp,
     )
+
+
+def derive_evaluation(
+    evaluation: Evaluation,
+    *,
+    world_size: int,
+    tokenizer_vocab_size: int,
+    row_tokens: int | None = None,
+) -> ForwardShape:
+    """An evaluation's derived numbers; arguments and errors as above."""
+    rules.raise_all(
+        rules.evaluation_problems(
+            evaluation,
+            world_size=world_size,
+            tokenizer_vocab_size=tokenizer_vocab_size,
+            row_tokens=row_tokens,
+        )
+    )
+    sizes = ParallelSizes.filling(evaluation.parallel, world_size=world_size)
+    vocab_size = _vocab_size(evaluation.model, tokenizer_vocab_size)
+    return ForwardShape(
+        sizes=sizes,
+        micro_batch_size=evaluation.micro_batch_size,
+        seq_len=evaluation.seq_len,
+        vocab_size=vocab_size,
+        padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=sizes.tensor),
+    )
+
+
+def _vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
+    return tokenizer_vocab_size if model.vocab_size is None else model.vocab_size
 
 
 def _zero_stage(cfg: PretrainConfig, sizes: ParallelSizes) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
-from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Ints
@@ -125,11 +124,11 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
     )
 
 
-def follow_data(cfg: PretrainConfig, data: DataSummary) -> PretrainConfig:
+def follow_data(cfg: DataConfig, data: DataSummary) -> DataConfig:
     """The settings, with those that follow from the data: packed rows are documents apart."""
     if data.row_tokens is None:
         return cfg
-    return replace(cfg, data=replace(cfg.data, mask_documents=True, reset_positions=True))
+    return replace(cfg, mask_documents=True, reset_positions=True)
 
 
 def open_datasets(

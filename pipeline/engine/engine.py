@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.choices import Precision
-from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.run_shape import RunShape
+from pipeline.config.training import OptimizerConfig, ScheduleConfig
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
 from pipeline.engine import state
@@ -65,33 +66,53 @@ class StepResult:
 class Engine:
     """A model that is trained step by step. Every method is collective: call on every rank."""
 
-    def __init__(self, cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -> None:
-        self.cfg, self.shape, self.layout = cfg, shape, layout
-        self.model = cfg.model
-        runner_class = choose_runner(shape, cfg.training.precision)
+    def __init__(
+        self,
+        architecture: Architecture,
+        schema: StageSchema,
+        layout: ParallelLayout,
+        *,
+        shape: RunShape,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        finetune: FinetuneConfig,
+        seed: int,
+    ) -> None:
+        """Build this rank's stage, with its initial weights, and its optimizer.
+
+        Args:
+            schedule: of the learning rate.
+            finetune: which parameters are trained.
+            seed: of the initial weights and of every step's random streams.
+        """
+        self.architecture, self.model = architecture, architecture.model
+        self.shape, self.layout = shape, layout
+        self._optimizer, self._schedule, self._seed = optimizer, schedule, seed
+        runner_class = choose_runner(shape, architecture.precision)
         pin_attention_kernels()
-        self.architecture = Architecture(
-            cfg.model, cfg.parallel, cfg.training, shape.vocab_size, shape.padded_vocab_size
-        )
-        schema = StageSchema.of(cfg.data, cfg.parallel)
-        module = runner_class.build_module(self.architecture, schema, shape, layout)
-        adapt(module, cfg.model, cfg.finetune)
+        module = runner_class.build_module(architecture, schema, shape, layout)
+        adapt(module, self.model, finetune)
         module.to(layout.device)
         self.partitions = self._initial_weights(module)
-        trained = list(freeze(named_parameters(module, cfg.model), cfg.model, cfg.finetune))
+        trained = list(freeze(named_parameters(module, self.model), self.model, finetune))
         reduce_partial_gradients(module, layout.tensor.group)
-        is_fp16 = cfg.training.precision is Precision.fp16
+        is_fp16 = architecture.precision is Precision.fp16
         self.loss_scale = LossScale(layout.device) if is_fp16 else None
         self.runner: Runner = runner_class(
             module,
-            parameter_groups(trained, cfg.optimizer, cfg.model),
-            optimizer=cfg.optimizer,
-            architecture=self.architecture,
+            parameter_groups(trained, optimizer, self.model),
+            optimizer=optimizer,
+            architecture=architecture,
             shape=shape,
             layout=layout,
             loss_scale=self.loss_scale,
         )
         self.runner.optimizer.register_step_pre_hook(self._before_update)
+
+    @property
+    def optimizer_name(self) -> str:
+        """Whose state the fragments hold, as optimizer.name writes it."""
+        return self._optimizer.name.name
 
     # ---- one optimizer step ----------------------------------------------------------------------
 
@@ -108,11 +129,11 @@ class Engine:
         self._max_loss = max_loss
         self._verdict: Verdict | None = None
         self._set_micro_batches(len(batches))
-        seed_step(self.cfg.seed, step, self.layout)
+        seed_step(self._seed, step, self.layout)
         lr = lr_at(
             step,
-            lr=self.cfg.optimizer.lr,
-            schedule=self.cfg.schedule,
+            lr=self._optimizer.lr,
+            schedule=self._schedule,
             warmup_steps=self.shape.warmup_steps,
             total_steps=self.shape.total_steps,
         )
@@ -130,7 +151,7 @@ class Engine:
         """The step's verdict; in fp16 the loss scale hears of it too."""
         verdict = decide_update(
             self.runner.grad_norm(),
-            clip_grad=self.cfg.optimizer.clip_grad,
+            clip_grad=self._optimizer.clip_grad,
             loss=self.runner.loss() if self._max_loss < math.inf else None,
             max_loss=self._max_loss,
             loss_scale=self.loss_scale.cur_scale.clone() if self.loss_scale else None,
@@ -191,6 +212,6 @@ class Engine:
         partitions = {}
         for name, parameter in named_parameters(module, self.model):
             part = partition_of(name, parameter, self.layout, vocab_size=self.shape.vocab_size)
-            initialize(parameter, name, part, model=self.model, seed=self.cfg.seed)
+            initialize(parameter, name, part, model=self.model, seed=self._seed)
             partitions[name] = part
         return partitions

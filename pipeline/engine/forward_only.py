@@ -232,7 +232,7 @@ class ForwardOnly:
         )
         bounds = partition(costs, layout.pipeline.size)
         here = layout.pipeline.rank
-        self.dtype = DTYPES[architecture.training.precision]
+        self.dtype = DTYPES[architecture.precision]
         places = range(bounds[here], bounds[here + 1])
         self.module = _Layers(architecture, schema, places, layout.tensor.group)
         self.module.to(layout.device, self.dtype).requires_grad_(False)

@@ -15,12 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.pretrain import PretrainConfig
-
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.config.run_shape import RunShape
+    from pipeline.config.data import DataConfig
+    from pipeline.config.run_shape import ForwardShape
     from pipeline.data.batch import Batch
     from pipeline.data.datasets import Dataset
     from pipeline.distributed.layout import ParallelLayout
@@ -97,23 +96,33 @@ class Scorer(Protocol):
 
 
 class Evaluator:
-    """Scores an engine's model on the validation datasets of a config."""
+    """Scores an engine's model on held-out datasets."""
 
-    def __init__(self, cfg: PretrainConfig, *, shape: RunShape, engine: Scorer) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        shape: ForwardShape,
+        engine: Scorer,
+        sequences: int,
+        cache_dir: Path,
+    ) -> None:
         """Open the datasets.
+
+        Args:
+            data: what is held out, and how it is masked.
+            sequences: per dataset and evaluation; 0: all of it.
+            cache_dir: for shards that are not local.
 
         Raises:
             DataError: a dataset is missing or damaged.
         """
         from pipeline.data.datasets import open_datasets
 
-        self.cfg, self.run_shape, self.engine = cfg, shape, engine
-        cache_dir = Path(cfg.data.cache_dir or Path(cfg.runs_dir) / cfg.name / "cache")
-        self.datasets = (
-            open_datasets(cfg.data.validation, cfg=cfg.data, cache_dir=cache_dir)
-            if cfg.data.validation
-            else []
-        )
+        self.data, self.shape, self.engine = data, shape, engine
+        self.sequences = sequences
+        held_out = data.validation
+        self.datasets = open_datasets(held_out, cfg=data, cache_dir=cache_dir) if held_out else []
         self._label_bytes = [
             LabelBytes(dataset, vocab_size=shape.vocab_size, device=engine.layout.device)
             for dataset in self.datasets
@@ -167,11 +176,11 @@ class Evaluator:
         layout = self.engine.layout
         return validation_batches(
             dataset,
-            seq_len=self.run_shape.seq_len,
-            micro_batch_size=self.run_shape.micro_batch_size,
+            seq_len=self.shape.seq_len,
+            micro_batch_size=self.shape.micro_batch_size,
             data_rank=layout.data.rank,
             data_parallel_size=layout.data.size,
-            num_sequences=self.cfg.training.eval_sequences,
+            num_sequences=self.sequences,
             device=layout.device,
-            cfg=self.cfg.data,
+            cfg=self.data,
         )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pipeline.config.choices import Precision, Recompute
 from pipeline.config.model import ModelConfig
-from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.training import ParallelConfig
 from pipeline.model.megatron_config import transformer_config
 
 
@@ -17,9 +18,14 @@ class Architecture:
 
     model: ModelConfig
     parallel: ParallelConfig
-    training: TrainingConfig
+    precision: Precision
+    """Of forward and backward passes."""
     vocab_size: int
     padded_vocab_size: int
+    recompute: Recompute = Recompute.none
+    """What a backward pass computes again."""
+    recompute_every: int = 1
+    """recompute=full: every n-th block."""
 
     @property
     def transformer(self) -> TransformerConfig:

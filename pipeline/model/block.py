@@ -42,13 +42,11 @@ class Block(nn.Module):
 
     def __init__(self, architecture: Architecture, *, layer: int) -> None:
         super().__init__()
-        model, training = architecture.model, architecture.training
+        model, again = architecture.model, architecture.recompute
         self.config = config = architecture.transformer
         self.is_post_norm = model.norm_placement is NormPlacement.post
         self.is_parallel = model.parallel_residual
-        self.recompute = (
-            training.recompute is Recompute.full and layer % training.recompute_every == 0
-        )
+        self.recompute = again is Recompute.full and layer % architecture.recompute_every == 0
         self.uses_rope = model.position is Position.rope
         if self.uses_rope:
             self.rope = rope_table(model)
@@ -60,7 +58,7 @@ class Block(nn.Module):
             SelfAttentionSubmodules(ColumnLinear, CoreAttention, RowLinear, norm, norm),
             layer_number=layer + 1,
             pg_collection=groups,
-            recompute_core=training.recompute is Recompute.selective,
+            recompute_core=again is Recompute.selective,
         )
         self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.is_moe = bool(model.moe.num_experts)

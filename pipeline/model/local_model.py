@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.choices import Precision
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.parallel_sizes import ParallelSizes
-from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.training import ParallelConfig
 from pipeline.distributed.layout import connect
 from pipeline.distributed.ranks import Ranks
 from pipeline.model.architecture import Architecture
@@ -44,9 +45,7 @@ class LocalModel:
         assert vocab_size is not None
         layout = connect(Ranks(0, 1, 0, 1, os.uname().nodename), ParallelSizes())
         model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
-        architecture = Architecture(
-            model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
-        )
+        architecture = Architecture(model, ParallelConfig(), Precision.fp32, vocab_size, vocab_size)
         self.model, self.device = model, layout.device
         self.gpt = GPT(architecture, layout.tensor.group)
         adapt(self.gpt, model, finetune or FinetuneConfig())

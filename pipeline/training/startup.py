@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,12 +28,10 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
     """What the device was asked to hold, and the settings that would lower it."""
     from pipeline.data.datasets import describe
-    from pipeline.planning import memory
+    from pipeline.planning.advice import advice
 
     vocab_size = describe(cfg.data).vocab_size
-    return memory.advice(
-        cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
-    )
+    return advice(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size))
 
 
 class Start(NamedTuple):
@@ -69,7 +68,7 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
         )
     problems.raise_all()
     assert data is not None
-    cfg = follow_data(cfg, data)
+    cfg = replace(cfg, data=follow_data(cfg.data, data))
     shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=data.vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:

@@ -24,10 +24,9 @@ from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.data.batch import Batch
-from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.ranks import RankHost
-from pipeline.engine.engine import Engine, StepResult
+from pipeline.engine.engine import StepResult
 from pipeline.errors import DataUsedUp, DivergedError
 from pipeline.evaluation.perplexity import Evaluator
 from pipeline.files import write_durably
@@ -40,6 +39,7 @@ from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
+from pipeline.training.build import build_engine, build_loader
 from pipeline.training.initial_weights import load_base, load_weights
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
@@ -63,18 +63,17 @@ class Trainer:
         self.state = TrainState()
         self.evaluated_step: int | None = None  # the last one, None before the first
         self.base: Base | None = None  # of a run that trains a part
-        self.engine = Engine(cfg, shape, layout)
+        self.engine = build_engine(cfg, shape, layout)
         clock.alive()
-        self.loader = Loader(
+        cache_dir = Path(cfg.data.cache_dir or run_dir / "cache")
+        self.loader = build_loader(cfg, shape, layout, cache_dir=cache_dir)
+        self.evaluator = Evaluator(
             cfg.data,
             shape=shape,
-            seed=cfg.seed,
-            data_rank=layout.data.rank,
-            device=layout.device,
-            cache_dir=Path(cfg.data.cache_dir or run_dir / "cache"),
-            reads_tokens=layout.pipeline.rank in (0, shape.sizes.pipeline - 1),
+            engine=self.engine,
+            sequences=cfg.training.eval_sequences,
+            cache_dir=cache_dir,
         )
-        self.evaluator = Evaluator(cfg, shape=shape, engine=self.engine)
         places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,

@@ -35,8 +35,9 @@ def test_a_built_model_has_exactly_these_names() -> None:
 
 
 def built_names(models: list[str]) -> dict[str, list[str]]:
+    from pipeline.config.choices import Precision
     from pipeline.config.parallel_sizes import ParallelSizes
-    from pipeline.config.training import ParallelConfig, TrainingConfig
+    from pipeline.config.training import ParallelConfig
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.model.architecture import Architecture
@@ -47,7 +48,7 @@ def built_names(models: list[str]) -> dict[str, list[str]]:
     found = {}
     for name in models:
         model = ModelConfig(**MODELS[name])
-        architecture = Architecture(model, ParallelConfig(), TrainingConfig(), VOCAB, 256)
+        architecture = Architecture(model, ParallelConfig(), Precision.fp32, VOCAB, 256)
         built = GPT(architecture, group).named_parameters()
         found[name] = [canonical_name(n, num_layers=model.num_layers) for n, _ in built]
     return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from pipeline.config.choices import PipelineSchedule, Precision
 from pipeline.config.data import DataConfig
+from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import MoeConfig
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import derive
+from pipeline.config.rules import LEAST
+from pipeline.config.run_shape import ForwardShape, derive, derive_evaluation
 from pipeline.config.training import (
     ParallelConfig,
     RampStage,
@@ -78,6 +80,7 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("sequence too long", {"training": TrainingConfig(total_steps=1, seq_len=64)}, 1, r"seq_len \(64\) must not exceed model.max_seq_len \(32\)"),
     ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps"),
     ("min_lr above lr", {"schedule": ScheduleConfig(min_lr=1.0)}, 1, r"min_lr \(1.0\) must not exceed optimizer.lr"),
+    ("uneven split of a sequence", {"parallel": ParallelConfig(tensor_parallel_size=4, sequence_parallel=True), "training": TrainingConfig(total_steps=1, seq_len=30, precision=Precision.fp32)}, 4, r"training.seq_len \(30\) must be a multiple of parallel.tensor_parallel_size \(4\).*Set training.seq_len=32"),
     ("positions without masks", {"data": DataConfig(reset_positions=True)}, 1, r"reset_positions=true needs data.mask_documents=true"),
 ]  # fmt: skip
 
@@ -152,6 +155,12 @@ def test_a_broken_number_is_named_alone_and_breaks_no_rule(change: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
+def test_every_number_that_is_judged_belongs_to_a_run_or_to_an_evaluation() -> None:
+    """A misspelt section would be taken for one that is not there, and never be judged."""
+    known = {field.name for kind in (PretrainConfig, Evaluation) for field in fields(kind)}
+    assert {key.split(".")[0] for keys in LEAST.values() for key in keys.split()} <= known
+
+
 def test_what_does_not_depend_on_a_broken_number_is_still_judged() -> None:
     cfg = replace(
         config("modern", tp=3),
@@ -169,3 +178,78 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
     """The run lives in <runs_dir>/<name>: "" and ".." would write into other runs."""
     with pytest.raises(ConfigError, match="must be the name of one folder"):
         shape_of(replace(config(), name=name))
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def asked(preset: str = "gpt2", *, tp: int = 1, pp: int = 1, **changes: Any) -> Evaluation:
+    """A checkpoint's model on held-out data."""
+    cfg = config(preset, tp=tp, pp=pp)
+    evaluation = Evaluation(
+        cfg.model,
+        cfg.data,
+        cfg.parallel,
+        Precision.bf16,
+        seq_len=32,
+        micro_batch_size=3,
+        sequences=0,
+    )
+    return replace(evaluation, **changes)
+
+
+def shape_asked(evaluation: Evaluation, world_size: int = 1) -> ForwardShape:
+    return derive_evaluation(evaluation, world_size=world_size, tokenizer_vocab_size=250)
+
+
+def test_an_evaluation_has_the_sizes_and_the_vocabulary_of_a_run_at_its_layout() -> None:
+    """Checkpoints are read into embeddings of one padding, whoever reads them."""
+    run = shape_of(config(tp=2, pp=2), world_size=8)
+    found = shape_asked(asked(tp=2, pp=2), world_size=8)
+    assert (found.sizes, found.vocab_size, found.padded_vocab_size) == (
+        run.sizes, run.vocab_size, run.padded_vocab_size,
+    )  # fmt: skip
+    assert (found.seq_len, found.micro_batch_size) == (32, 3)
+
+
+ASKED_IN_VAIN: list[tuple[str, Evaluation, int, str]] = [
+    ("heads by tensor parallel", asked(tp=3), 3, r"num_attention_heads \(4\) must be divisible"),
+    ("layers by stages", asked(pp=8), 8, r"num_layers \(4\).*fits: 4"),
+    ("world size", asked(tp=2), 3, r"ranks \(3\) must be a multiple.*Start 4 ranks"),
+    ("sequence too long", asked(seq_len=64), 1, r"^seq_len \(64\) must not exceed.*Set seq_len=32"),
+    ("no sequence", asked(seq_len=0), 1, r"^seq_len \(0\) must be at least 1\.$"),
+    ("micro-batch", asked(micro_batch_size=0), 1, r"^micro_batch_size \(0\) must be at least 1\.$"),
+    ("sequences", asked(sequences=-1), 1, r"^sequences \(-1\) must be at least 0\.$"),
+    ("experts", asked("moe", tp=2), 2, r"need parallel.sequence_parallel=true"),
+    ("uneven split", asked(tp=2, seq_len=31, parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=True)), 2, r"^seq_len \(31\) must be a multiple.*Set seq_len=32"),
+    ("positions", asked(data=DataConfig(reset_positions=True)), 1, r"needs data.mask_documents=true"),
+    ("vocabulary", asked(model=replace(config().model, vocab_size=100)), 1, r"vocab_size \(100\) is smaller"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "evaluation, world_size, message",
+    [case[1:] for case in ASKED_IN_VAIN],
+    ids=[case[0] for case in ASKED_IN_VAIN],
+)
+def test_an_impossible_evaluation_is_refused_in_the_words_of_its_own_settings(
+    evaluation: Evaluation, world_size: int, message: str
+) -> None:
+    """The rules are a run's; what is told to be set is what the command knows."""
+    with pytest.raises(ConfigError, match=f"(?s){message}") as caught:
+        shape_asked(evaluation, world_size)
+    assert "training." not in str(caught.value)
+
+
+def test_packed_rows_are_asked_row_by_row() -> None:
+    """In evaluation too: a window across rows would score one dialogue after the end of another."""
+    with pytest.raises(ConfigError, match=r"rows of 16 tokens, and seq_len is 32. Set seq_len=16"):
+        derive_evaluation(asked(), world_size=1, tokenizer_vocab_size=250, row_tokens=16)
+
+
+def test_an_evaluation_obeys_no_rule_of_training() -> None:
+    """Nothing runs backwards: a run's layout serves, whatever it says of ZeRO and schedules."""
+    dual = PipelineSchedule["dualpipev"]
+    parallel = ParallelConfig(pipeline_parallel_size=4, zero_stage=3, pipeline_schedule=dual)
+    assert shape_asked(asked(parallel=parallel), 4).sizes.pipeline == 4
+    assert shape_asked(asked(micro_batch_size=7), 3).sizes.data == 3

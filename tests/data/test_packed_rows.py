@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def config(*paths: Path, validation: tuple[Path, ...] = (), seq_len: int = ROW, 
 def shape_of(cfg: PretrainConfig, *, world_size: int = 1) -> RunShape:
     data = describe(cfg.data)
     return derive(
-        follow_data(cfg, data),
+        replace(cfg, data=follow_data(cfg.data, data)),
         world_size=world_size,
         tokenizer_vocab_size=data.vocab_size,
         row_tokens=data.row_tokens,
@@ -177,7 +178,7 @@ def test_samples_do_not_depend_on_the_layout_and_resume_in_the_middle_of_an_epoc
 def test_validation_reads_every_row_and_text_beside_rows(tmp_path):
     rows, words = packed(tmp_path / "rows"), text(tmp_path / "text")
     cfg = config(rows, validation=(words,))
-    cfg = follow_data(cfg, describe(cfg.data))
+    cfg = replace(cfg, data=follow_data(cfg.data, describe(cfg.data)))
     assert cfg.data.mask_documents and cfg.data.reset_positions
     datasets = open_datasets(
         [DatasetConfig(path=str(p)) for p in (rows, words)], cfg=cfg.data, cache_dir=tmp_path

@@ -29,11 +29,11 @@ def engine_of(cfg: Any) -> Any:
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     ranks = ranks_from_environment()
     shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
-    return Engine(cfg, shape, connect(ranks, shape.sizes))
+    return build_engine(cfg, shape, connect(ranks, shape.sizes))
 
 
 def deepspeed_facts(cfg: Any) -> dict[str, Any]:

@@ -129,13 +129,13 @@ def frozen_and_trained(cfg: Any) -> tuple[bool, bool, int, set[str]]:
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.engine import state
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
     from tests.support.layouts import rank_batches, reset_parallel_state
 
     ranks = ranks_from_environment()
     shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
     layout = connect(ranks, shape.sizes)
-    engine = Engine(cfg, shape, layout)
+    engine = build_engine(cfg, shape, layout)
 
     def copies(fragments: Any) -> dict[tuple[str, int], torch.Tensor]:
         return {(f.name, f.start): f.views["weight"].clone() for f in fragments}

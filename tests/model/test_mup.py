@@ -29,7 +29,7 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     sizes: list[dict[str, float]] = []
     for width in WIDTHS:
@@ -50,7 +50,7 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
         )
         shape = derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
         layout = connect(ranks_from_environment(), shape.sizes)
-        engine, seen = Engine(cfg, shape, layout), {}
+        engine, seen = build_engine(cfg, shape, layout), {}
         for i, block in enumerate(engine.runner.module.layers):
             for name in ("self_attention", "mlp"):
                 getattr(block, name).register_forward_hook(record(seen, f"{name} {i}"))

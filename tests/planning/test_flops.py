@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pipeline import cli
+from pipeline.config.choices import Precision
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.training import ParallelConfig
 from pipeline.planning.flops import flops_per_token, mfu, num_parameters, peak_tflops
 from tests.support.ranks import run_on_ranks
 
@@ -74,9 +75,7 @@ def count_built(models: list[tuple[ModelConfig, int]]) -> list[int]:
     layout = connect(ranks_from_environment({}), ParallelSizes())
     counts = []
     for model, vocab_size in models:
-        architecture = Architecture(
-            model, ParallelConfig(), TrainingConfig(), vocab_size, vocab_size
-        )
+        architecture = Architecture(model, ParallelConfig(), Precision.fp32, vocab_size, vocab_size)
         with torch.device("meta"):
             gpt = GPT(architecture, layout.tensor.group)
         counts.append(sum(parameter.numel() for parameter in gpt.parameters()))

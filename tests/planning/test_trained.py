@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.run_shape import derive
 from pipeline.planning import memory
+from pipeline.planning.advice import estimate_of_run
 from pipeline.planning.flops import count_parameters, flops_per_token, num_parameters
 from pipeline.planning.trained import (
     first_trained_layer,
@@ -73,11 +74,11 @@ def test_memory_of_what_is_trained() -> None:
     """Gradients and optimizer state of the low-rank matrices only; weights of all."""
     cfg = config("modern", zero=1, train="*.lora_?", lora_rank=4)
     shape = derive(cfg, world_size=2, tokenizer_vocab_size=VOCAB)
-    found, trained = memory.estimate(cfg, shape), 16 * WIDTHS
+    found, trained = estimate_of_run(cfg, shape), 16 * WIDTHS
     assert found.gradients * memory.GIB == pytest.approx(4 * trained)
     assert found.optimizer * memory.GIB == pytest.approx(12 * trained / 2)
     padded = num_parameters(cfg.model, shape.padded_vocab_size)
     assert found.weights * memory.GIB == pytest.approx(4 * (padded + trained))
     full = replace(cfg, finetune=FinetuneConfig())
     last = replace(cfg, finetune=LAST)
-    assert memory.estimate(last, shape).activations < memory.estimate(full, shape).activations / 2
+    assert estimate_of_run(last, shape).activations < estimate_of_run(full, shape).activations / 2

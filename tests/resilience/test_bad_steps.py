@@ -19,14 +19,14 @@ def disturbed(cases: list[dict[str, Any]]) -> list[list[tuple[bool, bool, bool]]
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     found = []
     for case in cases:
         cfg, ranks = layouts.config(**case), ranks_from_environment()
         shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=layouts.VOCAB)
         layout = connect(ranks, shape.sizes)
-        engine = Engine(cfg, shape, layout)
+        engine = build_engine(cfg, shape, layout)
         steps = layouts.batches(masked=True)[:5]
         steps[1]["mask"] = torch.full_like(steps[1]["mask"], float("nan"))
         limits = [float("inf"), float("inf"), float("inf"), 1.0, 100.0]

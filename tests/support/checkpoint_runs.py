@@ -31,14 +31,14 @@ class Run:
         base: Path | None = None,
         ends: dict[str, int] | None = None,
     ) -> None:
-        from pipeline.engine.engine import Engine
+        from pipeline.training.build import build_engine
         from pipeline.training.initial_weights import load_base
 
         ranks = ranks_from_environment()
         self.cfg, self.ends = cfg, ends or {}
         self.shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
         self.layout = connect(ranks, self.shape.sizes)
-        self.engine = Engine(cfg, self.shape, self.layout)
+        self.engine = build_engine(cfg, self.shape, self.layout)
         self.checkpointer = Checkpointer(
             cfg.checkpoint, folder=folder, layout=self.layout, attachments=attachments
         )

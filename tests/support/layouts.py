@@ -166,14 +166,14 @@ def rank_batches(
 
 def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]:
     """{"history": [(loss, gradient norm)], "eval": mean loss of the last batch after training}. Collective."""
-    from pipeline.engine.engine import Engine
+    from pipeline.training.build import build_engine
 
     if cfg.training.precision is Precision.fp16:
         allow_fp16_on_the_cpu()
     ranks, lanes = ranks_from_environment(), cfg.data.lanes
     shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=VOCAB)
     layout = connect(ranks, shape.sizes)
-    engine = Engine(cfg, shape, layout)
+    engine = build_engine(cfg, shape, layout)
     history = []
     for number, step in enumerate(steps):
         result = engine.train_step(rank_batches(step, shape, layout, lanes=lanes), step=number)

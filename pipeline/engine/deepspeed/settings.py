@@ -22,7 +22,7 @@ ALLGATHER_ELEMENTS = 200_000_000
 
 def deepspeed_config(architecture: Architecture, shape: RunShape) -> dict[str, Any]:
     """DeepSpeed's configuration, every key we rely on written out."""
-    parallel, precision = architecture.parallel, architecture.training.precision
+    parallel, precision = architecture.parallel, architecture.precision
     stage = shape.zero_stage
     size = num_parameters(architecture.model, shape.vocab_size) // shape.sizes.ranks_per_copy
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even

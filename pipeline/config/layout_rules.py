@@ -1,0 +1,112 @@
+"""The rules of the layout: how ranks may share a model; see `rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config.choices import PipelineSchedule, Precision
+from pipeline.config.model import ModelConfig
+from pipeline.config.parallel_sizes import ParallelSizes
+from pipeline.config.training import ParallelConfig
+
+
+def whole_copies(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """The ranks make whole copies of the model."""
+    sizes = ParallelSizes.filling(parallel, world_size=world_size)
+    more = ParallelSizes.of(parallel, data=sizes.data + 1)
+    if sizes.world_size != world_size:
+        yield (
+            f"the number of ranks ({world_size}) must be a multiple of "
+            "parallel.tensor_parallel_size * parallel.pipeline_parallel_size "
+            f"({sizes.tensor} * {sizes.pipeline} = {sizes.ranks_per_copy}). Start "
+            f"{more.world_size} ranks, or choose sizes that divide {world_size}."
+        )
+
+
+def is_dual(parallel: ParallelConfig) -> bool:
+    """Whether each rank of the pipeline trains two stages."""
+    return parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+
+
+def stages_have_layers(
+    model: ModelConfig, parallel: ParallelConfig, *, is_dual: bool
+) -> Iterator[str]:
+    """Every stage has a layer.
+
+    Args:
+        is_dual: two stages on each rank.
+    """
+    num_layers, pipeline = model.num_layers, parallel.pipeline_parallel_size
+    per_rank = 2 if is_dual else 1
+    if num_layers < per_rank * pipeline:
+        yield (
+            f"model.num_layers ({num_layers}) must be at least the number of pipeline stages "
+            f"({per_rank * pipeline}{', two per rank with dualpipev' if is_dual else ''}). "
+            f"Largest parallel.pipeline_parallel_size that fits: {num_layers // per_rank}."
+        )
+
+
+def sequence_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Where the sequence may, and where it must be split over tensor-parallel ranks."""
+    tensor = parallel.tensor_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
+            "Set it false."
+        )
+    if model.moe.num_experts and tensor > 1 and not parallel.sequence_parallel:
+        yield (
+            f"experts under parallel.tensor_parallel_size={tensor} need "
+            "parallel.sequence_parallel=true: "
+            "megatron-core routes each token once, on the rank that holds it."
+        )
+
+
+def sequence_splits(parallel: ParallelConfig, name: str, seq_len: int) -> Iterator[str]:
+    """Under sequence parallelism every rank has as many tokens of a sequence.
+
+    Args:
+        name: of the setting that seq_len comes from.
+    """
+    tensor = parallel.tensor_parallel_size
+    if parallel.sequence_parallel and seq_len % tensor:
+        yield (
+            f"{name} ({seq_len}) must be a multiple of parallel.tensor_parallel_size ({tensor}) "
+            f"with parallel.sequence_parallel=true. Set {name}={-(-seq_len // tensor) * tensor}."
+        )
+
+
+# ---- of training ---------------------------------------------------------------------------------
+
+
+def zero(parallel: ParallelConfig, precision: Precision) -> Iterator[str]:
+    """Which layouts and precisions a ZeRO stage goes with."""
+    stage, pipeline = parallel.zero_stage, parallel.pipeline_parallel_size
+    if stage not in (0, 1, 2, 3):
+        yield f"parallel.zero_stage ({stage}) must be 0, 1, 2 or 3."
+    elif pipeline > 1 and stage != 1:
+        yield (
+            f"parallel.zero_stage={stage} does not work with "
+            f"parallel.pipeline_parallel_size={pipeline}: DeepSpeed's pipeline keeps whole "
+            "gradients across micro-batches (stages 2 and 3 refuse) and clips wrongly at stage 0. "
+            "Set parallel.zero_stage=1 or parallel.pipeline_parallel_size=1."
+        )
+    if stage == 0 and precision is not Precision.fp32:
+        yield (
+            "parallel.zero_stage=0 works with training.precision=fp32 only: with "
+            f"{precision.name} DeepSpeed 0.19 computes a wrong gradient norm under tensor "
+            "parallelism. Set parallel.zero_stage=1."
+        )
+    if parallel.offload_optimizer and stage == 0:
+        yield "parallel.offload_optimizer=true needs parallel.zero_stage of 1 to 3."
+    if parallel.offload_optimizer and pipeline > 1:
+        yield "parallel.offload_optimizer=true needs parallel.pipeline_parallel_size=1."
+
+
+def dual_schedule(parallel: ParallelConfig) -> Iterator[str]:
+    """Two stages on a rank need a pipeline."""
+    if is_dual(parallel) and parallel.pipeline_parallel_size == 1:
+        yield (
+            "parallel.pipeline_schedule=dualpipev needs parallel.pipeline_parallel_size of at "
+            "least 2."
+        )
