@@ -17,7 +17,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from pipeline.checkpoint import dcp
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.folder import INDEX
+from pipeline.checkpoint.rectangles import Entry, Rectangle, check_filled
 from pipeline.checkpoint.safetensors_file import write_safetensors
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
@@ -34,24 +34,6 @@ from pipeline.model.fragments import Chunk, Fragment, chunks_of
 
 FORMAT = "pretrain-tensors"
 VERSION = 2
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """A stored part of a tensor."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    place: Any
-    """Where its bytes are: (file, key), or (file, offset, length) in version 1."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A whole tensor, as it is stored."""
-
-    shape: tuple[int, ...]
-    rectangles: Sequence[Rectangle]
 
 
 class HostCopy:
@@ -142,27 +124,8 @@ def _index(parts: list[list[tuple]]) -> dict[str, Any]:
                 raise CheckpointError(f"{name} is {entry['shape']} on one rank and {shape} here")
             entry["rectangles"].append([rank, offsets, sizes])
     for name, entry in entries.items():
-        _check_filled(name, entry["shape"], [(o, s) for _, o, s in entry["rectangles"]])
+        check_filled(name, entry["shape"], [(o, s) for _, o, s in entry["rectangles"]])
     return {"format": FORMAT, "version": VERSION, "dtype": "F32", "tensors": entries}
-
-
-def _check_filled(name: str, shape: Sequence[int], rectangles: list[tuple]) -> None:
-    """Raise CheckpointError unless the rectangles fill the shape, each element once.
-
-    Volumes that add up to the whole and no overlap leave no hole. Rectangles are sorted by their
-    first row, so that only neighbours whose rows meet are compared.
-    """
-    if sum(math.prod(sizes) for _, sizes in rectangles) != math.prod(shape):
-        raise CheckpointError(f"{name}: the ranks' parts do not fill its {tuple(shape)}: a hole")
-    ordered = sorted(rectangles)
-    for i, (offsets, sizes) in enumerate(ordered):
-        if any(o < 0 or o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
-            raise CheckpointError(f"{name}: a part reaches over the edge of {tuple(shape)}")
-        for later, size in ordered[i + 1 :]:
-            if later[0] >= offsets[0] + sizes[0]:
-                break
-            if all(a < p + m and p < a + n for a, n, p, m in zip(offsets, sizes, later, size)):
-                raise CheckpointError(f"{name}: parts of two ranks overlap at {later}")
 
 
 # ---- read ----------------------------------------------------------------------------------------
@@ -251,17 +214,10 @@ class CheckpointTensors:
                 "model. Both must have the same sizes; see config.model in its checkpoint.json."
             )
         found, count = [], 0
-        for stored in entry.rectangles:
-            low = [max(a, b) for a, b in zip(stored.offsets, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(stored.offsets, stored.sizes, chunk.offsets, chunk.data.shape)
-            ]
-            if any(a >= b for a, b in zip(low, high)):
-                continue
-            count += math.prod(b - a for a, b in zip(low, high))
+        for stored, part in entry.meeting(chunk.offsets, chunk.data.shape):
+            count += math.prod(side.stop - side.start for side in part)
             source, target = (
-                tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))
+                tuple(slice(side.start - o, side.stop - o) for side, o in zip(part, offsets))
                 for offsets in (stored.offsets, chunk.offsets)
             )
             found.append((stored, source, target))
@@ -317,7 +273,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
             parts = [(rank, _sizes(o), _sizes(s)) for rank, o, s in entry["rectangles"]]
             if any(type(rank) is not int or rank < 0 for rank, _, _ in parts):
                 raise ValueError(f"{name} is in a file without a number")
-            _check_filled(name, shape, [(o, s) for _, o, s in parts])
+            check_filled(name, shape, [(o, s) for _, o, s in parts])
             files = [f"rank-{rank:05d}.safetensors" for rank, _, _ in parts]
             entries[name] = Entry(
                 shape,
