@@ -1,6 +1,7 @@
 """The preflight finds, in seconds and without a device, what would end a job."""
 
 import http.server
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import MachineError
+from pipeline.errors import DataError, MachineError
 from pipeline.preflight import PreflightConfig, main, missing_devices, wandb_warnings
 from pipeline.resilience import failure
 from pipeline.training import startup
@@ -53,6 +54,28 @@ def test_a_run_that_would_start_prints_its_folder_and_imports_no_torch(settings,
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'runs' / 'a'}\n"), done.stderr
     assert "4 ranks = 2 data x 1 pipeline x 2 tensor parallel" in done.stderr
     assert "estimated need of a device" in done.stderr
+
+
+def test_the_place_of_a_fallback_is_printed_before_the_run_folder(settings, tmp_path, capsys):
+    """launch/pretrain.slurm requeues by progress, wherever it is saved."""
+    fallback = f"checkpoint.fallback_dir={tmp_path / 'other'}"
+    main(cli.compose(PreflightConfig, [*settings, fallback], config="pretrain"))
+    assert capsys.readouterr().out == f"{tmp_path / 'other' / 'a'}\n{tmp_path / 'runs' / 'a'}\n"
+
+
+def test_shards_only_says_which_shard_shrank_and_nothing_else(settings, tmp_path, capsys):
+    """What launch scripts ask after a rank was killed; here with settings that no run could have."""
+    cfg = cli.compose(
+        PreflightConfig, [*settings, "shards_only=true", "world_size=3"], config="pretrain"
+    )
+    main(cfg)
+    assert capsys.readouterr() == ("", "")
+    shard = next((tmp_path / "data" / "train").glob("shards/*/*.tar"))
+    os.truncate(shard, 1000)
+    with pytest.raises(
+        DataError, match=rf"1 of 2 shards .*{shard.name} \(1000 bytes.*(?s:.*)SIGBUS"
+    ):
+        main(cfg)
 
 
 def test_all_problems_are_named_at_once(settings, tmp_path):
