@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,10 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def console_of_a_test_stays_its_own() -> Iterator[None]:
-    """A command run in this process turns `propagate` off: later tests would see no message."""
+def messages_reach_caplog() -> None:
+    """A command that ran in this process, in a test or a fixture, turned `propagate` off."""
     logger = logging.getLogger("pretrain")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
