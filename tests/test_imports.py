@@ -106,8 +106,13 @@ def _deferred(tree: ast.AST) -> set[ast.AST]:
 
 
 def package_of(module: str) -> str:
-    """The row of LAYERS that a module belongs to: its package, `commands`, or `leaves`."""
+    """The row of LAYERS that a module belongs to: its package, `commands`, or `leaves`.
+
+    A package's __main__ is a command: pipeline.checkpoint merges with bases of Hugging Face folders.
+    """
     top, *rest = module.split(".")
+    if rest and rest[-1] == "__main__":
+        return "commands"
     if not rest or rest[0] in LEAVES[top]:
         return "leaves"
     return rest[0] if (ROOT / top / rest[0]).is_dir() else "commands"

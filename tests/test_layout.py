@@ -106,6 +106,7 @@ TESTED_IN = {
     "pipeline/huggingface/gpt2.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/mixtures.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
+    "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/attention.py": ("engine/test_equivalence.py", LAYOUTS),

@@ -4,6 +4,7 @@
     python -m pipeline.checkpoint verify runs/NAME        read every byte and compare its checksum
     python -m pipeline.checkpoint show runs/NAME          what is in it: record, parameters, shapes
     python -m pipeline.checkpoint diff STEP_A STEP_B      largest difference of every parameter
+    python -m pipeline.checkpoint merge runs/NAME OUTPUT  an adapter in its base, a whole checkpoint
 
 Save: copy this rank's fragments to host memory (training waits), then, in a background thread,
 write the files, sync them, rename the folder, move `latest`, prune. Restore: the newest checkpoint
@@ -24,11 +25,13 @@ class ToolConfig:
     """Look at checkpoints."""
 
     command: str = "list"
-    """list, verify, show, or diff."""
+    """list, verify, show, diff, or merge."""
     path: str = "???"
     """A run folder, a checkpoints folder, or one checkpoint."""
     other: str | None = None
-    """diff: the second checkpoint."""
+    """diff: the second checkpoint; merge: the folder to write."""
+    base: str | None = None
+    """merge: where the adapter's base is now; null: where it was when it was trained."""
 
 
 def main(cfg: ToolConfig) -> int:
@@ -43,9 +46,18 @@ def main(cfg: ToolConfig) -> int:
                 "python -m pipeline.checkpoint diff CHECKPOINT_A CHECKPOINT_B."
             )
         return tools.diff(Path(cfg.path), Path(cfg.other))
+    if cfg.command == "merge":
+        from pipeline.huggingface.merge import merge
+
+        if cfg.other is None:
+            raise CheckpointError(
+                "merge writes a new folder: python -m pipeline.checkpoint merge runs/NAME OUTPUT."
+            )
+        return merge(Path(cfg.path), Path(cfg.other), base=Path(cfg.base) if cfg.base else None)
     if cfg.command not in commands:
         raise CheckpointError(
-            f"'{cfg.command}' is not a command. Commands: {', '.join([*commands, 'diff'])}."
+            f"'{cfg.command}' is not a command. "
+            f"Commands: {', '.join([*commands, 'diff', 'merge'])}."
         )
     return commands[cfg.command](Path(cfg.path))
 

@@ -93,7 +93,7 @@ def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, s
     def write_own() -> dict[str, str]:
         sums = {}
         # Whoever finds a fault in the parts, all ranks fail: nothing is published.
-        index = _index(parts) if ranks.rank == 0 else None
+        index = index_of(parts) if ranks.rank == 0 else None
         if chunks:
             shapes = {_key(c.name, c.offsets): tuple(c.data.shape) for c in chunks}
             values = (chunk.data for chunk in chunks)
@@ -110,7 +110,7 @@ def _key(name: str, offsets: Sequence[int]) -> str:
     return f"{name}@{','.join(map(str, offsets))}"
 
 
-def _index(parts: list[list[tuple]]) -> dict[str, Any]:
+def index_of(parts: list[list[tuple]]) -> dict[str, Any]:
     """tensors.json, from what every rank writes.
 
     Raises:

@@ -17,6 +17,7 @@ from pipeline.checkpoint.adapters import Base, base_of, delta
 from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.errors import CheckpointError
+from pipeline.huggingface.merge import merge
 from pipeline.huggingface.whole_model import open_model
 from tests.support.checkpoint_runs import Run, resume, train_and_save
 from tests.support.layouts import config
@@ -183,3 +184,22 @@ def test_a_whole_run_cannot_go_on_from_an_adapter(base: Path, adapter: tuple[Pat
     """Its checkpoint has no frozen weights."""
     with pytest.raises(AssertionError, match="it was written by another model"):
         run_on_ranks(resume, 1, replace(config(MODEL)), adapter[0], 6)
+
+
+def test_merge_writes_a_whole_checkpoint(
+    base: Path, adapter: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Every byte accounted for, with the weights that export and generate see, and no base any more."""
+    output = tmp_path / "merged"
+    assert merge(adapter[0], output) == 0
+    assert folders.damage(output) == [] and read_record(output).base is None
+    written, expected = open_model(output), open_model(folders.find(adapter[0]))
+    assert isinstance(written, CheckpointTensors)
+    assert written.parameters == expected.parameters and written.optimizer_keys == []
+    for name in written.parameters:
+        entry = f"weights/{name}"
+        assert torch.equal(written.tensor(entry), expected.tensor(entry)), name
+    with pytest.raises(CheckpointError, match="there is nothing to merge"):
+        merge(output, tmp_path / "again")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        merge(adapter[0], output)
