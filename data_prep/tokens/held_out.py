@@ -150,7 +150,7 @@ class _Rewriter:
         """
         token_is_validation = np.repeat(is_validation, self.ends - self.starts)
         rest = self._old["text_bytes"] - text_bytes
-        bounds = [self._parts[0].inputs[0], self._parts[-1].inputs[-1]]
+        bounds = _bounds(self._parts)
         with UnitWriter(
             self._parts_folder,
             number=self._number,
@@ -205,8 +205,13 @@ def _divide_rows(
         splits = writer.close()["splits"]
     splits["train"]["text_bytes"] = old["text_bytes"] - nearest["text_bytes"]
     splits["validation"]["text_bytes"] = nearest["text_bytes"]
-    bounds_of_train = [old_parts[0].inputs[0], old_parts[-1].inputs[-1]]
-    return _with_inputs(splits, bounds_of_train, nearest["ids"])
+    return _with_inputs(splits, _bounds(old_parts), nearest["ids"])
+
+
+def _bounds(parts: list[Part]) -> list[str]:
+    """First and last document of all parts: one that fills several has its name in one of them."""
+    inputs = [name for part in parts for name in part.inputs]
+    return [inputs[0], inputs[-1]]
 
 
 def _with_inputs(splits: dict[str, Any], bounds: list[str], ids: list[str]) -> dict[str, Any]:

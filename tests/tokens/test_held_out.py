@@ -161,3 +161,14 @@ def test_imported_tokens_have_a_held_out_set_too(tmp_path, tokenizer, count):
         assert train[0] + validation[0] == texts[0]
     else:
         assert sorted(train + validation) == sorted(texts)
+
+
+def test_a_document_that_fills_several_parts_has_bounds() -> None:
+    """A lone document of 100 MB ended tokenization in IndexError: its first part names no document."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from data_prep.tokens.held_out import _bounds
+
+    parts: list[Any] = [SimpleNamespace(inputs=names) for names in ([], ["a:1"], [])]
+    assert _bounds(parts) == ["a:1", "a:1"]
