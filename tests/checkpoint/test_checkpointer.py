@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.checkpoint.tensors import CheckpointTensors, HostCopy, write
 from pipeline.config.operation import CheckpointConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
 from pipeline.log import logger
 from pipeline.model.fragments import Chunk, Fragment
@@ -43,6 +45,8 @@ from tests.support.waiting import HANG_S
 # ---- any layout to any layout -----------------------------------------------------------------------------------
 
 SAVED, LAST = 3, 5
+# All that a checkpointer needs of a layout to write chunks.
+ALONE: Any = SimpleNamespace(ranks=Ranks(0, 1, 0, 1, "here"))
 
 
 def four_ranks(model: str, precision: str, folder: Path) -> dict[str, list]:
@@ -174,7 +178,7 @@ def test_steps_after_an_asynchronous_save_are_not_in_it(tmp_path: Path) -> None:
 def write_small(folder: Path, steps: list[int]) -> None:
     """Checkpoints of one 40 x 30 matrix in two rectangles. Collective."""
     cfg = CheckpointConfig(keep_last=99)
-    checkpointer = Checkpointer(cfg, folder=folder, layout=None)  # type: ignore[arg-type]
+    checkpointer = Checkpointer(cfg, folder=folder, layout=ALONE)
     for step in steps:
         checkpointer._write(small_chunks(step), record_of(step))
         assert checkpointer._outcome is None, checkpointer._outcome
@@ -369,7 +373,7 @@ def save_with_a_fallback(folder: Path) -> dict[str, Any]:
 
     module.RETRY_PAUSE_S = 0.0
     cfg = CheckpointConfig(max_failed_saves=2)
-    checkpointer = Checkpointer(cfg, folder=folder / "file" / "checkpoints", fallback=folder / "other", layout=None)  # type: ignore[arg-type]  # fmt: skip
+    checkpointer = Checkpointer(cfg, folder=folder / "file" / "checkpoints", fallback=folder / "other", layout=ALONE)  # fmt: skip
 
     def save(step: int) -> bool:
         checkpointer._last_saved = step
@@ -428,8 +432,8 @@ def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
     root = Path(folder)
     first = max([step for step, _ in folders.list_checkpoints(root)], default=0) + 1
     checkpointer = Checkpointer(
-        CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=None
-    )  # type: ignore[arg-type]
+        CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=ALONE
+    )
     for step in range(first, first + 10_000):
         checkpointer._write(small_chunks(step, size=4000), record_of(step))
         if rank == 0 and checkpointer._outcome is None:
