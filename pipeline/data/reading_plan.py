@@ -28,6 +28,8 @@ class ReadingPlan:
     """Dataset name to the passes over it when the run ends; empty where the data end before."""
     used_up: str | None = None
     """Why the data end before the run does; None where they do not."""
+    changes: tuple[str, ...] = ()
+    """What is otherwise than in the checkpoint, and allowed by data.allow_dataset_change."""
 
     def __str__(self) -> str:
         """Such as `0.82 epochs of train/web, 3.10 of train/code`."""
@@ -35,8 +37,9 @@ class ReadingPlan:
         return ", ".join([first, *(text.replace(" epochs", "", 1) for text in more)])
 
     def warnings(self) -> list[str]:
-        """Datasets that are read too often to teach much."""
-        return [
+        """Data that changed, and datasets that are read too often to teach much."""
+        changed = [f"resuming with changed data: {change}" for change in self.changes]
+        return changed + [
             f"dataset {name} will be read {passes:.1f} times; beyond {MANY_EPOCHS:.0f} passes a "
             "model learns little more from it. Lower its weight, shorten the run "
             "(training.total_steps), or prepare more text."
@@ -68,10 +71,11 @@ def plan_reading(
     """
     sampler = Sampler(cfg, datasets, seq_len=shape.seq_len, seed=seed)
     begin = sampler.position(saved) if saved else sampler.start()
+    changes = tuple(sampler.changes(saved)) if saved else ()
     try:
         end = sampler.seek(shape.total_steps, shape, begin)
     except DataUsedUp as error:
-        return ReadingPlan(used_up=str(error))
+        return ReadingPlan(used_up=str(error), changes=changes)
     sizes = [order.epoch_size for order in sampler.orders]
     passes = {d.name: n / size for d, n, size in zip(sampler.datasets, end.ledger, sizes)}
-    return ReadingPlan({d.name: passes[d.name] for d in datasets})
+    return ReadingPlan({d.name: passes[d.name] for d in datasets}, changes=changes)

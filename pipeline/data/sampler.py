@@ -23,7 +23,6 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.mixture import Ints, Mixture, Position, Samples, Segment, cut
 from pipeline.data.order import Order, num_sequences
 from pipeline.errors import ConfigError, DataError
-from pipeline.log import logger
 from pipeline.redaction import redact
 
 
@@ -136,6 +135,13 @@ class Sampler:
             },
         }
 
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """What is otherwise than in a checkpoint's state, a sentence each."""
+        return [
+            *_differences(state["order"], self.facts),
+            *self._dataset_changes(state["datasets"]),
+        ]
+
     def position(self, state: dict[str, Any]) -> Position:
         """The position a checkpoint's state stands for; O(1).
 
@@ -181,8 +187,6 @@ class Sampler:
                 "settings, or set data.allow_dataset_change=true to continue with what the config "
                 "says now."
             )
-        for change in changes:
-            logger.warning("resuming with changed data: %s", change)
         return not changes
 
     def _dataset_changes(self, saved: dict[str, Any]) -> list[str]:

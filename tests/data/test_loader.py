@@ -20,6 +20,7 @@ from pipeline.config.training import RampStage, TrainingConfig
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import Loader
+from pipeline.data.reading_plan import plan_reading
 from pipeline.data.validation import validation_batches
 from pipeline.errors import ConfigError, DataError, ShardError
 from tests.support.token_dataset import counting_shards, write_dataset
@@ -262,6 +263,25 @@ def test_swapped_data_is_refused_naming_both_and_the_override(data, tmp_path):
         match=f"{old}.*not in the config.*{new}.*not in the checkpoint.*allow_dataset_change",
     ):
         loader.restore(state)
+
+
+def test_allowed_changes_are_said_once_and_not_by_every_rank(data, caplog):
+    """By the plan, which the main rank prints; a thousand ranks that restore say nothing."""
+    _, state = read(config(data, {"a": 1.0}), shape_of(1), 1)
+    cfg = config(data, {"b": 1.0}, allow_dataset_change=True)
+    (loader,) = loaders(cfg, shape_of(1))
+    plan = plan_reading(
+        cfg,
+        loader.sampler.datasets,
+        shape=shape_of(1),
+        seed=loader.sampler.facts["seed"],
+        saved=state,
+    )
+    loader.restore(state)
+    said = [*plan.warnings(), *(record.getMessage() for record in caplog.records)]
+    gone, new = [text for text in said if "resuming with changed data" in text]
+    assert "dataset a" in gone and "not in the config" in gone
+    assert "dataset b" in new and "not in the checkpoint" in new
 
 
 @pytest.mark.parametrize("change", [{"lanes": 2}, {"window": 3}, "seed"])
