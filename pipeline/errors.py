@@ -19,6 +19,8 @@ a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+
 EXIT_BUG = 1
 EXIT_HANG = 4
 
@@ -86,6 +88,18 @@ class Problems:
             raise self.found[0] if len(self.found) == 1 else several
 
 
+def visible(text: str) -> str:
+    r"""`text` with what commands a terminal escaped: control characters, marks of direction.
+
+    Names and messages come from files too: ESC in one could hide the line before it. Line ends and
+    tabs stay; half a surrogate pair, a byte of a name that is no UTF-8, is written `\udcff`.
+    """
+    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printed(error: PipelineError) -> str:
     """The message as a command prints it, further lines below the first."""
-    return f"error: {error}".replace("\n", "\n       ")
+    return visible(f"error: {error}").replace("\n", "\n       ")

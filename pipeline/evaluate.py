@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
@@ -22,7 +22,7 @@ from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import ModelConfig
-from pipeline.config.training import ParallelConfig
+from pipeline.config.training import ParallelConfig, TrainingConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 
@@ -113,12 +113,12 @@ def main(cfg: EvaluateConfig) -> int:
 def _evaluation(cfg: EvaluateConfig) -> tuple[Evaluation, Path]:
     """What is asked, its nulls filled from the checkpoint; and the folder with the weights."""
     model, path, training, run_data = _model(Path(cfg.checkpoint))
-    lengths = (cfg.seq_len, training.get("seq_len"), model.max_seq_len)
+    lengths = (cfg.seq_len, training.seq_len, model.max_seq_len)
     return Evaluation(
         model=model,
         data=_data(cfg, run_data),
         parallel=cfg.parallel,
-        precision=cfg.precision or Precision[training.get("precision", "fp32")],
+        precision=cfg.precision or training.precision,
         seq_len=next(length for length in lengths if length is not None),
         micro_batch_size=cfg.micro_batch_size,
         sequences=cfg.sequences,
@@ -152,15 +152,15 @@ def _described(dataset: Dataset, seq_len: int, limit: int) -> str:
     return f"{dataset.path}: {part}, {int(dataset.manifest.tokens):,} tokens, tokenizer {sha256}"
 
 
-def _model(path: Path) -> tuple[ModelConfig, Path, dict[str, Any], DataConfig | None]:
+def _model(path: Path) -> tuple[ModelConfig, Path, TrainingConfig, DataConfig | None]:
     """Architecture, folder of the weights, and of a run its training and data settings."""
     if (path / "config.json").is_file():
         from pipeline.huggingface.settings import read_model_config
 
-        return read_model_config(path), path, {}, None
+        return read_model_config(path), path, TrainingConfig(precision=Precision.fp32), None
     path = folders.find(path)
     record = read_record(path)
-    return record.model(), path, record.config["training"], record.data()
+    return record.model(), path, record.training(), record.data()
 
 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:

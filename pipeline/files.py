@@ -4,6 +4,8 @@
     create_durably               the same, but the first writer wins: a claim that two cannot make
     sha256_of                    of a file in blocks, or of bytes
     regular_file                 no pipe, no device, no link out of its folder
+    open_regular, read_file      of a stranger: an ordinary file, of a bounded size
+    parse_json                   its content, where whatever is wrong with it is a ValueError
 
 A rename alone protects from a kill, not from a power cut: without the first fsync the name may come
 back with an empty file, without the second the old file may come back.
@@ -14,13 +16,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import secrets
 import stat
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from pipeline.errors import MachineError
+
+MOST_BYTES = 1 << 26
+"""Of a small file: a config, a record, a list of names. Real ones have a thousandth of that."""
 _BLOCK_BYTES = 1 << 22
 # What file systems without hard links answer: exFAT, some FUSE and object-store mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -42,7 +49,8 @@ def whole_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
     try:
-        with open(unfinished, "wb", buffering=1 << 20) as file:
+        # "x": a link that somebody has put under this name is not followed.
+        with open(unfinished, "xb", buffering=1 << 20) as file:
             yield file
             file.flush()
             if durable:
@@ -123,24 +131,108 @@ def regular_file(path: str | Path, *, inside: str | Path | None = None) -> Path:
             out of the folder.
     """
     path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    _check_regular(_status(path), path)
     if not path.resolve().is_relative_to(Path(inside or path.parent).resolve()):
         raise OSError(errno.ELOOP, f"a link leads out of its folder, to {path.resolve()}")
     return path
 
 
+def open_regular(path: str | Path, *, buffering: int = 0) -> BinaryIO:
+    """`path` for reading, when it is an ordinary file or a link to one; never waits.
+
+    Raises:
+        OSError: it is missing; or a folder, pipe, socket or device.
+    """
+    _check_regular(_status(path), path)  # first: to open a device may have an effect
+    # A pipe that took its place meanwhile would be waited for without O_NONBLOCK.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+        return open(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(
+    path: str | Path, *, most: int = MOST_BYTES, inside: str | Path | None = None
+) -> bytes:
+    """Content of an ordinary file of at most `most` bytes.
+
+    Args:
+        path: of the file; links are followed, as download caches consist of them.
+        most: bytes that a file of this kind may have.
+        inside: folder that a link must not lead out of; None: wherever.
+
+    Raises:
+        OSError: it is missing, larger, no ordinary file, or a link leads out of `inside`.
+    """
+    if inside is not None:
+        regular_file(path, inside=inside)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = bytearray()
+        while size <= most and (block := file.read(min(_BLOCK_BYTES, most + 1 - len(content)))):
+            content += block  # files of /proc have a size of 0
+            size = max(size, len(content))
+    if size > most:
+        raise OSError(errno.EFBIG, f"{size} bytes; such a file has at most {most}", str(path))
+    return bytes(content)
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuse a run folder in which a name stands for something elsewhere.
+
+    Raises:
+        MachineError: it holds a link: what a run writes, appends and prunes would not stay inside.
+    """
+    links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
+    if links:
+        raise MachineError(
+            f"{folder} holds the link {sorted(links)[0]}; a run writes into its own folder only. "
+            "Put the files there, or let the whole folder be the link (runs_dir=...)."
+        )
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested beyond reason.
+    """
+    try:
+        return json.loads(raw.decode() if isinstance(raw, bytes) else raw)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _status(path: str | Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+
+
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+
+
 def sha256_of(content: bytes | memoryview | Path) -> str:
-    """Hex sha256 of bytes, or of a file's content."""
+    """Hex sha256 of bytes, or of an ordinary file's content.
+
+    Raises:
+        OSError: as open_regular.
+    """
     if not isinstance(content, Path):
         return hashlib.sha256(content).hexdigest()
     digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
-    with open(content, "rb", buffering=0) as stream:
-        while count := stream.readinto(block):
+    with open_regular(content) as stream:
+        while count := stream.readinto(block):  # type: ignore[attr-defined]  # it is raw
             digest.update(memoryview(block)[:count])
     return digest.hexdigest()
 
 
 def _writer() -> str:
-    """Tells temporary files of different threads, processes and machines apart."""
-    return f"{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
+    """A word that nobody can foresee: tells writers apart, and a planted file is never met."""
+    return f"{os.getpid()}.{secrets.token_hex(6)}"

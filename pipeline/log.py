@@ -16,6 +16,7 @@ import traceback
 import warnings
 from types import TracebackType
 
+from pipeline.errors import visible
 from pipeline.redaction import redact
 
 logger = logging.getLogger("pretrain")
@@ -35,10 +36,10 @@ def setup(*, global_rank: int = 0) -> None:
 
 
 class _Redacting(logging.Formatter):
-    """Messages without secrets."""
+    """Messages without secrets; names and texts of files command no terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return visible(redact(super().format(record)))
 
 
 def say(text: str) -> None:

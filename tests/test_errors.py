@@ -37,3 +37,10 @@ def test_every_error_says_what_it_stands_for():
         if isinstance(n, ast.ClassDef) and ast.get_docstring(n)
     }
     assert names >= set(classes())
+
+
+def test_a_message_commands_no_terminal():
+    """A name of a stranger's file could clear the screen, or turn the rest of the line around."""
+    name = "a\x1b[2Jb\rc\x07\u202e\x9b" + "\udcff"
+    found = errors.printed(errors.DataError(f"{name}\tis bad\nand é is good"))
+    assert found == (r"error: a\x1b[2Jb\rc\x07\u202e\x9b\udcff" + "\tis bad\n       and é is good")

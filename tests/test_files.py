@@ -3,11 +3,21 @@
 import errno
 import hashlib
 import os
+import socket
 import threading
 
 import pytest
 
-from pipeline.files import create_durably, sha256_of, sync_folder, whole_file, write_durably
+from pipeline import files
+from pipeline.files import (
+    create_durably,
+    parse_json,
+    read_file,
+    sha256_of,
+    sync_folder,
+    whole_file,
+    write_durably,
+)
 
 
 def test_a_file_whose_writer_fails_keeps_its_old_content(tmp_path):
@@ -109,3 +119,53 @@ def test_folders_that_cannot_be_synced_are_let_be(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refuse)
     sync_folder(tmp_path)
+
+
+def test_only_ordinary_files_of_a_bounded_size_are_read(tmp_path):
+    """A pipe without a writer would be waited for, a device has no end, a huge file no room."""
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "out").symlink_to("/proc/version")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    assert read_file(tmp_path / "file", most=5) == read_file(tmp_path / "link") == b"12345"
+    assert read_file("/proc/version").startswith(b"Linux"), "its size is 0 and its content is not"
+    assert read_file(tmp_path / "out"), "links may lead anywhere"
+    for name, kwargs, reason in [
+        ("file", {"most": 4}, "such a file has at most 4"),
+        ("out", {"most": 4}, "such a file has at most 4"),
+        ("out", {"inside": tmp_path}, "a link leads out of its folder"),
+        ("zero", {}, "not an ordinary file"),
+        ("pipe", {}, "not an ordinary file"),
+        ("socket", {}, "not an ordinary file"),
+        (".", {}, "not an ordinary file"),
+        ("a\0b", {}, "null"),
+        ("nothing", {}, "No such file"),
+    ]:
+        with pytest.raises(OSError, match=reason):
+            read_file(tmp_path / name, **kwargs)
+    with pytest.raises(OSError, match="not an ordinary file"):
+        sha256_of(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff", b"[" * 100_000, b"1" * 5000, ""])
+def test_whatever_is_wrong_with_a_json_text_is_one_error(raw):
+    with pytest.raises(ValueError):  # noqa: PT011  # what it says is the parser's
+        parse_json(raw)
+
+
+def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    """Whoever foresees the name could have any file of ours overwritten."""
+    names = set()
+    for _ in range(2):
+        with files.whole_file(tmp_path / "new") as file:
+            names.add(file.name)
+    assert len(names) == 2, "no two writers agree on a name"
+    monkeypatch.setattr(files, "_writer", lambda: "planted")
+    (tmp_path / "victim").write_bytes(b"dear")
+    (tmp_path / "new.planted.tmp").symlink_to("victim")
+    with pytest.raises(FileExistsError):
+        files.write_durably(tmp_path / "new", b"other")
+    assert (tmp_path / "victim").read_bytes() == b"dear"

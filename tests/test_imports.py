@@ -32,7 +32,7 @@ LAYERS = {
     """,
 }
 LEAVES = {
-    "pipeline": {"cli", "errors", "files", "log", "patching", "redaction"},
+    "pipeline": {"cli", "errors", "files", "log", "patching", "redaction", "remote", "shapes"},
     "data_prep": {"jobs"},
 }
 
@@ -60,6 +60,8 @@ SHARED = {
     "pipeline.files",
     "pipeline.log",
     "pipeline.redaction",
+    "pipeline.remote",
+    "pipeline.shapes",
 }
 # who may take all settings of a run: who parses, judges or wires them; the others get their sections
 TAKERS_OF_ALL_SETTINGS = {

@@ -25,3 +25,9 @@ def test_ranks_above_0_only_warn(rank, lines):
     )
     assert done.stdout == ""
     assert [line.partition(" ")[2] for line in done.stderr.splitlines()] == lines
+
+
+def test_a_message_commands_no_terminal():
+    code = "from pipeline import log; log.setup(); log.logger.info('a\\x1b[2Jb\\udcff')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("I a\\x1b[2Jb\\udcff\n")

@@ -14,7 +14,7 @@ from data_prep.sources.inputs import InputConfig, Unit
 from data_prep.sources.kinds import Format, format_of
 from data_prep.sources.lines import read_jsonl, read_text
 from data_prep.sources.pieces import open_piece
-from data_prep.sources.rejects import Damaged, Document, Rejects
+from data_prep.sources.rejects import Document, Rejects, is_damage, out_of_memory
 from data_prep.sources.tables import read_arrow, read_parquet
 from data_prep.sources.tars import read_tar
 from pipeline.errors import DataError, PipelineError
@@ -26,8 +26,6 @@ READERS: dict[Format, Callable[..., Iterator[Document]]] = {
     Format.arrow: read_arrow,
     Format.tar: read_tar,
 }
-# Where the errors of parsers are defined; zstandard below 0.24 calls its own module zstd.
-PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "zstd", "tarfile", "pyarrow"}
 
 
 def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
@@ -47,7 +45,9 @@ def read_pieces(
             try:
                 yield from read(file, piece, unit.source, cfg, rejects)
             except Exception as error:
-                if _is_damage(error):
+                if problem := out_of_memory(error, piece.path):
+                    raise problem from error
+                if is_damage(error):
                     rejects.add("damaged_file", piece.path, f"{type(error).__name__}: {error}")
                 elif "://" in piece.path and not isinstance(error, PipelineError):
                     raise DataError(
@@ -56,10 +56,3 @@ def read_pieces(
                     ) from error
                 else:
                     raise
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the file is to blame, not disk, network or we: parsers' errors, bare OSErrors."""
-    package = type(error).__module__.lstrip("_").split(".")[0].split("_")[0]
-    is_bare = type(error) is OSError and error.errno is None
-    return isinstance(error, EOFError | Damaged) or is_bare or package in PARSERS

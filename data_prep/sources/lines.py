@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+import numpy as np
 import orjson
 
 from data_prep.sources.inputs import InputConfig, OnError
@@ -18,6 +19,8 @@ from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Document, Rejects, accept, field_of
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MOST_STRUCTURE_BYTES = 1 << 24
+"""Of a line outside its strings: 100 MB of `[[],[],` would be 3 GB of lists."""
 
 
 def read_jsonl(
@@ -67,6 +70,8 @@ def _is_one_value(file: BinaryIO, piece: Piece, cfg: InputConfig, fields: Sequen
 
 def _record_of(line: bytes, fields: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
     """(reason, detail, object) of a line; the reason is empty if it is an object to take."""
+    if len(line) > MOST_STRUCTURE_BYTES and (size := structure_bytes(line)) > MOST_STRUCTURE_BYTES:
+        return "too_large", f"{size} bytes of its JSON are no text", {}
     try:
         record = parse_json(line)
     except UnicodeDecodeError as error:
@@ -79,6 +84,14 @@ def _record_of(line: bytes, fields: Sequence[str]) -> tuple[str, str, dict[str, 
         if is_twice(line, field):
             return "ambiguous", f"the key {field}", {}
     return "", "", record
+
+
+def structure_bytes(line: bytes) -> int:
+    """Bytes of a JSON text outside its strings: each may become an object of 60 bytes."""
+    plain = np.frombuffer(line.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    quotes = np.flatnonzero(plain == ord('"'))
+    inside = quotes[1::2].sum() - quotes[: len(quotes) // 2 * 2 : 2].sum()
+    return len(plain) - int(inside)
 
 
 class _Pairs(list[tuple[str, Any]]):

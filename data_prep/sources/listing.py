@@ -8,16 +8,17 @@ A folder that Hugging Face datasets saved is its .arrow files, in the order of i
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from data_prep.sources.kinds import describe_suffixes, is_pattern, is_taken
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import parse_json, read_file
 from pipeline.log import logger
+from pipeline.remote import connect, read_small, reason_of
 
 SAVED_DATASET = {"state.json", "dataset_info.json"}  # what datasets.save_to_disk leaves
 
@@ -73,7 +74,7 @@ def _walk(folder: str, include: Sequence[str]) -> list[tuple[str, int]]:
     others: list[str] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-        saved = _saved_files(parent, names, lambda path: Path(path).read_bytes())
+        saved = _saved_files(parent, names, read_file)
         names = [name for name in names if not name.startswith(".")] if saved is None else saved
         for path in (os.path.join(parent, name) for name in names):
             if saved is not None and not os.path.isfile(path):
@@ -100,6 +101,7 @@ def _saved_files(
     """
     if "dataset_dict.json" in names:
         splits = _json(read, f"{parent}/dataset_dict.json").get("splits", [])
+        splits = [str(split) for split in splits] if isinstance(splits, list) else []
         raise ConfigError(
             f"{parent} holds the splits {', '.join(splits)} of a dataset. Name the one to read: "
             f"input={parent}/{splits[0] if splits else 'train'}"
@@ -113,27 +115,31 @@ def _saved_files(
             "dataset.flatten_indices().save_to_disk(...)"
         )
     try:
-        return [str(file["filename"]) for file in state["_data_files"]]
+        found = [str(file["filename"]) for file in state["_data_files"]]
     except (KeyError, TypeError) as error:
         raise DataError(f"{parent}/state.json does not list its data files ({error!r}).") from error
+    # Joined to the folder, "/etc/x" would be that file, and "../x" one beside the folder.
+    if strange := [name for name in found if name in ("", ".", "..") or re.search("[/\0]", name)]:
+        raise DataError(
+            f"{parent}/state.json names {strange[0]!r}, which is no file of its folder."
+        )
+    return found
 
 
 def _json(read: Callable[[str], bytes], path: str) -> dict[str, Any]:
     """The object in a small JSON file."""
     try:
-        content = json.loads(read(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}).") from error
+        content = parse_json(read(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from error
     return content if isinstance(content, dict) else {}
 
 
 def _list_remote(path: str, include: Sequence[str]) -> Iterator[tuple[str, int]]:
     """(address, bytes) of what lies at an address; -1: the server does not say how much."""
-    import fsspec
-
     scheme = path.partition("://")[0]
     try:
-        fs, place = fsspec.core.url_to_fs(path)
+        fs, place = connect(path)
         if scheme in ("http", "https"):
             yield path, int(fs.info(place).get("size") or -1)
             return
@@ -143,12 +149,10 @@ def _list_remote(path: str, include: Sequence[str]) -> Iterator[tuple[str, int]]
             found = fs.glob(place, detail=True)
         else:
             found = fs.find(place, detail=True)
-            found = {p: found[p] for p in _known_remote(list(found), include, fs.cat_file)}
+            found = {
+                p: found[p] for p in _known_remote(list(found), include, partial(read_small, fs))
+            }
         sizes = {p: int(info["size"]) for p, info in found.items() if info["type"] == "file"}
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: {error}. Install the extra of this kind of storage, such as s3 or gcs."
-        ) from error
     except (ConfigError, DataError):
         raise
     except Exception as error:  # every fsspec file system raises its own
@@ -170,10 +174,3 @@ def _known_remote(
         for name in names if saved is None else saved:
             if is_taken(name, include):
                 yield f"{parent}/{name}"
-
-
-def reason_of(error: BaseException) -> str:
-    """What a foreign file system's error says, in words."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    return f"{type(error).__name__}: {error}"

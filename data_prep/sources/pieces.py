@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
-from data_prep.sources.kinds import SEEKING, Format, format_of, name_of
-from data_prep.sources.listing import reason_of
+from data_prep.sources.kinds import SEEKING, Format, format_of, is_compressed, name_of
 from pipeline.errors import DataError
+from pipeline.files import open_regular
 from pipeline.redaction import redact
+from pipeline.remote import connect, reason_of
+
+PIECE_BYTES = 1 << 16
+"""What is lost in front of a damage, at most."""
+MOST_INFLATION, FREE_BYTES = 1100, 1 << 28
+"""Ratio of a whole file, the only one; gzip cannot exceed 1,032 to 1. Nothing is said before."""
+
+
+class Damaged(Exception):
+    """A file that is not what its suffix says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ def open_piece(piece: Piece) -> Iterator[BinaryIO]:
     """
     path = piece.path
     try:
-        raw = _open_remote(path) if "://" in path else open(path, "rb", buffering=1 << 20)  # noqa: SIM115
+        raw = _open_remote(path) if "://" in path else open_regular(path, buffering=1 << 20)
     except Exception as error:  # every fsspec file system raises its own
         raise DataError(
             f"{path} cannot be opened: {reason_of(error)}. Nothing of its work unit was written."
@@ -71,7 +81,10 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
             f"{path} has {size} bytes; it had {piece.size} when the job was planned. Prepare into "
             "another folder, or put the old file back."
         )
-    name = name_of(path)
+    name, stored = name_of(path), raw
+    counted = _Counted(raw)
+    if is_compressed(path) or name.endswith(".tgz"):
+        raw = cast(BinaryIO, io.BufferedReader(counted, 1 << 20))
     if name.endswith((".gz", ".tgz")):
         from isal import igzip
 
@@ -84,8 +97,55 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
         stream = cast(BinaryIO, lzma.open(raw, "rb"))
     else:
         stream = raw
+    if stream is not stored:
+        stream = cast(BinaryIO, io.BufferedReader(_Inflated(stream, counted), PIECE_BYTES))
     with stream:
         yield stream
+
+
+class _Counted(io.RawIOBase):
+    """A file that says how much of it was read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self.num_bytes = raw, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        self.num_bytes += len(data)
+        return len(data)
+
+
+class _Inflated(io.RawIOBase):
+    """What a compressed file holds; Damaged where it is a bomb.
+
+    A few megabytes of .zst may stand for terabytes, which would be read for days, and dropped.
+    """
+
+    def __init__(self, stream: BinaryIO, stored: _Counted) -> None:
+        self._stream, self._stored, self.num_bytes = stream, stored, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        # igzip raises for all that was asked for where only the end is damaged: ask for little.
+        data: bytes = self._stream.read1(min(len(buffer), PIECE_BYTES))  # type: ignore[attr-defined]
+        buffer[: len(data)] = data
+        self.num_bytes += len(data)
+        if self.num_bytes > FREE_BYTES + MOST_INFLATION * self._stored.num_bytes:
+            raise Damaged(
+                f"{self.num_bytes} bytes came out of {self._stored.num_bytes}: more than "
+                f"{MOST_INFLATION} to 1 is no text"
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 class ZstdStream(io.RawIOBase):
@@ -94,7 +154,7 @@ class ZstdStream(io.RawIOBase):
     zstandard's own stream_reader takes a truncated file for a short one.
     """
 
-    CHUNK_BYTES = 1 << 14  # bounds what one step can inflate to
+    CHUNK_BYTES = 1 << 12  # one step inflates to at most 128 MB: 128 KiB a block of 4 bytes
 
     def __init__(self, raw: BinaryIO) -> None:
         """Read from `raw`, which is closed with this stream."""
@@ -135,9 +195,7 @@ class ZstdStream(io.RawIOBase):
 
 
 def _open_remote(path: str) -> BinaryIO:
-    import fsspec
-
-    fs, place = fsspec.core.url_to_fs(path)
+    fs, place = connect(path)
     # Many web servers know no byte ranges, so http is streamed (0) where the format lets it.
     is_streamed = path.startswith("http") and format_of(path, Format.auto) not in SEEKING
     file = fs.open(place, "rb", block_size=0 if is_streamed else 8 * 2**20)

@@ -14,8 +14,8 @@ from data_prep.sources.inputs import InputConfig, OnError
 from data_prep.sources.kinds import SEEKING, Format, check_known, format_of
 from data_prep.sources.lines import parse_json, read_lines, read_text
 from data_prep.sources.pieces import Piece, open_piece
-from data_prep.sources.rejects import Damaged, Rejects
-from data_prep.sources.tables import open_table
+from data_prep.sources.rejects import Rejects, is_damage, out_of_memory
+from data_prep.sources.tables import open_table, slices
 from data_prep.sources.tars import read_samples
 from pipeline.errors import DataError, PipelineError
 
@@ -35,12 +35,17 @@ def read_records(piece: Piece) -> Iterator[Any]:
             if kind in SEEKING:
                 names, batches = open_table(kind, file)
                 for batch in batches(names):
-                    yield from batch.to_pylist()
+                    for rows in slices(batch):
+                        yield from rows.to_pylist()
             else:
                 yield from _READERS[kind](file, piece)
     except PipelineError:
         raise
-    except (Damaged, OSError, EOFError, ValueError, RecursionError) as error:
+    except Exception as error:
+        if problem := out_of_memory(error, piece.path):
+            raise problem from error
+        if not (is_damage(error) or isinstance(error, OSError | ValueError | RecursionError)):
+            raise
         raise DataError(
             f"{piece.path} cannot be read ({type(error).__name__}: {error})."
         ) from error
@@ -66,7 +71,7 @@ def _text(file: BinaryIO, piece: Piece) -> Iterator[Any]:
 def _samples(file: BinaryIO, piece: Piece) -> Iterator[Any]:
     """The text and JSON members of a tar's samples."""
     rejects = Rejects(OnError.fail)
-    for sample in read_samples(file, piece, InputConfig(), rejects):
+    for sample in read_samples(file, piece, InputConfig(), rejects, whole=True):
         if sample.reason:
             rejects.add(sample.reason, piece.path, sample.detail, member=sample.key)
         for extension, content in sample.members.items():

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.sources.inputs import InputConfig, OnError
-from data_prep.sources.pieces import printable
-from pipeline.errors import DataError
+from data_prep.sources.pieces import Damaged, printable
+from pipeline.errors import DataError, MachineError
 from pipeline.redaction import redact
 
+MOST_REJECTS = 1_000_000
+"""Of one work unit: a GB of memory, and no sign of an input of this kind."""
+# Where the errors of parsers are defined; zstandard below 0.24 calls its own module zstd.
+PARSERS = {"zlib", "gzip", "igzip", "lzma", "zstandard", "zstd", "tarfile", "pyarrow"}
 REASONS = {
     "broken_json": "the line is not JSON",
     "not_json_lines": "the .json file is one value, not an object on each line. Make lines of an "
@@ -42,8 +46,24 @@ DIALOGUE_REASONS = {
 }
 
 
-class Damaged(Exception):
-    """A file that is not what its suffix says."""
+def is_damage(error: Exception) -> bool:
+    """Whether the file is to blame, not disk, network or we: parsers' errors, bare OSErrors."""
+    package = type(error).__module__.lstrip("_").split(".")[0].split("_")[0]
+    is_bare = type(error) is OSError and error.errno is None
+    return isinstance(error, EOFError | Damaged) or is_bare or package in PARSERS
+
+
+def out_of_memory(error: Exception, path: str) -> MachineError | None:
+    """What to say if this machine lacks memory, whoever noticed; a good file must not be dropped.
+
+    pyarrow has a MemoryError of its own; zstd's library says it in words.
+    """
+    if not isinstance(error, MemoryError) and "not enough memory" not in str(error):
+        return None
+    return MachineError(
+        f"{path}: out of memory. Run fewer workers at a time (workers=...), lower max_document_mb, "
+        "or give the job more memory; finished units are kept."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +109,15 @@ class Rejects:
                 "the file and run again, or go on with on_error=quarantine, which lists such "
                 "documents."
             )
+        if len(self.rows) >= MOST_REJECTS:
+            raise DataError(
+                f"{path}: more than {MOST_REJECTS:,} documents of one work unit cannot be used, "
+                f"the last one is {reason}. Is the input what its suffix says? A smaller "
+                "unit_mb=... makes units with fewer."
+            )
+        short = {key: v[:200] if isinstance(v, str) else v for key, v in where.items()}
         self.rows.append(
-            {"file": printable(path), **where, "reason": reason, "detail": redact(detail)[:200]}
+            {"file": printable(path), **short, "reason": reason, "detail": redact(detail)[:200]}
         )
 
 
@@ -113,6 +140,9 @@ def accept(
         rejects.add("missing_field", path, f"no {cfg.text_field}", **place)
         return None
     if isinstance(value, bytes):
+        if len(value) > cfg.max_document_mb * 4e6:  # no character has more than 4
+            rejects.add("too_large", path, f"{len(value)} bytes", **place)
+            return None
         try:
             value = value.decode()
         except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from data_prep.sources.kinds import Format
 from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Damaged, Document, Rejects, accept
 
-ROWS_PER_BATCH = 256
+ROWS_PER_BATCH, BYTES_PER_BATCH = 256, 1 << 26
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # continuation mark, and a length of 0
 
@@ -49,7 +49,8 @@ def _read_table(
     inner = cfg.text_field.removeprefix(root).lstrip(".")
     has_url = names.count(cfg.url_field) == 1 and cfg.url_field != root
     row = 0
-    for batch in batches([root, cfg.url_field] if has_url else [root]):
+    columns = [root, cfg.url_field] if has_url else [root]
+    for batch in (part for whole in batches(columns) for part in slices(whole)):
         urls = batch.column(cfg.url_field).to_pylist() if has_url else [None] * batch.num_rows
         for value, url in zip(_column(batch.column(root), inner), urls):
             text = accept(value, piece.path, cfg, rejects, row=row)
@@ -69,17 +70,39 @@ def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
     """Columns and batches of a parquet file; its footer says how many rows there must be."""
     import pyarrow.parquet as pq
 
-    parquet = pq.ParquetFile(file)
+    # A buffer: else a column of a row group is read whole before its first row.
+    parquet = pq.ParquetFile(file, buffer_size=1 << 20)
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         rows = 0
-        for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=list(columns)):
-            rows += batch.num_rows
-            yield batch
+        for group in range(parquet.num_row_groups):
+            count = _rows_at_a_time(parquet.metadata.row_group(group), columns)
+            for batch in parquet.iter_batches(count, row_groups=[group], columns=list(columns)):
+                rows += batch.num_rows
+                yield batch
         if rows != parquet.metadata.num_rows:
             raise Damaged(f"{rows} rows were read of {parquet.metadata.num_rows}")
 
     return parquet.schema_arrow.names, batches
+
+
+def _rows_at_a_time(group: Any, columns: Sequence[str]) -> int:
+    """Rows of a row group that are about BYTES_PER_BATCH, by what its footer says; at most 256."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    size = sum(chunk.total_uncompressed_size for chunk in wanted)
+    return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH * group.num_rows // max(size, 1)))
+
+
+def slices(batch: Any) -> Iterator[Any]:
+    """A record batch in parts of up to 256 rows and BYTES_PER_BATCH: as objects they are larger."""
+    begin = 0
+    while begin < batch.num_rows:
+        part = batch.slice(begin, ROWS_PER_BATCH)
+        while part.num_rows > 1 and part.nbytes > BYTES_PER_BATCH:
+            part = part.slice(0, part.num_rows // 2)
+        yield part
+        begin += part.num_rows
 
 
 def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:

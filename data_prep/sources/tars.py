@@ -19,8 +19,18 @@ from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Damaged, Document, Rejects, accept, field_of
 
 TEXT_MEMBERS = ("txt", "text", "md")  # of a WebDataset sample, before json
+_MEMBERS = [*TEXT_MEMBERS, "json"]  # a document is made of the first of these
 # As webdataset splits names: github.com/webdataset/webdataset, webdataset/tariterators.py
 SAMPLE_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+MOST_HEADER_BYTES, MOST_NAME_CHARACTERS, MOST_GLOBAL_KEYS = 1 << 20, 4096, 100
+"""Of what tarfile keeps of a tar beside its files: a header's extension, a name, pax's globals."""
+_EXTENSIONS = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes, which belong to no sample
 
 
@@ -29,6 +39,8 @@ class Sample:
     """The files of one sample that may hold text."""
 
     key: str
+    names: set[str] = field(default_factory=set)
+    """Extensions of files that may hold text, read or not."""
     members: dict[str, bytes] = field(default_factory=dict)
     """Extension -> content."""
     reason: str = ""
@@ -65,9 +77,12 @@ def read_tar(
 
 
 def read_samples(
-    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects
+    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects, *, whole: bool = False
 ) -> Iterator[Sample]:
     """The samples of a tar in order; a key that comes again is a sample that cannot be used.
+
+    Of a sample's files the one that a document is made of is read; `whole`: every one that may hold
+    text.
 
     Keys are remembered by hash, 100 bytes each: two that collide, one in 10^13 pairs of a million
     keys, would be refused, not doubled.
@@ -84,11 +99,18 @@ def read_samples(
             if hash(key) in seen:
                 sample.reason, sample.detail = "ambiguous", "its files do not lie in a row"
             seen.add(hash(key))
-        if extension not in (*TEXT_MEMBERS, "json") or sample.reason:
+        if extension not in _MEMBERS or sample.reason == "ambiguous":
             continue
-        if extension in sample.members:
+        if extension in sample.names:
             sample.reason, sample.detail = "ambiguous", f"two files .{extension}"
-        elif info.size > limit:
+            continue
+        sample.names.add(extension)
+        is_best = extension == min(sample.names, key=_MEMBERS.index)
+        if not (is_best or whole):
+            continue
+        if not whole:  # a worse one is not needed any more, nor matters how large it was
+            sample.members, sample.reason, sample.detail = {}, "", ""
+        if info.size > limit:
             sample.reason, sample.detail = "too_large", f"{info.name} has {info.size} bytes"
         else:
             content = archive.extractfile(info)
@@ -103,7 +125,7 @@ def _named(
     archive: tarfile.TarFile, piece: Piece, rejects: Rejects
 ) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
     """(file, key of its sample, extension in lower case) for the files that belong to a sample."""
-    while (info := archive.next()) is not None:
+    while (info := _next(archive)) is not None:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         match = SAMPLE_NAME.fullmatch(info.name)
         if info.isdir() or META_NAME.match(info.name):
@@ -120,6 +142,24 @@ def _named(
             yield info, match[1], match[2].lower()
 
 
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next file; None at the end mark.
+
+    Raises:
+        Damaged: a header that no archiver writes.
+    """
+    try:
+        info = archive.next()
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        # tarfile calls itself for each header that extends another, and trusts their numbers.
+        raise Damaged(f"tar: a header cannot be read ({type(error).__name__})") from error
+    if info is not None and len(info.name) > MOST_NAME_CHARACTERS:
+        raise Damaged(f"tar: a name of {len(info.name)} characters")
+    if len(archive.pax_headers) > MOST_GLOBAL_KEYS:
+        raise Damaged(f"tar: {len(archive.pax_headers)} pax headers for the whole archive")
+    return info
+
+
 class _Header(tarfile.TarInfo):
     """A header that is damaged or missing raises; tarfile ends the archive there in silence."""
 
@@ -127,12 +167,16 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         """The header in 512 bytes; EOFHeaderError for the end mark."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             what = "the end mark is missing" if not buf else str(error)
             raise Damaged(f"tar: {what}") from error
+        # What it extends the next header by is read whole: gigabytes, if it says so.
+        if header.type in _EXTENSIONS and not 0 <= header.size <= MOST_HEADER_BYTES:
+            raise Damaged(f"tar: a header's extension of {header.size} bytes")
+        return header
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

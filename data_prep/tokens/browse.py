@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.dataset_files import check_ids
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_format import Block
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ShardError
 
 # no byte of UTF-8: a text that is searched for never matches across documents
 BETWEEN_DOCUMENTS = b"\xff"
@@ -88,6 +89,11 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
         parts.append(tokens[: ends[0]] if ends else tokens)
         if ends:
             break
+    if not parts:
+        raise ShardError(
+            f"{manifest.folder}/index.npy lists {before} documents, the manifest "
+            f"{manifest.documents}. Check it with `python -m data_prep.verify {manifest.folder}`."
+        )
     return np.concatenate(parts)
 
 
@@ -109,6 +115,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
         -1,
     )  # documents that ended before `carried`; what may begin a match
     for tokens, _, _ in _blocks(manifest, 0):
+        _check_ids(manifest, tokens, table)
         sizes = lengths[tokens]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         data = carried + letters[np.repeat(offsets[tokens], sizes) + within].tobytes()
@@ -128,11 +135,17 @@ def _search_rows(manifest: Manifest, wanted: bytes, table: list[bytes]) -> Itera
     """Numbers of the documents of packed rows that hold these bytes; none runs over a block."""
     first = 0
     for tokens, starts, _ in _blocks(manifest, 0):
+        _check_ids(manifest, tokens, table)
         bounds = [*starts.tolist(), len(tokens)]
         for number, (begin, end) in enumerate(zip(bounds, bounds[1:]), first):
             if wanted in b"".join([table[i] for i in tokens[begin:end].tolist()]):
                 yield number
         first += len(starts)
+
+
+def _check_ids(manifest: Manifest, tokens: np.ndarray, table: list[bytes]) -> None:
+    way_out = f"Check it with `python -m data_prep.verify {manifest.folder}`."
+    check_ids(tokens, len(table), f"a block of {manifest.folder}", way_out)
 
 
 def _blocks(manifest: Manifest, first: int) -> Iterator[Block]:

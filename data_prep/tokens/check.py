@@ -7,7 +7,6 @@ Nothing is taken from the code that writes datasets: the format alone says what 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from isal.isal_zlib import crc32
 from tqdm import tqdm
@@ -25,7 +23,8 @@ from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import read_bytes
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
-from pipeline.files import regular_file, sha256_of
+from pipeline.files import parse_json, regular_file, sha256_of
+from pipeline.remote import connect, read_range
 
 
 def find_faults(folder: str, *, quick: bool = False, workers: int | None = None) -> Iterator[str]:
@@ -62,7 +61,7 @@ def _check_small_files(manifest: Manifest) -> Iterator[str]:
     checksums = {
         "index.npy": manifest.index_sha256,
         "tokenizer.json": facts.sha256,
-        "provenance.jsonl": json.loads(raw).get("provenance_sha256"),
+        "provenance.jsonl": parse_json(raw).get("provenance_sha256"),
     }
     for name, expected in checksums.items():
         try:
@@ -84,7 +83,7 @@ def _check_files(manifest: Manifest) -> Iterator[str]:
         elif file.stat().st_size != size:
             yield f"{file} has {file.stat().st_size} bytes, the manifest says {size}."
     for file in sorted(Path(manifest.folder, "shards").rglob("*")):
-        if file.is_file() and str(file.relative_to(manifest.folder)) not in listed:
+        if not file.is_dir() and str(file.relative_to(manifest.folder)) not in listed:
             yield f"{file} is not part of the dataset."
 
 
@@ -102,7 +101,7 @@ def check_shard(manifest: Manifest, shard: int) -> Iterator[str]:
     """A sentence for each fault of one tar, named as closely as the headers allow."""
     path = f"{manifest.folder}/{manifest.paths[shard]}"
     try:
-        data = _bytes_of(path)
+        data = _bytes_of(path, most=int(manifest.shard_bytes[shard]))
     except (DataError, OSError, ValueError) as error:
         yield f"{path} cannot be read: {error}"
         return
@@ -206,21 +205,29 @@ def _check_rows(row_tokens: int, name: str, docs: np.ndarray, loss: np.ndarray) 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:
     """Whether a shard's last document ends in it; yes for one that its own check will name."""
-    row = manifest.index[manifest.block_starts[shard + 1] - 1]
-    place = int(row["tokens_offset"]) + (int(row["num_tokens"]) - 1) * manifest.dtype.itemsize
-    try:
-        with fsspec.open(f"{manifest.folder}/{manifest.paths[shard]}", "rb") as file:
-            file.seek(place)
-            last = np.frombuffer(file.read(manifest.dtype.itemsize), manifest.dtype)
-    except OSError:
+    if not manifest.shard_tokens[shard]:
         return True
-    return not len(last) or int(last[0]) == manifest.tokenizer.eod
+    try:
+        block = int(np.diff(manifest.block_starts[shard : shard + 2])[0]) - 1
+        row = manifest.block_row(shard, block)
+        begin = int(row["tokens_offset"]) + (int(row["num_tokens"]) - 1) * manifest.dtype.itemsize
+        path, end = f"{manifest.folder}/{manifest.paths[shard]}", begin + manifest.dtype.itemsize
+        last = (
+            read_range(*connect(path), begin, end) if "://" in path else _bytes_of(path)[begin:end]
+        )
+    except Exception:  # every fsspec file system raises its own
+        return True
+    return len(last) < end - begin or int.from_bytes(last, "little") == manifest.tokenizer.eod
 
 
-def _bytes_of(path: str) -> np.ndarray:
-    """(n,) uint8: a local file mapped, another one read."""
+def _bytes_of(path: str, *, most: int | None = None) -> np.ndarray:
+    """(n,) uint8: a local file mapped, another one read, as many bytes as it must have.
+
+    Raises:
+        DataError, OSError, ValueError: it cannot be read.
+    """
     if "://" in path:
-        return np.frombuffer(read_bytes(path), np.uint8)
+        return np.frombuffer(read_bytes(path, most=most or 0), np.uint8)
     return np.memmap(regular_file(path, inside=Path(path).parents[2]), np.uint8, "r")
 
 

@@ -7,6 +7,7 @@ refused before anything happens.
 from __future__ import annotations
 
 import io
+import math
 import pathlib
 import pickle
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.serialization import _get_layout
 
 from pipeline.checkpoint.folder import METADATA
 from pipeline.errors import CheckpointError
+from pipeline.files import open_regular, read_file, regular_file
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
@@ -58,7 +60,7 @@ def open_version_1(folder: Path) -> tuple[Stored, Callable[[Any], Tensor]]:
     """
     path = folder / METADATA
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        content = _Unpickler(io.BytesIO(read_file(path, inside=folder))).load()
         stored: Stored = {}
         for name, entry in content.state_dict_metadata.items():
             parts = []
@@ -66,6 +68,8 @@ def open_version_1(folder: Path) -> tuple[Stored, Callable[[Any], Tensor]]:
                 info = content.storage_data[metadata.MetadataIndex(name, chunk.offsets)]
                 if "/" in info.relative_path or not info.relative_path.endswith(".distcp"):
                     raise CheckpointError(f"it names the file {info.relative_path}")
+                if 4 * math.prod(chunk.sizes) > info.length:
+                    raise CheckpointError(f"{name} is larger than what is stored of it")
                 place = (info.relative_path, int(info.offset), int(info.length))
                 parts.append((tuple(chunk.offsets), tuple(chunk.sizes), place))
             stored[name] = (tuple(entry.size), parts)
@@ -74,12 +78,17 @@ def open_version_1(folder: Path) -> tuple[Stored, Callable[[Any], Tensor]]:
 
     def load(place: tuple[str, int, int]) -> Tensor:
         name, offset, length = place
-        with open(folder / name, "rb", buffering=0) as stream:
-            stream.seek(offset)
-            data = stream.read(length)
-        if len(data) != length:
-            raise CheckpointError(f"{folder / name} is truncated.")
-        loaded: Tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            with open_regular(regular_file(folder / name)) as stream:
+                stream.seek(offset)
+                data = stream.read(length)
+            if len(data) != length:
+                raise ValueError(f"it ends before byte {offset + length}")
+            loaded: Tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if not isinstance(loaded, Tensor) or loaded.dtype is not torch.float32:
+                raise ValueError(f"byte {offset} begins no fp32 tensor")
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"{folder / name} cannot be read: {error}.") from None
         return loaded
 
     return stored, load

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.record import RECORD, CheckpointRecord, read_record
 from pipeline.errors import CheckpointError
-from pipeline.files import sha256_of, sync_folder, write_durably
+from pipeline.files import read_file, sha256_of, sync_folder, write_durably
 from pipeline.resilience.bookkeeping import bookkeeping
 
 SUMS = "SHA256SUMS"
@@ -102,7 +102,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         CheckpointError: the list is missing or damaged.
     """
     try:
-        text = (folder / SUMS).read_text()
+        text = read_file(folder / SUMS, inside=folder).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS} cannot be read: {error}.") from None
     rows = [line.partition("  ") for line in text.splitlines()]
@@ -170,7 +170,11 @@ def publish(root: Path, record: CheckpointRecord, sums: dict[str, str]) -> Path:
         sums: SHA-256 of the files that are there already.
     """
     folder, final = saving_folder(root, record.step), root / name_of(record.step)
-    sums = {**sums, RECORD: write_durably(folder / RECORD, record.to_json().encode())}
+    # A path that is no UTF-8 has halves of surrogate pairs; escaped as \\udcff they are JSON's own.
+    sums = {
+        **sums,
+        RECORD: write_durably(folder / RECORD, record.to_json().encode(errors="backslashreplace")),
+    }
     write_durably(folder / SUMS, sums_text(sums).encode())
     # There is one if the step was trained again, after a rollback. It only loses its name now: to
     # delete it takes seconds, in which a kill would leave no checkpoint of the step at all.
@@ -226,10 +230,10 @@ def prune(root: Path, *, written: int, keep_last: int, keep_every: int) -> list[
 
 
 def _latest(root: Path) -> str:
-    """The name in `latest`, '' without one."""
+    """The name in `latest`, '' where none can be read."""
     try:
-        return (root / LATEST).read_text().strip()
-    except FileNotFoundError:
+        return read_file(root / LATEST).decode("utf-8", "replace").strip()
+    except OSError:
         return ""
 
 

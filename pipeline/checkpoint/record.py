@@ -6,15 +6,20 @@ Only this file knows its keys: everybody else reads the fields of `CheckpointRec
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pipeline.config import model_rules
 from pipeline.config.data import DataConfig
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.errors import CheckpointError
+from pipeline.files import parse_json, read_file
+from pipeline.shapes import COUNT, misfits
 
 T = TypeVar("T")
 RECORD = "checkpoint.json"
@@ -24,6 +29,42 @@ FORMAT = "pretrain-checkpoint"
 VERSION = 2  # 1: tensors in torch DCP files
 RETIRED = {"backend"}
 """Model settings in older records that are gone; the one value that ever ran is what runs now."""
+_BY_DATASET = {str: COUNT}
+# What is read of the file; `?`: may be missing, in older records too.
+SHAPE = {
+    "step": COUNT,
+    "optimizer": str,
+    "optimizer_step": COUNT,
+    "loss_scale": (None, {"scale": float, "good_steps": range(2**31)}),
+    "vocab_size": range(1, 2**31),
+    "layout": {str: COUNT},
+    "versions": {str: str},
+    "saved_at": str,
+    "eod?": (None, range(2**31)),
+    "state": {str: COUNT},
+    "config": {"model?": dict, "data?": dict, "training?": dict},
+    "loader?": {
+        "step?": COUNT,
+        "samples_seen?": COUNT,
+        "order?": {"seq_len": range(1, 2**31)},
+        "ledger?": _BY_DATASET,
+        "segments?": [
+            {"start": COUNT, "weights": {str: float}, "slots": _BY_DATASET, "consumed": _BY_DATASET}
+        ],
+        "datasets?": {str: {"name": str, "path": str}},
+    },
+    "guard?": {
+        "history?": [float],
+        "ledger?": [
+            {"step": COUNT, "kind": str, "action": str, "loss": (None, float)}
+            | {"limit": (None, float)}
+        ],
+        "bad_in_a_row?": COUNT,
+        "overflows_in_a_row?": COUNT,
+    },
+    "size_bytes?": range(2**62),
+    "write_s?": float,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +130,19 @@ class CheckpointRecord(RunRecord):
             CheckpointError: not such a record, or one of a newer version of this program.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise CheckpointError(f"it cannot be read: {error}.") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise CheckpointError("it is not a checkpoint of this program.")
-        if (version := content.pop("version", 0)) > VERSION:
+        if type(version := content.pop("version", 0)) is not int or version > VERSION:
             raise CheckpointError(
                 f"it has checkpoint format {version}; "
                 f"this program reads up to {VERSION}. Update it."
             )
+        if wrong := list(itertools.islice(misfits(content, SHAPE), 3)):
+            raise CheckpointError(f"it is damaged: {'; '.join(wrong)}.")
         known = dataclasses.fields(cls)
-        missing = [
-            f.name
-            for f in known
-            if f.name not in content
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise CheckpointError(f"it is damaged: it has no {', '.join(sorted(missing))}.")
         return cls(**{f.name: content[f.name] for f in known if f.name in content})
 
     def to_json(self) -> str:
@@ -130,9 +164,12 @@ class CheckpointRecord(RunRecord):
         """The architecture, its vocabulary size filled in.
 
         Raises:
-            CheckpointError: the model settings are those of another program.
+            CheckpointError: the model settings are those of another program, or of no model.
         """
-        return dataclasses.replace(self._section("model", ModelConfig), vocab_size=self.vocab_size)
+        model = dataclasses.replace(self._section("model", ModelConfig), vocab_size=self.vocab_size)
+        if problem := next(model_rules.alone(model), None):
+            raise CheckpointError(f"the model settings in {RECORD} are of no model: {problem}")
+        return model
 
     def data(self) -> DataConfig:
         """What the run read and how, its held-out datasets too.
@@ -154,19 +191,36 @@ class CheckpointRecord(RunRecord):
             else FinetuneConfig()
         )
 
-    def _section(self, name: str, schema: type[T]) -> T:
-        """A section of the run's settings as its dataclass."""
+    def training(self) -> TrainingConfig:
+        """Batch, lengths and precision of the run; what newer programs add is let be.
+
+        Raises:
+            CheckpointError: the training settings are those of another program.
+        """
+        known = {f.name for f in dataclasses.fields(TrainingConfig)}
+        return self._section("training", TrainingConfig, keys=known)
+
+    def _section(self, name: str, schema: type[T], *, keys: set[str] | None = None) -> T:
+        """A section of the run's settings, or these keys of it, as its dataclass."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         try:
             saved = self.config[name]
             kept = {key: value for key, value in saved.items() if key not in RETIRED}
+            kept = {key: kept[key] for key in kept if keys is None or key in keys}
             if "${" in json.dumps(kept):  # would be looked up here: ${oc.env:...}
                 raise CheckpointError(f"the {name} settings in {RECORD} hold a ${{...}}.")
             node = OmegaConf.merge(OmegaConf.structured(schema), kept)
             return cast(T, OmegaConf.to_object(node))
-        except (OmegaConfBaseException, KeyError) as error:
+        # Beside its own errors OmegaConf lets those of Python through, as of a list for a table.
+        except (
+            OmegaConfBaseException,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
             raise CheckpointError(
                 f"the {name} settings in {RECORD} are not understood: {error}."
             ) from error
@@ -180,7 +234,7 @@ def read_record(folder: Path) -> CheckpointRecord:
     """
     path = folder / RECORD
     try:
-        return CheckpointRecord.from_json(path.read_text())
+        return CheckpointRecord.from_json(read_file(path, inside=folder).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     except CheckpointError as error:

@@ -29,11 +29,12 @@ from pipeline.checkpoint.folder import INDEX
 from pipeline.checkpoint.rectangles import Entry, Rectangle, check_filled
 from pipeline.checkpoint.safetensors_file import write_safetensors
 from pipeline.errors import CheckpointError
-from pipeline.files import write_durably
+from pipeline.files import parse_json, read_file, regular_file, write_durably
 from pipeline.model.fragments import Chunk, Fragment, chunks_of
 
 FORMAT = "pretrain-tensors"
 VERSION = 2
+MOST_INDEX_BYTES = 1 << 30  # a thousand ranks with a share of 10,000 tensors write 0.6 GB
 
 
 class HostCopy:
@@ -138,6 +139,7 @@ class CheckpointTensors:
         self.folder = folder
         if (folder / INDEX).exists():
             self._entries = _read_index(folder / INDEX)
+            self._check_sizes()
             self._load: Callable[[Any], Tensor] = _Files(folder).load
         else:
             stored, self._load = dcp.open_version_1(folder)
@@ -145,6 +147,17 @@ class CheckpointTensors:
                 name: Entry(shape, [Rectangle(*part) for part in parts])
                 for name, (shape, parts) in stored.items()
             }
+
+    def _check_sizes(self) -> None:
+        """Refuse an index of more than the files hold, before memory is asked for it."""
+        places = {r.place[0] for entry in self._entries.values() for r in entry.rectangles}
+        try:
+            held = sum(regular_file(self.folder / name).stat().st_size for name in places)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        told = 4 * sum(math.prod(entry.shape) for entry in self._entries.values())
+        if told > held:
+            raise CheckpointError(f"{self.folder / INDEX}: {told} bytes, its files have {held}.")
 
     @property
     def names(self) -> list[str]:
@@ -244,7 +257,7 @@ class _Files:
         try:
             files = vars(self._of_thread)
             if name not in files:
-                files[name] = safe_open(self._folder / name, "pt")
+                files[name] = safe_open(regular_file(self._folder / name), "pt")
             found: Tensor = files[name].get_tensor(key)
         except Exception as error:  # safetensors' own error type is not public
             raise CheckpointError(
@@ -262,7 +275,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
         CheckpointError: it is not one, is of a newer version, or contradicts itself.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(read_file(path, most=MOST_INDEX_BYTES, inside=path.parent))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         if content["version"] != VERSION or content["dtype"] != "F32":
@@ -280,7 +293,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
                 [Rectangle(o, s, (f, _key(name, o))) for f, (_, o, s) in zip(files, parts)],
             )
         return entries
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}.") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None

@@ -36,20 +36,21 @@ Rule = tuple[Iterator[str], set[str], str]
 """A rule, what it needs to be right, and what is not known where it is broken or left out."""
 # Least legal value of a number of a run or an evaluation; null is legal where the field allows it.
 LEAST = {
-    1: """model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups
-        model.head_dim model.ffn_hidden_size model.vocab_size model.max_seq_len
-        model.moe.ffn_hidden_size parallel.tensor_parallel_size parallel.pipeline_parallel_size
-        training.total_steps training.total_tokens training.seq_len training.global_batch_size
+    1: """parallel.tensor_parallel_size parallel.pipeline_parallel_size training.total_steps
+        training.total_tokens training.seq_len training.global_batch_size
         training.micro_batch_size training.recompute_every schedule.decay_steps
         tracking.log_every checkpoint.max_failed_saves seq_len micro_batch_size""",
-    0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
-        model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
-        finetune.lora_rank
-        optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad schedule.min_lr
+    0: """finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay
+        optimizer.clip_grad schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
         training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
         checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
         sequences""",
+}
+# The model's own first: they are asked of models from outside too.
+LEAST = {
+    least: " ".join([*(f"model.{key}" for key in model_rules.LEAST[least].split()), keys])
+    for least, keys in LEAST.items()
 }
 
 

@@ -24,18 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import ConfigError, DataError, MachineError, ShardError
+from pipeline.data.dataset_files import MOST_BYTES
+from pipeline.errors import ConfigError, DataError, MachineError, PipelineError, ShardError
 from pipeline.files import sha256_of, write_durably
 from pipeline.log import logger
+from pipeline.remote import connect, read_range, read_small
 
 CHUNK_BYTES = 8 << 20  # one request; what a broken connection costs
 ATTEMPTS = 8  # of one request, about a minute in all
 FIRST_PAUSE_S = 0.25  # doubles with every attempt, up to
 LONGEST_PAUSE_S = 20.0
-READ_TIMEOUT_S = 30.0  # without a byte (http)
 DOWNLOADS = 4  # in the background, at a time, per rank
-
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> extra of pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, *, cache_dir: Path, size_bytes: int) -> None:
         self.url, self.cache_dir, self.size_bytes = url.rstrip("/"), cache_dir, size_bytes
-        self._fs, self._root = _connect(self.url)
+        self._fs, self._root = connect(self.url)
         manifest = self._small_file("manifest.json")
         self.local = cache_dir / sha256_of(manifest)[:16]
         # The manifest last: a folder that has one is whole.
@@ -171,9 +170,7 @@ class RemoteFolder:
                 self._make_room(file, part, aside)
                 digest = hashlib.sha256()
                 for start in range(0, file.size_bytes, CHUNK_BYTES):
-                    chunk = self._range(
-                        file.path, start, min(start + CHUNK_BYTES, file.size_bytes), file.size_bytes
-                    )
+                    chunk = self._range(file.path, start, min(start + CHUNK_BYTES, file.size_bytes))
                     os.pwrite(part, chunk, start)
                     digest.update(chunk)
             except OSError as error:
@@ -221,22 +218,20 @@ class RemoteFolder:
                 total -= size
             os.ftruncate(part, file.size_bytes)  # from now on it counts in the sums of other ranks
 
-    def _range(self, path: str, start: int, stop: int, size: int) -> bytes:
-        """Bytes [start, stop) of a remote file of `size` bytes; tries again with growing pauses."""
-
-        def get() -> bytes:
-            data: bytes = self._fs.cat_file(f"{self._root}/{path}", start=start, end=stop)
-            if len(data) == size:  # a web server may ignore the range
-                data = data[start:stop]
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes instead of {stop - start}")
-            return data
-
-        return self._retry(get, path, f"bytes {start} to {stop}")
+    def _range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a remote file; tries again with growing pauses."""
+        return self._retry(
+            lambda: read_range(self._fs, f"{self._root}/{path}", start, stop),
+            path,
+            f"bytes {start} to {stop}",
+        )
 
     def _small_file(self, path: str) -> bytes:
+        """manifest.json, index.npy or tokenizer.json."""
         return self._retry(
-            lambda: self._fs.cat_file(f"{self._root}/{path}"), path, "the whole file"
+            lambda: read_small(self._fs, f"{self._root}/{path}", most=MOST_BYTES),
+            path,
+            "the whole file",
         )
 
     def _retry(self, get: Any, path: str, what: str) -> bytes:
@@ -244,6 +239,8 @@ class RemoteFolder:
         for attempt in range(ATTEMPTS):
             try:
                 return bytes(get())
+            except PipelineError:
+                raise
             except FileNotFoundError:
                 raise ShardError(
                     f"{self.url}/{path} does not exist. "
@@ -275,32 +272,6 @@ class RemoteFolder:
                 )
                 time.sleep(pause)
         raise AssertionError("unreachable")
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path inside it) of a URL."""
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {}
-    if protocol in ("http", "https"):
-        import aiohttp
-
-        options["client_kwargs"] = {
-            "timeout": aiohttp.ClientTimeout(
-                total=None, sock_connect=READ_TIMEOUT_S, sock_read=READ_TIMEOUT_S
-            )
-        }
-    try:
-        file_system, path = fsspec.core.url_to_fs(url, **options)
-        return file_system, path
-    except ImportError:
-        raise ConfigError(
-            f"{url} needs the package of its protocol: pip install "
-            f"'pretrain[{EXTRAS.get(protocol, protocol)}]'."
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{url} cannot be opened: {error}") from None
 
 
 @contextlib.contextmanager

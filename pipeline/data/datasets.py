@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.data.dataset_files import read_bytes
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Ints
@@ -108,7 +109,7 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
         for dataset in held_out:
             check_has_labels(dataset)
         _check_packing(train, held_out)
-        tokenizer_json = train[0].tokenizer_path.read_bytes()
+        tokenizer_json = read_bytes(str(train[0].tokenizer_path))
     _check_one_tokenizer([*train, *held_out])
     tokenizer = train[0].manifest.tokenizer
     return DataSummary(

@@ -10,7 +10,6 @@ machine. Only numpy and the standard library.
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from array import array
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.dataset_files import map_block, read_bytes
+from pipeline.data.dataset_files import check_starts, map_block, read_bytes
 from pipeline.data.shard_format import (
     BLOCK_TOKENS,
     FORMAT,
@@ -37,7 +36,7 @@ from pipeline.data.shard_format import (
     token_dtype,
 )
 from pipeline.errors import DataError, ShardError
-from pipeline.files import regular_file, sha256_of
+from pipeline.files import parse_json, regular_file, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +85,8 @@ class Manifest:
         path = f"{str(folder).rstrip('/')}/manifest.json"
         raw = read_bytes(path)
         try:
-            content = json.loads(b"".join(_without_rows(raw)))
-        except (ValueError, RecursionError) as error:
+            content = parse_json(b"".join(_without_rows(raw)))
+        except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}). Prepare the dataset again.") from error
         return cls._parse(raw, content, folder=str(folder).rstrip("/"))
 
@@ -191,11 +190,14 @@ class Manifest:
         """One block of a local dataset, mapped.
 
         Raises:
-            ShardError: the tar is missing or shorter than the index says.
+            ShardError: the tar is missing or shorter than the index says, or its documents do not
+                begin one after the other.
         """
-        return map_block(
-            f"{self.folder}/{self.paths[shard]}", self.block_row(shard, block), self.layout
-        )
+        path = f"{self.folder}/{self.paths[shard]}"
+        found = map_block(path, self.block_row(shard, block), self.layout)
+        way_out = f"Check it with `python -m data_prep.verify {self.folder}`."
+        check_starts(found.starts, len(found.tokens), f"{path}, block {block}", way_out)
+        return found
 
 
 def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +327,7 @@ def _columns(raw: bytes, rows: list[list[Any]]) -> list[Any]:
         if not rows:
             stop = raw.find(b"\n", at + _PIECE_BYTES, end)
             stop = end if stop < 0 else stop
-            rows = json.loads(b"[" + raw[at:stop].rstrip(b",\n") + b"]")
+            rows = parse_json(b"[" + raw[at:stop].rstrip(b",\n") + b"]")
             at = stop + 1
         for column, values in zip(columns, zip(*rows, strict=True), strict=True):
             column.extend(map(sys.intern, values) if column is columns[5] else values)

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.data.datasets import Dataset
-from pipeline.data.mixture import Ints, Mixture, Position, Samples, Segment, cut
+from pipeline.data.mixture import PERIOD, Ints, Mixture, Position, Samples, Segment, cut
 from pipeline.data.order import Order, num_sequences
 from pipeline.errors import ConfigError, DataError
 from pipeline.redaction import redact
@@ -149,6 +149,7 @@ class Sampler:
             DataError: other datasets, seed, seq_len, lanes or window than those of the checkpoint,
                 and data.allow_dataset_change is false.
         """
+        _check_state(state)
         same_order = self._accept(_differences(state["order"], self.facts))
         same_datasets = self._accept(self._dataset_changes(state["datasets"]))
         step, seen, ledger = int(state["step"]), int(state["samples_seen"]), dict(state["ledger"])
@@ -163,7 +164,7 @@ class Sampler:
                 )
                 for s in state["segments"]
             )
-            return Position(step, seen, segments)
+            return self._checked(Position(step, seen, segments))
         consumed = tuple(int(ledger.get(identity, 0)) for identity in self.identities)
         # Another order cannot go on inside an epoch: each dataset begins its next one.
         if not same_order:
@@ -177,7 +178,20 @@ class Sampler:
         return self.mixture.begin(step=step, samples_seen=seen, consumed=consumed)
 
     def _column(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(values[identity] for identity in self.identities)
+        return tuple(values.get(identity, 0) for identity in self.identities)
+
+    def _checked(self, position: Position) -> Position:
+        """Refuse one that this program cannot have written: arithmetic would go on with it."""
+        starts = [segment.start for segment in position.segments]
+        is_one = (
+            starts
+            and starts == sorted(starts)
+            and starts[-1] <= position.samples_seen
+            and all(sum(segment.slots) == PERIOD for segment in position.segments)
+        )
+        if not is_one:
+            raise DataError("the checkpoint's record of the data it was trained on is damaged.")
+        return position
 
     def _accept(self, changes: list[str]) -> bool:
         """True when nothing changed, False when the user allowed the changes."""
@@ -289,11 +303,22 @@ def _normalise(weights: dict[str, float], temperature: float, where: str) -> tup
     return tuple(w / sum(raised) for w in raised)
 
 
+def _check_state(state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that says nothing of its data; types were checked with the record."""
+    wanted = ("step", "samples_seen", "order", "ledger", "segments", "datasets")
+    if missing := [key for key in wanted if key not in state]:
+        raise DataError(
+            f"the checkpoint does not say where its data stood: its loader has no "
+            f"{', '.join(missing)}. Begin again under another name=..., with "
+            "checkpoint.init_from=... to take over its weights."
+        )
+
+
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
-        f"{key} is {now[key]}, the checkpoint has {saved[key]}"
+        f"{key} is {now[key]}, the checkpoint has {saved.get(key)}"
         for key in now
-        if saved[key] != now[key]
+        if saved.get(key) != now[key]
     ]
 
 

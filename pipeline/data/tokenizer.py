@@ -19,7 +19,8 @@ import numpy as np
 
 from pipeline.data.special_tokens import is_merged, without_special_tokens
 from pipeline.errors import DataError
-from pipeline.files import sha256_of
+from pipeline.files import parse_json, read_file, sha256_of
+from pipeline.shapes import misfits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -44,6 +45,16 @@ BYTE_TEXTS = [
     "x",
 ]
 
+MOST_BYTES = 1 << 28
+"""Of a tokenizer.json; Gemma's, among the largest, has 33 MB."""
+MOST_IDS = 1 << 24
+"""Of a vocabulary: the largest published ones have 2^18."""
+# What is read of the file beside what the library reads.
+SHAPE = {
+    "added_tokens?": ([{"id": range(2**32), "content": str, "special": bool}], None),
+    "model": {"unk_id?": (range(2**32), None), "unk_token?": (str, None)},
+}
+
 
 class Tokenizer:
     """One tokenizer.json; `from_file` makes it."""
@@ -66,9 +77,11 @@ class Tokenizer:
         self.raw = raw
         self.sha256 = sha256_of(raw)
         try:
-            self.json: dict[str, Any] = json.loads(raw)
+            self.json: dict[str, Any] = parse_json(raw)
             self.backend = Backend.from_str(raw.decode())
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception; where Rust panics, worse
             raise DataError(
                 f"{path} cannot be read as a tokenizer ({str(error)[:200]}). It must be a "
                 "tokenizer.json of Hugging Face tokenizers; make one with: python -m "
@@ -76,10 +89,16 @@ class Tokenizer:
             ) from error
         self.backend.no_truncation()
         self.backend.no_padding()
+        if wrong := next(misfits(self.json, SHAPE), None):
+            raise DataError(f"{path} is no tokenizer.json: {wrong}.")
         self._added = {token["content"]: token for token in self.json.get("added_tokens") or []}
         self.vocab_size = 1 + max(
             self.backend.get_vocab(with_added_tokens=True).values(), default=-1
         )
+        if self.vocab_size > MOST_IDS:  # tables have a row for each id up to the largest
+            raise DataError(
+                f"{path} has the id {self.vocab_size - 1}; ids go up to {MOST_IDS - 1}."
+            )
         self._check_added_ids()
         self.eod = self._find_eod(eod)
 
@@ -88,7 +107,7 @@ class Tokenizer:
         """The tokenizer of a local tokenizer.json, or of the folder that holds one."""
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         try:
-            return cls(file.read_bytes(), path=str(file), eod=eod)
+            return cls(read_file(file, most=MOST_BYTES), path=str(file), eod=eod)
         except OSError as error:
             raise DataError(
                 f"{file} cannot be read ({error.strerror}). Give a tokenizer.json; make one with: "

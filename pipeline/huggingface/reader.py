@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from pipeline.config.choices import Position, RopeScaling
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.errors import CheckpointError
+from pipeline.files import open_regular, parse_json, read_file
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.settings import read_model_config
+from pipeline.shapes import misfits
 
 # Ends of names of what is computed from settings: causal masks, rotary frequencies.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -130,8 +132,11 @@ class HuggingFaceWeights:
         if name not in self._files:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
         path, spelt = self._files[name]
-        with safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(spelt)
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(spelt)
+        except Exception as error:  # safetensors' own error type is not public
+            raise CheckpointError(f"{path}: {spelt} cannot be read: {error}.") from error
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(
                 f"{name} in {self.folder} is of type {str(tensor.dtype).removeprefix('torch.')}: "
@@ -174,6 +179,7 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
     index: dict[str, tuple[Path, str]] = {}
     for path in _files(folder):
         try:
+            open_regular(path).close()  # a pipe would be waited for, without end
             with safe_open(path, "pt") as file:
                 index.update({name: (path, name) for name in file.keys()})
         except Exception as error:  # safetensors' own error type is not public
@@ -194,14 +200,21 @@ def _files(folder: Path) -> list[Path]:
 
     Folders may hold a second copy in its author's spelling (Mistral's consolidated.safetensors).
     """
-    if (folder / "model.safetensors.index.json").is_file():
-        path = folder / "model.safetensors.index.json"
+    path = folder / "model.safetensors.index.json"
+    if path.exists():
         try:
-            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}.") from None
+            content = parse_json(read_file(path))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from None
+        if wrong := next(misfits(content, {"weight_map": {str: str}}), None):
+            raise CheckpointError(f"{path} is no index of weights: {wrong}.")
+        names = sorted(set(content["weight_map"].values()))
+        if strange := [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name)]:
+            raise CheckpointError(
+                f"{path} names {strange[0]!r}, which is no *.safetensors file of its folder."
+            )
         return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if not files:

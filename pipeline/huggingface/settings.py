@@ -5,18 +5,20 @@ config.json --what is missing, unlike or unknown?--> CheckpointError, or a Model
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import model_rules
 from pipeline.config.choices import Activation, Normalization, Position, RopeScaling
 from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.errors import CheckpointError
+from pipeline.files import parse_json, read_file
 from pipeline.huggingface.decoder import LLAMA3
 from pipeline.huggingface.gpt2 import ACTIVATIONS
+from pipeline.shapes import misfits
 
 _DECODER = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps"]
 _LATER = [*_DECODER, "num_key_value_heads"]  # whose classes have other defaults than Llama's
@@ -63,6 +65,31 @@ USED = {
     "qwen3": [*_USED_DECODER, "attention_bias"],
     "mixtral": _USED_DECODER,
     "qwen3_moe": [*_USED_DECODER, "attention_bias"],
+}
+_SIZE, _FLAG, _NUMBER = (range(2**31), None), (bool, None), (float, None)
+_SIZES = """n_embd n_layer n_head n_inner n_positions vocab_size hidden_size num_hidden_layers
+    num_attention_heads num_key_value_heads intermediate_size head_dim num_local_experts num_experts
+    num_experts_per_tok moe_intermediate_size max_position_embeddings sliding_window"""
+_ROTARY = {
+    "rope_theta?": _NUMBER,
+    "factor?": _NUMBER,
+    "rope_type?": (str, None),
+    "type?": (str, None),
+    "original_max_position_embeddings?": _SIZE,
+}
+# Of what is computed with; `?`: REQUIRED says which must be there.
+SHAPE: dict[str, Any] = {
+    **{f"{key}?": _SIZE for key in _SIZES.split()},
+    **{f"{key}?": _NUMBER for key in ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")},
+    "norm_topk_prob?": _FLAG,
+    "tie_word_embeddings?": _FLAG,
+    "attention_bias?": _FLAG,
+    "mlp_bias?": _FLAG,
+    "use_sliding_window?": _FLAG,
+    "activation_function?": str,
+    "rope_scaling?": (_ROTARY, None),
+    "rope_parameters?": (_ROTARY, None),
+    "layer_types?": ([str], None),
 }
 # What only one value of is computed here.
 FIXED: dict[str, Any] = {
@@ -116,10 +143,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = str(config.get("model_type")) if isinstance(config, dict) else None
     if kind not in REQUIRED:
         missing = f" (it needs {OTHERS[kind]})" if kind in OTHERS else ""
         raise CheckpointError(
@@ -129,11 +156,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     if kind == "qwen3_moe" and "num_experts" in config:  # transformers before 5.8
         config = {"num_local_experts": config["num_experts"], **config}
         del config["num_experts"]
+    if wrong := list(islice(misfits(config, SHAPE), 3)):
+        raise CheckpointError(f"{path} is no config.json: {'; '.join(wrong)}.")
     # The first one only: what lacks keys cannot be looked at further.
     if problem := next(chain(_missing(config), _unlike(config), _unknown(config)), None):
         raise CheckpointError(f"{path} {problem}")
     name = re.sub(r"[^\w.]+", "-", folder.resolve().name).strip("-") or kind
-    return _from_gpt2(config, name) if kind == "gpt2" else _from_decoder(config, name)
+    model = _from_gpt2(config, name) if kind == "gpt2" else _from_decoder(config, name)
+    if problem := next(model_rules.alone(model), None):
+        raise CheckpointError(f"{path} describes no model: {problem}")
+    return model
 
 
 def _missing(config: dict[str, Any]) -> Iterator[str]:
@@ -144,13 +176,6 @@ def _missing(config: dict[str, Any]) -> Iterator[str]:
         absent.append("rope_theta")
     if absent:
         yield f"lacks {', '.join(absent)}. A folder that transformers wrote has them."
-    wrong = [
-        f"{key}={config[key]!r}"
-        for key in REQUIRED[kind]
-        if not isinstance(config.get(key), bool | int | float) or config[key] < 0
-    ]
-    if wrong:
-        yield f"has {', '.join(wrong)}, which must be numbers of at least 0."
 
 
 def _unlike(config: dict[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -134,11 +134,14 @@ class Guard:
 
     def restore(self, state: dict[str, Any], *, keep_ledger: bool = False) -> None:
         """Take up a checkpoint's state; keep_ledger: after a rollback, the record stays."""
-        self.history = deque(state["history"], maxlen=self.cfg.spike_window)
-        self.bad_in_a_row = state["bad_in_a_row"]
+        self.history = deque(state.get("history", ()), maxlen=self.cfg.spike_window)
+        self.bad_in_a_row = state.get("bad_in_a_row", 0)
         self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
         if not keep_ledger:
-            self.ledger = [Event(**event) for event in state["ledger"]]
+            self.ledger = [
+                Event(**{f.name: event[f.name] for f in fields(Event)})
+                for event in state.get("ledger", ())
+            ]
             self.rollbacks = 0
 
     def report(self) -> str:

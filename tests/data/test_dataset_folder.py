@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import remote
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.data import dataset_folder
 from pipeline.data.datasets import Dataset, describe, open_datasets
@@ -110,7 +111,7 @@ def test_a_server_that_never_recovers_is_named_with_the_last_error(server, tmp_p
 
 
 def test_a_server_that_stops_sending_is_given_up_and_asked_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_folder, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(remote, "SILENCE_S", 0.2)
     release = threading.Event()
     server.fault = lambda path, nth: (
         release.wait(5) and None if path == TAR.format(0) and nth == 0 else None

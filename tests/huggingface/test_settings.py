@@ -79,7 +79,7 @@ def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
         ({k: v for k, v in LLAMA.items() if k != "intermediate_size"}, "lacks intermediate_size"),
         ({k: v for k, v in GPT2.items() if k not in ("n_layer", "n_head")}, "lacks n_layer, n_head"),
         ({k: v for k, v in MIXTRAL.items() if k != "rope_theta"}, "lacks rope_theta"),
-        ({**LLAMA, "hidden_size": "32"}, "hidden_size='32', which must be numbers"),
+        ({**LLAMA, "hidden_size": "32"}, "hidden_size is '32'"),
         ([], "of type 'None'"),
     ],
 )  # fmt: skip
