@@ -1,0 +1,102 @@
+"""No input makes a worker take more memory than max_document_mb allows, and lack of memory drops no document."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+
+from data_prep.sources import documents, pieces, rejects
+from data_prep.sources.documents import read_documents
+from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.lines import structure_bytes
+from data_prep.sources.rejects import Rejects
+from pipeline.errors import DataError, MachineError
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), pa.ArrowMemoryError("x"), zstandard.ZstdError("Allocation error : not enough memory")],
+    ids=str,
+)  # fmt: skip
+def test_lack_of_memory_is_no_damage(tmp_path, monkeypatch, error):
+    """The file is good: dropped, it would be missing without a word; the job ends and can go on."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+
+    def read(*_: object):
+        raise error
+        yield
+
+    monkeypatch.setitem(documents.READERS, documents.Format.jsonl, read)
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl"))
+    found = Rejects(OnError.quarantine)
+    with pytest.raises(MachineError, match="a.jsonl: out of memory"):
+        list(read_documents(find_units(cfg)[0], cfg, found))
+    assert not found.rows
+
+
+def test_of_a_sample_only_the_file_that_is_used_is_read(tmp_path):
+    """A huge json beside a text is no reason to drop the text, nor to read it."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, size in [("1.json", 5000), ("1.txt", 4), ("1.md", 5000), ("2.json", 5000)]:
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(b"x" * size))
+    (tmp_path / "a.tar").write_bytes(stream.getvalue())
+    cfg = InputConfig(input=str(tmp_path / "a.tar"), max_document_mb=0.002)
+    found = Rejects(OnError.quarantine)
+    assert [d.text for d in read_documents(find_units(cfg)[0], cfg, found)] == ["xxxx"]
+    assert [(row["member"], row["reason"]) for row in found.rows] == [("2", "too_large")]
+
+
+def test_a_unit_of_nothing_but_rejects_ends_the_job(tmp_path, monkeypatch):
+    """Each is kept until the unit is done: a file of 10^9 bad lines would take 400 GB."""
+    monkeypatch.setattr(rejects, "MOST_REJECTS", 5)
+    (tmp_path / "a.jsonl").write_bytes(b"x\n" * 6)
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="more than 5 documents .* broken_json"):
+        list(read_documents(find_units(cfg)[0], cfg, Rejects(OnError.quarantine)))
+
+
+def test_a_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "FREE_BYTES", 0)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD * 200_000))
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl.gz"))
+    units = find_units(cfg)
+    assert len(list(read_documents(units[0], cfg, Rejects(OnError.fail)))) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        (b'{"a": "xx"}', 6),
+        (rb'{"a": "x\"[[\\"}', 6),
+        (b"[[],[]]", 7),
+        (b'"abc', 4),
+        (b"", 0),
+    ],
+)
+def test_the_structure_of_a_line_is_what_is_outside_its_strings(line, size):
+    """Counted by hand, a closing quote with it; escaped quotes end no string, and `\\\\` before a quote does not escape it."""
+    assert structure_bytes(line) == size
+    assert np.int64(size) == size
+
+
+def test_a_saved_dataset_names_its_own_files_only(tmp_path: Path):
+    for name in ("/etc/passwd", "../x.arrow", ".."):
+        folder = tmp_path / "saved"
+        folder.mkdir(exist_ok=True)
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        (folder / "dataset_info.json").write_text("{}")
+        with pytest.raises(DataError, match="is no file of its folder"):
+            find_units(InputConfig(input=str(folder)))
