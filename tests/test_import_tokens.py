@@ -253,7 +253,7 @@ def damaged(path: Path, kind: str) -> Path:
         ("long tokens", "announces 8"),
         ("llm.c count", "announces 3 ids"),
         ("odd bytes", "no whole number"),
-        ("large id", "the id 60000; the tokenizer has the ids 0 to 3"),
+        ("large id", "the id 60000; the tokenizer has the ids 0 to 407"),
         ("negative id", "the id -1"),
     ],
 )

@@ -59,27 +59,35 @@ class WandbRun:
         """The thread: open the run and send what the queue brings, again after every failure."""
         pause_s, is_done = WANDB_PAUSE_S, False
         while not is_done:
+            # At the end there is time for one try: not for the one that the end came upon.
+            is_last = self._closing.is_set()
             with bookkeeping("W&B, while metrics.jsonl has everything", errors=Exception):
                 self._send(self._open())
-                is_done = True
-            # At the end one try is all there is time for.
-            is_done = is_done or self._closing.wait(pause_s)
-            pause_s = min(2 * pause_s, WANDB_LONGEST_PAUSE_S)
+                is_last = True
+            is_done = is_last
+            if not is_done:
+                self._closing.wait(pause_s)
+                pause_s = min(2 * pause_s, WANDB_LONGEST_PAUSE_S)
 
     def _send(self, run: Any) -> None:
         """Pass on what the queue brings, to the exit code, which is its last."""
-        while isinstance(row := self._queue.get(), dict):
+        is_done = False
+        while not is_done:
+            item = self._queue.get()
             try:
-                run.log(row)
+                if isinstance(item, dict):
+                    run.log(item)
+                else:
+                    run.finish(exit_code=item)
+                    is_done = True
             except Exception:
-                self._put_back(row)
+                self._put_back(item)
                 raise
-        run.finish(exit_code=row)
 
-    def _put_back(self, row: dict[str, Any]) -> None:
+    def _put_back(self, item: dict[str, Any] | int) -> None:
         """W&B did not take it: it comes first when W&B is back."""
         with self._queue.mutex:
-            self._queue.queue.appendleft(row)
+            self._queue.queue.appendleft(item)
 
     def _open(self) -> Any:
         """The W&B run. After a failure its helper process, which may be dead, is replaced."""

@@ -36,10 +36,10 @@ def summary(data: DataConfig) -> DataSummary:
     return describe(data)
 
 
-def weights(folder: Path, *, vocab_size: int = 400) -> Path:
+def weights(folder: Path, *, vocab_size: int = 408) -> Path:
     """A Hugging Face folder's config and tokenizer."""
     make_tokenizer(folder / "tokenizer.json", vocab_size=vocab_size)
-    (folder / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 400}))
+    (folder / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 408}))
     return folder
 
 
@@ -58,7 +58,7 @@ def test_another_tokenizer_is_refused_by_name(
     kind: str, summary: DataSummary, tmp_path: Path
 ) -> None:
     """The ids would mean other text, whether or not they fit into the vocabulary."""
-    folder = weights(tmp_path / "weights", vocab_size=400 if kind == "equal in size" else 380)
+    folder = weights(tmp_path / "weights", vocab_size=408 if kind == "equal in size" else 380)
     if kind == "equal in size":
         edit_tokenizer(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     with pytest.raises(DataError, match="know another tokenizer.*weights/tokenizer.json"):
