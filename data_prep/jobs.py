@@ -68,8 +68,11 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
         ConfigError: the folder holds another job; the message names what differs.
         MachineError: the folder cannot be written.
     """
-    # Two jobs whose addresses differ in their signature only are one.
-    facts = redact(facts)
+    # Two jobs whose addresses differ in their signature only are one; the secrets of the
+    # environment play no part, for tasks may differ in them. A template is data, word for word:
+    # "basic questions" in it looks like a key.
+    whole = {key: value for key, value in facts.items() if key == "chat_template"}
+    facts = redact(facts, {}) | whole
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"

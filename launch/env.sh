@@ -6,7 +6,8 @@
 if [[ -n ${PYTHON:-} ]]; then read -ra python <<< "$PYTHON"
 elif [[ -e $REPO/.venv/pyvenv.cfg ]]; then python=("$REPO/.venv/bin/python")
 # Not an environment but a link into one: called through the link, Python would not find that one's packages.
-elif [[ -x $REPO/.venv/bin/python && -L $REPO/.venv/bin/python ]]; then python=("$(readlink "$REPO/.venv/bin/python")")
+elif [[ -x $REPO/.venv/bin/python && $(readlink "$REPO/.venv/bin/python") == /* ]]; then
+  python=("$(readlink "$REPO/.venv/bin/python")")
 elif [[ -x $REPO/.venv/bin/python ]]; then python=("$REPO/.venv/bin/python")
 else python=(python3)
 fi

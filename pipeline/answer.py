@@ -80,7 +80,8 @@ def main(cfg: AnswerConfig) -> int:
 def ask(sampler: TextSampler, questions: Sequence[Question], *, batch_size: int) -> list[str]:
     """The model's answers in order; questions of about one length share a batch."""
     length = [sum(len(m["content"]) for m in question.messages) for question in questions]
-    order = sorted(range(len(questions)), key=lambda number: length[number])
+    # The longest first: one without room is refused before an hour of answers is lost.
+    order = sorted(range(len(questions)), key=lambda number: -length[number])
     answers = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]

@@ -220,6 +220,33 @@ def test_what_cannot_be_learned_is_rejected_with_place_and_reason(corpus, tmp_pa
         reject_row(tmp_path, name, f"output={tmp_path}/fails")
 
 
+@pytest.mark.parametrize(
+    "extra", [{"tools": ["\ud800"]}, {"tools": json.loads("[" * 400 + "]" * 400)}]
+)
+def test_fields_for_the_template_are_looked_at_too(corpus, tmp_path, extra):
+    """What no UTF-8 can hold, or is too deep to go through, ended the unit in a traceback."""
+    (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+    good = json.dumps({"messages": [QUESTION, ANSWER]}) + "\n"
+    bad = json.dumps({"messages": [QUESTION, ANSWER], **extra}) + "\n"
+    (tmp_path / "in.jsonl").write_text(good + bad + good)
+    template = (Path(show.__file__).parent / "chat/chatml.jinja").read_text()
+    (tmp_path / "own.jinja").write_text("{{ tools | tojson if tools else '' }}" + template)
+    words = ["on_error=quarantine", "max_rejected_fraction=0.9", f"template={tmp_path}/own.jinja"]
+    output = convert(tmp_path, tmp_path / "out", "workers=1", *words, source="in.jsonl")
+    kept = sum(len(dialogues(output / split)) for split in ("train", "validation"))
+    rejects = (output / "rejects.jsonl").read_text().splitlines()
+    assert kept >= 2 and kept + len(rejects) == 3
+
+
+def test_a_template_is_kept_word_for_word(corpus, tmp_path):
+    """ "basic questions" looks like the name of a key: redacted, the model were asked otherwise."""
+    template = (Path(show.__file__).parent / "chat/chatml.jinja").read_text()
+    own = "{#- You answer basic questions_of_all_kinds; password: never -#}" + template
+    (tmp_path / "own.jinja").write_text(own)
+    output = convert(corpus, tmp_path / "out", f"template={tmp_path}/own.jinja")
+    assert json.loads((output / "train/manifest.json").read_text())["chat_template"] == own
+
+
 def test_every_reason_of_a_dialogue_is_tested():
     assert set(BAD) - {"nul"} == set(DIALOGUE_REASONS)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.sources.pieces import printable
 from pipeline.redaction import redact
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.waiting import HANG_S
@@ -174,3 +175,11 @@ def test_no_planted_secret_is_in_a_file_or_in_what_is_printed(tmp_path):
     assert leaks(work, printed + missing + wrong) == []
     config = (work / "runs/a/config.yaml").read_text()
     assert f"path: http://***@{host}/data" in config, "what is no secret is still told"
+
+
+def test_files_that_a_query_names_stay_apart():
+    """Both were .../get?***, so a job on b.jsonl said that it was complete: a.jsonl's was."""
+    names = [printable(f"https://h/get?file={name}.jsonl") for name in "ab"]
+    assert len(set(names)) == 2 and not any("file=" in name for name in names)
+    signed = [printable(f"https://h/a.jsonl?X-Amz-Signature={n}") for n in "12"]
+    assert signed == ["https://h/a.jsonl?***"] * 2

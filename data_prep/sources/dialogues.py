@@ -119,7 +119,12 @@ def _accepted(
     if problem:
         rejects.add("not_a_dialogue", path, problem, **place)
         return
-    for text in _texts(messages):
+    try:
+        texts = list(_texts([messages, record.get("tools")]))
+    except RecursionError:
+        rejects.add("not_a_dialogue", path, "it is nested too deeply", **place)
+        return
+    for text in texts:
         reason, detail = text_problem(text)
         if reason:
             rejects.add(reason, path, detail, **place)
@@ -153,9 +158,9 @@ def _messages_of(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested lists and objects."""
+    """Every text in nested lists and objects, names of fields too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _texts(inner)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import hashlib
 import io
 import lzma
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from data_prep.sources.kinds import SEEKING, Format, format_of, is_compressed, name_of
 from pipeline.errors import DataError
 from pipeline.files import open_regular
-from pipeline.redaction import redact
+from pipeline.redaction import HIDDEN, redact
 from pipeline.remote import connect, reason_of
 
 PIECE_BYTES = 1 << 16
@@ -45,13 +47,23 @@ class Piece:
         return printable(self.path)
 
 
+# In a query: it signs or opens, and changes from hour to hour.
+SIGNATURE = re.compile(r"(?i)sig|token|key|credential|secret|passw|auth|expires")
+
+
 @lru_cache(maxsize=1024)
 def printable(path: str) -> str:
     """The path as it may be written: bytes that are no UTF-8 escaped, an address without secrets.
 
-    What is secret in the environment plays no part: ids must not depend on the machine.
+    What is secret in the environment plays no part: ids must not depend on the machine. Where a
+    query names the file (?file=a.jsonl) and signs nothing, a digest of it tells files apart.
     """
-    return redact(os.fsencode(path).decode("utf-8", "backslashreplace"), {})
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    shown = redact(text, {})
+    _, _, query = text.partition("?") if shown.endswith(f"?{HIDDEN}") else ("", "", "")
+    if query and not SIGNATURE.search(query):
+        shown += f"#{hashlib.sha256(query.encode()).hexdigest()[:8]}"
+    return shown
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ class Rejects:
                 "the file and run again, or go on with on_error=quarantine, which lists such "
                 "documents."
             )
-        if len(self.rows) >= MOST_REJECTS:
+        if reason != "empty" and len(self.rows) >= MOST_REJECTS:
             raise DataError(
                 f"{path}: more than {MOST_REJECTS:,} documents of one work unit cannot be used, "
                 f"the last one is {reason}. Is the input what its suffix says? A smaller "
@@ -117,7 +117,7 @@ class Rejects:
             )
         short = {key: v[:200] if isinstance(v, str) else v for key, v in where.items()}
         self.rows.append(
-            {"file": printable(path), **short, "reason": reason, "detail": redact(detail)[:200]}
+            {"file": printable(path), **short, "reason": reason, "detail": redact(detail, {})[:200]}
         )
 
 

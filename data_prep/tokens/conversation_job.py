@@ -139,6 +139,9 @@ def pack_unit(
             except Rejected as error:
                 rejects.add(error.reason, talk.path, error.detail, **talk.place)
                 continue
+            except RecursionError:
+                rejects.add("template_error", talk.path, "it is nested too deeply", **talk.place)
+                continue
             text, ids, loss = encoded
             digest = digest_text(text) if cfg.validation_fraction else 0
             split = writer.split_of(digest, talk.id, partial(text_bytes, text))

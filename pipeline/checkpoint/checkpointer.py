@@ -242,7 +242,7 @@ class Checkpointer:
                 continue
             record = self._ranks.agree(partial(restore.read_state, engine, path))
             engine.publish_weights()
-            self._last_saved = step
+            self._last_saved, self._outcome = step, None  # an earlier save's failure is settled
             if self._ranks.rank == 0:
                 logger.info("resumed from %s", path)
             return record

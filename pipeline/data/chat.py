@@ -137,7 +137,15 @@ class ChatTemplate:
                 eos_token=end,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             # What the sandbox's Python raises on a field that is missing or of another type.
             raise Rejected("template_error", f"{type(error).__name__}: {error}") from None
         pieces, spans, place = marked.split(MARK), [], 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from pipeline.config.choices import Init
 from pipeline.config.model import ModelConfig
+from pipeline.config.parameter_names import matches
 from pipeline.config.training import OptimizerConfig
 
 
@@ -26,7 +26,7 @@ def parameter_groups(
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        matching = [pattern for pattern in cfg.lr_scale if fnmatch.fnmatch(name, pattern)]
+        matching = [pattern for pattern in cfg.lr_scale if matches(name, [pattern], model)]
         scale = cfg.lr_scale[matching[0]] if matching else 1.0
         is_matrix = parameter.dim() > 1
         if model.init is Init.mup and is_matrix and name.startswith("layers."):

@@ -18,6 +18,10 @@ from pipeline.errors import DataError
 BASE_RATES = ("commonest", "copy", "shuffled")
 
 
+# Fields of a message that are for us, not for the chat template.
+OURS = {"learn", "source", "group"}
+
+
 @dataclass(frozen=True)
 class Question:
     """One answer that is asked for."""
@@ -38,7 +42,8 @@ def read_questions(path: Path) -> list[Question]:
         DataError: the file cannot be read, or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON's texts may hold U+2028 and the like as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}). Give a file of jsonl.") from None
     questions: list[Question] = []
@@ -62,10 +67,12 @@ def _questions_of(record: dict[str, Any]) -> list[Question]:
         {"role": "user", "content": record["prompt"]},
         {"role": "assistant", "content": record["completion"]},
     ]
+    if record.get("tools"):
+        raise ValueError("dialogues with tools cannot be asked yet")
     group = str(record.get("group", ""))
     return [
         Question(
-            [{"role": m["role"], "content": m["content"]} for m in messages[:place]],
+            [{k: v for k, v in m.items() if k not in OURS} for m in messages[:place]],
             message["content"],
             message.get("source", messages[place - 1]["content"]),
             str(message.get("group", group)),

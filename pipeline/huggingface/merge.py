@@ -1,7 +1,7 @@
 """An adapter and its base as one whole checkpoint, which every command takes.
 
     base + alpha / rank * B A, fp32, one parameter at a time
-    --> rank-00000.safetensors, tensors.json, checkpoint.json, tokenizer.json, SHA256SUMS
+    --> rank-00000.safetensors, tensors.json, checkpoint.json, tokenizer, template, SHA256SUMS
 
 Without moments: it is a base for further training, not a run to go on with.
 """
@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import RECORD, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, RECORD, read_record
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
 from pipeline.huggingface.whole_model import open_model
@@ -55,9 +55,9 @@ def merge(path: Path, output: Path, *, base: Path | None = None) -> int:
     values = (tensors.tensor(name) for name in shapes)
     file = "rank-00000.safetensors"
     _, sums[file] = write_safetensors(output / file, keyed, values, torch.float32)
-    if (checkpoint / "tokenizer.json").is_file():
-        content = (checkpoint / "tokenizer.json").read_bytes()
-        sums["tokenizer.json"] = write_durably(output / "tokenizer.json", content)
+    for name in ("tokenizer.json", CHAT_TEMPLATE):
+        if (checkpoint / name).is_file():
+            sums[name] = write_durably(output / name, (checkpoint / name).read_bytes())
     config = {key: value for key, value in record.config.items() if key != "finetune"}
     size = 4 * sum(map(math.prod, shapes.values()))
     merged = dataclasses.replace(record, base=None, config=config, size_bytes=size)

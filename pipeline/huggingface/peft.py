@@ -55,13 +55,14 @@ def export_adapter(
 
     from pipeline.checkpoint.safetensors_file import write_safetensors
     from pipeline.checkpoint.tensors import CheckpointTensors
-    from pipeline.huggingface.whole_model import find_base
+    from pipeline.huggingface.whole_model import find_base, whole_base
 
     record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
     _check_is_adapter(checkpoint, record, tensors)
     wanted = recorded_base(record)
     assert wanted is not None
     source = find_base(wanted, base)
+    wanted.check(whole_base(source))
     output.mkdir(parents=True, exist_ok=True)
     if not (source / "config.json").is_file():
         export(source, output / BASE, dtype=dtype)

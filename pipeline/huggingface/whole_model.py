@@ -24,8 +24,19 @@ from pipeline.errors import CheckpointError
 from pipeline.huggingface.reader import HuggingFaceWeights
 
 
+def whole_base(folder: Path) -> Base:
+    """What a folder of weights is as a base, all of its bytes read and found whole.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if (folder / folders.SUMS).is_file() and (problems := folders.damage(folder)):
+        raise CheckpointError(f"the base {folder} is damaged: {'; '.join(problems)}.")
+    return base_of(folder)
+
+
 def open_model(
-    checkpoint: Path, *, base: Path | None = None, identify: Callable[[Path], Base] = base_of
+    checkpoint: Path, *, base: Path | None = None, identify: Callable[[Path], Base] = whole_base
 ) -> ModelTensors:
     """The tensors of a checkpoint, those of an adapter merged with its base.
 
@@ -62,7 +73,8 @@ def find_base(wanted: Base, base: Path | None = None) -> Path:
     except CheckpointError:
         raise CheckpointError(
             f"the base of this adapter is not in {folder} (sha256 {wanted.sha256[:16]}...). "
-            "Give the folder where it is now with base=..."
+            "Tell export, or `python -m pipeline.checkpoint merge ADAPTER OUTPUT`, where it is now "
+            "with base=...; other commands take the merged OUTPUT."
         ) from None
 
 

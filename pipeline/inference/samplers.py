@@ -246,14 +246,16 @@ class LocalSampler:
 
 
 def fitting(messages: Messages, ids: Callable[[Messages], list[int]], room: int) -> list[int]:
-    """Ids of a dialogue, its oldest turns left out until they fit.
+    """Ids of a dialogue, its oldest turns left out until they fit; a system's message stays.
 
     Raises:
         ConfigError: the template refuses the dialogue, or its last message alone is too long.
     """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    turns = list(messages[len(head) :])
     try:
-        while len(row := ids(messages)) > room and len(messages) > 2:
-            messages = messages[2:]
+        while len(row := ids([*head, *turns])) > room and len(turns) > 2:
+            turns = turns[2:]
     except Exception as error:  # transformers hands on what the template's Python raises
         raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
     if len(row) > room:

@@ -45,7 +45,7 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
     places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
     checkpoints = folders.list_places(places)
     if not checkpoints:
-        _check_beginning(cfg, run_dir)
+        _check_beginning(cfg, run_dir, places)
         return
     if not cfg.checkpoint.resume:
         raise CheckpointError(
@@ -66,9 +66,9 @@ def newest_record(places: Sequence[Path]) -> CheckpointRecord | None:
     return next((record for _, path in paths if (record := folders.whole_record(path))), None)
 
 
-def _check_beginning(cfg: PretrainConfig, run_dir: Path) -> None:
+def _check_beginning(cfg: PretrainConfig, run_dir: Path, places: Sequence[Path]) -> None:
     """No checkpoint: damaged ones are not passed over, and init_from must be usable."""
-    if damaged := sorted(path.name for path in (run_dir / "checkpoints").glob("damaged-step-*")):
+    if damaged := sorted(p.name for place in places for p in place.glob("damaged-step-*")):
         raise CheckpointError(
             f"{run_dir} holds only damaged checkpoints ({', '.join(damaged[-3:])}): a start would "
             "begin at step 0. "

@@ -54,6 +54,8 @@ def _known_bases(path: Path, ranks: Agreement) -> dict[Path, Base]:
         if wanted is None:
             break
         path = ranks.on_main(partial(find_base, wanted))
+        if (path / folders.SUMS).is_file() and (problems := ranks.damage(path)):
+            raise CheckpointError(f"the base {path} is damaged: {'; '.join(problems)}.")
         known[path] = base_of(path, ranks)
     return known
 

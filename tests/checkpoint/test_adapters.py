@@ -17,6 +17,7 @@ from pipeline.checkpoint.adapters import Base, base_of, delta
 from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.errors import CheckpointError
+from pipeline.files import sha256_of
 from pipeline.huggingface.merge import merge
 from pipeline.huggingface.whole_model import open_model
 from tests.support.checkpoint_runs import Run, resume, train_and_save
@@ -149,14 +150,21 @@ def test_another_base_is_refused(base: Path, adapter: tuple[Path, Any], tmp_path
     """The same sizes and other numbers: the adapter would be wrong, and nothing would say so."""
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    (other / "SHA256SUMS").write_text((base / "SHA256SUMS").read_text().replace("a", "b", 1))
+    record, sums = other / "checkpoint.json", other / "SHA256SUMS"
+    was = sha256_of(record)
+    record.write_bytes(record.read_bytes() + b"\n")
+    sums.write_text(sums.read_text().replace(was, sha256_of(record)))
     with pytest.raises(CheckpointError, match="is not the base of this adapter"):
         open_model(folders.find(adapter[0]), base=other)
-    with pytest.raises(CheckpointError, match="is not in .* Give the folder where it is now"):
+    with pytest.raises(CheckpointError, match="is not in .* where it is now with base="):
         open_model(folders.find(adapter[0]), base=tmp_path / "nowhere")
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
     assert open_model(folders.find(adapter[0]), base=moved).parameters
+    weights = next(moved.glob("rank-*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(CheckpointError, match="the base .*moved is damaged"):
+        open_model(folders.find(adapter[0]), base=moved)
 
 
 def test_a_hugging_face_folder_is_known_by_all_of_its_files(tmp_path: Path) -> None:

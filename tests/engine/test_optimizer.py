@@ -63,6 +63,12 @@ def test_a_pattern_sets_the_learning_rate_of_what_it_names():
     assert [name for name, (_, scale) in scales.items() if scale == 0.1] == [
         "embedding.word.weight"
     ]
+    last = groups(
+        OptimizerConfig(lr_scale={"layers.-1.*": 0.1}), ModelConfig(hidden_size=4, num_layers=1)
+    )
+    slow = {name for name, (_, scale) in last.items() if scale == 0.1}
+    top = max(int(name.split(".")[1]) for name in last if name.startswith("layers."))
+    assert slow and slow == {name for name in last if name.startswith(f"layers.{top}.")}
 
 
 def test_learning_rates_of_groups_move_together():

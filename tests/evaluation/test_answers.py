@@ -92,3 +92,16 @@ def test_what_is_no_dialogue_is_named(tmp_path, content, problem):
         read_questions(tmp_path / "bad.jsonl")
     with pytest.raises(DataError, match="nowhere.jsonl cannot be read"):
         read_questions(tmp_path / "nowhere.jsonl")
+
+
+def test_a_line_ends_where_jsonl_says(tmp_path):
+    """U+2028 may stand in a JSON text as it is; other fields are for the template."""
+    messages = said("a\u2028b?", "c")
+    messages[0]["name"] = "Ada"
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    (question,) = read_questions(path)
+    assert question.messages == [{"role": "user", "content": "a\u2028b?", "name": "Ada"}]
+    path.write_text(json.dumps({"messages": messages, "tools": [{}]}))
+    with pytest.raises(DataError, match="tools cannot be asked"):
+        read_questions(path)

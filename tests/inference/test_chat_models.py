@@ -157,5 +157,7 @@ def test_the_oldest_turns_give_way() -> None:
         return [int(message["content"]) for message in some for _ in range(4)]
 
     assert fitting(messages, ids, 12) == ids(messages[2:])
+    system = {"role": "system", "content": "9"}
+    assert fitting([system, *messages], ids, 16) == ids([system, *messages[2:]])
     with pytest.raises(ConfigError, match="the message has 4 tokens; the model has room for 3"):
         fitting(messages, ids, 3)

@@ -146,6 +146,15 @@ def test_only_damaged_checkpoints_do_not_begin_again_in_silence(run: Path):
         startup.check(compose(run), world_size=1)
 
 
+def test_damaged_checkpoints_of_the_fallback_count_too(run: Path, tmp_path: Path):
+    place = tmp_path / "fallback/a/checkpoints"
+    place.parent.mkdir(parents=True)
+    (run / "runs/a/checkpoints").rename(place)
+    folders.set_aside(place / "step-00000005")
+    with pytest.raises(PipelineError, match="holds only damaged checkpoints"):
+        startup.check(compose(run, f"checkpoint.fallback_dir={tmp_path}/fallback"), world_size=1)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
