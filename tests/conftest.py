@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,12 @@ from tests.support.left_out import leave_out
 
 leave_out()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with their own ranks
+# In the background (nohup, `&`, many CI runners) HUP and INT are ignored from the start, and so they
+# would be in every program that a test starts. A handler goes on ignoring them here; a program that
+# is started has the default.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 os.environ["WANDB_MODE"] = "offline"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
