@@ -58,7 +58,7 @@ def test_added_tokens_behind_a_gap_are_refused_in_words(path):
         far = {"id": 5000, "content": "<|far|>", "special": special, **added}
         edit_tokenizer(path, added_tokens=[*old, far])
         with pytest.raises(
-            DataError, match="'<|far|>' has the id 5000.* gives it 400.*Fill the gap"
+            DataError, match="'<|far|>' has the id 5000.* gives it 408.*Fill the gap"
         ):
             Tokenizer.from_file(path)
 
@@ -89,8 +89,8 @@ def test_end_of_document_token_follows_the_rule_and_can_be_named(path):
     assert Tokenizer.from_file(path, eod="17").eod == 17
     with pytest.raises(DataError, match="'nothing' is not one of its tokens.*<|endoftext|>"):
         Tokenizer.from_file(path, eod="nothing")
-    with pytest.raises(DataError, match="'400' is not one of its tokens"):
-        Tokenizer.from_file(path, eod="400")
+    with pytest.raises(DataError, match="'408' is not one of its tokens"):
+        Tokenizer.from_file(path, eod="408")
 
 
 def test_a_file_without_special_tokens_asks_for_eod(path):
@@ -111,7 +111,7 @@ def test_deepseeks_end_of_sentence_ends_documents(path):
     """Its bars are fullwidth (U+FF5C)."""
     name = "<\uff5cend▁of▁sentence\uff5c>"
     added = [
-        {"id": 400 + i, "content": content, "special": True, "single_word": False, "lstrip": False,
+        {"id": 408 + i, "content": content, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
         for i, content in enumerate(["<\uff5cbegin▁of▁sentence\uff5c>", name])
     ]  # fmt: skip

@@ -75,14 +75,14 @@ def test_ordinary_added_tokens_are_matched_in_text_and_special_ones_are_not(tmp_
     path = make_tokenizer(tmp_path / "tokenizer.json")
     added = [
         {"id": 0, "content": "<|endoftext|>", "special": True, **ADDED},
-        {"id": 400, "content": "<call>", "special": False, **ADDED},
-        {"id": 401, "content": "<|pad|>", "special": True, **ADDED},
+        {"id": 408, "content": "<call>", "special": False, **ADDED},
+        {"id": 409, "content": "<|pad|>", "special": True, **ADDED},
     ]
     edit_tokenizer(path, added_tokens=added)
     tokenizer = Tokenizer.from_file(path)
     encoder = Encoder(tokenizer)
     (ids,) = rows(encoder, ["x <call> <|pad|> <|endoftext|>"])
-    assert 400 in ids and 401 not in ids and 0 not in ids
+    assert 408 in ids and 409 not in ids and 0 not in ids
     assert ids == tokenizer.encode("x <call> <|pad|> <|endoftext|>")
     with pytest.raises(ConfigError, match="encoder=tiktoken does not fit.*ordinary added tokens"):
         Encoder(tokenizer, EncoderName.tiktoken)
