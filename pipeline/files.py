@@ -24,8 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import MachineError
-
 MOST_BYTES = 1 << 26
 """Of a small file: a config, a record, a list of names. Real ones have a thousandth of that."""
 _BLOCK_BYTES = 1 << 22
@@ -178,20 +176,6 @@ def read_file(
     if size > most:
         raise OSError(errno.EFBIG, f"{size} bytes; such a file has at most {most}", str(path))
     return bytes(content)
-
-
-def check_no_links(folder: Path) -> None:
-    """Refuse a run folder in which a name stands for something elsewhere.
-
-    Raises:
-        MachineError: it holds a link: what a run writes, appends and prunes would not stay inside.
-    """
-    links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
-    if links:
-        raise MachineError(
-            f"{folder} holds the link {sorted(links)[0]}; a run writes into its own folder only. "
-            "Put the files there, or let the whole folder be the link (runs_dir=...)."
-        )
 
 
 def parse_json(raw: bytes | str) -> Any:

@@ -44,7 +44,8 @@ SPDX = {
     "MIT License": "MIT", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Public-Domain": "CC0-1.0",
     "Python Software Foundation License": "PSF-2.0", "The Unlicense (Unlicense)": "Unlicense", "zlib/libpng License": "Zlib",
 }  # fmt: skip
-# Their metadata does not say it; read in the source of the version that constraints.txt names.
+# Their metadata names a choice, which no classifier can: what hjson's LICENSE.txt says, and, from
+# memory, tld's; its source was not at hand.
 KNOWN = {
     "hjson": "MIT",  # a choice, told as two classifiers
     "tld": "MPL-2.0",  # MPL-1.1 or GPL-2.0 or LGPL-2.1: a choice

@@ -144,16 +144,19 @@ def test_kubernetes_job_starts_one_torchrun_per_node_until_the_run_is_done():
     assert mounted == volumes
 
 
-def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_again(tmp_path):
-    """The kubelet tells the container's first process alone: the shell that waits for torchrun."""
+def command_of_the_pod(folder, torchrun):
+    """What the container runs, with a stand-in for torchrun that lasts as long as its shell."""
     job = yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
-    (tmp_path / "torchrun").write_text(
-        '#!/bin/bash\ntrap "touch $HERE/heard; exit 0" TERM\n'
-        "echo started\nwhile kill -0 $PPID 2> /dev/null; do sleep 0.05; done\n"
-    )
-    (tmp_path / "torchrun").chmod(0o755)
-    command = [*container["command"], container["args"][0].replace("/runs", str(tmp_path))]
+    wait = "while kill -0 $PPID 2> /dev/null; do sleep 0.01; done\n"
+    (folder / "torchrun").write_text(f"#!/bin/bash\n{torchrun}\n{wait}")
+    (folder / "torchrun").chmod(0o755)
+    return [*container["command"], container["args"][0].replace("/runs", str(folder))]
+
+
+def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_again(tmp_path):
+    """The kubelet tells the container's first process alone: the shell that waits for torchrun."""
+    command = command_of_the_pod(tmp_path, 'trap "touch $HERE/heard; exit 0" TERM\necho started')
     environment = {"HERE": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "NAME": "big"}
     with subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True
@@ -166,14 +169,7 @@ def test_kubernetes_notice_reaches_torchrun_and_an_unfinished_run_is_started_aga
 
 def test_kubernetes_notice_may_come_as_soon_as_torchrun_is_there(tmp_path):
     """Where the shell set its trap after starting torchrun, 12 of 30 such notices were lost."""
-    job = yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text())
-    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
-    (tmp_path / "torchrun").write_text(
-        '#!/bin/bash\ntrap "echo heard; exit 0" TERM\nkill -TERM $PPID\n'
-        "while kill -0 $PPID 2> /dev/null; do sleep 0.01; done\n"
-    )
-    (tmp_path / "torchrun").chmod(0o755)
-    command = [*container["command"], container["args"][0].replace("/runs", str(tmp_path))]
+    command = command_of_the_pod(tmp_path, 'trap "echo heard; exit 0" TERM\nkill -TERM $PPID')
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NAME": "big"}
     for _ in range(20):
         pod = subprocess.run(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
