@@ -98,6 +98,7 @@ def contender(name: str, layers: int, folder: Path) -> None:
 
 
 def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> dict[str, float]:
+    """Save, then load: seconds of the stall, the whole save and the load."""
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -179,6 +180,7 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str
 
 
 def _print(results: dict[str, list[dict[str, float]]], layers: int) -> None:
+    """The table, medians without each contender's first round."""
     count = (layers * 12 * WIDTH**2 + VOCAB * WIDTH) / 1e6
     rounds = len(next(iter(results.values()))) - 1
     print(

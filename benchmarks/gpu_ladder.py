@@ -45,10 +45,40 @@ RUNGS = {
 }
 
 
-def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
-    """Tokens/s, memory and FLOPs of one rung on this process's device."""
+def settings_of(name: str, compile_blocks: bool) -> list[str]:
+    """The rung's overrides of the defaults."""
+    rung = RUNGS[name]
+    batch = rung.micro_batch_size * rung.num_micro_batches
+    return [
+        f"model={rung.preset}", "data.path=none", "training.precision=bf16", f"training.seq_len={rung.seq_len}",
+        f"training.micro_batch_size={rung.micro_batch_size}", f"training.global_batch_size={batch}",
+        "schedule.warmup_steps=0", f"model.compile={str(compile_blocks).lower()}", *rung.settings,
+    ]  # fmt: skip
+
+
+def random_batches(rung: Rung, vocab_size: int, device: Any) -> list[Any]:
+    """The micro-batches of a step, of random tokens."""
     from types import SimpleNamespace
 
+    import torch
+
+    batches: list[Any] = []
+    for _ in range(rung.num_micro_batches):
+        ids = torch.randint(0, vocab_size, (rung.micro_batch_size, rung.seq_len + 1), device=device)
+        batches.append(
+            SimpleNamespace(
+                tokens=ids[:, :-1].contiguous(),
+                labels=ids[:, 1:].contiguous(),
+                loss_mask=None,
+                document_ids=None,
+                positions=None,
+            )
+        )
+    return batches
+
+
+def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
+    """Tokens/s, memory and FLOPs of one rung on this process's device."""
     import torch
 
     from pipeline import cli
@@ -59,54 +89,24 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     from pipeline.planning.flops import flops_per_token, num_parameters, peak_tflops
     from pipeline.training.build import build_engine
 
-    rung = RUNGS[name]
-    batch = rung.micro_batch_size * rung.num_micro_batches
-    vocab_size = 50257 if name != "tiny" else 512
-    cfg = cli.compose(
-        PretrainConfig,
-        [
-            f"model={rung.preset}", "data.path=none", "training.precision=bf16", f"training.seq_len={rung.seq_len}",
-            f"training.micro_batch_size={rung.micro_batch_size}", f"training.global_batch_size={batch}",
-            "schedule.warmup_steps=0", f"model.compile={str(compile_blocks).lower()}", *rung.settings,
-        ],
-        config="pretrain",
-    )  # fmt: skip
+    rung, vocab_size = RUNGS[name], 50257 if name != "tiny" else 512
+    cfg = cli.compose(PretrainConfig, settings_of(name, compile_blocks), config="pretrain")
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
     layout = connect(ranks_from_environment(), shape.sizes)
     engine, device = build_engine(cfg, shape, layout), layout.device
-
-    def step(number: int) -> Any:
-        shape = (rung.micro_batch_size, rung.seq_len + 1)
-        batches: list[Any] = []
-        for _ in range(rung.num_micro_batches):
-            ids = torch.randint(0, vocab_size, shape, device=device)
-            batches.append(
-                SimpleNamespace(
-                    tokens=ids[:, :-1].contiguous(),
-                    labels=ids[:, 1:].contiguous(),
-                    loss_mask=None,
-                    document_ids=None,
-                    positions=None,
-                )
-            )
-        return engine.train_step(batches, step=number).loss
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for number in range(3):
-        step(number)
-    wait()
-    start = time.perf_counter()
-    for number in range(3, 3 + steps):
-        loss = step(number)
-    wait()
+    on_cuda = device.type == "cuda"
+    for number in range(3 + steps):
+        if number == 3:  # the first steps allocate and compile
+            if on_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+        loss = engine.train_step(random_batches(rung, vocab_size, device), step=number).loss
+    if on_cuda:
+        torch.cuda.synchronize()
     tokens_per_s = steps * shape.at(0).tokens / (time.perf_counter() - start)
     achieved = tokens_per_s * flops_per_token(
         cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=rung.seq_len
     )
-    on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         "parameters": num_parameters(cfg.model, shape.vocab_size),

@@ -23,281 +23,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
 import argparse  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-import warnings  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from typing import Any  # noqa: E402
 
-import numpy as np  # noqa: E402
-
-from pipeline.data import shard_format as fmt  # noqa: E402
-
-SEQ_LEN, MICRO_BATCH, VOCAB = 2048, 8, 32768
-SHARD_TOKENS, NUM_SHARDS = 1 << 22, 16
-MEAN_DOCUMENT = 2300  # tokens
-GLOBAL_BATCH = 512  # of our loader: sequences a step; the default of training.global_batch_size
-CONTENDERS = ("ours", "ours+masks", "webdataset", "memmap", "gptdataset", "streaming")
-Batches = Iterator[Any]
-
-
-def prepare(folder: Path) -> None:
-    """The same random tokens in every contender's format."""
-    from tests.support.token_dataset import write_dataset
-
-    rng = np.random.default_rng(0)
-    shards = [rng.integers(1, VOCAB, SHARD_TOKENS, dtype=np.uint16) for _ in range(NUM_SHARDS)]
-    starts = [
-        np.unique(rng.integers(0, SHARD_TOKENS, SHARD_TOKENS // MEAN_DOCUMENT))
-        for _ in range(NUM_SHARDS)
-    ]
-    write_dataset(folder / "ours", shards, starts=starts, block_tokens=1 << 20, vocab_size=VOCAB)
-    many_shards(folder, "ours-10k", 10_000)
-    many_shards(folder, "ours-300k", 300_000, repeat=8)  # 10 trillion tokens
-    np.concatenate(shards).tofile(folder / "tokens.bin")
-    with quiet():
-        prepare_gptdataset(folder, shards, starts)
-        if has_streaming():
-            prepare_streaming(folder, shards)
-
-
-def many_shards(folder: Path, name: str, count: int, repeat: int = 1) -> None:
-    """A dataset of `count` shards that are the 16 tars over and over, `repeat` times as long on paper: for start-up."""
-    source, target = folder / "ours", folder / name
-    manifest = json.loads((source / "manifest.json").read_text())
-    target.mkdir()
-    (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-    index = np.load(source / "index.npy")
-    np.save(target / "index.npy", np.tile(index, count // NUM_SHARDS))
-    rows = []
-    for number in range(count):
-        path, tokens, *rest = manifest["shards"][number % NUM_SHARDS]
-        rows.append(json.dumps([fmt.shard_path(number), tokens * repeat, *rest]))
-        if repeat == 1:  # shards that are read
-            (target / fmt.shard_path(number)).parent.mkdir(parents=True, exist_ok=True)
-            os.link(source / path, target / fmt.shard_path(number))
-    table = ",\n".join(rows)
-    del manifest["shards"]
-    for key in ("tokens", "documents", "text_bytes"):
-        manifest[key] *= count // NUM_SHARDS
-    manifest["tokens"] *= repeat
-    manifest["index_sha256"] = hashlib.sha256((target / "index.npy").read_bytes()).hexdigest()
-    manifest["checksum"] = fmt.UNSEALED
-    # As data_prep/tokens/dataset_writer.py writes it: a row on a line.
-    text = json.dumps(manifest, indent=1)[:-2] + f',\n "shards": [\n{table}\n ]\n}}\n'
-    (target / "manifest.json").write_bytes(fmt.seal(text.encode()))
-
-
-def prepare_gptdataset(folder: Path, shards: list[np.ndarray], starts: list[np.ndarray]) -> None:
-    """megatron.core's .bin and .idx."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
-    for tokens, begins in zip(shards, starts):
-        lengths = np.diff([0, *begins[begins > 0], len(tokens)]).tolist()
-        builder.add_document(torch.from_numpy(tokens), lengths)
-    builder.finalize(str(folder / "megatron.idx"))
-
-
-def prepare_streaming(folder: Path, shards: list[np.ndarray]) -> None:
-    """MDS shards of seq_len + 1 tokens a sample, as llm-foundry writes them."""
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as out:
-        for tokens in shards:
-            for at in range(0, len(tokens) - SEQ_LEN, SEQ_LEN):
-                out.write({"tokens": tokens[at : at + SEQ_LEN + 1]})
-
-
-def has_streaming() -> bool:
-    """Whether mosaicml-streaming imports here."""
-    return (
-        subprocess.run([sys.executable, "-c", "import streaming"], capture_output=True).returncode
-        == 0
-    )
-
-
-# ---- contenders: (folder, start) -> micro-batches; start is the share of an epoch that was read before --------------
-
-
-def ours(folder: Path, start: float, *, masks: bool = False, name: str = "ours") -> Batches:
-    """pipeline.data.loader.Loader with its background thread."""
-    import torch
-
-    from pipeline.config.data import DataConfig, DatasetConfig
-    from pipeline.config.model import ModelConfig
-    from pipeline.config.pretrain import PretrainConfig
-    from pipeline.config.run_shape import derive
-    from pipeline.config.training import TrainingConfig
-    from pipeline.data.loader import Loader
-
-    data = DataConfig(
-        train=[DatasetConfig(path=str(folder / name))], mask_documents=masks, reset_positions=masks
-    )
-    model = ModelConfig(
-        name="b", num_layers=1, hidden_size=64, num_attention_heads=1, max_seq_len=SEQ_LEN
-    )
-    training = TrainingConfig(
-        total_steps=10**6, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH
-    )
-    shape = derive(
-        PretrainConfig(name="b", model=model, training=training, data=data),
-        world_size=1,
-        tokenizer_vocab_size=VOCAB,
-    )
-    loader = Loader(
-        data, shape=shape, seed=1, data_rank=0, device=torch.device("cpu"), cache_dir=folder
-    )
-    if start:
-        loader.skip_samples(int(start * loader.sampler.orders[0].epoch_size))
-        loader.restore(loader.state())
-    try:
-        while True:
-            yield from loader.next_step()
-    finally:
-        loader.close()
-
-
-def webdataset(folder: Path, start: float) -> Batches:
-    """Stock webdataset on our tars; its only way to resume is to read and drop."""
-    import io
-
-    import torch
-    import webdataset as wds
-
-    shards = sorted(str(path) for path in (folder / "ours/shards").glob("*/*.tar"))
-
-    def windows(source: Batches) -> Batches:
-        for sample in source:
-            tokens = np.load(io.BytesIO(sample["tokens.npy"]))
-            for at in range(0, len(tokens) - SEQ_LEN, SEQ_LEN):
-                yield tokens[at : at + SEQ_LEN + 1]
-
-    data = wds.DataPipeline(
-        wds.ResampledShards(shards) if not start else wds.SimpleShardList(shards * 2, seed=1),
-        wds.tarfile_to_samples(), windows, wds.shuffle(1000),
-    )  # fmt: skip
-    drop = int(start * NUM_SHARDS * (SHARD_TOKENS // SEQ_LEN))
-    group = []
-    for number, window in enumerate(data):
-        if number < drop:
-            continue
-        group.append(window)
-        if len(group) == MICRO_BATCH:
-            ids = torch.from_numpy(np.stack(group).astype(np.int64))
-            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-            group = []
-
-
-def memmap(folder: Path, start: float) -> Batches:
-    """NanoGPT's get_batch: random offsets, with replacement; no epochs, its state is a random generator."""
-    import torch
-
-    torch.manual_seed(int(start * 1000))
-    while True:
-        data = np.memmap(
-            folder / "tokens.bin", dtype=np.uint16, mode="r"
-        )  # anew each time, against a leak in numpy
-        places = torch.randint(len(data) - SEQ_LEN, (MICRO_BATCH,))
-        x = torch.stack([torch.from_numpy(data[i : i + SEQ_LEN].astype(np.int64)) for i in places])
-        y = torch.stack(
-            [torch.from_numpy(data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64)) for i in places]
-        )
-        yield x, y
-
-
-def gptdataset(folder: Path, start: float) -> Batches:
-    """megatron.core's GPTDataset, one epoch and a half of it, with its cached index maps."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split
-    from torch.utils.data import default_collate
-
-    class Tokenizer:
-        eod, pad, vocab_size, unique_identifiers = 0, 0, VOCAB, {"class": "benchmark"}
-
-    config = GPTDatasetConfig(
-        random_seed=1, sequence_length=SEQ_LEN, split="1", path_to_cache=str(folder / "cache"), tokenizer=Tokenizer(),
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
-    indexed = IndexedDataset(str(folder / "megatron"), mmap=True)
-    epoch = NUM_SHARDS * SHARD_TOKENS // SEQ_LEN
-    documents = np.arange(indexed.document_indices.shape[0] - 1, dtype=np.int32)
-    data = GPTDataset(
-        indexed, str(folder / "megatron"), documents, epoch * 3 // 2, Split.train, config
-    )
-    at = int(start * epoch)
-    while True:
-        yield default_collate([data[(at + i) % len(data)] for i in range(MICRO_BATCH)])
-        at += MICRO_BATCH
-
-
-def streaming(folder: Path, start: float) -> Batches:
-    """Mosaicml's StreamingDataset, py1e shuffling, in its own DataLoader."""
-    import torch
-    from streaming import StreamingDataLoader, StreamingDataset
-
-    data = StreamingDataset(
-        local=str(folder / "mds"), shuffle=True, shuffle_algo="py1e", shuffle_seed=1, batch_size=MICRO_BATCH,
-        predownload=1000,
-    )  # fmt: skip
-    loader = StreamingDataLoader(data, batch_size=MICRO_BATCH, num_workers=0)
-    if start:
-        seen = int(start * data.num_samples)
-        data.load_state_dict({**data.state_dict(0, False), "epoch": 0, "sample_in_epoch": seen})
-    while True:
-        for batch in loader:
-            ids = batch["tokens"].to(torch.int64)
-            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def scale(folder: Path) -> dict[str, float]:
-    """Set-up and resume of a dataset of 300,000 shards, in a process that imports no torch."""
-    from pipeline.config.data import DataConfig, DatasetConfig
-    from pipeline.data.datasets import open_datasets
-    from pipeline.data.sampler import Sampler
-
-    cfg = DataConfig(train=[DatasetConfig(path=str(folder / "ours-300k"))], lanes=128, window=32)
-    began = time.perf_counter()
-    datasets = open_datasets(cfg.train, cfg=cfg, cache_dir=folder)
-    sampler = Sampler(cfg, datasets, seq_len=SEQ_LEN, seed=1)
-    sampler.addresses(sampler.advance(sampler.start(), GLOBAL_BATCH)[0])
-    setup = time.perf_counter() - began
-    began = time.perf_counter()
-    half = sampler.skip(sampler.start(), sampler.orders[0].epoch_size // 2)
-    sampler.addresses(sampler.advance(half, GLOBAL_BATCH)[0])
-    resume = time.perf_counter() - began
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return {
-        "setup": setup * 1e3,
-        "resume": resume * 1e3,
-        "peak_mib": peak,
-        "tokens": float(datasets[0].manifest.tokens),
-    }
-
-
-def contender(name: str) -> Callable[..., Batches]:
-    """The function that makes a contender's micro-batches."""
-    if name == "ours+masks":
-        return lambda folder, start: ours(folder, start, masks=True)
-    if name == "ours-10k":
-        return lambda folder, start: ours(folder, start, name="ours-10k")
-    return {
-        "ours": ours,
-        "webdataset": webdataset,
-        "memmap": memmap,
-        "gptdataset": gptdataset,
-        "streaming": streaming,
-    }[name]
-
-
-# ---- measuring ----------------------------------------------------------------------------------------------------
+from benchmarks.contenders.loader_data import (  # noqa: E402
+    NUM_SHARDS,
+    SEQ_LEN,
+    SHARD_TOKENS,
+    has_streaming,
+    prepare,
+    quiet,
+)
+from benchmarks.contenders.loaders import GLOBAL_BATCH, MICRO_BATCH, NAMES, contender  # noqa: E402
 
 
 def measure(name: str, folder: Path, cpu_s: float) -> dict[str, float]:
@@ -328,15 +69,29 @@ def measure(name: str, folder: Path, cpu_s: float) -> dict[str, float]:
     }
 
 
-def quiet() -> Any:
-    """Without the warnings of other people's libraries."""
-    import contextlib
+def scale(folder: Path) -> dict[str, float]:
+    """Set-up and resume of a dataset of 300,000 shards, in a process that imports no torch."""
+    from pipeline.config.data import DataConfig, DatasetConfig
+    from pipeline.data.datasets import open_datasets
+    from pipeline.data.sampler import Sampler
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-    return stack
+    cfg = DataConfig(train=[DatasetConfig(path=str(folder / "ours-300k"))], lanes=128, window=32)
+    began = time.perf_counter()
+    datasets = open_datasets(cfg.train, cfg=cfg, cache_dir=folder)
+    sampler = Sampler(cfg, datasets, seq_len=SEQ_LEN, seed=1)
+    sampler.addresses(sampler.advance(sampler.start(), GLOBAL_BATCH)[0])
+    setup = time.perf_counter() - began
+    began = time.perf_counter()
+    half = sampler.skip(sampler.start(), sampler.orders[0].epoch_size // 2)
+    sampler.addresses(sampler.advance(half, GLOBAL_BATCH)[0])
+    resume = time.perf_counter() - began
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return {
+        "setup": setup * 1e3,
+        "resume": resume * 1e3,
+        "peak_mib": peak,
+        "tokens": float(datasets[0].manifest.tokens),
+    }
 
 
 def main() -> None:
@@ -348,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-s", type=float, default=1.5, help="CPU seconds a contender reads in each round"
     )
-    parser.add_argument("--contenders", nargs="*", default=CONTENDERS)
+    parser.add_argument("--contenders", nargs="*", default=NAMES)
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

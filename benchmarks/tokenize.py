@@ -19,18 +19,15 @@ sys.path[:] = [ROOT] + [
     p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))
 ]
 
-import gzip  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
-import sysconfig  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from benchmarks.contenders.texts import lines_of, make_corpus, tokens_per_byte  # noqa: E402
 from pipeline import cli  # noqa: E402
 from pipeline.errors import ConfigError, DataError  # noqa: E402
 
@@ -134,11 +131,6 @@ def one_document(cfg: BenchConfig, work: Path, tokenizer: Path) -> None:
         f"one document of {ONE_DOCUMENT_MB} MB: {one:.0f} MB/s; the same text in {lines_of(work, 'many')} documents: "
         f"{many:.0f} MB/s (one worker, marginal): {one / many:.2f}"
     )
-
-
-def lines_of(work: Path, name: str) -> int:
-    """Documents of a corpus."""
-    return json.loads((work / f"{name}.facts.json").read_text())["documents"]
 
 
 def report(cfg: BenchConfig, work: Path, engines: list[str], best: dict, tokenizer: Path) -> None:
@@ -286,64 +278,6 @@ def usage(process) -> tuple[int, float, float]:
         return process.pid, times.user + times.system, process.memory_full_info().pss / 1e6
     except psutil.Error:
         return process.pid, 0.0, 0.0
-
-
-def make_corpus(work: Path, name: str, size_mb: int, *, parts: int) -> None:
-    """work/<name>.jsonl of at least size_mb, the same in `parts` files in work/<name>.parts, and their facts."""
-    facts = work / f"{name}.facts.json"
-    wanted = {"wanted_mb": size_mb, "parts": parts}
-    if facts.exists() and wanted.items() <= json.loads(facts.read_text()).items():
-        return
-    (work / f"{name}.parts").mkdir(parents=True, exist_ok=True)
-    lines = text_bytes = 0
-    split = [open(work / f"{name}.parts" / f"{i}.jsonl", "wb") for i in range(parts)]
-    with open(work / f"{name}.jsonl", "wb") as whole:
-        for text in real_texts():
-            line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-            whole.write(line)
-            split[lines % parts].write(line)
-            lines += 1
-            text_bytes += len(text.encode())
-            if text_bytes >= size_mb * 1e6:
-                break
-    for file in split:
-        file.close()
-    if text_bytes < 0.9 * size_mb * 1e6:
-        print(
-            f"only {text_bytes / 1e6:.0f} MB of text were found on this machine, {size_mb} wanted",
-            file=sys.stderr,
-        )
-    facts.write_text(json.dumps(wanted | {"text_mb": text_bytes / 1e6, "documents": lines}))
-
-
-def real_texts() -> Iterator[str]:
-    """Texts of this machine, none twice: the standard library, installed packages, documentation, man pages."""
-    paths = sysconfig.get_paths()
-    folders = dict.fromkeys(
-        [paths["stdlib"], paths["purelib"], "/usr/share/man", "/usr/share/doc", "/usr/share"]
-    )
-    suffixes = {f".{s}" for s in "py txt md rst gz html h pyi c js json xml pl pm".split()}
-    seen: set[bytes] = set()
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*")):
-            if path.suffix not in suffixes and "/man/" not in str(path) or not path.is_file():
-                continue
-            try:
-                content = path.read_bytes()
-                text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-            except (OSError, EOFError, UnicodeDecodeError):
-                continue
-            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            if text.strip() and "\0" not in text and len(text) < 4e6 and key not in seen:
-                seen.add(key)
-                yield text
-
-
-def tokens_per_byte(path: Path, tokenizer) -> float:
-    """Of the corpus' first megabyte or so, by the reference."""
-    with path.open() as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(200))]
-    return sum(len(tokenizer.encode(t)) + 1 for t in texts) / sum(len(t.encode()) for t in texts)
 
 
 def is_installed(name: str) -> bool:

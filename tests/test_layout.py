@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(
-    path
-    for top in ("pipeline", "data_prep")
-    for path in ROOT.glob(f"{top}/**/*.py")
-    if path.name != "__init__.py"
-)
+
+
+def modules(*tops: str) -> list[Path]:
+    return sorted(
+        path for top in tops for path in ROOT.glob(f"{top}/**/*.py") if path.name != "__init__.py"
+    )
+
+
+SOURCES = modules("pipeline", "data_prep")
+# Measured, not tested module by module (tests/test_benchmarks.py), but read like the rest.
+READ = SOURCES + modules("benchmarks")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, EXPLAINED_ABOVE_LINES = 350, 60, 10
 
 LAYOUTS = "a part of every step: its test is that all layouts, and plain torch, give the same"
@@ -171,7 +176,7 @@ def test_the_list_of_tests_names_files_that_exist():
 
 def test_no_file_is_longer_than_a_sitting():
     """One person reads the project in a day."""
-    long = {name(p): n for p in SOURCES if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
+    long = {name(p): n for p in READ if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
     assert {path: n for path, n in long.items() if path not in LONG_FILES} == {}
     assert set(LONG_FILES) - set(long) == set(), "take it off the list"
 
@@ -180,7 +185,7 @@ def test_no_function_is_longer_than_a_page():
     """What has no end on the page is several things."""
     long = {
         f"{name(path)}:{node.name}": length(node)
-        for path in SOURCES
+        for path in READ
         for node in functions(path)
         if length(node) > MAX_FUNCTION_LINES
     }
@@ -192,7 +197,7 @@ def test_a_private_function_of_more_than_ten_lines_is_explained():
     """Public names have docstrings by the linter's rule; the others need one when a glance is not enough."""
     silent = {
         f"{name(path)}:{node.name}"
-        for path in SOURCES
+        for path in READ
         for node in functions(path)
         if node.name.startswith("_")
         and not node.name.startswith("__")
@@ -203,7 +208,7 @@ def test_a_private_function_of_more_than_ten_lines_is_explained():
     assert NOT_EXPLAINED - silent == set(), "take it off the list"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=name)
+@pytest.mark.parametrize("source", READ, ids=name)
 def test_a_module_says_in_its_first_line_what_it_is(source):
     """One sentence on one line: it is what editors and `--help` show."""
     lines = (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()
