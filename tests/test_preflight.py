@@ -170,6 +170,25 @@ def datasets(tmp_path_factory):
     "train, more, message",
     [
         ("{path: D/long, weight: -1}", [], "weights must not be negative and not all 0"),
+        ("{path: D/long, weight: inf}", [], "their sum a finite number: .*inf"),
+        ("{path: D/long, weight: nan}, {path: D/code, weight: 1}", [], "their sum a finite number"),
+        ("{path: D/long, weight: 1e308}, {path: D/code, weight: 1e308}", [], "a finite number"),
+        (
+            "{path: D/long, weight: 1}, {path: D/code, weight: 2}",
+            ["data.blend_schedule=[{start_step: 5, weights: {long: nan, code: 1}}]"],
+            "blend_schedule.0.: weights must not be negative",
+        ),
+        ("{path: D/long}", ["data.temperature=nan"], r"data.temperature \(nan\) must be above 0"),
+        ("{path: D/long}, {path: D/code}", ["data.temperature=1e-4"], "no weight is left"),
+        ("{path: D/long, max_epochs: nan}", [], r"max_epochs \(nan\) of dataset long must be"),
+        ("{path: D/long, max_epochs: inf}", [], r"max_epochs \(inf\) of dataset long must be"),
+        ("{path: D/long, max_epochs: -1}", [], r"max_epochs \(-1.0\) of dataset long must be"),
+        ("{path: D/long}", ["data.cache_size_gib=nan"], r"data.cache_size_gib \(nan\) must be"),
+        (
+            "{path: D/long}",
+            ["data.validation=[{path: D/code, max_epochs: 2}]"],
+            r"data.validation\[0\].max_epochs \(2.0\) has no effect",
+        ),
         ("{path: D/long, weight: 1}, {path: D/code}", [], "code has none"),
         (
             "{path: D/long}",
@@ -186,7 +205,8 @@ def datasets(tmp_path_factory):
 )
 def test_what_the_loader_would_refuse_is_refused_before(datasets, tmp_path, train, more, message):
     """From settings and manifests alone: a job does not wait in a queue to learn of a weight."""
-    words = [f"data.train=[{train.replace('D/', f'{datasets}/')}]", "data.validation=[]", *more]
+    words = [f"data.train=[{train}]", "data.validation=[]", *more]
+    words = [word.replace("D/", f"{datasets}/") for word in words]
     with pytest.raises(MachineError, match=message):
         settings = [*words, f"runs_dir={tmp_path}", "name=a"]
         main(cli.compose(PreflightConfig, settings, config="pretrain"))

@@ -14,6 +14,17 @@ def positions(data: DataConfig) -> Iterator[str]:
         yield "data.reset_positions=true needs data.mask_documents=true."
 
 
+def held_out(data: DataConfig) -> Iterator[str]:
+    """Held-out datasets are evaluated one by one, once each time."""
+    for index, dataset in enumerate(data.validation or []):
+        for name in ("weight", "max_epochs"):
+            if getattr(dataset, name) is not None:
+                yield (
+                    f"data.validation[{index}].{name} ({getattr(dataset, name)}) has no effect: "
+                    "held-out datasets are evaluated one by one. Leave it out."
+                )
+
+
 def packed_rows(data: DataConfig, row_tokens: int | None, name: str, seq_len: int) -> Iterator[str]:
     """A sequence of packed data is a row, whole and with its own mask.
 

@@ -185,6 +185,7 @@ def _rules_of_a_model(
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),
         (layout_rules.sequence_parallel(model, parallel), SIZES, ""),
         (data_rules.positions(data), set(), ""),
+        (data_rules.held_out(data), set(), ""),
         (layout_rules.whole_copies(parallel, world_size), SIZES, "data"),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -145,6 +146,8 @@ def open_datasets(
             "no training data: set data.path=OUT (what data_prep/tokenize.py wrote), or list "
             "data.train."
         )
+    if not 0 <= cfg.cache_size_gib < math.inf:
+        raise ConfigError(f"data.cache_size_gib ({cfg.cache_size_gib}) must be at least 0.")
     names = _names(configs)
     datasets = []
     for name, config in zip(names, configs):

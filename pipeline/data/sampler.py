@@ -11,6 +11,7 @@ changes nothing.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -253,10 +254,10 @@ def _order(dataset: Dataset, index: int, cfg: DataConfig, *, seq_len: int, seed:
             f"longest shard has {int(max(dataset.shard_tokens, default=0))}. "
             "Set a smaller training.seq_len, or prepare more text."
         )
-    if dataset.max_epochs is not None and int(dataset.max_epochs * order.epoch_size) < 1:
+    if dataset.max_epochs is not None and not 1 <= dataset.max_epochs * order.epoch_size < math.inf:
         raise ConfigError(
-            f"max_epochs ({dataset.max_epochs}) of dataset {dataset.name} is less than one "
-            "sequence."
+            f"max_epochs ({dataset.max_epochs}) of dataset {dataset.name} must be a finite number, "
+            "and not less than one sequence. null sets no limit."
         )
     return order
 
@@ -292,14 +293,25 @@ def _stages(
 
 
 def _normalise(weights: dict[str, float], temperature: float, where: str) -> tuple[float, ...]:
-    if temperature <= 0:
-        raise ConfigError(
-            f"data.temperature ({temperature}) must be above 0; 1 leaves the weights as they are."
-        )
-    if min(weights.values()) < 0 or not sum(weights.values()) > 0:
-        raise ConfigError(f"{where}: weights must not be negative and not all 0: {weights}.")
+    """Shares of the tokens, raised to 1 / temperature; their sum is 1."""
     total = sum(weights.values())
+    # One that is infinite or no number would make every share NaN, which rounds to equal shares.
+    if min(weights.values()) < 0 or not 0 < total < math.inf:
+        raise ConfigError(
+            f"{where}: weights must not be negative and not all 0, their sum a finite number: "
+            f"{weights}."
+        )
+    if not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"data.temperature ({temperature}) must be above 0 and finite; 1 leaves the weights as "
+            "they are."
+        )
     raised = [(w / total) ** (1 / temperature) if w else 0.0 for w in weights.values()]
+    if not sum(raised):
+        raise ConfigError(
+            f"data.temperature ({temperature}) is so small that no weight is left: {weights}. Name "
+            "the largest dataset alone, or set a temperature nearer to 1."
+        )
     return tuple(w / sum(raised) for w in raised)
 
 
