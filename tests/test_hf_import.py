@@ -14,7 +14,7 @@ from pipeline import cli
 from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.hf_import import ImportConfig, main
-from tests.support.exported import LLAMA
+from tests.support.llama_folder import LLAMA
 
 ODD = "my model, [1]=a {b} ${c}"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.checkpoint.folder import SUMS, sums_text
+from pipeline.checkpoint.folder import SUMS, find, sums_text
 from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.parameter_names import parameter_shapes
@@ -77,6 +77,25 @@ def base_of(folder: Path, ranks: Agreement | None = None) -> Base:
 def recorded_base(record: CheckpointRecord) -> Base | None:
     """The base of an adapter checkpoint; None: it holds a whole model."""
     return None if record.base is None else Base(**record.base)
+
+
+def find_base(wanted: Base, base: Path | None = None) -> Path:
+    """The folder of an adapter's base.
+
+    Raises:
+        CheckpointError: it is not where it was.
+    """
+    folder = Path(wanted.path) if base is None else base
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        return find(folder)
+    except CheckpointError:
+        raise CheckpointError(
+            f"the base of this adapter is not in {folder} (sha256 {wanted.sha256[:16]}...). "
+            "Tell export, or `python -m pipeline.checkpoint merge ADAPTER OUTPUT`, where it is now "
+            "with base=...; other commands take the merged OUTPUT."
+        ) from None
 
 
 def delta(a: Tensor, b: Tensor, *, alpha: float) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.adapters import recorded_base
+from pipeline.checkpoint.adapters import find_base, recorded_base
 from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
 from pipeline.errors import CheckpointError
@@ -55,7 +55,7 @@ def export_adapter(
 
     from pipeline.checkpoint.safetensors_file import write_safetensors
     from pipeline.checkpoint.tensors import CheckpointTensors
-    from pipeline.huggingface.whole_model import find_base, whole_base
+    from pipeline.huggingface.whole_model import whole_base
 
     record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
     _check_is_adapter(checkpoint, record, tensors)

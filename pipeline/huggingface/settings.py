@@ -5,6 +5,7 @@ config.json --what is missing, unlike or unknown?--> CheckpointError, or a Model
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -27,7 +28,7 @@ _LATER = [*_DECODER, "num_key_value_heads"]  # whose classes have other defaults
 REQUIRED = {
     "gpt2": ["n_embd", "n_layer", "n_head", "vocab_size"],
     "llama": [*_DECODER, "intermediate_size"],
-    "mistral": [*_LATER, "intermediate_size"],
+    "mistral": [*_LATER, "intermediate_size", "sliding_window"],
     "qwen2": [*_LATER, "intermediate_size"],
     "qwen3": [*_LATER, "intermediate_size", "head_dim"],
     "mixtral": [*_LATER, "intermediate_size", "num_local_experts", "num_experts_per_tok"],
@@ -97,6 +98,7 @@ FIXED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "decoder_sparse_step": 1,
     "scale_attn_weights": True,
+    "is_causal": True,
 }
 # Keys that say nothing about what is computed: training, generation, heads of other classes, and
 # how transformers runs the model.
@@ -121,6 +123,16 @@ OTHERS = {
     "gemma": "norms that multiply by 1 + weight, and a scaled embedding",
     "gemma2": "norms that multiply by 1 + weight, and capped attention logits",
     "gemma3_text": "norms that multiply by 1 + weight, and sliding windows",
+    "gemma3": "norms that multiply by 1 + weight, and sliding windows",
+    "bloom": "ALiBi in place of positions",
+    "mpt": "ALiBi in place of positions",
+    "gptj": "rotary positions on a part of each head",
+    "codegen": "rotary positions on a part of each head",
+    "cohere": "a scale of the logits",
+    "olmo": "norms without weights",
+    "smollm3": "layers without positions",
+    "qwen3_next": "linear attention",
+    "mamba": "state spaces",
     "olmo2": "norms behind attention and MLP, and q/k-norm over all heads together",
     "phi3": "query, key and value in one matrix",
     "phi": "rotary positions on a part of each head",
@@ -158,6 +170,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         del config["num_experts"]
     if wrong := list(islice(misfits(config, SHAPE), 3)):
         raise CheckpointError(f"{path} is no config.json: {'; '.join(wrong)}.")
+    config = _without_nulls(config)
     # The first one only: what lacks keys cannot be looked at further.
     if problem := next(chain(_missing(config), _unlike(config), _unknown(config)), None):
         raise CheckpointError(f"{path} {problem}")
@@ -168,10 +181,21 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model
 
 
+def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say something; no window is one, as Mistral has one by default."""
+    kept = {key: value for key, value in config.items() if value is not None}
+    for key in ("rope_scaling", "rope_parameters"):
+        if key in kept:
+            kept[key] = {name: value for name, value in kept[key].items() if value is not None}
+    if "sliding_window" in config:
+        kept["sliding_window"] = config["sliding_window"]
+    return kept
+
+
 def _missing(config: dict[str, Any]) -> Iterator[str]:
     """A sentence on what the file must say and does not."""
     kind = config["model_type"]
-    absent = [key for key in REQUIRED[kind] if config.get(key) is None]
+    absent = [key for key in REQUIRED[kind] if key not in config]
     if kind not in ("gpt2", "llama") and "rope_theta" not in _rope(config):
         absent.append("rope_theta")
     if absent:
@@ -189,9 +213,7 @@ def _unlike(config: dict[str, Any]) -> Iterator[str]:
         [*_unlike_gpt2(config)] if config["model_type"] == "gpt2" else [*_unlike_decoder(config)]
     )
     found += [
-        f"{key}={config[key]!r}"
-        for key, value in FIXED.items()
-        if config.get(key, value) != value and config[key] is not None
+        f"{key}={config[key]!r}" for key, value in FIXED.items() if config.get(key, value) != value
     ]
     if found:
         yield f"asks for what this program does not compute: {'; '.join(found)}."
@@ -214,7 +236,7 @@ def _unlike_decoder(config: dict[str, Any]) -> Iterator[str]:
         "llama3": ["factor", "original_max_position_embeddings", *LLAMA3],
     }
     for key in needs.get(scaling, []):
-        if rope.get(key) is None or rope[key] != LLAMA3.get(key, rope[key]):
+        if key not in rope or rope[key] != LLAMA3.get(key, rope[key]):
             yield f"rope_type={scaling!r} with {key}={rope.get(key)!r}"
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *sum(needs.values(), [])}
     yield from (
@@ -223,9 +245,12 @@ def _unlike_decoder(config: dict[str, Any]) -> Iterator[str]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor={rope['partial_rotary_factor']!r}"
     window = config.get("sliding_window")
-    has_window = config.get("use_sliding_window", kind in ("mistral", "mixtral"))
-    if has_window and window and window < config.get("max_position_embeddings", 0):
-        yield f"sliding_window={window}, shorter than max_position_embeddings"
+    # The switch is Qwen's: the other classes do not look at it.
+    has_window = config.get("use_sliding_window", False) if kind.startswith("qwen") else True
+    if has_window and window is not None:
+        longest = config.get("max_position_embeddings", math.inf)
+        if window < longest:
+            yield f"sliding_window={window}, shorter than max_position_embeddings={longest}"
     if others := set(config.get("layer_types") or []) - {"full_attention"}:
         yield f"layer_types={', '.join(sorted(map(str, others)))}"
     if config.get("mlp_bias") and not config.get("attention_bias"):

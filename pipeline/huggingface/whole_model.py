@@ -14,6 +14,7 @@ from pipeline.checkpoint.adapters import (
     ModelTensors,
     Read,
     base_of,
+    find_base,
     recorded_base,
 )
 from pipeline.checkpoint.record import read_record
@@ -57,25 +58,6 @@ def open_model(
     folder = find_base(wanted, base)
     wanted.check(identify(folder))
     return MergedTensors(tensors, record, _reader(folder, record.model(), identify))
-
-
-def find_base(wanted: Base, base: Path | None = None) -> Path:
-    """The folder of an adapter's base.
-
-    Raises:
-        CheckpointError: it is not where it was.
-    """
-    folder = Path(wanted.path) if base is None else base
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        return folders.find(folder)
-    except CheckpointError:
-        raise CheckpointError(
-            f"the base of this adapter is not in {folder} (sha256 {wanted.sha256[:16]}...). "
-            "Tell export, or `python -m pipeline.checkpoint merge ADAPTER OUTPUT`, where it is now "
-            "with base=...; other commands take the merged OUTPUT."
-        ) from None
 
 
 def _reader(folder: Path, model: ModelConfig, identify: Callable[[Path], Base]) -> Read:

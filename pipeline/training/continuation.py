@@ -10,17 +10,21 @@ and a W&B run open. Nothing is written here, no tensor is read, and torch is not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.adapters import Base, base_of, recorded_base
+from pipeline.checkpoint.adapters import Base, base_of, find_base, recorded_base
 from pipeline.checkpoint.record import RETIRED, CheckpointRecord, read_record
+from pipeline.config.choices import Position
 from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
+from pipeline.config.same_model import ROTARY, another_model, differing
 from pipeline.errors import CheckpointError, ConfigError, Problems
+from pipeline.log import logger
 
 if TYPE_CHECKING:
     from pipeline.config.model import ModelConfig
@@ -45,7 +49,7 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
     places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
     checkpoints = folders.list_places(places)
     if not checkpoints:
-        _check_beginning(cfg, run_dir, places)
+        _check_beginning(cfg, shape, run_dir, places)
         return
     if not cfg.checkpoint.resume:
         raise CheckpointError(
@@ -66,7 +70,9 @@ def newest_record(places: Sequence[Path]) -> CheckpointRecord | None:
     return next((record for _, path in paths if (record := folders.whole_record(path))), None)
 
 
-def _check_beginning(cfg: PretrainConfig, run_dir: Path, places: Sequence[Path]) -> None:
+def _check_beginning(
+    cfg: PretrainConfig, shape: RunShape, run_dir: Path, places: Sequence[Path]
+) -> None:
     """No checkpoint: damaged ones are not passed over, and init_from must be usable."""
     if damaged := sorted(p.name for place in places for p in place.glob("damaged-step-*")):
         raise CheckpointError(
@@ -75,31 +81,53 @@ def _check_beginning(cfg: PretrainConfig, run_dir: Path, places: Sequence[Path])
             "Repair one and rename it back, or begin again under another name=..."
         )
     if cfg.checkpoint.init_from:
-        _check_initial_weights(Path(cfg.checkpoint.init_from), cfg.model)
+        _check_initial_weights(Path(cfg.checkpoint.init_from), cfg.model, shape.vocab_size)
 
 
-def _check_initial_weights(path: Path, model: ModelConfig) -> None:
-    """Raise CheckpointError unless the folder holds a model of these sizes."""
+def _check_initial_weights(path: Path, model: ModelConfig, vocab_size: int) -> None:
+    """Raise CheckpointError unless the folder's weights compute in this model what they did.
+
+    All that its config and the names of its tensors tell; their values are the ranks' work.
+    """
+    from pipeline.huggingface.mapping import mapping_for
     from pipeline.huggingface.settings import read_model_config
+    from pipeline.huggingface.tensor_files import check_tensors
 
+    ours = replace(model, vocab_size=vocab_size)
     if (path / "config.json").is_file():
         theirs = read_model_config(path)
-    else:
-        try:
-            theirs = read_record(folders.find(path)).model()
-        except CheckpointError:
-            return  # the check of the tokenizer looks for the folder too, and says what is wrong
-    sizes = ("num_layers", "hidden_size", "num_attention_heads")
-    wrong = [
-        f"model.{key}={there} (here {here})"
-        for key in sizes
-        if (there := getattr(theirs, key)) != (here := getattr(model, key))
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path} holds a model with other sizes. "
-            f"To train on with its weights, set {' '.join(wrong)}."
-        )
+        _check_same_model(path, theirs, ours)
+        check_tensors(path, mapping_for(theirs))
+        return
+    try:
+        path = folders.find(path)
+    except CheckpointError:
+        return  # the check of the tokenizer looks for the folder too, and says what is wrong
+    record = read_record(path)
+    _check_same_model(path, record.model(), ours)
+    if (base := recorded_base(record)) is not None:
+        find_base(base)
+
+
+def _check_same_model(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raise CheckpointError where two models compute otherwise, or their tables do not fit.
+
+    A checkpoint's positions may be stretched on purpose, to go on with longer sequences: those are
+    named. Of a Hugging Face folder it is said how long its sequences were; of its tables, rows that
+    are too many are left out.
+    """
+    differ, is_foreign = differing(theirs, ours), (path / "config.json").is_file()
+    if not is_foreign and (stretched := [key for key in differ if key in ROTARY]):
+        values = (f"{key} ({getattr(theirs, key)} there)" for key in stretched)
+        logger.warning("%s was trained with another model.%s", path, ", ".join(values))
+        differ = [key for key in differ if key not in ROTARY]
+    tables = ["vocab_size"] + ["max_seq_len"] * (ours.position is Position.learned)
+    for key in tables:
+        there, here = getattr(theirs, key), getattr(ours, key)
+        if here > there or here != there and not is_foreign:
+            differ.append(key)
+    if differ:
+        raise CheckpointError(another_model(path, theirs, differ))
 
 
 def _differences(

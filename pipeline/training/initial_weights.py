@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint import restore
-from pipeline.checkpoint.adapters import Base, base_of, recorded_base
+from pipeline.checkpoint.adapters import Base, base_of, find_base, recorded_base
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.record import read_record
 from pipeline.config.parameter_names import is_lora
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.reader import HuggingFaceWeights
-from pipeline.huggingface.whole_model import find_base, open_model
+from pipeline.huggingface.whole_model import open_model
 from pipeline.model.fragments import chunks_of
 
 

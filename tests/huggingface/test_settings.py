@@ -12,7 +12,8 @@ from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.settings import read_model_config
-from tests.support.exported import EXPORTED, LLAMA
+from tests.support.exported import EXPORTED
+from tests.support.llama_folder import LLAMA
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -30,6 +31,7 @@ def test_settings_read_from_a_folder_map_back_to_it(name: str, exported: tuple[P
 GPT2: dict[str, Any] = {
     "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64,
 }  # fmt: skip
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": None}
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8}
 QWEN3_MOE = {
@@ -61,8 +63,17 @@ def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
         ({**LLAMA, "rope_scaling": ROPE3}, "original_max_position_embeddings=None"),
         ({**LLAMA, "rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 2]}}, "mrope_section"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "weights are quantised"),
-        ({**LLAMA, "model_type": "mistral", "sliding_window": 32}, "sliding_window=32"),
-        ({**LLAMA, "model_type": "mistral", "attention_bias": True}, "attention_bias=True"),
+        ({**MISTRAL, "sliding_window": 32}, "sliding_window=32"),
+        ({**MISTRAL, "sliding_window": 32, "use_sliding_window": False}, "sliding_window=32"),
+        ({**LLAMA, "model_type": "mistral"}, "lacks sliding_window"),
+        ({**LLAMA, "sliding_window": 32}, "sliding_window=32"),
+        ({**MIXTRAL, "sliding_window": 0}, "sliding_window=0"),
+        ({**MISTRAL, "sliding_window": 64, "max_position_embeddings": None}, "sliding_window=64"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias=True"),
+        ({**LLAMA, "is_causal": False}, "is_causal=False"),
+        ({**QWEN3, "rope_theta": None}, "lacks rope_theta"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": None}}, "factor=None"),
+        ({**LLAMA, "model_type": "bloom"}, "bloom.*ALiBi"),
         ({**QWEN3, "use_sliding_window": True, "sliding_window": 32}, "sliding_window=32"),
         ({**QWEN3, "head_dim": None}, "lacks head_dim"),
         ({**MIXTRAL, "num_experts_per_tok": 1}, "gives the weight 1"),
@@ -94,8 +105,8 @@ def test_what_is_not_computed_is_refused_by_name(
 @pytest.mark.parametrize(
     "config",
     [
-        {**LLAMA, "model_type": "mistral", "sliding_window": None},
-        {**LLAMA, "model_type": "mistral", "sliding_window": 64},
+        MISTRAL,
+        {**MISTRAL, "sliding_window": 64},
         {**QWEN3, "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1},
         {**LLAMA, "pretraining_tp": 2, "attn_logit_softcapping": None, "use_cache": True},
         {**LLAMA, "layer_types": ["full_attention"] * 2},
@@ -105,6 +116,21 @@ def test_what_changes_nothing_is_no_reason(config: dict[str, Any], tmp_path: Pat
     """A window that no position leaves, a switch that is off, how to generate."""
     model = read(tmp_path, config)
     assert (model.num_layers, model.rope_theta, model.norm_eps) == (2, 5e5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**LLAMA, "rope_theta": None, "max_position_embeddings": None, "head_dim": None},
+        {**LLAMA, "tie_word_embeddings": None, "rope_parameters": {"rope_theta": None}},
+        {**GPT2, "n_positions": None, "layer_norm_epsilon": None, "tie_word_embeddings": None},
+    ],
+)
+def test_null_is_as_if_the_key_were_not_there(config: dict[str, Any], tmp_path: Path) -> None:
+    """It ended in a traceback, or in a GPT-2 whose head was not the word embedding."""
+    without = {key: value for key, value in config.items() if value is not None}
+    without.pop("rope_parameters", None)
+    assert read(tmp_path, config) == read(tmp_path, without)
 
 
 def test_both_spellings_of_the_number_of_experts_are_read(tmp_path: Path) -> None:

@@ -41,14 +41,6 @@ EXPORTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# config.json of a Llama that transformers would write.
-LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64, "rope_theta": 5e5, "hidden_act": "silu",
-}  # fmt: skip
-
-
 def tokenizer_file(folder: Path) -> Path:
     """A tokenizer.json of VOCAB words: t0 t1 ..., the last one ends documents."""
     words = {f"t{i}": i for i in range(VOCAB - 1)} | {"<|endoftext|>": VOCAB - 1}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pipeline import cli, preflight
 from pipeline.checkpoint import folder as folders
@@ -17,6 +18,8 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.sampler import Sampler
 from pipeline.errors import MachineError, PipelineError
 from pipeline.training import startup
+from tests.support.llama_folder import SETTINGS as LLAMA_SETTINGS
+from tests.support.llama_folder import write_llama
 from tests.support.records import write_record
 from tests.support.slurm_cluster import REPO
 from tests.support.token_dataset import write_dataset
@@ -169,6 +172,77 @@ def test_weights_to_start_from_are_looked_at_before_anything_starts(run: Path, c
             compose(run, "name=b", "model.hidden_size=32", change.format(run)), world_size=1
         )
     assert message in str(caught.value)
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.activation=gelu",
+        "model.bias=false",
+        "model.norm_eps=1e-6",
+        "model.tied_embeddings=false",
+        "model.init=mup",
+        "model.max_seq_len=128",
+        "model.vocab_size=128",
+    ],
+)
+def test_weights_of_a_model_that_computes_otherwise_are_refused(run: Path, change: str):
+    """No shape shows most of these: the run went on with other numbers than the weights were made for."""
+    init = f"checkpoint.init_from={run}/runs/a"
+    with pytest.raises(PipelineError, match=f"holds another model.*{change.split('=')[0]}="):
+        startup.check(compose(run, "name=b", init, change), world_size=1)
+    startup.check(compose(run, "name=b", init, "model.hidden_dropout=0.1"), world_size=1)
+
+
+def test_positions_of_a_checkpoint_may_be_stretched_and_that_is_said(run: Path, caplog):
+    """So a run goes on with longer sequences."""
+    path = run / "runs/a/checkpoints/step-00000005/checkpoint.json"
+    record = CheckpointRecord.from_json(path.read_text())
+    model = record.config["model"] | {"position": "rope"}
+    record = dataclasses.replace(record, config=record.config | {"model": model})
+    write_record(path.parent, record.to_json())
+    words = ["name=b", f"checkpoint.init_from={run}/runs/a", "model.position=rope"]
+    startup.check(compose(run, *words, "model.max_seq_len=1024"), world_size=1)
+    assert "rope_theta" not in caplog.text
+    startup.check(compose(run, *words, "model.rope_theta=5e5"), world_size=1)
+    assert "was trained with another model.rope_theta (10000.0 there)" in caplog.text
+
+
+def test_the_base_of_an_adapter_is_looked_for_before_anything_starts(run: Path):
+    """Every rank met its absence after config.yaml was written."""
+    path = run / "runs/a/checkpoints/step-00000005/checkpoint.json"
+    base = {"path": f"{run}/gone", "sha256": "0" * 64}
+    record = dataclasses.replace(CheckpointRecord.from_json(path.read_text()), base=base)
+    write_record(path.parent, record.to_json())
+    with pytest.raises(PipelineError, match="base of this adapter is not in .*gone"):
+        startup.check(compose(run, "name=b", f"checkpoint.init_from={run}/runs/a"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("model.rope_theta=1e4", "set model.rope_theta=500000.0"),
+        ("model.init=mup", "set model.init=scaled"),
+        ("model.vocab_size=128", "set model.vocab_size=64"),
+        ("model.norm_eps=1e-6", "set model.norm_eps=1e-05"),
+        (None, "has no tensor model.norm.weight"),
+    ],
+)
+def test_a_hugging_face_folder_is_compared_whole_before_anything_starts(
+    run: Path, change: str | None, message: str
+):
+    """Ranks refused it, with the folder claimed and config.yaml written; muP nobody did."""
+    folder = write_llama(run / "hf")
+    words = ["name=b", f"checkpoint.init_from={folder}", *LLAMA_SETTINGS]
+    startup.check(compose(run, *words), world_size=1)
+    if change is None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors")
+    before = files(run)
+    with pytest.raises(PipelineError, match=message):
+        startup.check(compose(run, *words, *([change] if change else [])), world_size=1)
     assert files(run) == before
 
 

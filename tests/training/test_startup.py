@@ -12,12 +12,12 @@ from pipeline import cli
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.datasets import DataSummary, describe
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import CheckpointError, DataError, PipelineError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.evaluate import main as evaluate
 from pipeline.training.startup import check, check_same_tokenizer, first_weights
 from tests.support.corpus import edit_tokenizer, make_tokenizer
-from tests.support.exported import LLAMA
+from tests.support.llama_folder import LLAMA
 from tests.support.records import write_record
 from tests.support.token_dataset import write_dataset
 
@@ -122,7 +122,7 @@ def test_training_on_data_of_another_tokenizer_is_refused_at_the_start(
     folder = weights(tmp_path / "weights", vocab_size=380)
     cfg = cli.compose(PretrainConfig, words, config="pretrain")
     cfg.data, cfg.checkpoint.init_from = data, str(folder)
-    with pytest.raises(DataError, match="know another tokenizer"):
+    with pytest.raises(PipelineError, match="know another tokenizer"):
         check(cfg, world_size=1)
 
 
