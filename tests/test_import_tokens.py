@@ -310,6 +310,38 @@ def test_ids_without_a_header_are_refused_where_two_bytes_do_not_hold_them(tmp_p
         token_files.FlatTokens(tmp_path / "a.bin", eod=0, vocab_size=100000)
 
 
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_wide_ids_without_a_header_are_not_read_as_uint16(
+    tmp_path: Path, tokenizer: Tokenizer, dtype: str
+) -> None:
+    """Every other id would be 0, and legal: the ids of a small tokenizer leave the upper bytes empty."""
+    np.array([5, 6, 7, 0] * 10, dtype).tofile(tmp_path / "a.bin")
+    with pytest.raises(
+        DataError, match=f"of every {np.dtype(dtype).itemsize} bytes only the first"
+    ):
+        run(tmp_path / "out", tmp_path / "a.bin", tokenizer)
+    np.array([5, 0] * 10 + [6, 7], "<u2").tofile(tmp_path / "b.bin")  # documents of one token
+    run(tmp_path / "out", tmp_path / "b.bin", tokenizer)
+
+
+def test_two_arrow_streams_in_a_row_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """pyarrow reads the first one."""
+    table = pa.table({"ids": [[1, 2], [3, 4]]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content * 2)
+    with pytest.raises(DataError, match="data follows the end of the arrow stream"):
+        run(tmp_path / "out", tmp_path / "a.arrow", tokenizer, "column=ids")
+
+
+def test_suffixes_in_capitals_are_known(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pq.write_table(pa.table({"ids": [[1, 2], [3, 4]]}), tmp_path / "A.PARQUET")
+    run(tmp_path / "out", tmp_path / "A.PARQUET", tokenizer, "column=ids")
+    np.array([5, 6, 0], "<u2").tofile(tmp_path / "A.BIN")
+    run(tmp_path / "flat", tmp_path / "A.BIN", tokenizer)
+
+
 def test_other_kinds_of_files_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ConfigError, match="end in .bin"):

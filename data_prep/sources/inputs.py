@@ -137,11 +137,15 @@ def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
         label, path = _parse(entry)
         for found, size in list_path(path, include):
             if not exclude.match(found):
-                twice += found in seen
-                seen.add(found)
+                file = found if "://" in found else os.path.realpath(found)  # links, ./a and a
+                twice += file in seen
+                seen.add(file)
                 yield label, Piece(found, size)
     if twice:
-        logger.warning(f"input={cfg.input} names {twice} files more than once; all are read again.")
+        logger.warning(
+            f"input={cfg.input} names {twice} files more than once, also through links; all are "
+            "read again."
+        )
 
 
 def split_paths(words: str) -> list[str]:

@@ -9,9 +9,9 @@ import io
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, cast
 
 from data_prep.sources.kinds import SEEKING, Format, format_of, is_compressed, name_of
@@ -104,9 +104,9 @@ def _decompressed(raw: BinaryIO, piece: Piece) -> Iterator[BinaryIO]:
     elif name.endswith(".zst"):
         stream = cast(BinaryIO, io.BufferedReader(ZstdStream(raw), 1 << 20))
     elif name.endswith(".bz2"):
-        stream = cast(BinaryIO, bz2.open(raw, "rb"))
+        stream = cast(BinaryIO, io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), 1 << 20))
     elif name.endswith(".xz"):
-        stream = cast(BinaryIO, lzma.open(raw, "rb"))
+        stream = cast(BinaryIO, io.BufferedReader(_Streams(raw, _new_xz), 1 << 20))
     else:
         stream = raw
     if stream is not stored:
@@ -202,6 +202,51 @@ class ZstdStream(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file too."""
+        self._raw.close()
+        super().close()
+
+
+# Of .xz alone: 13 zeros are a whole .lzma file.
+_new_xz = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+
+
+class _Streams(io.RawIOBase):
+    """Decompressed content of a .bz2 or .xz file, stream after stream; EOFError inside one.
+
+    Python's own readers take whatever begins no stream for the end of the file: one flipped bit in
+    the head of a stream, of which pbzip2 writes one for each megabyte, would drop all that follows.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new
+        self._stream: Any = new()  # None: between two streams
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data, self._left = self._left, b""
+            if not data and (self._stream is None or self._stream.needs_input):
+                data = self._raw.read(PIECE_BYTES)
+                if not data and self._stream is None:
+                    return 0
+                if not data:
+                    raise EOFError("compressed file ended before the end of its last stream")
+            if self._stream is None:
+                data = data.lstrip(b"\0")  # padding between and behind streams
+                if not data:
+                    continue
+                self._stream = self._new()
+            content = self._stream.decompress(data, len(buffer))
+            if self._stream.eof:
+                self._left, self._stream = self._stream.unused_data, None
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+    def close(self) -> None:
         self._raw.close()
         super().close()
 

@@ -121,6 +121,8 @@ def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:
         )
         for batch in parts:
             yield batch.select(list(columns))
+        if not is_file:
+            check_nothing_follows(file)
 
     return reader.schema.names, batches
 
@@ -137,6 +139,17 @@ def check_stream_end(file: BinaryIO) -> None:
         raise Damaged("the arrow stream has no end mark")
 
 
+def check_nothing_follows(file: Any) -> None:
+    """Refuse what lies behind an arrow stream that was read to its end: pyarrow looks no further.
+
+    Raises:
+        Damaged: there is something, such as a second stream.
+    """
+    end = file.tell()
+    if file.seek(0, io.SEEK_END) != end:
+        raise Damaged("data follows the end of the arrow stream; join tables, not their files")
+
+
 def _column(column: Any, inner: str) -> list[Any]:
     """Values of a column as bytes: one that is not UTF-8 does not take the others with it."""
     import pyarrow as pa
@@ -148,6 +161,7 @@ def _column(column: Any, inner: str) -> list[Any]:
         column = pc.struct_field(column, name)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if any(is_kind(column.type) for is_kind in kinds):
         column = column.cast(pa.large_binary())
     return list(column.to_pylist())

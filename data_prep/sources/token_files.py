@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.sources.rejects import Damaged
-from data_prep.sources.tables import ARROW_FILE_MAGIC, check_stream_end
+from data_prep.sources.tables import (
+    ARROW_FILE_MAGIC,
+    check_nothing_follows,
+    check_stream_end,
+)
 from pipeline.errors import DataError
 
 RANGE_TOKENS = 1 << 25
@@ -126,6 +130,12 @@ class FlatTokens:
                 "ids, which need more. Give it an index (Megatron .idx) or llm.c's header, or "
                 "write the ids to a parquet column."
             )
+        if not is_llmc and (width := _wider_ids(path)):
+            raise DataError(
+                f"{path} has no header, so its ids would be uint16; but of every {width} bytes "
+                "only the first two are ever used: it holds ids of that many bytes. Write them "
+                "as uint16 (numpy: ids.astype('<u2').tofile(...)), or to a parquet column."
+            )
         offset = LLMC_HEADER_BYTES if is_llmc else 0
         size = path.stat().st_size - offset
         if size % dtype.itemsize or size == 0 or is_llmc and size // dtype.itemsize != head[2]:
@@ -175,6 +185,21 @@ class FlatTokens:
                 return begin + int(found[0])
             begin += step
         return len(tokens)
+
+
+def _wider_ids(path: Path) -> int:
+    """4 or 8 where a file of bare ids has nothing but zeros in the upper bytes of each; else 0.
+
+    Read as uint16 it would be twice, or four times, as many ids, all of them legal.
+    """
+    ids = np.fromfile(path, "<u2", 1 << 20)
+    for width in (8, 4):
+        step = width // 2
+        whole = ids[: len(ids) // step * step].reshape(-1, step)
+        # Of real text no other id is 0 sixteen times in a row.
+        if len(whole) >= 16 and whole[:, 0].any() and not whole[:, 1:].any():
+            return width
+    return 0
 
 
 class ColumnTokens:
@@ -228,14 +253,14 @@ class ColumnTokens:
                     yield values[start:stop]
 
     def _names(self) -> list[str]:
-        if self._path.suffix == ".parquet":
+        if self._path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return pq.read_schema(self._path).names
         return self._arrow().schema.names
 
     def _group_bytes(self) -> list[int]:
-        if self._path.suffix == ".parquet":
+        if self._path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             metadata = pq.read_metadata(self._path)
@@ -244,7 +269,7 @@ class ColumnTokens:
         return [file.get_batch(i).nbytes for i in range(file.num_record_batches)]
 
     def _chunks(self, group: int) -> Sequence[Any]:
-        if self._path.suffix == ".parquet":
+        if self._path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             with pq.ParquetFile(self._path) as file:
@@ -260,18 +285,22 @@ class ColumnTokens:
             try:
                 if not is_file:
                     check_stream_end(file)
+                source = pa.memory_map(str(self._path))
+                return pa.ipc.open_file(source) if is_file else _StreamAsFile(source)
             except Damaged as error:
                 raise DataError(f"{self._path} is damaged: {error}.") from error
-        source = pa.memory_map(str(self._path))
-        return pa.ipc.open_file(source) if is_file else _StreamAsFile(pa.ipc.open_stream(source))
 
 
 class _StreamAsFile:
     """The batches of an arrow stream by number."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, source: Any):
+        import pyarrow as pa
+
+        stream = pa.ipc.open_stream(source)
         self.schema = stream.schema
         self._batches = list(stream)
+        check_nothing_follows(source)
         self.num_record_batches = len(self._batches)
 
     def get_batch(self, number: int) -> Any:

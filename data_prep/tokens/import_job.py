@@ -76,10 +76,11 @@ def _open(path: str, column: str, tokenizer: TokenizerIdentity) -> TokenFile:
     if "://" in path:
         raise ConfigError(f"{path}: token files are read from local disks only; copy it first.")
     file = Path(path)
-    if file.suffix in (".parquet", ".arrow"):
+    suffix = file.suffix.lower()
+    if suffix in (".parquet", ".arrow"):
         return ColumnTokens(file, column=column)
-    if file.suffix != ".bin":
-        raise ConfigError(f"{path}: token files end in .bin, .parquet or .arrow.")
+    if suffix != ".bin":
+        raise ConfigError(f"{path}: token files end in .bin, .parquet or .arrow, uncompressed.")
     if file.with_suffix(".idx").exists():
         return MegatronTokens(file)
     return FlatTokens(file, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)

@@ -79,6 +79,12 @@ def not_utf8_column():
     return pa.Array.from_buffers(pa.string(), 3, values.buffers())
 
 
+def views():
+    """The same as string views, which polars and others write."""
+    values = pa.array([b"a", b"\xff", b"c"]).cast(pa.binary_view())
+    return pa.Array.from_buffers(pa.string_view(), 3, values.buffers())
+
+
 TAR = tar_of([("1.txt", b"one"), ("2.txt", b"two"), ("3.txt", b"three")])
 PARQUET = parquet_of(text=["a", "b"])
 STREAM = table_of("stream", ["text"], ["a", "b", "c"])
@@ -161,6 +167,17 @@ CASES = {
     "empty gzip": ("a.txt.gz", gzip.compress(b""), [], ["empty"], {}),
     "two zstd frames": ("a.jsonl.zst", zstandard.compress(GOOD) * 2, ["good", "good"], [], {}),
     "two gzip members": ("a.jsonl.gz", gzip.compress(GOOD) * 2, ["good", "good"], [], {}),
+    "two bzip2 streams": ("a.jsonl.bz2", bz2.compress(GOOD) * 2, ["good", "good"], [], {}),
+    "two xz streams, padded": ("a.jsonl.xz", (lzma.compress(GOOD) + bytes(4)) * 2, ["good", "good"], [], {}),
+    **{f"head of the second stream damaged{suffix}": (
+        "a.jsonl" + suffix, pack(GOOD) + b"\0" * 4 + b"\1" + pack(GOOD)[1:], ["good"], ["damaged_file"], {},
+    ) for suffix, pack in ((".bz2", bz2.compress), (".xz", lzma.compress))},
+    **{f"end of the second stream missing{suffix}": (
+        "a.jsonl" + suffix, pack(GOOD) + pack(GOOD)[:5], ["good"], ["damaged_file"], {},
+    ) for suffix, pack in ((".bz2", bz2.compress), (".xz", lzma.compress))},
+    **{f"nothing but zeros{suffix}": ("a.jsonl" + suffix, bytes(512), [], ["damaged_file"], {})
+       for suffix in (".gz", ".zst", ".bz2", ".xz")},
+    **{f"no byte{suffix}": ("a.jsonl" + suffix, b"", [], ["damaged_file"], {}) for suffix in (".bz2", ".xz")},
     # parquet
     "not parquet": ("a.parquet", b"PAR1 nonsense PAR1", [], ["damaged_file"], {}),
     "parquet cut off": ("a.parquet", PARQUET[:-20], [], ["damaged_file"], {}),
@@ -175,6 +192,9 @@ CASES = {
     "arrow stream": ("a.arrow", STREAM, ["a", "b", "c"], [], {}),
     "arrow file": ("a.arrow", table_of("file", ["text"], ["a", "b", "c"]), ["a", "b", "c"], [], {}),
     "arrow stream cut between batches": ("a.arrow", STREAM[:-8], [], ["damaged_file"], {}),
+    "two arrow streams in a row": ("a.arrow", STREAM * 2, ["a", "b", "c"], ["damaged_file"], {}),
+    "an arrow stream, then zeros": ("a.arrow", STREAM + bytes(8), [], ["damaged_file"], {}),
+    "arrow string views": ("a.arrow", table_of("file", ["text"], views()), ["a", "c"], ["invalid_utf8"], {}),
     "arrow stream cut off": ("a.arrow", STREAM[:-50], [], ["damaged_file"], {}),
     "not arrow": ("a.arrow", b"x" * 2000, [], ["damaged_file"], {}),
     "the arrow column twice": ("a.arrow", table_of("stream", ["text", "text"], ["a"], ["b"]), [], ["ambiguous"], {}),

@@ -314,9 +314,15 @@ def test_names_that_are_no_utf8_have_ids_that_are(tmp_path):
     assert document.id == f"{tmp_path}/\\xff.jsonl@0"
 
 
-def test_a_file_that_is_named_twice_is_said(tmp_path, caplog):
-    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    assert [d.text for d in read(f"{tmp_path},{path}")] == ["x", "x"]
+@pytest.mark.parametrize(
+    "again", ["F,F/a.jsonl", "F/a.jsonl,F/../F/a.jsonl", "F/a.jsonl,L/a.jsonl"]
+)
+def test_a_file_that_is_named_twice_is_said(tmp_path, caplog, again):
+    """Whatever the spelling: through a link to its folder, as in a cache of downloads, too."""
+    write_jsonl(tmp_path / "F" / "a.jsonl", ["x"])
+    (tmp_path / "L").symlink_to(tmp_path / "F")
+    words = ",".join(f"{tmp_path}/{path}" for path in again.split(","))
+    assert [d.text for d in read(words)] == ["x", "x"]
     assert "names 1 files more than once" in caplog.text
 
 
