@@ -4,7 +4,8 @@
     python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A}]'
     torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME parallel.tensor_parallel_size=4
 
-The trainer evaluates with the same Evaluator. Hugging Face folders are evaluated too:
+Of dialogues also how many answers greedy decoding would give word for word. The trainer evaluates
+with the same Evaluator. Hugging Face folders are evaluated too:
 checkpoint=FOLDER.
 """
 
@@ -166,11 +167,16 @@ def _model(path: Path) -> tuple[ModelConfig, Path, TrainingConfig, DataConfig | 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:
     """Print a table of the results, and write them to `output` where one is given."""
     print(f"checkpoint: {path}")
-    print(f"{'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}  {'tokens':>14}  dataset")
+    has_answers = any(result.exact is not None for result in results.values())
+    exact = f"{'exact':>6}  {'answers':>9}  " if has_answers else ""
+    print(f"{'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}  {'tokens':>14}  {exact}dataset")
     for name, result in results.items():
+        if has_answers:
+            share = "" if result.exact is None else f"{result.exact:.1f} %"
+            exact = f"{share:>6}  {result.answers:9,}  "
         print(
             f"{result.loss:8.4f}  {result.ppl:11.4f}  {result.bits_per_byte:9.4f}  "
-            f"{result.tokens:14,}  {name}"
+            f"{result.tokens:14,}  {exact}{name}"
         )
     if output is not None:
         document = {

@@ -44,6 +44,8 @@ def main(cfg: ReportConfig) -> None:
     scores += [(name, f"{row['tokens']:,} tokens", row) for name, row in history.final.items()]
     for name, where, row in scores:
         values = f"loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte"
+        if row.get("exact") is not None:
+            values += f", {row['exact']:.1f} % of answers exact"
         print(f"{'held out':14} {values}  ({name}, {where})")
     print(f"{'speed':14} {history.tokens_per_sec:,.0f} tokens/s")
     places = {

@@ -37,11 +37,13 @@ def write(run_dir: Path, rows: list[dict], tail: str = "") -> Path:
     return run_dir
 
 
-def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path):
+def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     """The page is mailed and archived: it must carry its picture and load nothing."""
     rows = [step_row(s, 5 - s / 50) for s in range(10, 210, 10)]
     held_out = {"val/wiki/loss": 1.5, "val/wiki/ppl": 4.48, "val/wiki/bits_per_byte": 0.9}
     rows.append({"step": 200, "tokens": 12800, **held_out})
+    talks = {key.replace("wiki", "talks"): value for key, value in held_out.items()}
+    rows.append({"step": 200, "tokens": 12800, **talks, "val/talks/exact": 62.5})
     main(ReportConfig(run=str(write(tmp_path, rows))))
     png = (tmp_path / "report" / "curves.png").read_bytes()
     page = (tmp_path / "report" / "index.html").read_text()
@@ -50,6 +52,8 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "1.5000" in page
     assert "0.9000" in page
+    assert "exact answers, %" in page and "62.5000" in page
+    assert "62.5 % of answers exact  (talks, step 200)" in capsys.readouterr().out
     assert "1,234 parameters" in page
     assert "Goodput 87 %, 3 steps done twice." in page
     assert "&lt;cpu&gt;" in page

@@ -27,7 +27,7 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
 from pipeline.engine import state
 from pipeline.engine.deepspeed.runners import choose_runner
-from pipeline.engine.forward_only import loss_masks
+from pipeline.engine.forward_only import Scores, count_all, loss_masks
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.lr_schedule import lr_at
 from pipeline.engine.optimizer import parameter_groups, set_lr
@@ -185,10 +185,11 @@ class Engine:
     # ---- evaluation ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
-        masks, count = loss_masks(batches, self.layout)
-        return self.runner.evaluate(batches, masks), count
+    def evaluate(self, batches: list[Batch], *, answers: bool = False) -> Scores:
+        """What these batches' unmasked tokens add up to; `answers`: their answers too."""
+        masks, tokens = loss_masks(batches, self.layout)
+        sums = self.runner.evaluate(batches, masks, answers=answers)
+        return Scores.of(sums, tokens, count_all(masks, self.layout) if answers else None)
 
     # ---- parameters ------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Forward passes that leave nothing behind: evaluation at any layout.
 
-    batches -> this rank's stages, one after the other -> sum of weights * cross entropy
+    batches -> this rank's stages, one after the other -> Scores: sums over all ranks
 
 No schedule, no counter, no buffer of the training engine takes part, so that training after an
 evaluation goes on as if there had been none, and any number of micro-batches will do. A stage takes
@@ -25,6 +25,7 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
+from pipeline.model.exact import count_answers
 from pipeline.model.fragments import WEIGHT, Fragment
 from pipeline.model.gpt import Loss
 from pipeline.model.initial_values import initialize
@@ -66,6 +67,34 @@ def loss_masks(batches: Sequence[Batch], layout: ParallelLayout) -> tuple[list[T
     return masks, count
 
 
+def count_all(masks: Sequence[Tensor], layout: ParallelLayout) -> Tensor:
+    """0-dim fp32: answers in these masks over all data-parallel ranks. Collective."""
+    count = torch.stack([count_answers(mask) for mask in masks]).sum()
+    dist.all_reduce(count, group=layout.data.group)
+    return count
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of batches: 0-dim fp32 sums over all ranks."""
+
+    nats: Tensor
+    """Cross entropy of the unmasked tokens."""
+    tokens: Tensor
+    """How many these are."""
+    exact: Tensor
+    """Answers that greedy decoding would give word for word; 0 where they were not asked for."""
+    answers: Tensor
+    """How many answers there are; likewise."""
+
+    @classmethod
+    def of(cls, sums: Tensor, tokens: Tensor, answers: Tensor | None) -> Scores:
+        """From (2,) sums of [nats, exact answers]."""
+        return cls(
+            sums[0], tokens, sums[1], torch.zeros_like(tokens) if answers is None else answers
+        )
+
+
 @contextmanager
 def asking(module: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; every submodule's mode is afterwards what it was."""
@@ -79,31 +108,31 @@ def asking(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def sum_losses(
+def sum_scores(
     stages: Sequence[Stage],
-    loss: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor],
+    sums: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor],
     batches: Sequence[Batch],
-    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
     *,
     schema: StageSchema,
     hidden_size: int,
     dtype: torch.dtype,
     layout: ParallelLayout,
 ) -> Tensor:
-    """0-dim fp32 sum of weights * cross entropy over all ranks; the caller is `asking`.
+    """(2,) fp32 sums over all ranks, of model/gpt.py's Loss; the caller is `asking`.
 
     Collective: call on every rank.
 
     Args:
         stages: of this rank, in the order of the model.
-        loss: (hidden, (labels, weights)) to the sum of a micro-batch.
+        sums: (hidden, (labels, mask)) to the sums of a micro-batch.
         batches: this data-parallel rank's micro-batches, the same on every pipeline rank.
-        weights: (B, S) fp32 each.
+        masks: (B, S) fp32 each.
         schema: what travels between stages; here only hidden does, all ranks have the batch.
         hidden_size, dtype: of hidden.
     """
     here = layout.pipeline.rank
-    total = torch.zeros((), device=layout.device)
+    total = torch.zeros(2, device=layout.device)
     handed_over: list[Tensor] = []  # from a stage of this rank to the next one of this rank
     for stage in stages:
         received, handed_over = handed_over, []
@@ -123,7 +152,7 @@ def sum_losses(
             out = stage.run(packed)
             if stage.next is None:
                 assert isinstance(out, Tensor)
-                total += loss(out, (batch.labels, weights[number]))
+                total += sums(out, (batch.labels, masks[number]))
                 continue
             after = schema.between.unpack(out).hidden
             assert after is not None
@@ -134,7 +163,7 @@ def sum_losses(
                 sends.append((dist.isend(after, group=group, group_dst=stage.next), after))
         for work, _ in sends:
             work.wait()
-    # One stage has the sum, the others have 0; data-parallel ranks have sums of their own.
+    # One stage has the sums, the others have 0; data-parallel ranks have sums of their own.
     for axis in (layout.pipeline, layout.data):
         if axis.size > 1:
             dist.all_reduce(total, group=axis.group)
@@ -196,11 +225,12 @@ class _Layers(nn.Module):
             packed = block(packed)
         return packed if self.head is None else self.head(packed)
 
-    def loss(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    @property
+    def output_weight(self) -> nn.Parameter:
         assert self.head is not None
         holder = self.embedding if self.head.word is None else self.head
         assert holder is not None and holder.word is not None
-        return self.cross_entropy(hidden, holder.word.weight, *labels)
+        return holder.word.weight
 
 
 class ForwardOnly:
@@ -243,15 +273,17 @@ class ForwardOnly:
             if seed is not None:
                 initialize(parameter, name, part, model=self.model, seed=seed)
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
-        masks, count = loss_masks(batches, self.layout)
+    def evaluate(self, batches: Sequence[Batch], *, answers: bool = False) -> Scores:
+        """What these batches' unmasked tokens add up to; `answers`: their answers too."""
+        masks, tokens = loss_masks(batches, self.layout)
+        loss = self.module.cross_entropy
+        measure = loss.sums_and_exact if answers else loss.sums
         here, last = self.layout.pipeline.rank, self.layout.pipeline.size - 1
         stage = Stage(self.module, here - 1 if here else None, here + 1 if here < last else None)
         with asking(self.module):
-            total = sum_losses(
+            total = sum_scores(
                 [stage],
-                self.module.loss,
+                lambda hidden, labels: measure(hidden, self.module.output_weight, *labels),
                 batches,
                 masks,
                 schema=self.schema,
@@ -259,7 +291,7 @@ class ForwardOnly:
                 dtype=self.dtype,
                 layout=self.layout,
             )
-        return total, count
+        return Scores.of(total, tokens, count_all(masks, self.layout) if answers else None)
 
     def hidden_states(self, batches: Sequence[Batch], *, layer: int) -> list[Tensor]:
         """(B, S, H) of each micro-batch after block `layer`; [] on ranks of other stages."""

@@ -64,8 +64,15 @@ class Runner(Protocol):
     def grad_norm(self) -> Tensor:
         """0-dim fp32 norm of the step's whole reduced gradient, without the loss scale."""
 
-    def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
-        """0-dim sum of weights * cross entropy over all ranks, without gradients."""
+    def evaluate(
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+    ) -> Tensor:
+        """(2,) [cross entropy, exact answers] over all ranks, without gradients.
+
+        Args:
+            masks: (B, S) fp32 each, 1 where a token counts.
+            answers: count exact ones; else the second number is 0.
+        """
 
     def slots(self) -> Iterator[Slot]:
         """Where this rank's share of the trained fp32 weights lies."""

@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte on held-out datasets, at any layout.
 
-    validation_batches -> engine.evaluate -> (nats, tokens)
+    validation_batches -> engine.evaluate -> Scores
     with the bytes of the labels          -> EvalResult of each dataset
 
 The trainer and `python -m pipeline.evaluate` score alike.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.data.batch import Batch
     from pipeline.data.datasets import Dataset
     from pipeline.distributed.layout import ParallelLayout
+    from pipeline.engine.forward_only import Scores
 
 # Micro-batches of one call of the engine: a pipeline's start and end cost little, a sign of life
 # comes often.
@@ -43,6 +44,10 @@ class EvalResult:
     """
     tokens: int
     """Labels that were scored."""
+    exact: float | None = None
+    """Of dialogues: answers that greedy decoding would give word for word, percent."""
+    answers: int = 0
+    """Answers that were scored."""
 
 
 class LabelBytes:
@@ -91,8 +96,8 @@ class Scorer(Protocol):
 
     layout: ParallelLayout
 
-    def evaluate(self, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(summed cross entropy, number) of these batches' unmasked tokens on all ranks."""
+    def evaluate(self, batches: list[Batch], *, answers: bool = False) -> Scores:
+        """What these batches' unmasked tokens add up to; `answers`: their answers too."""
 
 
 class Evaluator:
@@ -142,31 +147,31 @@ class Evaluator:
     def _score(
         self, dataset: Dataset, label_bytes: LabelBytes, alive: Callable[[], None]
     ) -> EvalResult:
-        """Loss and bits per byte of one dataset. Collective: call on every rank."""
+        """What the model makes of one dataset. Collective: call on every rank."""
         import torch
         import torch.distributed as dist
 
         layout = self.engine.layout
-        # nats, tokens; bytes of this rank's labels
-        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)
+        # nats, tokens, exact answers, answers; bytes of this rank's labels
+        totals = torch.zeros(5, dtype=torch.float64, device=layout.device)
         batches = self._batches(dataset)
         while group := list(islice(batches, MICRO_BATCHES)):
-            nats, tokens = self.engine.evaluate(group)
+            scores = self.engine.evaluate(group, answers=dataset.is_packed)
             size = sum(label_bytes.count(batch) for batch in group)
-            totals += torch.stack(
-                [nats.double(), tokens.double(), torch.as_tensor(size, device=layout.device)]
-            )
+            sums = [scores.nats, scores.tokens, scores.exact, scores.answers]
+            totals += torch.stack([*(s.double() for s in sums), torch.as_tensor(size).to(totals)])
             alive()
-        size_bytes = totals[2].clone()
+        size_bytes = totals[4].clone()
         dist.all_reduce(size_bytes, group=layout.data.group)
-        nats_total, token_total, byte_total = float(totals[0]), float(totals[1]), float(size_bytes)
-        loss = nats_total / token_total
-        ppl = math.exp(loss) if loss < 700 else math.inf
+        nats, tokens, exact, answers = totals[:4].tolist()
+        loss, num_bytes = nats / tokens, float(size_bytes)
         return EvalResult(
-            loss,
-            ppl,
-            nats_total / math.log(2) / byte_total if byte_total else math.nan,
-            round(token_total),
+            loss=loss,
+            ppl=math.exp(loss) if loss < 700 else math.inf,
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
+            tokens=round(tokens),
+            exact=100 * exact / answers if answers else None,
+            answers=round(answers),
         )
 
     def _batches(self, dataset: Dataset) -> Iterator[Any]:

@@ -6,6 +6,10 @@ names.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -14,8 +18,12 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.attention import document_mask
 from pipeline.model.block import Block
 from pipeline.model.embedding import Embedding, Head
-from pipeline.model.loss import Projection, linear_cross_entropy
+from pipeline.model.exact import count_exact
+from pipeline.model.loss import Projection, linear_cross_entropy, score_labels
 from pipeline.model.tensor_parallel import enter_output_projection
+
+# (hidden, output weight, labels, token weights) to what is asked of them
+LossFunction = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
 class Loss:
@@ -39,6 +47,19 @@ class Loss:
         hidden = enter_output_projection(hidden, self.config)
         return linear_cross_entropy(hidden, weight, labels, token_weights, self.projection)
 
+    def sums(self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """(2,) fp32 [cross entropy, 0] over the tokens where `mask` (B, S) is 1."""
+        nats = self(hidden, weight, labels, mask)
+        return torch.stack([nats, torch.zeros_like(nats)])
+
+    def sums_and_exact(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor
+    ) -> Tensor:
+        """(2,) fp32 [as in `sums`, answers that a greedy decoder would give word for word]."""
+        hidden = enter_output_projection(hidden, self.config)
+        nats, hits = score_labels(hidden, weight, labels, mask, self.projection)
+        return torch.stack([nats, count_exact(hits, mask)])
+
 
 class GPT(nn.Module):
     """The whole model of one tensor-parallel rank."""
@@ -59,14 +80,19 @@ class GPT(nn.Module):
         token_weights: Tensor | None = None,
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        *,
+        loss: LossFunction | None = None,
     ) -> Tensor:
-        """0-dim loss. Each argument is (B, S); token_weights None is the mean."""
+        """0-dim loss. Each argument is (B, S); token_weights None is the mean.
+
+        loss: what is computed from hidden in its place, such as `self.loss.sums`.
+        """
         hidden = self.embedding(tokens, positions)
         mask = None if document_ids is None else document_mask(document_ids)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         hidden = self.head(hidden)
-        return self.loss(hidden, self.output_weight, labels, token_weights)
+        return (loss or self.loss)(hidden, self.output_weight, labels, token_weights)
 
     @property
     def output_weight(self) -> nn.Parameter:

@@ -11,6 +11,7 @@ recomputed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,17 +75,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Sum of the chunks' losses; their gradients, for a loss gradient of 1, stay in ctx."""
         of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen head saves one product of three
         needs_gradient = of_hidden or of_weight
-        # 524 tokens on CPU at 32,000 columns. The 16 are for vocabularies so wide that a chunk
-        # would be a few rows, and the products would read the whole weight for each of them.
-        chunk = max(16, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = None
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(hidden, weight):
             here, importance = hidden[part], None if token_weights is None else token_weights[part]
-            logits = here @ weight.t()
-            losses, grad_logits = _cross_entropy(logits, labels[part], projection, needs_gradient)
+            losses, grad_logits = _chunk_loss(
+                here, weight, labels[part], projection, needs_gradient=needs_gradient
+            )
             loss += losses.sum() if importance is None else losses @ importance
             if grad_logits is None:
                 continue
@@ -119,11 +117,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, projection: Projection, needs_gradient: bool
+@torch.no_grad()
+def score_labels(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, projection: Projection
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of `linear_cross_entropy`, and which labels a greedy choice would have hit.
+
+    Args:
+        hidden, weight, labels, token_weights: as there.
+
+    Returns:
+        (0-dim fp32, (B, S) bool), equal on every tensor-parallel rank: a label is hit where no
+        other token is likelier; of equally likely ones the lowest id is chosen, at any layout.
+    """
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    weights = token_weights.reshape(-1).float()
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    hits = torch.empty_like(flat_labels, dtype=torch.bool)
+    for part in _chunks(flat, weight):
+        logits, _ = _final_logits(flat[part] @ weight.t(), projection)
+        losses, _ = _cross_entropy(logits, flat_labels[part], projection, None)
+        loss += losses @ weights[part]
+        hits[part] = _likeliest(logits, projection) == flat_labels[part]
+    return loss, hits.view_as(labels)
+
+
+def _chunk_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, projection: Projection, *, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(losses (N,) fp32, gradient by the logits, in their dtype) of a chunk (N, V / ranks)."""
-    raw_dtype, first = logits.dtype, projection.rank * logits.shape[1]
+    """(losses (N,) fp32, gradient by the logits, in their dtype) of a chunk (N, H)."""
+    raw = hidden @ weight.t()
+    logits, slope = _final_logits(raw, projection)
+    losses, gradient = _cross_entropy(logits, labels, projection, slope if needs_gradient else None)
+    return losses, None if gradient is None else gradient.to(raw.dtype)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Rows of hidden (N, H) whose logits exist at once."""
+    # 524 tokens on CPU at 32,000 columns. The 16 are for vocabularies so wide that a chunk would
+    # be a few rows, and the products would read the whole weight for each of them.
+    chunk = max(16, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    for start in range(0, hidden.shape[0], chunk):
+        yield slice(start, start + chunk)
+
+
+def _final_logits(logits: Tensor, projection: Projection) -> tuple[Tensor, Tensor | float]:
+    """(what the softmax takes, derivative of it by the raw logits); may overwrite its argument."""
     # With x the raw logits the loss sees y = cap * tanh(scale * x / cap), and the gradient by x is
     # the one by y times dy / dx = scale * (1 - tanh^2): `slope`.
     slope: Tensor | float = projection.scale
@@ -133,9 +172,35 @@ def _cross_entropy(
         bent = torch.tanh(logits.float() / projection.softcap)
         logits, slope = projection.softcap * bent, slope * (1 - bent.square())
     # After the cap, which would lift -inf to -cap; then padding has probability 0, gradient 0.
-    padding = first + logits.shape[1] - projection.vocab_size
+    padding = (projection.rank + 1) * logits.shape[1] - projection.vocab_size
     if padding > 0:
         logits[:, max(0, logits.shape[1] - padding) :] = float("-inf")
+    return logits, slope
+
+
+def _likeliest(logits: Tensor, projection: Projection) -> Tensor:
+    """(N,) ids of the largest of final logits (N, V / ranks); of equal ones the lowest id."""
+    largest, ids = logits.max(dim=1)  # the first of equal columns
+    if projection.group is None:
+        return ids
+    ids += projection.rank * logits.shape[1]
+    here = largest.float()
+    best = here.clone()
+    dist.all_reduce(best, op=dist.ReduceOp.MAX, group=projection.group)
+    # Ranks without such a logit stand back behind every id.
+    ids = torch.where(here == best, ids, projection.vocab_size)
+    dist.all_reduce(ids, op=dist.ReduceOp.MIN, group=projection.group)
+    return ids
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, projection: Projection, slope: Tensor | float | None
+) -> tuple[Tensor, Tensor | None]:
+    """(losses (N,), gradient by the raw logits (N, V / ranks)), fp32, of a chunk's final logits.
+
+    slope: of `_final_logits`; None: no gradient is wanted.
+    """
+    first = projection.rank * logits.shape[1]
     # A label in another rank's columns is read at a place of ours that does not count.
     columns = (labels - first)[:, None]
     is_here = (columns >= 0) & (columns < logits.shape[1])
@@ -155,7 +220,7 @@ def _cross_entropy(
     losses = (log_z - target).squeeze(1)
     if projection.z_loss_coeff:
         losses = losses + projection.z_loss_coeff * log_z.squeeze(1).square()
-    if not needs_gradient:
+    if slope is None:
         return losses, None
     gradient = probability  # d(log_z - target + c log_z^2) / d logits = p (1 + 2 c log_z) - one_hot
     if projection.z_loss_coeff:
@@ -163,7 +228,7 @@ def _cross_entropy(
     gradient.scatter_add_(1, columns, -is_here.float())
     if projection.softcap or projection.scale != 1.0:
         gradient *= slope
-    return losses, gradient.to(raw_dtype)
+    return losses, gradient
 
 
 def _parallel_softmax(

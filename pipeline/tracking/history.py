@@ -18,11 +18,13 @@ class History:
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Rows of logged steps, ascending."""
     evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Validation dataset to rows with step, tokens, loss, ppl, bits_per_byte."""
+    """Validation dataset to rows with step, tokens, loss, ppl, bits_per_byte; of dialogues exact,
+    percent of answers.
+    """
     facts: dict[str, Any] = field(default_factory=dict)
     """What the last start recorded."""
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Dataset to loss, ppl, bits_per_byte, tokens of evaluation.json."""
+    """Dataset to what evaluation.json holds of it: the same, and how much was scored."""
 
     @classmethod
     def load(cls, run_dir: Path) -> History:

@@ -143,12 +143,13 @@ class Metrics:
             self._advance_bar(state)
 
     def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
-        """Pass on loss, perplexity and bits per byte of each validation dataset."""
+        """Pass on what the model makes of each validation dataset."""
         for name, result in results.items():
             values = {
                 "loss": result.loss,
                 "ppl": result.ppl,
                 "bits_per_byte": result.bits_per_byte,
+                **({} if result.exact is None else {"exact": result.exact}),
             }
             self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
             text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())

@@ -82,21 +82,18 @@ def page(history: History, run_dir: Path, picture: Path) -> str:
             f" Goodput {100 * last['goodput/goodput']:.0f} %, "
             f"{last['goodput/lost_steps']:.0f} steps done twice."
         )
-    rows = [
-        [name, row["step"], row["loss"], row["ppl"], row["bits_per_byte"]]
-        for name, found in history.evaluations.items()
-        for row in found
-    ]
-    rows += [
-        [name, "evaluation.json", r["loss"], r["ppl"], r["bits_per_byte"]]
-        for name, r in history.final.items()
-    ]
+    found = [(name, row["step"], row) for name, r in history.evaluations.items() for row in r]
+    found += [(name, "evaluation.json", row) for name, row in history.final.items()]
+    columns = {"loss": "loss", "ppl": "perplexity", "bits_per_byte": "bits per byte"}
+    if any(row.get("exact") is not None for *_, row in found):
+        columns["exact"] = "exact answers, %"
+    rows = [[*place, *(row.get(key, "") for key in columns)] for *place, row in found]
     config = run_dir / "config.yaml"
     return PAGE.format(
         title=html.escape(run_dir.resolve().name),
         summary=html.escape(summary),
         picture=base64.b64encode(picture.read_bytes()).decode(),
-        evaluations=_table(["dataset", "step", "loss", "perplexity", "bits per byte"], rows),
+        evaluations=_table(["dataset", "step", *columns.values()], rows),
         facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
         config=html.escape(config.read_text() if config.exists() else ""),
     )

@@ -34,8 +34,8 @@ def evaluated(cases: list[Case]) -> list[list[float]]:
         losses = []
         for number in range(3):
             for size in sizes:
-                total, count = engine.evaluate(steps[5][:size])
-                losses.append(float(total / count))
+                scores = engine.evaluate(steps[5][:size])
+                losses.append(float(scores.nats / scores.tokens))
             engine.train_step(steps[number], step=number)
         found.append(losses)
         reset_parallel_state()
@@ -75,7 +75,7 @@ def histories(cases: list[Case], folder: Path) -> list[list[Any]]:
                 if evaluates:
                     run.engine.evaluate(held_out)
                     state = torch.get_rng_state()
-                    run.engine.evaluate(held_out)
+                    run.engine.evaluate(held_out, answers=True)
                     assert torch.equal(state, torch.get_rng_state())
                     assert modes == [m.training for m in run.engine.runner.module.modules()]
                 history += run.train(step, step + 1)
@@ -86,7 +86,7 @@ def histories(cases: list[Case], folder: Path) -> list[list[Any]]:
             again = Run(config(dropout=0.2, **case), folder / f"{index}-{evaluates}")
             again.checkpointer.restore(again.engine)
             if evaluates:
-                again.engine.evaluate(held_out)
+                again.engine.evaluate(held_out, answers=True)
             runs.append(history[:2] + again.train(2, 4))
             again.close()
         found.append(runs)
@@ -103,6 +103,59 @@ def test_training_with_dropout_does_not_know_of_evaluations(
             assert all(other == alone for other in others), case
 
 
+def numbers(scores: Any) -> list[float]:
+    return [float(value) for value in vars(scores).values()]
+
+
+def with_answers() -> list[dict[str, torch.Tensor]]:
+    """Steps whose labels are mostly 7, which a model learns at once; answers of two labels, or of three at a row's end."""
+    generator = torch.Generator().manual_seed(5)
+    steps = batches(masked=True, documents=True)
+    for step in steps:
+        is_seven = torch.rand(step["labels"].shape, generator=generator) < 0.7
+        step["labels"] = torch.where(is_seven, 7, step["labels"])
+        step["mask"] = (
+            (torch.arange(step["labels"].shape[1]) % 4 % 3 > 0).float().expand_as(is_seven).clone()
+        )
+        step["mask"][:, -3:] = 1.0
+        step["mask"][1] = 0.0  # what only fills the last batch holds no answer
+    return steps
+
+
+def exact_answers(cases: list[Case]) -> list[list[float]]:
+    """nats, tokens, exact answers and answers after some steps: of the engine, of a model that is only asked."""
+    found = []
+    for case in cases:
+        engine = engine_of(config(documents=True, **case))
+        steps = [rank_batches(step, engine.shape, engine.layout) for step in with_answers()]
+        for number in range(6):
+            engine.train_step(steps[number], step=number)
+        found.append(numbers(engine.evaluate(steps[7], answers=True)))
+        reset_parallel_state()
+    return found
+
+
+EXACT: list[Case] = [
+    dict(tp=2, sp=True),
+    dict(pp=2),
+    dict(pp=2, schedule="dualpipev"),
+    dict(zero=3),
+]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
+def test_exact_answers_are_counted_alike_at_every_layout(model: str) -> None:
+    """A vocabulary in parts, stages that see no logits, ranks with a part of the batch: one number."""
+    [[(_, tokens, exact, answers)]] = run_on_ranks(exact_answers, 1, [dict(model=model)])
+    mask = with_answers()[7]["mask"]
+    runs = int((mask[:, 0] + (mask[:, 1:] * (1 - mask[:, :-1])).sum(1)).sum())
+    assert (tokens, answers) == (mask.sum(), runs)
+    assert 0.2 * answers < exact < 0.8 * answers
+    for ranks in run_on_ranks(exact_answers, 2, [dict(model=model, **case) for case in EXACT]):
+        for case, found in zip(EXACT, ranks):
+            assert found[1:] == [tokens, exact, answers], case
+
+
 def asked(case: Case) -> dict[str, Any]:
     """What a fresh model answers that is only asked, and what the engine that trains answers."""
     from pipeline.engine.forward_only import ForwardOnly
@@ -111,14 +164,14 @@ def asked(case: Case) -> dict[str, Any]:
     cfg = config(**case)
     engine = engine_of(cfg)
     parts = rank_batches(batches(masked=True)[0], engine.shape, engine.layout)
-    trainer = [float(x) for x in engine.evaluate(parts)]
+    trainer = numbers(engine.evaluate(parts, answers=True))
     layout, architecture, seq_len = engine.layout, engine.architecture, engine.shape.seq_len
     del engine
     gc.collect()
     before = living_bytes()
     schema = StageSchema.of(cfg.data, cfg.parallel)
     model = ForwardOnly(architecture, schema, layout, seq_len=seq_len, seed=cfg.seed)
-    answer = [float(x) for x in model.evaluate(parts)]
+    answer = numbers(model.evaluate(parts, answers=True))
     hidden = model.hidden_states(parts[:2], layer=2)
     shapes = [tuple(h.shape) for h in hidden]
     sums = [float(h.float().abs().sum()) for h in hidden]

@@ -178,9 +178,9 @@ def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]
     for number, step in enumerate(steps):
         result = engine.train_step(rank_batches(step, shape, layout, lanes=lanes), step=number)
         history.append((float(result.loss), float(result.grad_norm)))
-    total, count = engine.evaluate(rank_batches(steps[-1], shape, layout, lanes=lanes))
+    scores = engine.evaluate(rank_batches(steps[-1], shape, layout, lanes=lanes))
     reset_parallel_state()
-    return {"history": history, "eval": float(total / count)}
+    return {"history": history, "eval": float(scores.nats / scores.tokens)}
 
 
 def allow_fp16_on_the_cpu() -> None:

@@ -146,14 +146,20 @@ def test_nan_loss_is_written_as_valid_json(tmp_path):
 def test_evaluations_events_and_extra_values_are_recorded(tmp_path):
     """Everything that is shown is in metrics.jsonl too."""
     tracker, state = make(tmp_path), State(step=7, tokens_seen=224)
+    scores = {"loss": 2.0, "ppl": 7.4, "bits_per_byte": 0.9, "tokens": 10}
     tracker.record_eval(
-        state, {"wiki": SimpleNamespace(loss=2.0, ppl=7.4, bits_per_byte=0.9, tokens=10)}
+        state,
+        {
+            "wiki": SimpleNamespace(**scores, exact=None),
+            "talks": SimpleNamespace(**scores, exact=40.0),
+        },
     )
     tracker.event(state, {"resilience/checkpoint_stall_ms": 12.5})
     result = SimpleNamespace(loss=torch.tensor(1.0), grad_norm=1.0, lr=0.0)
     tracker.record(state, result, extra={"moe/aux_loss": torch.tensor(0.5)})
     tracker.close()
-    evaluation, event, step = rows(tmp_path)[1:]
+    evaluation, talks, event, step = rows(tmp_path)[1:]
+    assert talks["val/talks/exact"] == 40.0 and "val/wiki/exact" not in evaluation
     assert (
         evaluation["val/wiki/loss"],
         evaluation["val/wiki/ppl"],

@@ -17,7 +17,7 @@ from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
 from pipeline.engine.deepspeed.mpu import Mpu
 from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
-from pipeline.model.gpt import GPT
+from pipeline.model.gpt import GPT, Loss, LossFunction
 from pipeline.model.partition import is_split
 from pipeline.model.stage_io import StageSchema
 
@@ -69,8 +69,15 @@ class PlainRunner(DeepSpeedRunner):
             self.deepspeed.step()
 
     @staticmethod
-    def _forward(model: nn.Module, batch: Batch, token_weights: Tensor | None) -> Tensor:
-        return model(batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
+    def _forward(
+        model: nn.Module,
+        batch: Batch,
+        token_weights: Tensor | None,
+        *,
+        loss: LossFunction | None = None,
+    ) -> Tensor:
+        fields = (batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
+        return model(*fields, loss=loss)
 
     def _mean_loss(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches
@@ -91,13 +98,18 @@ class PlainRunner(DeepSpeedRunner):
         dist.all_reduce(split, group=self.layout.tensor.group)
         return (split + norm.square()).sqrt()
 
-    def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
-        """0-dim sum of weights * cross entropy over all ranks."""
-        total = torch.zeros((), device=self.layout.device)
+    def evaluate(
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+    ) -> Tensor:
+        """(2,) [cross entropy, exact answers] over all ranks."""
+        total = torch.zeros(2, device=self.layout.device)
+        module: Any = self.module
+        of: Loss = module.loss
+        loss = of.sums_and_exact if answers else of.sums
         # Past DeepSpeed's engine, whose train() and eval() reach its module and not its own flag.
         with asking(self.module):
-            for batch, token_weights in zip(batches, weights, strict=True):
-                total += self._forward(self.module, batch, token_weights)
+            for batch, mask in zip(batches, masks, strict=True):
+                total += self._forward(self.module, batch, mask, loss=loss)
         dist.all_reduce(total, group=self.layout.data.group)
         return total
 

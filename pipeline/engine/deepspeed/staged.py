@@ -26,9 +26,9 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
-from pipeline.engine.forward_only import Stage, asking, sum_losses
+from pipeline.engine.forward_only import Stage, asking, sum_scores
 from pipeline.model.architecture import Architecture
-from pipeline.model.gpt import Loss
+from pipeline.model.gpt import Loss, LossFunction
 from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
@@ -73,15 +73,18 @@ class StagedRunner(DeepSpeedRunner):
     def _mean_loss(self) -> Tensor:
         return self.deepspeed._aggregate_total_loss()
 
-    def evaluate(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
-        """0-dim sum of weights * cross entropy over all ranks."""
+    def evaluate(
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+    ) -> Tensor:
+        """(2,) [cross entropy, exact answers] over all ranks."""
         module: Any = self.module
+        of: Loss = module.cross_entropy
         with asking(module):
-            return sum_losses(
+            return sum_scores(
                 self._stages(),
-                module.loss_fn,
+                partial(module.loss_fn, loss=of.sums_and_exact if answers else of.sums),
                 batches,
-                weights,
+                masks,
                 schema=self.schema,
                 hidden_size=self.hidden_size,
                 dtype=self.parameters[0].dtype,
@@ -134,12 +137,10 @@ def pipeline_module(
         specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **through))
     costs = pipeline_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    loss, head = (
-        Loss(architecture, layout.tensor.group),
-        "embedding.word.weight" if tied else "head.weight",
-    )
+    cross_entropy = Loss(architecture, layout.tensor.group)
+    head = "embedding.word.weight" if tied else "head.weight"
 
-    def loss_fn(hidden: Tensor, labels: Any) -> Tensor:
+    def loss_fn(hidden: Tensor, labels: Any, *, loss: LossFunction = cross_entropy) -> Tensor:
         named = module.named_parameters()
         weight = next(
             p for name, p in named if canonical_name(name, num_layers=model.num_layers) == head
@@ -159,6 +160,7 @@ def pipeline_module(
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,
     )
+    module.cross_entropy = cross_entropy
     return module
 
 
