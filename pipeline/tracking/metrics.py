@@ -245,30 +245,16 @@ class Metrics:
             self._bar.update(state.step - self._bar.n)
 
 
-class SilentMetrics:
-    """What the other ranks have: the same calls, and nothing happens."""
+class SilentMetrics(Metrics):
+    """What the other ranks have: the same calls, nothing happens, scalars stay on the device."""
 
-    def begin(self, state: State) -> None:
-        """Nothing."""
+    def __init__(self) -> None:
+        """Opens nothing."""
 
-    def record(
-        self,
-        state: State,
-        result: StepResult,
-        *,
-        data_wait_ms: float = 0.0,
-        extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Nothing; the scalars stay on the device."""
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """Instead of every public method."""
 
-    def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
-        """Nothing."""
-
-    def event(self, state: State, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self, exit_code: int = 0) -> None:
-        """Nothing."""
+    begin = restart_clock = record = record_eval = event = close = _nothing
 
 
 def _number(value: Any) -> Any:

@@ -88,7 +88,7 @@ class Trainer:
         self.stragglers = Stragglers(
             ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
         )
-        self.metrics: Metrics | SilentMetrics = SilentMetrics()
+        self.metrics: Metrics = SilentMetrics()
         if layout.ranks.is_main:
             datasets = self.loader.state()["datasets"]
             self.metrics = open_metrics(cfg, shape, run_dir, clock=clock, datasets=datasets)
