@@ -237,10 +237,12 @@ class Checkpointer:
             ]
         )
         for step, path in reversed(found):
-            if problems := self._ranks.damage(path):
+            problems, record = self._ranks.read_checked(
+                path, partial(restore.read_state, engine, path)
+            )
+            if problems:  # what was read of it, the one before replaces
                 self._ranks.on_main(partial(_report_damage, path, problems))
                 continue
-            record = self._ranks.agree(partial(restore.read_state, engine, path))
             engine.publish_weights()
             self._last_saved, self._outcome = step, None  # an earlier save's failure is settled
             if self._ranks.rank == 0:

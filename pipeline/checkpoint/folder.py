@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -135,12 +135,27 @@ def whole_record(folder: Path) -> CheckpointRecord | None:
         return None
 
 
-def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4) -> list[str]:
+def holds_tensors(name: str) -> bool:
+    """Whether a file is a rank's tensors, of this version or of version 1; the others are small."""
+    return name.endswith((".safetensors", ".distcp"))
+
+
+def damage(
+    folder: Path,
+    *,
+    of: Callable[[str], bool] = lambda name: True,
+    part: int = 0,
+    parts: int = 1,
+    num_threads: int = 4,
+) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty: every byte is as it was written.
 
     Args:
+        folder: of the checkpoint.
+        of: file name to whether it is checked.
         part, parts: check only every parts-th file, beginning with the part-th, so that ranks share
             the work.
+        num_threads: that read, a file each.
     """
     try:
         sums = read_sums(folder)
@@ -158,8 +173,9 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, num_threads: int = 4)
             else f"{name}: content is not what was written (SHA-256 differs)"
         )
 
+    names = sorted(filter(of, sums))[part::parts]
     with ThreadPoolExecutor(num_threads) as pool:
-        return [problem for problem in pool.map(check, sorted(sums)[part::parts]) if problem]
+        return [problem for problem in pool.map(check, names) if problem]
 
 
 def publish(root: Path, record: CheckpointRecord, sums: dict[str, str]) -> Path:

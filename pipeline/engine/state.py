@@ -74,9 +74,11 @@ def _is_owned(engine: Trained, slot: Slot, partition: Partition, index: int) -> 
 
 
 def create_state(engine: Trained, keys: list[str], *, optimizer_step: int) -> None:
-    """Give a fresh optimizer its step count, and zero state under `keys`.
+    """Give an optimizer its step count, and state under `keys` to read a checkpoint into.
 
-    It would create them at its first step, which is too late to read a checkpoint into.
+    A fresh one would create it at its first step, which is too late. One that has trained, or has
+    read a damaged checkpoint, keeps nothing that the checkpoint does not replace: a checkpoint from
+    before the first update has no state, which is zeros.
     """
     optimizer = engine.runner.optimizer
     for flat in {id(slot.flat): slot.flat for slot in engine.runner.slots()}.values():
@@ -84,6 +86,9 @@ def create_state(engine: Trained, keys: list[str], *, optimizer_step: int) -> No
         for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(flat.data)
+        for key, value in state.items():
+            if key not in keys and isinstance(value, Tensor):
+                value.zero_()
         state["step"] = _step_count(optimizer, flat, optimizer_step)
 
 

@@ -33,6 +33,7 @@ from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.checkpoint.tensors import CheckpointTensors, HostCopy, write
 from pipeline.config.operation import CheckpointConfig
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine import state
 from pipeline.errors import CheckpointError
 from pipeline.log import logger
 from pipeline.model.fragments import Chunk, Fragment
@@ -279,11 +280,19 @@ def restore_after_damage(folder: Path) -> tuple[dict, list[str], list]:
     return record, messages, history
 
 
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path: Path) -> None:
-    """A node that died with a dirty cache must not cost the run, nor go unnoticed."""
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    how: str, tmp_path: Path
+) -> None:
+    """A node that died with a dirty cache must not cost the run, nor go unnoticed.
+
+    Tensors are read while they are checked: a cut file cannot be read, a flipped bit can.
+    """
     history = run_on_ranks(train_and_save, 1, config("gpt2"), tmp_path, [2, 3], 4)[0]
     newest = tmp_path / folders.name_of(3) / "rank-00000.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1000])
+    content = bytearray(newest.read_bytes())
+    content[-2000] ^= 64
+    newest.write_bytes(content[:-1000] if how == "cut" else content)
     record, messages, resumed = run_on_ranks(restore_after_damage, 1, tmp_path)[0]
     assert record.step == 2 and resumed == history[2:]
     assert any(
@@ -292,6 +301,65 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_pa
     )
     assert (tmp_path / "damaged-step-00000003").is_dir()
     assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [2, 4]
+
+
+class OneRank(Agreement):
+    """An agreement of this process with itself."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_a_checkpoint_is_read_while_it_is_checked(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SHA-256 takes most of a load: it waits for the reading to begin, or this test hangs."""
+    reading, sha256_of = threading.Event(), folders.sha256_of
+
+    def slow(path: Path) -> str:
+        assert not folders.holds_tensors(path.name) or reading.wait(HANG_S)
+        return sha256_of(path)
+
+    monkeypatch.setattr(folders, "sha256_of", slow)
+    found = OneRank().read_checked(small / folders.name_of(2), lambda: reading.set() or "read")
+    assert found == ([], "read")
+    with pytest.raises(CheckpointError, match="another model"):
+        OneRank().read_checked(small / folders.name_of(2), lambda: refuse("another model"))
+
+
+def refuse(text: str) -> None:
+    raise CheckpointError(text)
+
+
+def test_what_a_damaged_checkpoint_gave_or_raised_is_void(small: Path, tmp_path: Path) -> None:
+    """Damage that cannot be read is damage, not another model; damaged small files are not read."""
+    copy = shutil.copytree(small / folders.name_of(2), tmp_path / "copy")
+    tensors = copy / "rank-00001.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+    for read in (lambda: "read", lambda: refuse("another model")):
+        problems, value = OneRank().read_checked(copy, read)
+        assert [p.partition(":")[0] for p in problems] == [tensors.name] and value is None
+    (copy / "tensors.json").write_bytes(b"{}")
+    problems, _ = OneRank().read_checked(copy, lambda: pytest.fail("it was read"))
+    assert [p.partition(":")[0] for p in problems] == ["tensors.json"]
+
+
+def test_state_that_a_checkpoint_lacks_is_zero_again() -> None:
+    """A checkpoint from before the first update has no moments; those of a diverged run must go."""
+    flat = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([flat])
+    flat.grad = torch.full((3,), 1e30)
+    optimizer.step()
+    engine: Any = SimpleNamespace(
+        runner=SimpleNamespace(optimizer=optimizer, slots=lambda: [SimpleNamespace(flat=flat)])
+    )
+    state.create_state(engine, ["exp_avg"], optimizer_step=0)
+    kept, gone = (optimizer.state[flat][key] for key in ("exp_avg", "exp_avg_sq"))
+    assert kept.count_nonzero() == 3 and gone.count_nonzero() == 0
+    assert float(optimizer.state[flat]["step"]) == 0
 
 
 def expect_refusal(cfg: Any, folder: Path) -> str:
