@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import re
 import sys
 import textwrap
@@ -46,6 +47,9 @@ def run(
     log.open_standard_streams()
     sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
+    # A name of a file may be any bytes: it is shown, where a strict stream would raise.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(arguments):
         print(help_text(main, schema, config=config, positional=positional))
         sys.exit(0)
@@ -77,8 +81,12 @@ def compose(
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     overrides, raw = _split(arguments, schema, positional)
+    for path in CONF_DIR.rglob("*.yaml"):
+        if not path.is_file():  # a pipe would be waited for, without end
+            raise ConfigError(f"{path} is not an ordinary file; take it out of conf/.")
     has_yaml = (CONF_DIR / f"{config}.yaml").exists()
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
     ConfigStore.instance().store(f"{config}_schema" if has_yaml else config, schema)
@@ -90,6 +98,9 @@ def compose(
         return typing.cast(T, OmegaConf.to_object(node))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
+    except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        # Of a preset in conf/; yaml's own errors name the file and the line.
+        raise ConfigError(f"a file of {CONF_DIR} cannot be read: {error}") from error
 
 
 def _escaped(value: str) -> str:

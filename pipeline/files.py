@@ -5,6 +5,8 @@
     sha256_of                    of a file in blocks, or of bytes
     regular_file                 no pipe, no device, no link out of its folder
     open_regular, read_file      of a stranger: an ordinary file, of a bounded size
+    own_name                     opens for writing: no link, no pipe
+    check_no_links               a run folder in which every name is its own
     parse_json                   its content, where whatever is wrong with it is a ValueError
 
 A rename alone protects from a kill, not from a power cut: without the first fsync the name may come
@@ -23,6 +25,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pipeline.errors import MachineError
 
 MOST_BYTES = 1 << 26
 """Of a small file: a config, a record, a list of names. Real ones have a thousandth of that."""
@@ -176,6 +180,30 @@ def read_file(
     if size > most:
         raise OSError(errno.EFBIG, f"{size} bytes; such a file has at most {most}", str(path))
     return bytes(content)
+
+
+def own_name(path: str, flags: int) -> int:
+    """For `opener=` of open(): a link under this name is not followed, a pipe not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuse a run folder in which a name stands for something elsewhere.
+
+    W&B's own folder, which is full of links of its making, is not looked into.
+
+    Raises:
+        MachineError: it holds a link: what a run writes, appends and prunes would not stay inside.
+    """
+    for parent, folders, names in os.walk(folder):
+        links = [path for name in folders + names if (path := Path(parent, name)).is_symlink()]
+        if links:
+            raise MachineError(
+                f"{folder} holds the link {min(links).relative_to(folder)}; a run writes into its "
+                "own folder only. Put the files there, or let the whole folder be the link."
+            )
+        if Path(parent) == folder and "wandb" in folders:
+            folders.remove("wandb")
 
 
 def parse_json(raw: bytes | str) -> Any:

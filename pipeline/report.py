@@ -16,7 +16,8 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from pipeline import cli
-from pipeline.files import write_durably
+from pipeline.errors import MachineError
+from pipeline.files import check_no_links, write_durably
 from pipeline.tracking.history import History
 from pipeline.tracking.report_page import draw, page
 
@@ -34,9 +35,15 @@ def main(cfg: ReportConfig) -> None:
     run_dir = Path(cfg.run)
     history = History.load(run_dir)
     folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    draw(history, folder / "curves.png", title=run_dir.resolve().name)
-    write_durably(folder / "index.html", page(history, run_dir, folder / "curves.png").encode())
+    check_no_links(run_dir)  # the page would be written wherever they lead
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be made: {error.strerror}.") from None
+    picture = draw(history, title=run_dir.resolve().name)
+    write_durably(folder / "curves.png", picture)
+    text = page(history, run_dir, picture)
+    write_durably(folder / "index.html", text.encode(errors="backslashreplace"))
     # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all
     # of it.
     during = {name: rows for name, rows in history.evaluations.items() if name not in history.final}

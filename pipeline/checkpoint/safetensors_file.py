@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.files import own_name
+
 # torch's name -> safetensors' name
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -46,7 +48,7 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     digest, written = hashlib.sha256(), 0
-    with open(path, "wb", buffering=0) as stream:
+    with open(path, "wb", buffering=0, opener=own_name) as stream:
 
         def put(data: Any) -> None:
             nonlocal written

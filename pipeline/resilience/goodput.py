@@ -10,15 +10,26 @@ lost. Standard library only.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pipeline.files import whole_file
+from pipeline.files import parse_json, read_file, whole_file
 from pipeline.log import logger
 from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.resilience.clock import Clock
+from pipeline.shapes import COUNT, misfits
+
+ATTEMPT = {
+    "started_at": float,
+    "updated_at": float,
+    "first_step": COUNT,
+    "last_step": COUNT,
+    "seconds": {str: float},
+}
+_NAME = re.compile(r"[0-9]{4,9}\.json")
 
 
 class Goodput:
@@ -27,7 +38,7 @@ class Goodput:
     def __init__(self, run_dir: Path, clock: Clock) -> None:
         self.clock, self.first_step = clock, 0
         folder = run_dir / "logs" / "attempts"
-        paths = sorted(path for path in folder.glob("*.json") if path.stem.isdecimal())
+        paths = sorted(path for path in folder.glob("*.json") if _NAME.fullmatch(path.name))
         self.earlier = [found for path in paths if (found := _read(path)) is not None]
         number = int(paths[-1].stem) + 1 if paths else 0
         self.path = folder / f"{number:04d}.json"
@@ -60,12 +71,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     Empty is what a power cut leaves of a file that was not synced; the account loses that start.
     """
     try:
-        attempt: dict[str, Any] = json.loads(path.read_bytes())
-        summary([attempt])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        content = parse_json(read_file(path))
+        if wrong := next(misfits(content, ATTEMPT), None):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
         logger.warning("%s is passed over, goodput does without it: %r", path, error)
         return None
-    return attempt
+    return cast("dict[str, Any]", content)
 
 
 def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,16 +16,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import MachineError
-from pipeline.files import create_durably, write_durably
+from pipeline.files import create_durably, open_regular, parse_json, read_file, write_durably
 from pipeline.log import say
+from pipeline.shapes import misfits
 
 BEAT_S = 10.0
 """Between two signs of life."""
@@ -57,6 +59,20 @@ class Claim:
         return f"process {self.pid} on {self.node}{job}, since {self.since}"
 
 
+# What a claim's file must be to be believed.
+CLAIM = {
+    "node": str,
+    "pid": range(2**31),
+    "process_start": str,
+    "machine": str,
+    "job_id": (str, None),
+    "restart": range(2**31),
+    "since": str,
+    "token": str,
+    "released?": bool,
+}
+
+
 class Ownership:
     """A claim that holds until the block ends; from `claim`."""
 
@@ -74,7 +90,8 @@ class Ownership:
         """Let the folder go, so that the next start need not ask whether this one lives."""
         self._closed.set()
         self._thread.join(BEAT_S)
-        with contextlib.suppress(OSError):  # then the next start finds out that we are gone
+        # Else the next start finds out that we are gone.
+        with contextlib.suppress(OSError, MachineError):
             if _owner(self.path.parent)[0] == self.path:
                 write_durably(self.path, _to_json(replace(self.mine, released=True)))
 
@@ -89,7 +106,7 @@ class Ownership:
                 # Nothing is left of the claim, and nobody has taken over: somebody cleaned up.
                 if path is None and create_durably(self.path, _to_json(self.mine)):
                     continue
-            except OSError:  # a file system that is away now may be back at the next beat
+            except (OSError, MachineError):  # what is away now may be back at the next beat
                 continue
             self._leave(owner)
 
@@ -130,12 +147,14 @@ def _claim(run_dir: Path, mine: Claim) -> Ownership:
         if path is not None and (problem := _sign_of_life(path, owner, mine, wait_s=SILENCE_S)):
             raise MachineError(_refusal(run_dir, owner, problem))
         own = folder / f"{_number(path) + 1 if path else 1:08d}.json"
+        if not _number(own):
+            raise MachineError(f"{path} is the last number of a claim. Delete {folder}.")
         if not create_durably(own, _to_json(mine)):
             continue  # somebody was faster: judge that one
         if _owner(folder)[0] != own:  # our verdict was of an owner long gone
             own.unlink()
             continue
-        for other in folder.glob("*.json"):
+        for other in _claims(folder):
             if _number(other) < _number(own):
                 other.unlink(missing_ok=True)
         return Ownership(own, mine)
@@ -192,18 +211,29 @@ def _refusal(run_dir: Path, owner: Claim | None, problem: str) -> str:
 
 def _owner(folder: Path) -> tuple[Path | None, Claim | None]:
     """The highest claim and what it says; (None, None) when there is none."""
-    path = max(folder.glob("*.json"), key=_number, default=None)
+    path = max(_claims(folder), key=_number, default=None)
     if path is None:
         return None, None
     try:
-        return path, Claim(**json.loads(path.read_bytes()))
-    except FileNotFoundError:  # taken over between our two looks
-        return _owner(folder)
-    except (
-        ValueError,
-        TypeError,
-    ):  # for a moment empty where links are unknown; or of a newer release
+        content = parse_json(read_file(path, inside=folder))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return _owner(folder)  # taken over between our two looks
+        raise MachineError(
+            f"{path} cannot be read ({error.strerror}): nobody can tell whose this run folder is. "
+            "Delete it if the run is over."
+        ) from None
+    except ValueError:  # for a moment empty where links are unknown
         return path, None
+    names = {field.name for field in fields(Claim)}
+    if next(misfits(content, CLAIM), None) or not set(content) <= names:
+        return path, None  # of a newer release
+    return path, Claim(**content)
+
+
+def _claims(folder: Path) -> list[Path]:
+    """What is called like a claim, whatever it is."""
+    return [path for path in folder.glob("*.json") if _number(path)]
 
 
 def _claim_of_this_process(node: str, environment: Mapping[str, str] = os.environ) -> Claim:
@@ -242,7 +272,7 @@ def _process_start(pid: int) -> str | None:
 def _mtime(path: Path) -> int | None:
     """When the claim last gave a sign of life; None: it is gone. Opened, so that NFS asks anew."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
@@ -261,7 +291,8 @@ def _age_s(path: Path) -> float:
 
 
 def _number(path: Path) -> int:
-    return int(path.stem) if path.stem.isdecimal() else 0
+    """Of a claim, from 1 on; 0 of any other file."""
+    return int(path.stem) if re.fullmatch("[0-9]{8,12}", path.stem) else 0
 
 
 def _to_json(content: Claim) -> bytes:

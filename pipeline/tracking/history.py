@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.files import parse_json, read_file
+from pipeline.shapes import COUNT, misfits
+
+MOST_BYTES = 1 << 30
+"""Of metrics.jsonl: a million logged steps."""
+_NUMBER, _SCORES = (float, None), ("loss", "ppl", "bits_per_byte")
+# What is read of a row and of evaluation.json; `?`: may be missing.
+ROW = {
+    "event?": str,
+    "facts?": {"num_parameters?": COUNT},
+    "step?": COUNT,
+    "tokens?": COUNT,
+    "train/loss?": _NUMBER,
+    "train/lr?": _NUMBER,
+    "train/grad_norm?": _NUMBER,
+    "throughput/tokens_per_sec?": _NUMBER,
+    "goodput/goodput?": _NUMBER,
+    "goodput/lost_steps?": _NUMBER,
+}
+_RESULT = {"tokens": COUNT, **dict.fromkeys(_SCORES, _NUMBER), "exact?": _NUMBER}
+EVALUATION = {"results": {str: _RESULT}}
 
 
 @dataclass
@@ -31,42 +52,41 @@ class History:
         """The history in run_dir/metrics.jsonl.
 
         Raises:
-            DataError: there is no such file, or no logged step in it.
+            DataError: there is no such file, no logged step in it, or a row of something else.
         """
         path = run_dir / "metrics.jsonl"
         if not path.exists():
             raise DataError(f"there is no {path}. Give the folder of a run, runs/NAME.")
         history, steps, evaluations = cls(), {}, {}
         for row in _rows(path):
+            if wrong := next(misfits(row, ROW), None):
+                raise DataError(f"{path} has a row that is of no run: {wrong}.")
             if row.get("event") == "start":
-                history.facts = {"world_size": row["world_size"], **row["facts"]}
+                history.facts = {"world_size": row.get("world_size"), **row.get("facts", {})}
+            if "step" not in row or "tokens" not in row:
+                continue
             if "train/loss" in row:
                 steps[row["step"]] = row
             for key in row:
                 if key.startswith("val/") and key.endswith("/loss"):
                     name = key.removeprefix("val/").removesuffix("/loss")
-                    values = {
-                        k.rpartition("/")[2]: v
-                        for k, v in row.items()
-                        if k.startswith(f"val/{name}/")
-                    }
                     evaluations[name, row["step"]] = {
                         "step": row["step"],
                         "tokens": row["tokens"],
-                        **values,
+                        **_scores(row, f"val/{name}/"),
                     }
         if not steps:
             raise DataError(f"{path} holds no logged step yet.")
         history.steps = [steps[step] for step in sorted(steps)]
         if (run_dir / "evaluation.json").exists():
-            history.final = json.loads((run_dir / "evaluation.json").read_text())["results"]
+            history.final = _final(run_dir / "evaluation.json")
         for name, step in sorted(evaluations):
             history.evaluations.setdefault(name, []).append(evaluations[name, step])
         return history
 
     def column(self, key: str) -> list[float]:
         """One value of every logged step, NaN where it is not known."""
-        return [float("nan") if row.get(key) is None else row[key] for row in self.steps]
+        return [_number(row.get(key)) for row in self.steps]
 
     @property
     def tokens_per_sec(self) -> float:
@@ -81,17 +101,25 @@ def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:
     """Whether metrics.jsonl has the held-out loss of each dataset after `step`."""
     try:
         rows = [row for row in _rows(run_dir / "metrics.jsonl") if row.get("step") == step]
-    except OSError:  # it is not there, or cannot be read now
+    except DataError:  # it is not there, or cannot be read now
         return False
     return all(any(f"val/{name}/loss" in row for row in rows) for name in names)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines that are rows: a killed process leaves half a line."""
+    """The lines that are rows: a killed process leaves half a line.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     import orjson
 
     rows = []
-    for line in path.read_bytes().splitlines():
+    try:
+        lines = read_file(path, most=MOST_BYTES).splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    for line in lines:
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
@@ -99,3 +127,32 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def _final(path: Path) -> dict[str, dict[str, Any]]:
+    """Dataset to its scores in an evaluation.json.
+
+    Raises:
+        DataError: it is not what pipeline.evaluate writes.
+    """
+    try:
+        content = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    if wrong := next(misfits(content, EVALUATION), None):
+        raise DataError(f"{path} is not what pipeline.evaluate writes: {wrong}.")
+    return {
+        name: {"tokens": row["tokens"], **_scores(row)} for name, row in content["results"].items()
+    }
+
+
+def _scores(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Loss, perplexity, bits per byte and, where a row has it, the share of exact answers."""
+    keys = [*_SCORES, *(["exact"] if row.get(f"{prefix}exact") is not None else [])]
+    return {key: _number(row.get(prefix + key)) for key in keys}
+
+
+def _number(value: Any) -> float:
+    """A value that can be drawn: NaN for what is none, or larger than any picture."""
+    is_one = type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+    return float(value) if is_one else math.nan

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import visible
+from pipeline.files import read_file
 from pipeline.tracking.history import History
 
 if TYPE_CHECKING:
@@ -40,14 +44,14 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 """
 
 
-def draw(history: History, path: Path, *, title: str) -> None:
-    """Write the four curves as a PNG."""
+def draw(history: History, *, title: str) -> bytes:
+    """The four curves as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     (loss, rate), (lr, norm) = figure.subplots(2, 2)
     steps = history.column("step")
     _curve(loss, steps, history.column("train/loss"), "Loss, nats per token", label="training")
@@ -55,7 +59,7 @@ def draw(history: History, path: Path, *, title: str) -> None:
         history.evaluations.items(), VAL_COLORS * len(history.evaluations)
     ):
         held_out = [row["step"] for row in rows], [row["loss"] for row in rows]
-        loss.plot(*held_out, "o-", color=color, markersize=4, label=f"held out: {name}")
+        loss.plot(*held_out, "o-", color=color, markersize=4, label=_plain(f"held out: {name}"))
     loss.legend(frameon=False)
     _limit(loss, history.column("train/loss"))
     _curve(
@@ -65,19 +69,27 @@ def draw(history: History, path: Path, *, title: str) -> None:
     _curve(lr, steps, history.column("train/lr"), "Learning rate")
     _curve(norm, steps, history.column("train/grad_norm"), "Gradient norm, before clipping")
     norm.set_yscale("log")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    return picture.getvalue()
 
 
-def page(history: History, run_dir: Path, picture: Path) -> str:
+def _plain(text: str) -> str:
+    """A name in a picture: matplotlib would set what stands between dollars as a formula."""
+    return visible(text).replace("$", r"\$")
+
+
+def page(history: History, run_dir: Path, picture: bytes) -> str:
     """The web page; needs no other file."""
     last, facts = history.steps[-1], history.facts
     summary = (
         f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} "
         f"parameters, {history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x "
-        f"{facts.get('device')}; training loss {_text(last['train/loss'])}, "
-        f"{last['resilience/restarts']} restarts, {last['resilience/skipped_steps']} skipped steps."
+        f"{facts.get('device')}; training loss {_text(history.column('train/loss')[-1])}, "
+        f"{last.get('resilience/restarts')} restarts, "
+        f"{last.get('resilience/skipped_steps')} skipped steps."
     )
-    if "goodput/goodput" in last:
+    if last.get("goodput/goodput") is not None and last.get("goodput/lost_steps") is not None:
         summary += (
             f" Goodput {100 * last['goodput/goodput']:.0f} %, "
             f"{last['goodput/lost_steps']:.0f} steps done twice."
@@ -88,14 +100,17 @@ def page(history: History, run_dir: Path, picture: Path) -> str:
     if any(row.get("exact") is not None for *_, row in found):
         columns["exact"] = "exact answers, %"
     rows = [[*place, *(row.get(key, "") for key in columns)] for *place, row in found]
-    config = run_dir / "config.yaml"
+    try:
+        config = read_file(run_dir / "config.yaml").decode(errors="replace")
+    except OSError as error:  # the page tells of the run without it
+        config = f"config.yaml cannot be read: {error.strerror}"
     return PAGE.format(
         title=html.escape(run_dir.resolve().name),
         summary=html.escape(summary),
-        picture=base64.b64encode(picture.read_bytes()).decode(),
+        picture=base64.b64encode(picture).decode(),
         evaluations=_table(["dataset", "step", *columns.values()], rows),
         facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
-        config=html.escape(config.read_text() if config.exists() else ""),
+        config=html.escape(config),
     )
 
 
@@ -109,7 +124,7 @@ def _curve(axes: Axes, x: list[float], y: list[float], title: str, label: str = 
 
 def _limit(axes: Axes, values: list[float]) -> None:
     """Leave a first loss or a spike that would flatten the rest outside the picture."""
-    finite = sorted(value for value in values if value == value)
+    finite = sorted(value for value in values if math.isfinite(value))
     if len(finite) > 20:
         low, high = finite[0], finite[int(0.97 * len(finite))]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))

@@ -13,6 +13,7 @@ from collections import deque
 from io import FileIO
 from pathlib import Path
 
+from pipeline.files import own_name
 from pipeline.log import logger
 from pipeline.resilience.bookkeeping import bookkeeping
 
@@ -58,11 +59,11 @@ class RowFile:
         """The file that has the name now: the one that was opened may have been deleted."""
         if self._file is not None:
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                if os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
                     return self._file
             self._forget()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = FileIO(self.path, "ab+")
+        self._file = FileIO(self.path, "ab+", opener=own_name)
         # A line begins at the start of one: a killed process may have left half of the last.
         if size := self._file.seek(0, os.SEEK_END):
             self._file.seek(size - 1)

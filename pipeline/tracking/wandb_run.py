@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import sys
 import threading
 import uuid
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
-from pipeline.files import write_durably
+from pipeline.files import read_file, write_durably
 from pipeline.log import logger
 from pipeline.redaction import redact
 from pipeline.resilience.bookkeeping import bookkeeping
@@ -138,6 +139,11 @@ def _wandb_mode(mode: WandbMode) -> str:
 def _wandb_id(run_dir: Path) -> str:
     """The run's W&B id, made on first use and kept in the run folder."""
     path = run_dir / "wandb-id"
-    if not path.exists():
-        write_durably(path, uuid.uuid4().hex[:12].encode())
-    return path.read_text().strip()
+    try:
+        found = read_file(path).decode("ascii", "replace").strip()
+    except OSError:
+        found = ""
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        found = uuid.uuid4().hex[:12]
+        write_durably(path, found.encode())
+    return found

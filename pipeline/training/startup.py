@@ -14,7 +14,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import DataError, MachineError, Problems
-from pipeline.files import sha256_of, write_durably
+from pipeline.files import check_no_links, sha256_of, write_durably
 from pipeline.resilience.bookkeeping import bookkeeping
 
 if TYPE_CHECKING:
@@ -122,8 +122,10 @@ def _check_room(folder: Path, checkpoint_bytes: int, setting: str) -> None:
     """Raise MachineError unless the folder can be made, written, and holds two checkpoints.
 
     The folder is made when the run begins; what is there already must take a file, which gets no
-    name, or loses it at once.
+    name, or loses it at once, and lead nowhere else.
     """
+    if folder.is_dir():
+        check_no_links(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

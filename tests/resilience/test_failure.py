@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import ConfigError, ShardError
@@ -80,3 +81,20 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_failure(tmp_path, cap
     failure.report(bug(), ranks=ranks(0), run_dir=tmp_path, step=3)
     printed = capfd.readouterr().err
     assert "no report in" in printed and "error: rank 0 on n1 after step 3" in printed
+
+
+def test_a_refused_start_writes_into_a_folder_of_its_user_only(tmp_path, monkeypatch, capfd):
+    """The name can be foreseen: reports went wherever a link that somebody put there leads."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    folder, elsewhere = tmp_path / f"pretrain-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.symlink_to(elsewhere)
+    assert failure.report(ConfigError("wrong"), ranks=ranks(0), run_dir=None, step=None) == 2
+    assert list(elsewhere.iterdir()) == []
+    said = capfd.readouterr().err
+    assert "not a folder of this user" in said and "error: wrong" in said
+    folder.unlink()
+    assert failure.report(ConfigError("wrong"), ranks=ranks(0), run_dir=None, step=None) == 2
+    assert (folder / "17-0/00000.txt").exists()
+    assert folder.stat().st_mode & 0o777 == 0o700

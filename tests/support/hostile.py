@@ -9,8 +9,10 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,11 @@ def void(_: Any) -> None:
     """Nothing, of whatever."""
 
 
+def with_content(content: bytes) -> Damage:
+    """These bytes, and no others."""
+    return lambda path: void(path.write_bytes(content))
+
+
 WRONG: dict[str, Any] = {
     "null": None,
     "true": True,
@@ -166,6 +173,51 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def all_of(*uses: Callable[[], Any]) -> None:
+    """Each use in spite of the others; then the first PipelineError of them, if there was one."""
+    problems = []
+    for use in uses:
+        try:
+            use()
+        except PipelineError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
+
+
+def try_all(
+    valid: Path, use: Callable[[Path], Any], cases: Iterator[tuple[str, str, Damage]], *, least: int
+) -> None:
+    """Use a copy of the valid folder after each (file, name, damage); all that goes wrong is told.
+
+    least: number of cases below which they would not be what they are thought to be.
+    """
+    parent = valid.parent / "tried"
+    use(shutil.copytree(valid, parent / "valid"))
+    shutil.rmtree(parent)
+    faults, number = {}, 0
+    for number, (file, name, damage) in enumerate(cases, 1):  # noqa: B007
+        folder = shutil.copytree(valid, parent / "copy")
+        damage(folder / file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if fault := fault_of(use, folder):
+                faults[f"{file}: {name}"] = fault
+        written = {path.name for path in parent.iterdir()} - {"copy"}
+        assert not written, f"{file}: {name}: written beside the folder: {written}"
+        shutil.rmtree(parent)
+    told = "\n".join(f"{case}: {fault}" for case, fault in faults.items())
+    assert not faults, f"{len(faults)} of {number} cases:\n{told}"
+    assert number >= least, number
+
+
+def every(files: list[str], damages: dict[str, Damage]) -> Iterator[tuple[str, str, Damage]]:
+    """(file, name, damage) of each file with each damage."""
+    for file in files:
+        for name, damage in damages.items():
+            yield file, name, damage
 
 
 def fault_of(use: Callable[[Path], Any], folder: Path) -> str | None:

@@ -39,12 +39,13 @@ def test_evaluations_are_told_apart_by_dataset(tmp_path):
         {"step": 2, "tokens": 16, "val/wiki/loss": 2.0, "val/wiki/ppl": 7.4, "val/a/b/loss": 3.0},
         {"step": 1, "tokens": 8, "val/wiki/loss": 2.5},
     ]
+    unknown = pytest.approx(math.nan, nan_ok=True)
     history = History.load(write(tmp_path, step(1), *rows))
     assert history.evaluations == {
-        "a/b": [{"step": 2, "tokens": 16, "loss": 3.0}],
+        "a/b": [{"step": 2, "tokens": 16, "loss": 3.0, "ppl": unknown, "bits_per_byte": unknown}],
         "wiki": [
-            {"step": 1, "tokens": 8, "loss": 2.5},
-            {"step": 2, "tokens": 16, "loss": 2.0, "ppl": 7.4},
+            {"step": 1, "tokens": 8, "loss": 2.5, "ppl": unknown, "bits_per_byte": unknown},
+            {"step": 2, "tokens": 16, "loss": 2.0, "ppl": 7.4, "bits_per_byte": unknown},
         ],
     }
 
