@@ -91,15 +91,10 @@ def export_adapter(
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": targets,
-            "fan_in_fan_out": _is_transposed(mapping),
+            "fan_in_fan_out": mapping.is_transposed,
             "inference_mode": True,
         },
     )
-
-
-def _is_transposed(mapping: Mapping) -> bool:
-    """Whether its linears are GPT-2's Conv1D, which hold their weights transposed."""
-    return mapping.architecture == "GPT2LMHeadModel"
 
 
 def _check_is_adapter(
@@ -127,7 +122,7 @@ def _matrices(tensors: CheckpointTensors, mapping: Mapping) -> Iterator[tuple[st
         for theirs, rows in zip(rule.theirs, rule.split(b), strict=True):
             at = PREFIX + theirs.removesuffix(".weight")
             yield f"{at}.lora_A.weight", a
-            yield f"{at}.lora_B.weight", rows.t() if _is_transposed(mapping) else rows
+            yield f"{at}.lora_B.weight", rows.t() if mapping.is_transposed else rows
 
 
 def adapter_difference(checkpoint: Path, output: Path, *, dtype: DType) -> tuple[float, float]:

@@ -43,6 +43,11 @@ class Mapping:
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensors the class has and we have not: biases, which are 0."""
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its linears are GPT-2's Conv1D, which hold their weights transposed."""
+        return self.architecture == "GPT2LMHeadModel"
+
 
 def has_bias(model: ModelConfig, layer: str) -> bool:
     """Whether a layer of ours, by the end of its canonical name, has a bias."""

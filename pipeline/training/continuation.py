@@ -46,6 +46,11 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
             "frozen at random numbers they are of no use. Set checkpoint.init_from to a run, a "
             "checkpoint or a Hugging Face folder, at every start of this run."
         )
+    if cfg.checkpoint.init_adapter and not cfg.checkpoint.init_from:
+        raise ConfigError(
+            "checkpoint.init_adapter is the start of matrices beside a base, and there is none. "
+            "Set checkpoint.init_from to the folder of the model that the adapter belongs to."
+        )
     places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
     checkpoints = folders.list_places(places)
     if not checkpoints:
@@ -73,7 +78,7 @@ def newest_record(places: Sequence[Path]) -> CheckpointRecord | None:
 def _check_beginning(
     cfg: PretrainConfig, shape: RunShape, run_dir: Path, places: Sequence[Path]
 ) -> None:
-    """No checkpoint: damaged ones are not passed over, and init_from must be usable."""
+    """No checkpoint: damaged ones are not passed over, and what it starts from must be usable."""
     if damaged := sorted(p.name for place in places for p in place.glob("damaged-step-*")):
         raise CheckpointError(
             f"{run_dir} holds only damaged checkpoints ({', '.join(damaged[-3:])}): a start would "
@@ -82,6 +87,11 @@ def _check_beginning(
         )
     if cfg.checkpoint.init_from:
         _check_initial_weights(Path(cfg.checkpoint.init_from), cfg.model, shape.vocab_size)
+    if cfg.checkpoint.init_adapter:
+        from pipeline.huggingface.peft_reader import PeftMatrices
+
+        model = replace(cfg.model, vocab_size=shape.vocab_size)
+        PeftMatrices(Path(cfg.checkpoint.init_adapter), model, cfg.finetune)
 
 
 def _check_initial_weights(path: Path, model: ModelConfig, vocab_size: int) -> None:

@@ -10,12 +10,35 @@ from pipeline.checkpoint import restore
 from pipeline.checkpoint.adapters import Base, base_of, find_base, recorded_base
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.record import read_record
+from pipeline.config.finetune import FinetuneConfig
+from pipeline.config.operation import CheckpointConfig
 from pipeline.config.parameter_names import is_lora
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
+from pipeline.huggingface.peft_reader import PeftMatrices
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.whole_model import open_model
+from pipeline.log import logger
 from pipeline.model.fragments import chunks_of
+
+
+def begin(
+    weights: Weights, cfg: CheckpointConfig, finetune: FinetuneConfig, *, base: Base | None
+) -> None:
+    """The first weights of a run that resumes nothing. Collective: call on every rank.
+
+    Args:
+        base: the frozen weights, where they were loaded already.
+
+    Raises:
+        CheckpointError: a folder is missing or damaged, or does not fit.
+    """
+    if cfg.init_adapter:
+        assert cfg.init_from, "checkpoint.init_adapter without init_from is refused"
+        base = base or load_base(weights, Path(cfg.init_from))
+        load_adapter(weights, Path(cfg.init_adapter), finetune, base=base)
+    elif cfg.init_from and base is None:
+        load_weights(weights, Path(cfg.init_from))
 
 
 def load_weights(weights: Weights, path: Path) -> Path:
@@ -44,6 +67,47 @@ def load_weights(weights: Weights, path: Path) -> Path:
 def load_base(weights: Weights, path: Path) -> Base:
     """Start beside weights that stay as they are; what they are. Collective."""
     return base_of(load_weights(weights, path), Agreement(weights.layout.host_group))
+
+
+def load_adapter(weights: Weights, folder: Path, finetune: FinetuneConfig, *, base: Base) -> None:
+    """Start the low-rank matrices as a folder of peft has them. Collective: call on every rank.
+
+    Args:
+        base: what they will stand beside.
+
+    Raises:
+        CheckpointError: the folder does not fit the settings, or belongs to another base.
+    """
+    ranks = Agreement(weights.layout.host_group)
+    matrices = ranks.agree(lambda: PeftMatrices(folder, weights.model, finetune))
+    there = Path(matrices.base or "")
+    if (there / "config.json").is_file():
+        if there.resolve() != Path(base.path).resolve():
+            base_of(there, ranks).check(base)
+    elif weights.layout.ranks.is_main:
+        logger.warning(
+            "the base of %s is %s, which is no folder here: nobody can tell whether %s is the same",
+            folder, matrices.base, base.path,
+        )  # fmt: skip
+    ranks.agree(lambda: import_matrices(weights, matrices))
+    weights.publish_weights()
+
+
+def import_matrices(weights: Weights, matrices: PeftMatrices) -> None:
+    """Fill this rank's low-rank matrices; those beyond the folder's rank stay as they were drawn.
+
+    They add nothing: B, of which they are the other columns, is 0 there.
+    """
+    stems = set(matrices.stems)
+    for fragment in weights.fragments():
+        stem, _, kind = fragment.name.rpartition(".")
+        if stem not in stems or not is_lora(fragment.name):
+            continue
+        whole = matrices.pair(stem)[kind == "lora_b"]
+        for chunk in chunks_of(fragment, ["weight"]):
+            sizes = zip(chunk.offsets, chunk.data.shape, strict=True)
+            part = whole[tuple(slice(o, o + n) for o, n in sizes)]
+            chunk.data[tuple(map(slice, part.shape))].copy_(part)
 
 
 def _known_bases(path: Path, ranks: Agreement) -> dict[Path, Base]:

@@ -40,7 +40,7 @@ from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.build import build_engine, build_loader
-from pipeline.training.initial_weights import load_base, load_weights
+from pipeline.training.initial_weights import begin, load_base
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
 
@@ -276,8 +276,8 @@ class Trainer:
             if (base := recorded_base(record)) is not None and self.base is not None:
                 base.check(self.base)
             self.evaluated_step = self.recorded_evaluation()  # collective
-        elif source and self.base is None:
-            load_weights(self.engine, Path(source))
+        else:
+            begin(self.engine, self.cfg.checkpoint, self.cfg.finetune, base=self.base)
 
     def recorded_evaluation(self) -> int | None:
         """The present step, if metrics.jsonl has its evaluation, as the main rank sees it.

@@ -277,6 +277,19 @@ def test_frozen_weights_must_come_from_somewhere(tmp_path: Path) -> None:
         startup.check(cfg, world_size=1)
 
 
+def test_an_adapter_to_start_from_is_looked_at_before_anything_starts(run: Path) -> None:
+    """Minutes later on every rank it would end in the same words."""
+    weights, before = f"checkpoint.init_from={run}/runs/a", files(run)
+    lora = ["name=b", "finetune=lora"]
+    for words, said in (
+        ([*lora, "checkpoint.init_adapter=nowhere", weights], "nowhere is no folder of peft"),
+        (["name=b", "checkpoint.init_adapter=nowhere"], "Set checkpoint.init_from to the folder"),
+    ):
+        with pytest.raises(PipelineError, match=said):
+            startup.check(compose(run, *words), world_size=1)
+    assert files(run) == before
+
+
 def test_a_run_that_trained_all_does_not_go_on_with_a_part(run: Path) -> None:
     """Its optimizer state is of other parameters."""
     cfg = compose(
