@@ -39,5 +39,5 @@ soak: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/core
-	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk]"
+	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk,serve]"
 	@touch $@
