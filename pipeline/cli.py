@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import sys
 import textwrap
@@ -28,6 +29,11 @@ from pipeline import log
 from pipeline.errors import ConfigError, PipelineError, printed
 from pipeline.redaction import redact
 
+PATHS = set(
+    """base cache_dir checkpoint data dataset fallback_dir file folder init_from input other output
+    path run runs_dir template tokenizer""".split()
+)
+"""Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
@@ -94,7 +100,7 @@ def compose(
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(config, overrides)
         for key, value in raw.items():
-            OmegaConf.update(node, key, _escaped(value))
+            OmegaConf.update(node, key, literal(value))
         return typing.cast(T, OmegaConf.to_object(node))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
@@ -103,27 +109,38 @@ def compose(
         raise ConfigError(f"a file of {CONF_DIR} cannot be read: {error}") from error
 
 
-def _escaped(value: str) -> str:
-    """`value` so that OmegaConf gives it back as it is: `${...}` is not looked up.
+def literal(value: Any) -> Any:
+    """A value, with nested ones, so that OmegaConf gives its texts back as they are.
 
-    Backslashes before `${` are OmegaConf's escapes, so those are doubled, and no others.
+    `${...}` is not looked up. Backslashes before `${` are OmegaConf's escapes, so those are
+    doubled, and no others.
     """
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def to_yaml(cfg: Any) -> str:
     """The composed config as yaml, enums by name, without secrets: it is written and shown."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(to_dict(cfg))))
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """The composed config as plain JSON-able values, enums by name, without secrets."""
-    from omegaconf import OmegaConf
+    return redact(typing.cast("dict[str, Any]", _plain(dataclasses.asdict(cfg))))
 
-    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    return redact(typing.cast("dict[str, Any]", values))
+
+def _plain(value: Any) -> Any:
+    """Nested values, enums by name."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
@@ -143,7 +160,7 @@ def _split(
     Those are taken as they are: Hydra's grammar would trip over their commas, quotes and braces.
     """
     hints = {key: typing.get_type_hints(owner)[field.name] for key, field, owner in keys(schema)}
-    literal = {
+    texts = {
         key
         for key, hint in hints.items()
         if hint is str or set(typing.get_args(hint)) == {str, type(None)}
@@ -153,7 +170,8 @@ def _split(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         is_key = key.lstrip("+~").replace(".", "").replace("_", "").replace("/", "").isalnum()
-        if waiting and not (equals and is_key):
+        is_there = key not in hints and os.path.exists(argument)  # a folder such as runs/lr=0.1
+        if waiting and (is_there or not (equals and is_key)):
             key, equals, value = waiting.pop(0), "=", argument
             argument = f"{key}={value}"
         if argument.startswith("-") or not equals and not argument.startswith("~"):
@@ -167,11 +185,30 @@ def _split(
             key.lstrip("+") == table or key.lstrip("+").startswith(f"{table}.") for table in tables
         )
         argument = ("++" if is_open else "") + argument.lstrip("+")
-        if key in literal and value not in ("null", "???"):
+        if key in texts and value not in ("null", "???"):
+            if key.rpartition(".")[2] in PATHS:
+                _check_path(key, value)
             raw[key] = value
         else:
             overrides.append(argument)
     return overrides, raw
+
+
+def _check_path(key: str, value: str) -> None:
+    """Refuse what a shell has left of a path: nothing, or a `~` that it did not expand.
+
+    Taken literally, an empty fallback is none, and `~/runs` a folder called ~ in the present one.
+    """
+    if not value:
+        raise ConfigError(
+            f"{key} is empty. Is a variable of the shell not set? Leave the setting out, or give "
+            f"{key}=PATH."
+        )
+    home = os.path.expanduser(value)
+    if home != value and not os.path.exists(value.partition("/")[0]):
+        raise ConfigError(
+            f"{key}={value}: shells expand `~` only where it begins a word. Write {key}={home}"
+        )
 
 
 def _explain(error: Exception, schema: type) -> str:

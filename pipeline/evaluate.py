@@ -12,7 +12,7 @@ checkpoint=FOLDER.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,9 +131,24 @@ def _data(cfg: EvaluateConfig, run_data: DataConfig | None) -> DataConfig:
 
     `train` is the same: whose tokenizer and sizes count.
     """
-    data = cfg.data
+    data, caches = cfg.data, ("cache_dir", "cache_size_gib")
     if not data.validation and run_data is not None:
-        data = replace(run_data, cache_dir=data.cache_dir or run_data.cache_dir)
+        plain = DataConfig()
+        typed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(plain, f.name)]
+        if lost := [f"data.{name}" for name in typed if name not in caches]:
+            raise ConfigError(
+                f"{', '.join(lost)} would have no effect: no held-out data are named, and those "
+                f"of {cfg.checkpoint} are read as the run reads them. Name the data too: "
+                "data.path=OUT or data.validation."
+            )
+        cache_dir = data.cache_dir or run_data.cache_dir
+        data = replace(run_data, cache_dir=cache_dir, cache_size_gib=data.cache_size_gib)
+    elif run_data is not None and run_data.mask_documents and not data.mask_documents:
+        log.logger.warning(
+            "the run attends inside documents only, this evaluation across them: set "
+            "data.mask_documents=true data.reset_positions=%s to score it as it was trained",
+            str(run_data.reset_positions).lower(),
+        )
     if not data.validation:
         raise ConfigError(
             f"nothing to evaluate: {cfg.checkpoint} names no held-out data. "

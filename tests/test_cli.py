@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+from omegaconf import OmegaConf
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
@@ -67,11 +68,13 @@ def test_text_is_taken_literally():
 
 
 @pytest.mark.parametrize(
-    "text", ["${oc.env:HOME}", r"\${model.name}", r"a\b", r"\\${x}y${", "$x{y}"]
+    "text", ["a${", "${oc.env:HOME}", r"\${model.name}", r"a\b", r"\\${x}y${", "$x{y}"]
 )
 def test_nothing_in_a_text_is_looked_up(text):
     """A folder may be called so; and an environment variable must not get into a run's files."""
-    assert compose(f"runs_dir={text}").runs_dir == text
+    cfg = compose(f"runs_dir={text}")
+    assert cfg.runs_dir == cli.to_dict(cfg)["runs_dir"] == text
+    assert OmegaConf.create(cli.to_yaml(cfg)).runs_dir == text
 
 
 def test_what_a_preset_looks_up_is_the_literal_text():
@@ -96,6 +99,37 @@ def test_positional_word_fills_its_field():
     """`python -m pipeline.report runs/x` reads as a command."""
     job = cli.compose(Job, ["runs/x, y", "count=3"], config="job_without_yaml", positional=["path"])
     assert dataclasses.astuple(job) == ("runs/x, y", 3, [])
+
+
+def test_a_folder_with_an_equal_sign_is_a_positional_word(tmp_path, monkeypatch):
+    """Runs are called lr=0.1; what is no folder is a misspelt setting."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    (tmp_path / "count=3").mkdir()
+    job = cli.compose(Job, ["runs/lr=0.1", "count=3"], config="job_2", positional=["path"])
+    assert dataclasses.astuple(job) == ("runs/lr=0.1", 3, [])
+    with pytest.raises(ConfigError, match="runs/lr"):
+        cli.compose(Job, ["runs/lr=0.2"], config="job_2", positional=["path"])
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("checkpoint.init_from=", "checkpoint.init_from is empty. Is a variable"),
+        ("checkpoint.fallback_dir=", "checkpoint.fallback_dir is empty"),
+        ("runs_dir=~/runs", "Write runs_dir=/home/me/runs"),
+        ("data.cache_dir=~", "Write data.cache_dir=/home/me"),
+    ],
+)
+def test_what_a_shell_left_of_a_path_is_refused(argument, message, tmp_path, monkeypatch):
+    """An unset variable took the fallback away, and `~` became a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        compose(argument)
+    (tmp_path / "~").mkdir()  # a folder that is there is meant
+    assert compose("runs_dir=~/runs").runs_dir == "~/runs"
+    assert compose("runs_dir=~no such user").runs_dir == "~no such user"
 
 
 def test_required_value_that_is_missing_is_named():

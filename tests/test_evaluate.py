@@ -145,3 +145,29 @@ def test_the_data_of_the_run_count_only_where_none_are_named() -> None:
         _data(EvaluateConfig(checkpoint="x"), replace(of_run, validation=[]))
     with pytest.raises(ConfigError, match="x names no held-out data"):
         _data(EvaluateConfig(checkpoint="x"), None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DataConfig(mask_documents=True), DataConfig(train=[DatasetConfig(path="b")]), DataConfig(lanes=2)],
+)  # fmt: skip
+def test_settings_beside_the_runs_own_data_are_not_dropped(data: DataConfig) -> None:
+    """`data.mask_documents=true`, or a `data.train`, was typed and ignored."""
+    of_run = DataConfig(validation=[DatasetConfig(path="held-out")])
+    with pytest.raises(
+        ConfigError, match="^data.(mask_documents|train|lanes) would have no effect"
+    ):
+        _data(EvaluateConfig(checkpoint="x", data=data), of_run)
+    cache = DataConfig(cache_dir="c", cache_size_gib=3.0)
+    found = _data(EvaluateConfig(checkpoint="x", data=cache), of_run)
+    assert (found.cache_dir, found.cache_size_gib) == ("c", 3.0)
+
+
+def test_a_run_of_masked_documents_scored_without_masks_is_said(caplog) -> None:
+    of_run = DataConfig(path="a", mask_documents=True, reset_positions=True)
+    _data(EvaluateConfig(checkpoint="x", data=DataConfig(path="mine")), of_run)
+    assert "data.mask_documents=true data.reset_positions=true to score it" in caplog.text
+    caplog.clear()
+    masked = DataConfig(path="mine", mask_documents=True)
+    _data(EvaluateConfig(checkpoint="x", data=masked), of_run)
+    assert not caplog.text

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pipeline import cli
 from pipeline.config import model_rules
 from pipeline.config.data import DataConfig
 from pipeline.config.finetune import FinetuneConfig
@@ -209,9 +210,8 @@ class CheckpointRecord(RunRecord):
             saved = self.config[name]
             kept = {key: value for key, value in saved.items() if key not in RETIRED}
             kept = {key: kept[key] for key in kept if keys is None or key in keys}
-            if "${" in json.dumps(kept):  # would be looked up here: ${oc.env:...}
-                raise CheckpointError(f"the {name} settings in {RECORD} hold a ${{...}}.")
-            node = OmegaConf.merge(OmegaConf.structured(schema), kept)
+            # Literally: a stranger's ${oc.env:...} would be looked up; a folder may be called so.
+            node = OmegaConf.merge(OmegaConf.structured(schema), cli.literal(kept))
             return cast(T, OmegaConf.to_object(node))
         # Beside its own errors OmegaConf lets those of Python through, as of a list for a table.
         except (

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,6 +56,8 @@ LEAST = {
 }
 
 
+MOST_NAME_BYTES = 255
+"""Of a file's name, on every file system that matters."""
 # What several rules need to be right.
 HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
@@ -237,11 +241,17 @@ def recompute(training: TrainingConfig) -> Iterator[str]:
 
 def run_name(name: str) -> Iterator[str]:
     """A run lives in one folder of runs_dir."""
-    if name.strip() in ("", ".", "..") or set(name) & set("/\\\0\n") or "${" in name:
+    is_control = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name)
+    if name.strip() in ("", ".", "..") or set(name) & set("/\\") or "${" in name or is_control:
         yield (
-            f"name ('{name}') must be the name of one folder: not empty, not '..', without '/', a "
-            "backslash and '${'. The run lives in <runs_dir>/<name>: set another folder with "
-            "runs_dir=..., and name=gpt2-a."
+            f"name ({name!r}) must be the name of one folder: not empty, not '..', without '/', a "
+            "backslash, '${' and control characters. The run lives in <runs_dir>/<name>: set "
+            "another folder with runs_dir=..., and name=gpt2-a."
+        )
+    elif (size := len(os.fsencode(name))) > MOST_NAME_BYTES:
+        yield (
+            f"name ({name[:40]}...) has {size} bytes; a folder's name has at most "
+            f"{MOST_NAME_BYTES}."
         )
 
 

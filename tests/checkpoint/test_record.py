@@ -74,5 +74,13 @@ def test_a_strangers_settings_are_not_looked_up(monkeypatch):
     content = json.loads(VERSION_1)
     content["config"]["model"]["name"] = "${oc.env:SECRET}"
     record = CheckpointRecord.from_json(json.dumps(content))
-    with pytest.raises(CheckpointError, match="hold a"):
-        record.model()
+    assert record.model().name == "${oc.env:SECRET}"
+
+
+def test_a_folder_of_any_name_can_be_evaluated_afterwards():
+    """`data.path=/d/${x}` trained, and its checkpoints were refused by evaluate."""
+    content = json.loads(VERSION_1)
+    path = "/d/${x} a${, [b]='c' {d} %s ~"
+    content["config"]["data"] = {"train": [{"path": path}], "validation": [{"path": path}]}
+    record = CheckpointRecord.from_json(json.dumps(content))
+    assert [d.path for d in record.data().validation or []] == [path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,11 +174,21 @@ def test_what_does_not_depend_on_a_broken_number_is_still_judged() -> None:
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", " ", "..", "a/b", "/abs", "${foo}", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["", " ", "..", "a/b", "/abs", "${foo}", "a\\b", "a\tb", "a\x1b[2J", "a\u2028b"]
+)
 def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
     """The run lives in <runs_dir>/<name>: "" and ".." would write into other runs."""
     with pytest.raises(ConfigError, match="must be the name of one folder"):
         shape_of(replace(config(), name=name))
+
+
+def test_a_name_is_as_long_as_a_folders(tmp_path: Path) -> None:
+    """It ended in `OSError: File name too long`."""
+    (tmp_path / ("ü" * 127)).mkdir()
+    shape_of(replace(config(), name="ü" * 127))
+    with pytest.raises(ConfigError, match="has 256 bytes; a folder's name has at most 255"):
+        shape_of(replace(config(), name="ü" * 128))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
