@@ -1,6 +1,5 @@
 """The cleaning job as a whole: the same bytes for every way of running it, and a reason for every loss."""
 
-import hashlib
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from data_prep.clean import CleanConfig
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
 from tests.support import slurm_cluster
+from tests.support.corpus import checksums
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,16 +66,6 @@ def config(corpus: Path, output: Path, *changes: str) -> CleanConfig:
         "workers=1", RECIPE, f"decontaminate.sets=[{corpus}/exam.txt]", "wait_s=0", *changes,
     ]  # fmt: skip
     return cli.compose(CleanConfig, words, config="clean", positional=["input", "output"])
-
-
-def digests(output: Path) -> dict[str, str]:
-    files = (
-        path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "job.json"
-    )
-    return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -162,7 +152,7 @@ def test_bytes_do_not_depend_on_workers(
     corpus: Path, undisturbed: Path, tmp_path: Path, workers: int
 ) -> None:
     clean.main(config(corpus, tmp_path, f"workers={workers}"))
-    assert digests(tmp_path) == digests(undisturbed)
+    assert checksums(tmp_path) == checksums(undisturbed)
 
 
 @pytest.mark.parametrize("num_tasks", [3, 7])
@@ -176,13 +166,13 @@ def test_tasks_at_the_same_time_give_the_same_bytes(
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(num_tasks)}
         tasks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | array))
     assert [task.wait(timeout=HANG_S) for task in tasks] == [0] * num_tasks
-    assert digests(tmp_path) == digests(undisturbed)
+    assert checksums(tmp_path) == checksums(undisturbed)
 
 
 def test_one_task_alone_finishes_the_job(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The others are dead, or wait in the queue for this one to end."""
     clean.main(config(corpus, tmp_path, "task=2", "num_tasks=5"))
-    assert digests(tmp_path) == digests(undisturbed)
+    assert checksums(tmp_path) == checksums(undisturbed)
     clean.main(config(corpus, tmp_path, "task=0", "num_tasks=5"))
 
 
@@ -192,7 +182,7 @@ def test_bytes_do_not_depend_on_the_size_of_sorted_ranges(
     """Many ranges, as a large corpus has, name the same repeats."""
     monkeypatch.setattr("data_prep.cleaning.stages.KEYS_PER_RANGE", 10)
     clean.main(config(corpus, tmp_path))
-    assert digests(tmp_path) == digests(undisturbed)
+    assert checksums(tmp_path) == checksums(undisturbed)
 
 
 @pytest.mark.slow
@@ -216,7 +206,7 @@ def test_a_job_killed_ten_times_ends_with_the_same_bytes(
         job.wait()
         kills += 1
     assert job.wait(timeout=HANG_S) == 0
-    assert digests(tmp_path) == digests(undisturbed)
+    assert checksums(tmp_path) == checksums(undisturbed)
 
 
 def _command(corpus: Path, output: Path) -> list[str]:
@@ -349,4 +339,4 @@ def test_a_slurm_array_gives_the_same_bytes(
             "launch/clean.slurm", *words, options=options, env=python, cwd=tmp_path
         )
         cluster.wait_for(lambda: _is_finished(tmp_path / "out"), "report", 200, job=job)
-    assert digests(tmp_path / "out") == digests(undisturbed)
+    assert checksums(tmp_path / "out") == checksums(undisturbed)

@@ -1,7 +1,6 @@
 """data_prep.conversations from end to end: rows hold the dialogues, and their bytes never change."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from pipeline.data.chat import ChatTemplate
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
-from tests.support.corpus import make_tokenizer
+from tests.support.corpus import checksums, make_tokenizer
 
 ROW = 192
 
@@ -76,14 +75,6 @@ def convert(folder, output, *words, source="in", row_tokens=ROW):
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     return convert(corpus, tmp_path_factory.mktemp("reference") / "out", "workers=1")
-
-
-def checksums(output):
-    return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(Path(output).rglob("*"))
-        if path.is_file() and path.name != "job.json"
-    }
 
 
 def dialogues(folder) -> list[tuple[list[int], list[int]]]:

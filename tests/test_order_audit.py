@@ -15,7 +15,7 @@ from pipeline.data.datasets import open_datasets
 from pipeline.data.sampler import Sampler
 from pipeline.errors import ConfigError
 from pipeline.order_audit import AuditConfig, main
-from tests.data.test_loader import loaders, shape_of
+from tests.support.loading import loaders, shape_of
 from tests.support.token_dataset import counting_shards, write_dataset
 
 

@@ -23,7 +23,7 @@ from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
-from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.corpus import checksums, make_texts, make_tokenizer, write_jsonl
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,15 +44,6 @@ def tokenize(folder, output, *words, source="in"):
     places = [f"input={folder}/{source}", f"output={output}", f"tokenizer={folder}/tokenizer.json"]
     main(cli.compose(TokenizeConfig, [*places, "unit_mb=0.02", *words], config="tokenize"))
     return Path(output)
-
-
-def checksums(output):
-    """sha256 of every file of both datasets, by name."""
-    return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(Path(output).rglob("*"))
-        if path.is_file() and path.name != "job.json"
-    }
 
 
 def documents(folder):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,83 +10,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pipeline import cli
 from pipeline.checkpoint.record import read_record
-from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import DataUsedUp, PipelineError
-from tests.support.corpus import make_tokenizer
 from tests.support.ranks import run_on_ranks
-from tests.support.token_dataset import write_dataset
+from tests.support.small_runs import (
+    STEPS,
+    history,
+    overrides,
+    train_on_ranks,
+    validation,
+    write_data,
+)
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train and validation splits of counting sequences, with a real tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    from pipeline.data.tokenizer import Tokenizer
-
-    path = make_tokenizer(folder / "tokenizer.json")
-    vocab_size = Tokenizer.from_file(path).vocab_size
-    rng = np.random.default_rng(0)
-
-    def shard(tokens: int) -> np.ndarray:
-        rows = tokens // 32
-        return (
-            (rng.integers(0, 300, (rows, 1)) + np.arange(32) * rng.integers(1, 5, (rows, 1))) % 300
-        ).reshape(-1)
-
-    for split, sizes in (("train", (40_000, 30_000)), ("validation", (4_000,))):
-        shards = [shard(size) for size in sizes]
-        write_dataset(
-            folder / split,
-            shards,
-            block_tokens=16384,
-            vocab_size=vocab_size,
-            tokenizer=path.read_bytes(),
-        )
-    return folder
-
-
-def overrides(data: Path, runs: Path, name: str = "run", **settings: Any) -> list[str]:
-    """A ten-step run of the tiny model that logs and hashes every step."""
-    values = {
-        "name": name, "runs_dir": runs, "data.path": data, "model": "tiny", "model.num_layers": 4, "model.hidden_size": 64,
-        "training.total_steps": STEPS, "training.seq_len": 64, "training.global_batch_size": 8, "training.micro_batch_size": 2,
-        "training.precision": "fp32", "training.eval_every": 5, "training.eval_sequences": 16, "checkpoint.save_every": 3,
-        "schedule.warmup_steps": 2, "tracking.log_every": 1, "tracking.sample_hash": "true", "tracking.wandb": "disabled",
-        **settings,
-    }  # fmt: skip
-    return [f"{key}={value}" for key, value in values.items()]
-
-
-def train_on_ranks(arguments: list[str]) -> int:
-    """pipeline.train in this rank."""
-    from pipeline import train
-
-    return train.main(cli.compose(PretrainConfig, arguments, config="pretrain"))
-
-
-def history(run: Path) -> dict[int, tuple[float, float, str]]:
-    """Step -> (loss, gradient norm, sample hash) as last logged."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        r["step"]: (r["train/loss"], r["train/grad_norm"], r["data/sample_hash"])
-        for r in rows
-        if "train/loss" in r
-    }
-
-
-def validation(run: Path) -> dict[int, float]:
-    """Step -> held-out loss."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r["val/validation/loss"] for r in rows if "val/validation/loss" in r}
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_four_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
@@ -380,83 +322,3 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(data: Path, tmp_path: Pat
         assert history(tmp_path / "stumbled") == history(tmp_path / "whole")
     rows = (tmp_path / "stumbled/metrics.jsonl").read_text()
     assert rows.count("val/validation/loss") == 4, "none is made twice"
-
-
-def prepare(arguments: list[str], world_size: int = 1) -> None:
-    """What pipeline.train does before it needs torch."""
-    from pipeline.training import startup
-
-    startup.check(cli.compose(PretrainConfig, arguments, config="pretrain"), world_size=world_size)
-
-
-ERRORS: list[tuple[str, dict[str, Any], int, str]] = [
-    ("misspelt key", {"training.total_step": 3}, 1, "total_steps"),
-    ("heads", {"parallel.tensor_parallel_size": 3}, 3, "num_attention_heads"),
-    ("layers", {"parallel.pipeline_parallel_size": 8}, 8, "num_layers"),
-    ("global batch", {"training.global_batch_size": 7}, 1, "Set training.global_batch_size=8"),
-    (
-        "zero with pipeline",
-        {"parallel.zero_stage": 2, "parallel.pipeline_parallel_size": 2},
-        2,
-        "zero_stage=2",
-    ),
-    ("vocabulary", {"model.vocab_size": 100}, 1, r"model.vocab_size \(100\)"),
-    ("missing dataset", {"data.path": "no/such/folder"}, 1, "no/such/folder"),
-]
-
-
-@pytest.mark.parametrize("what, change, world_size, message", ERRORS, ids=[e[0] for e in ERRORS])
-def test_bad_settings_end_before_torch_is_needed(
-    what: str, change: dict[str, Any], world_size: int, message: str, data: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(PipelineError, match=message):
-        prepare(overrides(data, tmp_path, **change), world_size)
-
-
-def test_three_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
-    wrong = {"data.path": "no/such/folder", "model.hidden_size": 63, "schedule.min_lr": 1.0}
-    with pytest.raises(PipelineError) as caught:
-        prepare(overrides(data, tmp_path, **wrong))
-    for words in ("no/such/folder", "model.hidden_size (63)", "schedule.min_lr (1.0)"):
-        assert words in str(caught.value)
-
-
-def test_a_damaged_tokenizer_is_named(data: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(data, tmp_path / "broken")
-    (broken / "train" / "tokenizer.json").write_text("{")
-    with pytest.raises(PipelineError, match=r"tokenizer\.json"):
-        prepare(overrides(broken, tmp_path))
-
-
-def test_a_full_disk_is_reported_before_the_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(
-        PipelineError, match=r"0\.00 GiB free; two checkpoints of this model need .* runs_dir="
-    ):
-        prepare(overrides(data, tmp_path))
-
-
-def test_a_run_folder_that_cannot_be_written_is_reported(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(PipelineError, match=r"cannot be written .* runs_dir="):
-        prepare(overrides(data, tmp_path / "file"))
-
-
-def test_another_model_in_the_run_folder_is_refused(data: Path, tmp_path: Path) -> None:
-    run_on_ranks(
-        train_on_ranks,
-        1,
-        overrides(data, tmp_path, **{"training.total_steps": 2, "training.eval_every": 0}),
-    )
-    with pytest.raises(PipelineError, match=r"model\.hidden_size: 64 there, 32 here"):
-        prepare(overrides(data, tmp_path, **{"model.hidden_size": 32}))
-
-
-def test_an_error_on_the_command_line_has_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.train", "data.path=nowhere", f"runs_dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

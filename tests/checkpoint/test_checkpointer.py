@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import multiprocessing
-import os
-import random
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,33 +10,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.checkpoint import checkpointer as checkpoint_module
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.__main__ import ToolConfig, main
 from pipeline.checkpoint.agreement import Agreement
-from pipeline.checkpoint.checkpointer import Checkpointer
-from pipeline.checkpoint.record import CheckpointRecord
-from pipeline.checkpoint.tensors import CheckpointTensors, HostCopy, write
-from pipeline.config.operation import CheckpointConfig
-from pipeline.distributed.ranks import Ranks
+from pipeline.checkpoint.tensors import HostCopy, write
 from pipeline.engine import state
 from pipeline.errors import CheckpointError
 from pipeline.log import logger
-from pipeline.model.fragments import Chunk, Fragment
+from pipeline.model.fragments import Fragment
 from pipeline.model.partition import Partition
-from tests.support.checkpoint_runs import Run, resume, train_and_save
+from tests.support.checkpoint_runs import Run, resume, small_chunks, train_and_save
 from tests.support.layouts import allow_fp16_on_the_cpu, config
-from tests.support.ranks import PRELOAD, run_on_ranks
-from tests.support.waiting import HANG_S
-
-# ---- any layout to any layout -----------------------------------------------------------------------------------
+from tests.support.ranks import run_on_ranks
 
 SAVED, LAST = 3, 5
-# All that a checkpointer needs of a layout to write chunks.
-ALONE: Any = SimpleNamespace(ranks=Ranks(0, 1, 0, 1, "here"))
 
 
 def four_ranks(model: str, precision: str, folder: Path) -> dict[str, list]:
@@ -173,99 +150,6 @@ def test_steps_after_an_asynchronous_save_are_not_in_it(tmp_path: Path) -> None:
         assert main(ToolConfig("diff", *paths)) == 0
 
 
-# ---- damage -----------------------------------------------------------------------------------------------------
-
-
-def write_small(folder: Path, steps: list[int]) -> None:
-    """Checkpoints of one 40 x 30 matrix in two rectangles. Collective."""
-    cfg = CheckpointConfig(keep_last=99)
-    checkpointer = Checkpointer(cfg, folder=folder, layout=ALONE)
-    for step in steps:
-        checkpointer._write(small_chunks(step), record_of(step))
-        assert checkpointer._outcome is None, checkpointer._outcome
-
-
-def small_chunks(step: int, size: int = 40) -> list[Chunk]:
-    """This rank's rows of a matrix that says which step it is of."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    rows = size // world
-    data = (
-        torch.full((rows, 30), float(step)) + torch.arange(rows * rank, rows * (rank + 1))[:, None]
-    )
-    return [Chunk("weights/a", (size, 30), (rows * rank, 0), data)]
-
-
-def record_of(step: int) -> CheckpointRecord:
-    return CheckpointRecord(
-        state={}, config={}, step=step, optimizer="adamw", optimizer_step=step, loss_scale=None, vocab_size=7,
-        layout={}, versions={}, saved_at="now",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of checkpoints of steps 1 and 2, written by two ranks."""
-    folder = tmp_path_factory.mktemp("small")
-    run_on_ranks(write_small, 2, folder, [1, 2])
-    return folder
-
-
-def test_checkpoint_is_read_without_a_process_group(small: Path) -> None:
-    """Export, generation and people's own scripts read it in one plain process."""
-    tensors = CheckpointTensors(small / folders.name_of(2))
-    assert tensors.names == ["weights/a"] and (small / "latest").read_text() == "step-00000002\n"
-    assert torch.equal(
-        tensors.tensor("weights/a"), 2.0 + torch.arange(40.0)[:, None].expand(40, 30)
-    )
-    assert set(folders.read_sums(small / folders.name_of(2))) == {
-        "rank-00000.safetensors",
-        "rank-00001.safetensors",
-        "tensors.json",
-        "checkpoint.json",
-    }
-    subprocess.run(
-        ["sha256sum", "--check", "--quiet", "SHA256SUMS"],
-        cwd=small / folders.name_of(2),
-        check=True,
-    )
-
-
-def test_any_rectangle_is_read(small: Path) -> None:
-    """Another layout asks for rectangles that cross those of the writers."""
-    data = torch.zeros(7, 4)
-    CheckpointTensors(small / folders.name_of(1)).read_into(
-        [Chunk("weights/a", (40, 30), (17, 9), data)]
-    )
-    assert torch.equal(data, 1.0 + torch.arange(17.0, 24.0)[:, None].expand(7, 4))
-
-
-@pytest.mark.parametrize("how", ["flip", "truncate", "append", "delete"])
-def test_damage_to_any_file_is_found(how: str, small: Path, tmp_path: Path) -> None:
-    """A checkpoint with one wrong byte must not be trained on."""
-    draw = random.Random(how)
-    names = [p.name for p in (small / folders.name_of(2)).iterdir()]
-    assert len(names) == 5
-    for name in names:
-        for _ in range(8 if how == "flip" else 1):
-            copy = shutil.copytree(small / folders.name_of(2), tmp_path / "copy")
-            assert folders.damage(copy) == []
-            content = bytearray((copy / name).read_bytes())
-            if how == "flip":
-                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-            content = (
-                content[:-1]
-                if how == "truncate"
-                else content + b" "
-                if how == "append"
-                else content
-            )
-            (copy / name).unlink()
-            if how != "delete":
-                (copy / name).write_bytes(content)
-            assert folders.damage(copy), f"{how} {name}"
-            shutil.rmtree(copy)
-
-
 def restore_after_damage(folder: Path) -> tuple[dict, list[str], list]:
     run = Run(config("gpt2"), folder)
     messages: list[str] = []
@@ -303,50 +187,6 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [2, 4]
 
 
-class OneRank(Agreement):
-    """An agreement of this process with itself."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
-def test_a_checkpoint_is_read_while_it_is_checked(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SHA-256 takes most of a load: it waits for the reading to begin, or this test hangs."""
-    reading, sha256_of = threading.Event(), folders.sha256_of
-
-    def slow(path: Path) -> str:
-        assert not folders.holds_tensors(path.name) or reading.wait(HANG_S)
-        return sha256_of(path)
-
-    monkeypatch.setattr(folders, "sha256_of", slow)
-    found = OneRank().read_checked(small / folders.name_of(2), lambda: reading.set() or "read")
-    assert found == ([], "read")
-    with pytest.raises(CheckpointError, match="another model"):
-        OneRank().read_checked(small / folders.name_of(2), lambda: refuse("another model"))
-
-
-def refuse(text: str) -> None:
-    raise CheckpointError(text)
-
-
-def test_what_a_damaged_checkpoint_gave_or_raised_is_void(small: Path, tmp_path: Path) -> None:
-    """Damage that cannot be read is damage, not another model; damaged small files are not read."""
-    copy = shutil.copytree(small / folders.name_of(2), tmp_path / "copy")
-    tensors = copy / "rank-00001.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
-    for read in (lambda: "read", lambda: refuse("another model")):
-        problems, value = OneRank().read_checked(copy, read)
-        assert [p.partition(":")[0] for p in problems] == [tensors.name] and value is None
-    (copy / "tensors.json").write_bytes(b"{}")
-    problems, _ = OneRank().read_checked(copy, lambda: pytest.fail("it was read"))
-    assert [p.partition(":")[0] for p in problems] == ["tensors.json"]
-
-
 def test_state_that_a_checkpoint_lacks_is_zero_again() -> None:
     """A checkpoint from before the first update has no moments; those of a diverged run must go."""
     flat = torch.nn.Parameter(torch.ones(3))
@@ -381,245 +221,6 @@ def test_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path: 
         "has no head.weight and 8 more"
         in run_on_ranks(expect_refusal, 1, config("modern"), tmp_path)[0]
     )
-
-
-# ---- failing saves ----------------------------------------------------------------------------------------------
-
-
-def save_under_trouble(folder: Path) -> dict[str, Any]:
-    """Save; save while files may not grow; save while the disk is nearly full; save again."""
-    checkpoint_module.RETRY_PAUSE_S = 0.01
-    logger.propagate = False
-    run = Run(config("gpt2"), folder)
-    run.train(0, 1)
-    run.save(1)
-    assert run.checkpointer.wait()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
-    )  # what a full disk does in mid-file
-    run.train(1, 2)
-    run.save(2)
-    write_failed = not run.checkpointer.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    usage, shutil.disk_usage = (
-        shutil.disk_usage,
-        lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000),
-    )  # type: ignore[attr-defined]
-    run.train(2, 3)
-    run.save(3)
-    space_failed = not run.checkpointer.wait()
-    shutil.disk_usage = usage
-    left = sorted(path.name for path in folder.iterdir())
-    history = run.train(3, 4)
-    run.save(4)
-    run.close()
-    return {
-        "write": write_failed,
-        "space": space_failed,
-        "left": left,
-        "failed": run.checkpointer.failed_saves,
-        "loss": history,
-    }
-
-
-def test_training_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
-    """The old checkpoint stays, `latest` stays, failures are counted, and the next save works."""
-    for found in run_on_ranks(save_under_trouble, 2, tmp_path):
-        assert found["write"] and found["space"] and found["failed"] == 2
-        assert "step-00000001" in found["left"] and "step-00000002" not in found["left"]
-    assert [step for step, _ in folders.list_checkpoints(tmp_path)] == [1, 4]
-    assert (tmp_path / "latest").read_text() == "step-00000004\n"
-    assert (
-        not list(tmp_path.glob(".step-*")) and folders.damage(tmp_path / folders.name_of(4)) == []
-    )
-
-
-def save_with_a_fallback(folder: Path) -> dict[str, Any]:
-    """Saves whose first place is a file; then rank 1 can write nothing anywhere. Collective."""
-    from pipeline.checkpoint import checkpointer as module
-
-    module.RETRY_PAUSE_S = 0.0
-    cfg = CheckpointConfig(max_failed_saves=2)
-    checkpointer = Checkpointer(cfg, folder=folder / "file" / "checkpoints", fallback=folder / "other", layout=ALONE)  # fmt: skip
-
-    def save(step: int) -> bool:
-        checkpointer._last_saved = step
-        checkpointer._thread = threading.Thread(target=checkpointer._write, args=(small_chunks(step), record_of(step)))  # fmt: skip
-        checkpointer._thread.start()
-        return checkpointer.wait()
-
-    outcomes = [save(1)]
-    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, no_limit[1]))
-    outcomes.append(save(2))
-    left = sorted(path.name for path in (folder / "other").iterdir())
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
-    outcomes.append(save(3))  # it worked in between: the count begins anew
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, no_limit[1]))
-    outcomes.append(save(4))
-    with pytest.raises(CheckpointError) as caught:
-        save(5)
-    resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
-    return {"outcomes": outcomes, "left": left, "error": str(caught.value)}
-
-
-def test_a_save_goes_to_the_fallback_and_the_run_ends_after_so_many_failures(
-    tmp_path: Path,
-) -> None:
-    """A run that cannot save must not train for days: it ends, on every rank, and says why."""
-    (tmp_path / "file").write_text("in the place of the run folder")
-    found = run_on_ranks(save_with_a_fallback, 2, tmp_path)
-    assert found[0] == found[1], "all ranks know the same"
-    assert found[0]["outcomes"] == [True, False, True, False]
-    assert found[0]["left"] == ["latest", "step-00000001"], "a failed save leaves nothing behind"
-    for words in ("2 checkpoints in a row", "the last of step 5", "File too large", "fallback_dir"):
-        assert words in found[0]["error"]
-    places = [tmp_path / "file" / "checkpoints", tmp_path / "other"]
-    assert [step for step, _ in folders.list_places(places)] == [1, 3]
-
-
-def test_the_newest_checkpoint_of_both_places_is_taken(tmp_path: Path) -> None:
-    places = folders.places(tmp_path / "runs" / "a", str(tmp_path / "other"))
-    assert places == [tmp_path / "runs/a/checkpoints", tmp_path / "other/a/checkpoints"]
-    for place, steps in zip(places, ((1, 3), (2, 3, 4))):
-        for step in steps:
-            (place / folders.name_of(step)).mkdir(parents=True)
-    found = folders.list_places(places)
-    assert [step for step, _ in found] == [1, 2, 3, 3, 4]
-    assert [path.parent for step, path in found if step == 3] == [places[1], places[0]]
-
-
-def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
-    """A rank that saves and saves; rank 0 notes every save that is complete."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    root = Path(folder)
-    first = max([step for step, _ in folders.list_checkpoints(root)], default=0) + 1
-    checkpointer = Checkpointer(
-        CheckpointConfig(keep_last=2, keep_every=10), folder=root, layout=ALONE
-    )
-    for step in range(first, first + 10_000):
-        checkpointer._write(small_chunks(step, size=4000), record_of(step))
-        if rank == 0 and checkpointer._outcome is None:
-            (root / "noted").write_text(str(step))
-            (root / "noted").replace(root / "completed")  # never half a note
-
-
-def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    store = str(root / f"store-{number}")
-    ranks = [
-        context.Process(target=save_for_ever, args=(r, 2, str(root), store), daemon=True)
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    before = read_completed(root)
-    deadline = time.monotonic() + HANG_S
-    while read_completed(root) <= before and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0, 0.15))
-    for process in draw.sample(ranks, 2):
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-    completed = read_completed(root)
-    assert completed > before
-    found = folders.list_checkpoints(root)
-    assert [folders.damage(path) for _, path in found] == [[]] * len(found), (
-        "a half-written checkpoint has a final name"
-    )
-    step, newest = found[-1]
-    assert step >= completed
-    assert float(CheckpointTensors(newest).tensor("weights/a")[0, 0]) == step
-    assert (root / "latest").read_text().strip() in {path.name for _, path in found}
-
-
-def read_completed(root: Path) -> int:
-    try:
-        return int((root / "completed").read_text())
-    except FileNotFoundError:
-        return 0
-
-
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_kill_at_any_moment_leaves_the_last_completed_save(kills: int, tmp_path: Path) -> None:
-    """kill -9 of both ranks at random moments around saves; each restart finds a whole one, as new as promised."""
-    draw = random.Random(kills)
-    for number in range(kills):
-        kill_and_check(tmp_path, number, draw)
-
-
-# ---- keeping ----------------------------------------------------------------------------------------------------
-
-
-@given(
-    steps=st.sets(st.integers(1, 60), max_size=20), last=st.integers(0, 5), every=st.integers(0, 7)
-)
-def test_pruning_keeps_the_newest_and_the_multiples(steps: set[int], last: int, every: int) -> None:
-    """The newest checkpoint is never deleted, whatever the settings."""
-    gone = folders.to_prune(steps, keep_last=last, keep_every=every)
-    newest = sorted(steps)[-max(1, last) :]
-    assert set(gone) == {s for s in steps if s not in newest and not (every and s % every == 0)}
-
-
-def test_pruning_spares_what_was_just_written_and_what_latest_names(tmp_path: Path) -> None:
-    """Below older, higher steps the new checkpoint was the oldest: it went, and `latest` named nothing."""
-    for step in (3, 50, 60):
-        (tmp_path / folders.name_of(step)).mkdir()
-    (tmp_path / "latest").write_text("step-00000050\n")
-    assert folders.prune(tmp_path, written=3, keep_last=1, keep_every=0) == []
-    (tmp_path / "latest").write_text("step-00000003\n")
-    gone = folders.prune(tmp_path, written=3, keep_last=1, keep_every=0)
-    assert gone == [tmp_path / "step-00000050"]
-
-
-def test_a_step_that_is_written_again_is_there_at_every_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Deleting the old one takes seconds; until the new one has the name, only its name may be gone."""
-    deleted_while = []
-    monkeypatch.setattr(
-        folders.shutil, "rmtree",
-        lambda path, **_: path.exists() and deleted_while.append([s for s, _ in folders.list_checkpoints(tmp_path)]),
-    )  # fmt: skip
-    for _ in range(2):
-        folders.saving_folder(tmp_path, 7).mkdir()
-        folders.publish(tmp_path, record_of(7), {})
-    assert deleted_while == [[7]]
-
-
-def test_tools_list_verify_show_and_diff(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """What a person sees, and the exit codes a script sees."""
-    assert main(ToolConfig("verify", str(small))) == 0
-    assert capsys.readouterr().out.count(": good") == 2
-    one, two = (str(small / folders.name_of(step)) for step in (1, 2))
-    assert main(ToolConfig("diff", one, two)) == 1
-    assert "1.0000e+00    1.0000e+00" in capsys.readouterr().out
-    copy = shutil.copytree(two, tmp_path / "copy")
-    (copy / "checkpoint.json").write_text("{}")
-    assert main(ToolConfig("verify", str(copy))) == 1
-    assert "checkpoint.json: content is not what was written" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="list, verify, show, diff"):
-        main(ToolConfig("lst", str(small)))
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
-        main(ToolConfig("show", str(tmp_path / "nowhere")))
-    output = subprocess.run(
-        [sys.executable, "-m", "pipeline.checkpoint", "list", str(small)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert str(small / folders.name_of(2)) in output
-    assert main(ToolConfig("show", str(small))) == 0
-    assert "parameters: 1,200 in 1 tensors" in capsys.readouterr().out
-    assert json.loads((small / folders.name_of(2) / "checkpoint.json").read_text())["step"] == 2
 
 
 def write_hole(folder: Path) -> str:

@@ -10,20 +10,17 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.support import slurm_cluster
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster
-from tests.support.token_dataset import write_dataset
+from tests.support.slurm_lab import SETTINGS, STEPS, Lab
 from tests.support.waiting import HANG_S
 
 pytestmark = [
@@ -32,101 +29,6 @@ pytestmark = [
         bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
     ),
 ]
-STEPS = 40
-SETTINGS = [
-    "data.validation=[]", "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32",
-    "schedule.warmup_steps=2",
-    f"training.total_steps={STEPS}", "training.global_batch_size=8", "training.micro_batch_size=2",
-    "training.precision=fp32", "tracking.log_every=1", "tracking.sample_hash=true", "tracking.wandb=offline",
-    "checkpoint.save_every=10", "optimizer.lr=0.003",
-]  # fmt: skip
-
-
-class Lab:
-    """A cluster, a dataset, and what an undisturbed process makes of it."""
-
-    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        rng = np.random.default_rng(0)
-        # Each token is one of four that may follow the one before: there is something to learn.
-        steps = rng.integers(0, 4, 8192)
-        tokens = np.cumsum(steps * 5 + 1) % 64
-        write_dataset(
-            folder / "data" / "train", np.split(tokens, 2), block_tokens=1024, vocab_size=64
-        )
-        self.settings = [f"data.path={folder / 'data'}", *SETTINGS]
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline.train",
-            "name=alone",
-            *self.settings,
-            "tracking.wandb=disabled",
-        ]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S
-        )
-        assert done.returncode == 0, done.stderr
-        self.alone = self.rows("alone")
-        assert [row["step"] for row in self.alone] == list(range(1, STEPS + 1))
-
-    def submit(
-        self,
-        name: str,
-        *settings: str,
-        options: tuple[str, ...] = ("--nodes=2",),
-        plant: str = "step_s=0.2",
-    ) -> Job:
-        environment = {
-            "PYTHON": f"{sys.executable} {REPO}/tests/support/plant.py",
-            "PLANT": plant,
-            "OMP_NUM_THREADS": "1",
-        }
-        # Jobs of several tests share the nodes.
-        options = ("--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none", *options)
-        arguments = [f"name={name}", *self.settings, *settings]
-        return self.cluster.submit(
-            "launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=self.folder
-        )
-
-    def run_dir(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def rows(self, name: str) -> list[dict]:
-        """The logged steps, in the order they were done."""
-        path = self.run_dir(name) / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [row for row in map(json.loads, lines) if "train/loss" in row]
-
-    def wait_for_step(self, job: Job, name: str, step: int) -> None:
-        def reached() -> bool:
-            if max((row["step"] for row in self.rows(name)), default=0) >= step:
-                return True
-            assert job.fact("JobState") not in ("FAILED", "COMPLETED", "CANCELLED"), job.log()
-            return False
-
-        self.cluster.wait_for(reached, f"step {step}", HANG_S, job=job)
-
-    def expect_undisturbed(self, name: str, *, repeated: bool = False) -> None:
-        """Every step once (or, after a crash, again with the same result), as the lone process did it."""
-        rows = self.rows(name)
-        if not repeated:
-            assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-        assert {row["step"] for row in rows} == set(range(1, STEPS + 1))
-        for row in rows:
-            expected = self.alone[row["step"] - 1]
-            assert row["data/sample_hash"] == expected["data/sample_hash"], row
-            assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-5), row
-            assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3), (
-                row
-            )
-
-    def expect_one_wandb_run(self, name: str, *, starts: int) -> None:
-        folders = [path.name for path in (self.run_dir(name) / "wandb").glob("offline-run-*")]
-        # Slurm's TERM also ends W&B's own process, which is then started again: a folder more.
-        assert len(folders) >= starts
-        assert len({folder.rpartition("-")[2] for folder in folders}) == 1
 
 
 @pytest.fixture(scope="module")

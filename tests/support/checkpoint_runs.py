@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from pipeline.checkpoint.adapters import as_json
 from pipeline.checkpoint.checkpointer import Checkpointer
-from pipeline.checkpoint.record import RunRecord
+from pipeline.checkpoint.record import CheckpointRecord, RunRecord
 from pipeline.cli import to_dict
 from pipeline.config.operation import CheckpointConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 from pipeline.distributed.layout import connect
-from pipeline.distributed.ranks import ranks_from_environment
+from pipeline.distributed.ranks import Ranks, ranks_from_environment
+from pipeline.model.fragments import Chunk
 from tests.support.layouts import BATCH, SEQ_LEN, VOCAB, batches, rank_batches, reset_parallel_state
 
 History = list[tuple[float, float]]
+ALONE: Any = SimpleNamespace(ranks=Ranks(0, 1, 0, 1, "here"))
+"""The layout of one process, as far as a checkpointer asks."""
 
 
 class Run:
@@ -107,3 +114,20 @@ def resume(
     history = run.train(record.step, last)
     run.close()
     return history
+
+
+def small_chunks(step: int, size: int = 40) -> list[Chunk]:
+    """This rank's rows of a matrix that says which step it is of."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    rows = size // world
+    data = (
+        torch.full((rows, 30), float(step)) + torch.arange(rows * rank, rows * (rank + 1))[:, None]
+    )
+    return [Chunk("weights/a", (size, 30), (rows * rank, 0), data)]
+
+
+def record_of(step: int) -> CheckpointRecord:
+    return CheckpointRecord(
+        state={}, config={}, step=step, optimizer="adamw", optimizer_step=step, loss_scale=None, vocab_size=7,
+        layout={}, versions={}, saved_at="now",
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -49,3 +50,12 @@ def write_jsonl(path: Path, texts: list[str], **fields: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps({"text": text, **fields}) + b"\n" for text in texts))
     return path
+
+
+def checksums(output: Path) -> dict[str, str]:
+    """sha256 of every file below, by name; job.json says when and where, which may differ."""
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name != "job.json"
+    }

@@ -37,36 +37,13 @@ def write_dataset(
     for number, (tokens, begins) in enumerate(zip(shards, starts)):
         path = folder / fmt.shard_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tar = bytearray()
-        for block, at in enumerate(range(0, len(tokens), block_tokens)):
-            part = np.asarray(tokens[at : at + block_tokens]).astype(dtype)
-            docs = np.asarray([b - at for b in begins if at <= b < at + len(part)]).astype(
-                fmt.DOCS_DTYPE
-            )
-            arrays = {"tokens": part, "docs": docs}
-            if losses is not None:
-                arrays["loss"] = losses[number][at : at + block_tokens].astype(fmt.LOSS_DTYPE)
-            places = {}
-            for kind, array in arrays.items():
-                data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
-                tar += fmt.tar_header(fmt.member_name(number, block, kind), len(data))
-                places[kind] = len(tar) + fmt.NPY_HEADER_BYTES, zlib.crc32(array.tobytes())
-                tar += data + bytes(-len(data) % fmt.TAR_BLOCK)
-            lengths = {kind: len(array) for kind, array in arrays.items()}
-            table.append(tuple(layout.index_row(lengths, places)))
-        tar += bytes(2 * fmt.TAR_BLOCK)
-        path.write_bytes(tar)
-        rows.append(
-            [
-                fmt.shard_path(number),
-                len(tokens),
-                len(tar),
-                len(begins),
-                hashlib.sha256(tar).hexdigest(),
-                "test",
-                number,
-            ]
+        tar, index = make_tar(
+            layout, number, tokens, begins, block_tokens, None if losses is None else losses[number]
         )
+        table += index
+        path.write_bytes(tar)
+        digest = hashlib.sha256(tar).hexdigest()
+        rows.append([fmt.shard_path(number), len(tokens), len(tar), len(begins), digest, "test", number])  # fmt: skip
     (folder / "tokenizer.json").write_bytes(tokenizer)
     np.save(folder / "index.npy", np.array(table, layout.index_dtype))
     content = {
@@ -90,6 +67,33 @@ def write_dataset(
         content |= {"row_tokens": row_tokens, "chat_template": template, "end_of_turn": 1}
     (folder / "manifest.json").write_bytes(fmt.seal(json.dumps(content).encode()))
     return folder
+
+
+def make_tar(
+    layout: fmt.ShardLayout,
+    shard: int,
+    tokens: np.ndarray,
+    begins: np.ndarray,
+    block_tokens: int,
+    loss: np.ndarray | None,
+) -> tuple[bytes, list[tuple]]:
+    """A shard's bytes, and its blocks' rows of the index."""
+    tar, table = bytearray(), []
+    for block, at in enumerate(range(0, len(tokens), block_tokens)):
+        part = np.asarray(tokens[at : at + block_tokens]).astype(layout.dtype)
+        docs = np.asarray([b - at for b in begins if at <= b < at + len(part)])
+        arrays = {"tokens": part, "docs": docs.astype(fmt.DOCS_DTYPE)}
+        if loss is not None:
+            arrays["loss"] = loss[at : at + block_tokens].astype(fmt.LOSS_DTYPE)
+        places = {}
+        for kind, array in arrays.items():
+            data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
+            tar += fmt.tar_header(fmt.member_name(shard, block, kind), len(data))
+            places[kind] = len(tar) + fmt.NPY_HEADER_BYTES, zlib.crc32(array.tobytes())
+            tar += data + bytes(-len(data) % fmt.TAR_BLOCK)
+        lengths = {kind: len(array) for kind, array in arrays.items()}
+        table.append(tuple(layout.index_row(lengths, places)))
+    return bytes(tar + bytes(2 * fmt.TAR_BLOCK)), table
 
 
 def counting_shards(sizes: Sequence[int], *, base: int = 0) -> list[np.ndarray]:
