@@ -20,6 +20,7 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine import optimizer as optimizer_module
 from pipeline.engine.deepspeed import slots
 from pipeline.engine.deepspeed.changes import HostAdam, keep_decisions_on_device
+from pipeline.engine.deepspeed.operators import load_host_adam
 from pipeline.engine.deepspeed.settings import deepspeed_config
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.runner import Slot
@@ -135,6 +136,7 @@ class DeepSpeedRunner:
 
 def _optimizer(cfg: OptimizerConfig, is_offloaded: bool) -> Any:
     if is_offloaded:
+        load_host_adam()
         return lambda groups: HostAdam(
             groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
         )
