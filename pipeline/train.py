@@ -76,13 +76,19 @@ def train(
         timeout_s=timeout_s,
         describe_step=lambda: trainer.describe_step() if trainer else "It was still starting.",
     )
-    with watchdog if timeout_s else contextlib.nullcontext():
-        trainer = Trainer(cfg, shape, layout, run_dir=run_dir, clock=clock, hosts=hosts)
-        try:
+    exit_code = EXIT_BUG
+    try:
+        with watchdog if timeout_s else contextlib.nullcontext():
+            trainer = Trainer(cfg, shape, layout, run_dir=run_dir, clock=clock, hosts=hosts)
             trainer.fit()
-        except Exception as error:
-            trainer.metrics.close(getattr(error, "exit_code", EXIT_BUG))
-            raise
+        exit_code = 0
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", EXIT_BUG)
+        raise
+    finally:
+        # Nobody watches any more: all is on the disk, and W&B may take its time, a minute at most.
+        if trainer is not None:
+            trainer.metrics.close(exit_code)
     disconnect()
 
 

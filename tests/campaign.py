@@ -117,7 +117,7 @@ def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault]) -> list[Sur
     survived = []
     for fault in drawn:
         kind = KINDS[fault.kind]
-        # Two starts: the machine that is whole again may have been found full by the one before.
+        # Two starts: one more where the first has found what the fault before it left.
         advance(run, progress, to=progress.read() + fault.after_steps, max_starts=2)
         time.sleep(fault.delay_s)
         step, before, since = progress.read(), run.starts, time.monotonic()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,28 @@ def test_a_run_whose_data_is_used_up_saves_before_it_says_so(data: Path, tmp_pat
     done = max(history(tmp_path / "short"))
     assert 1 < done < 50
     assert (tmp_path / "short/checkpoints/latest").read_text() == f"step-{done:08d}\n"
+
+
+def watched_at_the_end(arguments: list[str]) -> bool:
+    """Whether a watchdog still counts the seconds when the trackers are told the end."""
+    from pipeline.tracking.metrics import Metrics
+
+    close, seen = Metrics.close, []
+
+    def look(self: Metrics, exit_code: int = 0) -> None:
+        seen.append(any(thread.name == "watchdog" for thread in threading.enumerate()))
+        close(self, exit_code)
+
+    Metrics.close = look  # type: ignore[method-assign]
+    train_on_ranks(arguments)
+    (watched,) = seen
+    return watched
+
+
+def test_a_slow_tracker_does_not_end_a_finished_run(data: Path, tmp_path: Path) -> None:
+    """W&B took longer for its last rows than the watchdog waits: a night's run ended in an error."""
+    arguments = overrides(data, tmp_path, **{"training.total_steps": 2, "training.eval_every": 0})
+    assert not run_on_ranks(watched_at_the_end, 1, arguments)[0]
 
 
 def stumble(arguments: list[str]) -> None:

@@ -340,7 +340,6 @@ class Trainer:
         if self.layout.ranks.is_main and is_done:
             with bookkeeping("DONE"):
                 write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())
-        self.metrics.close(0)
         logger.info(
             "%s at step %d of %d",
             "done" if is_done else "leaving on notice",
