@@ -27,8 +27,9 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import DataError, MachineError, PipelineError
-from pipeline.planning.advice import estimate_of_run
 from pipeline.planning.flops import count_parameters
+from pipeline.planning.job import Job
+from pipeline.planning.table import first_lines
 from pipeline.resilience import ownership
 
 WANDB_TIMEOUT_S = 5.0
@@ -78,16 +79,14 @@ def main(cfg: PreflightConfig) -> None:
     assert start is not None
     shape = start.shape
     counts = count_parameters(cfg.model, cfg.finetune, shape.vocab_size)
-    print(
-        f"preflight: {shape.world_size} ranks = {shape.sizes.data} data x "
-        f"{shape.sizes.pipeline} pipeline x {shape.sizes.tensor} tensor parallel; "
-        f"{shape.total_steps} steps, {shape.total_tokens:,} tokens\n"
-        f"preflight: the run reads {start.reading}\n"
-        f"preflight: {counts['num_trained_parameters']:,} of {counts['num_parameters']:,} "
-        "parameters are trained\n"
-        f"preflight: estimated need of a device {estimate_of_run(cfg, shape)}",
-        file=sys.stderr,
-    )
+    lines = [
+        *first_lines(Job.of(start.cfg, shape)),
+        f"the run reads {start.reading}",
+        f"{counts['num_trained_parameters']:,} of {counts['num_parameters']:,} parameters are "
+        "trained",
+        "time, cost and other layouts: python -m pipeline.plan, with the same settings",
+    ]
+    print("\n".join(f"preflight: {line}" for line in lines), file=sys.stderr)
     # Where checkpoints come to lie: the fallback first, the run folder last.
     places = folders.places(Path(cfg.runs_dir) / cfg.name, cfg.checkpoint.fallback_dir)
     for place in reversed(places):

@@ -65,10 +65,13 @@ SHARED = {
 }
 # who may take all settings of a run: who parses, judges or wires them; the others get their sections
 TAKERS_OF_ALL_SETTINGS = {
-    "pipeline.config", "pipeline.planning.advice", "pipeline.training", "pipeline.train",
-    "pipeline.preflight", "pipeline.order_audit",
+    "pipeline.config", "pipeline.planning.job", "pipeline.planning.advice",
+    "pipeline.planning.search", "pipeline.planning.page", "pipeline.training", "pipeline.train",
+    "pipeline.preflight", "pipeline.plan", "pipeline.order_audit",
 }  # fmt: skip
-ENTRY_POINTS = ["pipeline/train.py", "pipeline/preflight.py", "pipeline/evaluate.py"]
+ENTRY_POINTS = [
+    "pipeline/train.py", "pipeline/preflight.py", "pipeline/evaluate.py", "pipeline/plan.py",
+]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

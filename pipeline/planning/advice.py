@@ -1,6 +1,7 @@
-"""Which settings would make a run fit the device: printed when it runs out of memory.
+"""Which single settings would make a run fit the device, the fastest first.
 
-Takes whole settings: a change is offered where every rule of a run lets it.
+Takes whole settings: a change is offered where every rule of a run lets it. Printed by the plan,
+and when a run is out of memory.
 """
 
 from __future__ import annotations
@@ -11,82 +12,98 @@ from typing import Any
 
 from pipeline.config.choices import Recompute
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import RunShape, derive
-from pipeline.errors import ConfigError
-from pipeline.planning import memory
-from pipeline.planning.memory import Memory
+from pipeline.config.run_shape import RunShape
+from pipeline.planning.devices import Device, load_device
+from pipeline.planning.job import Job
+from pipeline.planning.memory import GIB
+from pipeline.planning.plan import Plan
+from pipeline.planning.search import Layout, legal_shape
+
+MOST_CHANGES = 5
+# What speeds are compared by where the device is not known: its memory counts for nothing then.
+STAND_IN = "h100"
 
 
-def estimate_of_run(cfg: PretrainConfig, shape: RunShape) -> Memory:
-    """What a run's first stage needs at its peak (memory.estimate)."""
-    return memory.estimate(
-        cfg.model,
-        cfg.parallel,
-        cfg.training,
-        cfg.finetune,
-        optimizer=cfg.optimizer.name,
-        shape=shape,
-    )
+def advice(cfg: PretrainConfig, shape: RunShape, device: Device | None) -> str:
+    """The breakdown, and what would lower it; lines for the log.
 
-
-def advice(cfg: PretrainConfig, shape: RunShape) -> str:
-    """The breakdown, and the settings that would lower it, best first; lines for the log."""
-    now = estimate_of_run(cfg, shape)
-    better = sorted(
-        (
-            (changed.total, change)
-            for change, changed in _changes(cfg, shape)
-            if changed.total < 0.97 * now.total
-        )
-    )
-    ways = [f"  {change}: {total:.1f} GiB" for total, change in better[:5]]
-    return "\n".join(
-        [
-            f"estimated need of a device: {now}",
-            *(["settings that lower it:"] if ways else []),
-            *ways,
-        ]
-    )
-
-
-def _changes(cfg: PretrainConfig, shape: RunShape) -> Iterator[tuple[str, Memory]]:
-    """(setting as one writes it, memory with it) for single changes that are legal."""
-    training, parallel = cfg.training, cfg.parallel
-    changes: list[tuple[str, PretrainConfig]] = [
-        (
-            f"training.micro_batch_size={n}",
-            replace(cfg, training=replace(training, micro_batch_size=n)),
-        )
-        for n in {training.micro_batch_size // 2, 1}
-        if 0 < n < training.micro_batch_size
-    ]
-    if training.recompute is not Recompute.full:
-        changes.append(
-            (
-                "training.recompute=full",
-                replace(cfg, training=replace(training, recompute=Recompute.full)),
+    Args:
+        device: None where it is not known: then what saves memory is listed, least need first.
+    """
+    now = Plan(Job.of(cfg, shape), device or load_device(STAND_IN))
+    lines = [f"estimated need of a device (stage {now.worst.stage}): {now.worst}"]
+    if device is not None:
+        found = fitting_changes(cfg, shape, device)
+        if found:
+            lines.append(f"single settings with which it fits {device.name}, fastest first:")
+        else:
+            lines.append(
+                f"no single setting makes it fit {device.name}; python -m pipeline.plan "
+                f"search=true world_size={shape.world_size} device={device.name} ... ranks layouts"
             )
-        )
-    parallels: dict[str, dict[str, Any]] = {
+    else:
+        found = lower_changes(cfg, shape, now)
+        lines += ["settings that lower it:"] if found else []
+    return "\n".join([*lines, *(f"  {line}" for line in change_lines(found, now))])
+
+
+def change_lines(found: list[Layout], now: Plan) -> list[str]:
+    """One line a change: the setting, its need, its speed beside the present one."""
+    return [
+        f"{layout.settings}: {layout.plan.worst.total / GIB:.1f} GiB, "
+        f"{layout.plan.tokens_per_s / now.tokens_per_s - 1:+.0%} tokens/s"
+        for layout in found[:MOST_CHANGES]
+    ]
+
+
+def fitting_changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> list[Layout]:
+    """The single changes with which the run fits the device, fastest first."""
+    fitting = [layout for layout in _changes(cfg, shape, device) if layout.plan.fits]
+    return sorted(fitting, key=lambda layout: -layout.plan.tokens_per_s)
+
+
+def lower_changes(cfg: PretrainConfig, shape: RunShape, now: Plan) -> list[Layout]:
+    """The single changes that lower what tensors need by 3 % and more, least need first."""
+    lower = [
+        layout
+        for layout in _changes(cfg, shape, now.device)
+        if layout.plan.worst.tensors < 0.97 * now.worst.tensors
+    ]
+    return sorted(lower, key=lambda layout: layout.plan.worst.tensors)
+
+
+def _changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> Iterator[Layout]:
+    """Single changes that are legal, as one writes them, with their plans."""
+    training, parallel = cfg.training, cfg.parallel
+    halves = (training.micro_batch_size // 2**n for n in range(1, 16))
+    in_training: dict[str, dict[str, Any]] = {
+        f"training.micro_batch_size={n}": {"micro_batch_size": n} for n in halves if n
+    }
+    if training.recompute is not Recompute.full:
+        in_training["training.recompute=full"] = {"recompute": Recompute.full}
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    in_parallel: dict[str, dict[str, Any]] = {
         f"parallel.zero_stage={stage}": {"zero_stage": stage}
         for stage in (2, 3)
         if stage > shape.zero_stage
     }
-    parallels["parallel.offload_optimizer=true"] = {"offload_optimizer": True}
-    if parallel.tensor_parallel_size > 1:
-        parallels["parallel.sequence_parallel=true"] = {"sequence_parallel": True}
-    parallels[f"parallel.tensor_parallel_size={2 * parallel.tensor_parallel_size}"] = {
-        "tensor_parallel_size": 2 * parallel.tensor_parallel_size
+    in_parallel["parallel.offload_optimizer=true"] = {"offload_optimizer": True}
+    if tensor > 1 and not parallel.sequence_parallel:
+        in_parallel["parallel.sequence_parallel=true"] = {"sequence_parallel": True}
+    in_parallel[f"parallel.tensor_parallel_size={2 * tensor}"] = {
+        "tensor_parallel_size": 2 * tensor
     }
-    changes += [
+    in_parallel[f"parallel.pipeline_parallel_size={2 * pipeline}"] = {
+        "pipeline_parallel_size": 2 * pipeline
+    }
+    changes = [
+        (name, replace(cfg, training=replace(training, **change)))
+        for name, change in in_training.items()
+    ] + [
         (name, replace(cfg, parallel=replace(parallel, **change)))
-        for name, change in parallels.items()
+        for name, change in in_parallel.items()
     ]
     for name, changed in changes:
-        try:
-            changed_shape = derive(
-                changed, world_size=shape.world_size, tokenizer_vocab_size=shape.vocab_size
-            )
-        except ConfigError:
-            continue
-        yield name, estimate_of_run(changed, changed_shape)
+        found = legal_shape(changed, shape)
+        if found is not None:
+            yield Layout(name, Plan(Job.of(changed, found), device))

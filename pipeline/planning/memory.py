@@ -1,147 +1,181 @@
-"""What a device must hold, before it is asked to.
+"""What the ranks of each pipeline stage must hold, before they are asked to.
 
-    sections, RunShape --> estimate --> GiB of weights, gradients, optimizer, activations
+    Job --memory_of_stages--> a StageMemory of each pipeline rank: bytes by cause, and the moment
 
-Of the rank that holds most. Pure arithmetic, good to about 15 %: allocator slack, communication
-buffers (1 to 2 GiB) and the CUDA context are not in it. Imports no torch.
+Parts that never exist together are not added: of the moments at which memory may be at its peak
+(the loss, a block going backwards, the embedding's gradient), each stage's worst counts. Counted,
+not fitted; within 5 % of the tensors that a rehearsal of the engine holds
+(tests/planning/test_rehearsed_memory.py). Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from pipeline.config.choices import OptimizerName, Precision, Recompute
-from pipeline.config.finetune import FinetuneConfig
-from pipeline.config.model import ModelConfig
-from pipeline.config.model_shape import resolve
-from pipeline.config.parameter_names import is_lora, parameter_names, trained_names
-from pipeline.config.run_shape import RunShape
-from pipeline.config.training import ParallelConfig, TrainingConfig
-from pipeline.planning.flops import num_parameters
-from pipeline.planning.trained import first_trained_layer, numbers_on_a_rank
+from pipeline.config.choices import OptimizerName, Position, Precision, Recompute
+from pipeline.planning.job import Job, Stage
+from pipeline.planning.kept import (
+    backward_bytes,
+    block_bytes,
+    hidden_bytes,
+    loss_bytes,
+    recomputed_block_bytes,
+)
 
 GIB = 2**30
 # Bytes of element-wise optimizer state per parameter, fp32.
 STATE_BYTES = {OptimizerName.adamw: 8}
+# What torch's allocator cannot give out again, of what it holds: some 3 % where blocks have few
+# sizes, as here. With CUDA's context, kernels and NCCL's buffers: 1.5 GiB. Neither is measured yet.
+FRAGMENTATION = 0.03
+CONTEXT_BYTES = 1.5 * GIB
+# Numbers that DeepSpeed's stages 2 and 3 reduce at a time (engine/deepspeed/settings.py).
+BUCKET_NUMBERS = 40_000_000
+PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 
 
 @dataclass(frozen=True)
-class Memory:
-    """GiB on the rank that holds most."""
+class StageMemory:
+    """Bytes on a rank of a pipeline stage at its peak."""
 
+    stage: int
     weights: float
+    """That the model computes with."""
     gradients: float
+    """Sums of a step."""
     optimizer: float
+    """fp32 copy of the weights, and moments."""
     activations: float
+    """Kept for the backward pass, of all micro-batches in flight."""
+    temporaries: float
+    """At the moment that decides the peak."""
+    moment: str
+    """Which that is: loss, backward or embedding."""
+
+    @property
+    def tensors(self) -> float:
+        """All of them together: what a rehearsal of the engine counts."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def overhead(self) -> float:
+        """What the allocator, CUDA and NCCL take besides."""
+        return FRAGMENTATION * self.tensors + CONTEXT_BYTES
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """What the device must have."""
+        return self.tensors + self.overhead
 
     def __str__(self) -> str:
-        """Such as `41.2 GiB: weights 12.1, gradients 12.1, optimizer 9.0, activations 8.0`."""
-        parts = ", ".join(
-            f"{name} {getattr(self, name):.1f}"
-            for name in ("weights", "gradients", "optimizer", "activations")
-        )
-        return f"{self.total:.1f} GiB: {parts}"
+        """Such as `41.2 GiB: weights 12.1, gradients 12.1, optimizer 9.0, ...`."""
+        parts = ", ".join(f"{part} {getattr(self, part) / GIB:.1f}" for part in PARTS)
+        return f"{self.total / GIB:.1f} GiB: {parts}, allocator and CUDA {self.overhead / GIB:.1f}"
 
 
-def estimate(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    finetune: FinetuneConfig,
-    *,
-    optimizer: OptimizerName,
-    shape: RunShape,
-) -> Memory:
-    """What the first stage needs at its peak: it holds the embedding and most micro-batches."""
-    stage, shards = shape.zero_stage, shape.sizes.data
-    wide = 4 if training.precision is Precision.fp32 else 2
-    layers = math.ceil(model.num_layers / shape.sizes.pipeline)
-    whole = num_parameters(model, shape.padded_vocab_size)
-    one_layer = (
-        whole - num_parameters(replace(model, num_layers=0), shape.padded_vocab_size)
-    ) / model.num_layers
-    parameters = (whole - (model.num_layers - layers) * one_layer) / shape.sizes.tensor
-    trained = _trained(model, finetune, shape, layers=layers, whole=parameters)
-    parameters += _trained(model, finetune, shape, layers=layers, whole=0.0, is_wanted=is_lora)
-    # Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
-    state = STATE_BYTES[optimizer] + (4 if stage > 0 else 0)
-    in_flight = min(shape.sizes.pipeline, shape.at(shape.total_steps).num_micro_batches)
-    kept = _activations(
-        model, parallel, training, finetune, shape, layers=layers, in_flight=in_flight
-    )
-    return Memory(
-        weights=parameters * wide / (shards if stage == 3 else 1) / GIB,
-        gradients=trained * 4 / (shards if stage >= 2 else 1) / GIB,
-        optimizer=0.0
-        if parallel.offload_optimizer
-        else trained * state / (shards if stage > 0 else 1) / GIB,
-        activations=kept / GIB,
+def memory_of_stages(job: Job) -> list[StageMemory]:
+    """Of each pipeline rank, first to last."""
+    return [_memory_of(job, stage) for stage in job.stages]
+
+
+def most_loaded(job: Job) -> StageMemory:
+    """The stage that decides whether the run fits."""
+    return max(memory_of_stages(job), key=lambda memory: memory.total)
+
+
+def _memory_of(job: Job, stage: Stage) -> StageMemory:
+    """At the moment that needs most on this stage."""
+    weights, gradients, optimizer = _states(job, stage)
+    activations, temporaries, moment = max(_moments(job, stage), key=lambda m: m[0] + m[1])
+    return StageMemory(
+        stage=stage.rank,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        temporaries=temporaries,
+        moment=moment,
     )
 
 
-def _trained(
-    model: ModelConfig,
-    finetune: FinetuneConfig,
-    shape: RunShape,
-    *,
-    layers: int,
-    whole: float,
-    is_wanted: Callable[[str], bool] = lambda _: True,
-) -> float:
-    """Numbers of a rank that are trained, of those wanted; `whole` where all of them are."""
-    if "*" in finetune.train and not finetune.lora_rank:
-        return whole
-    names = parameter_names(model, finetune)
-    return numbers_on_a_rank(
-        filter(is_wanted, trained_names(names, model, finetune)),
-        model,
-        finetune,
-        vocab_size=shape.padded_vocab_size,
-        tensor=shape.sizes.tensor,
-        layers=layers,
-    )
+def _states(job: Job, stage: Stage) -> tuple[float, float, float]:
+    """Bytes of weights, gradient sums and optimizer state.
 
-
-def _activations(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    finetune: FinetuneConfig,
-    shape: RunShape,
-    *,
-    layers: int,
-    in_flight: int,
-) -> float:
-    """Bytes kept for the backward pass, attention scores never (flash attention).
-
-    Per layer and token: 10 h that tensor parallelism alone does not split (inputs, norms,
-    residuals), and qkv, context and the MLP's inner width that it does. Source: Korthikanti et al.
-    2022, arXiv:2205.05198, section 4 (34 s b h).
+    Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     """
-    tensor = shape.sizes.tensor
-    wide = 4 if training.precision is Precision.fp32 else 2
-    tokens = shape.micro_batch_size * shape.seq_len
-    hidden, sizes = model.hidden_size, resolve(model)
-    heads, groups = model.num_attention_heads, sizes.num_query_groups
-    experts = model.moe.top_k if model.moe.num_experts else 1
-    inner = sizes.ffn_hidden_size * sizes.num_mlp_matrices * experts
-    common = 5 * hidden / (tensor if parallel.sequence_parallel else 1)
-    split = ((2 * heads + 2 * groups) * sizes.head_dim + inner) / tensor
-    layer = tokens * wide * (common + split)
-    # Nothing is kept for blocks that the backward pass does not reach.
-    layers = min(layers, max(1, model.num_layers - first_trained_layer(model, finetune)))
-    # Every n-th block keeps its input only, and lives again one at a time.
-    if training.recompute is Recompute.full:
-        kept = tokens * wide * hidden
-        again = math.ceil(layers / training.recompute_every)
-        return in_flight * (again * kept + (layers - again) * layer) + layer
-    if training.recompute is Recompute.selective:
-        layer -= tokens * wide * 2 * groups * sizes.head_dim / tensor
-    return in_flight * layers * layer
+    zero, shards = job.shape.zero_stage, job.shape.sizes.data
+    state = STATE_BYTES[job.optimizer] + (4 if zero > 0 else 0)
+    weights = stage.parameters * job.width / (shards if zero == 3 else 1)
+    gradients = stage.trained * 4 / (shards if zero >= 2 else 1)
+    if job.training.precision is not Precision.bf16 and zero == 1:
+        # DeepSpeed's stage 1 beside its BF16_Optimizer: the model's own gradients, and its fp32
+        # sum of the part it owns.
+        gradients = stage.trained * (job.width + 4 / shards)
+    optimizer = stage.trained * state / (shards if zero > 0 else 1)
+    return weights, gradients, 0.0 if job.parallel.offload_optimizer else optimizer
+
+
+def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
+    """(activations, temporaries, name) of the moments at which memory may be at its peak."""
+    one = _activations(job, stage)
+    flight = job.micro_batches_in_flight(stage)
+    block = block_bytes(job)
+    is_again = job.training.recompute is Recompute.full and stage.reached_layers > 0
+    standing, buckets = _standing(job, stage), _bucket_bytes(job, stage)
+    head = job.table * job.width if stage.has_head else 0.0
+    # A tied weight's gradient waits for the embedding's; another is added to the sums at once.
+    waits = head if stage.has_embedding and job.model.tied_embeddings else 0.0
+    moments = []
+    if stage.has_head:
+        moments.append((flight * one, loss_bytes(job) + standing, "loss"))
+    if stage.reached_layers:
+        again = block - recomputed_block_bytes(job) if is_again else 0.0
+        behind = max(waits, head) if stage.has_head else 0.0
+        used = backward_bytes(job) + again + behind + standing + buckets
+        moments.append((flight * one, used, "backward"))
+    if stage.has_embedding:
+        table = job.table * job.width + waits
+        used = table + hidden_bytes(job) + standing + buckets
+        moments.append(((flight - 1) * one, used, "embedding"))
+    return moments
+
+
+def _standing(job: Job, stage: Stage) -> float:
+    """Buffers that are there whenever the stage computes.
+
+    A pipeline receives into one buffer; its last stage keeps of the micro-batch before what it
+    received, the norm's output and that one's gradient (DeepSpeed frees neither). Of ZeRO-3: the
+    gathered weights of two blocks.
+    """
+    standing = 0.0
+    if job.shape.sizes.pipeline > 1:
+        standing += hidden_bytes(job) * (4 if stage.has_head else 1)
+    if job.shape.zero_stage == 3 and stage.layers:
+        standing += 2 * stage.parameters / stage.layers * job.width
+    if job.model.position is Position.rope:  # each block has a table of cosines and one of sines
+        standing += stage.layers * 2 * job.shape.seq_len * job.sizes.head_dim * job.width
+    return standing
+
+
+def _bucket_bytes(job: Job, stage: Stage) -> float:
+    """Of ZeRO-2 and -3: two buckets of gradients, one filled while the other is reduced."""
+    if job.shape.zero_stage < 2 or job.shape.sizes.data == 1:
+        return 0.0
+    return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
+
+
+def _activations(job: Job, stage: Stage) -> float:
+    """Bytes that a micro-batch keeps on a stage until its backward pass.
+
+    The blocks that the backward pass reaches, the stage's last output, and what entered it: a
+    pipeline keeps the received tensor beside the copy that the first block reads. Of a recomputed
+    stage every n-th block keeps its input only.
+    """
+    layers = stage.reached_layers
+    again = 0
+    if job.training.recompute is Recompute.full:
+        again = math.ceil(layers / job.training.recompute_every)
+    kept = again * recomputed_block_bytes(job) + (layers - again) * block_bytes(job)
+    ends = 1 + (1 if stage.rank and job.shape.sizes.pipeline > 1 else 0)
+    return kept + ends * hidden_bytes(job)

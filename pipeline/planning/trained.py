@@ -1,6 +1,6 @@
 """How much of a model is trained, and how much of a step that leaves.
 
-    ModelConfig, FinetuneConfig --> num_trained_parameters, numbers_on_a_rank, first_trained_layer
+    ModelConfig, FinetuneConfig --> num_trained_parameters, size_on_a_rank, first_trained_layer
 
 Pure functions of the config; imports no torch.
 """
@@ -8,7 +8,6 @@ Pure functions of the config; imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
@@ -35,33 +34,21 @@ def first_trained_layer(model: ModelConfig, finetune: FinetuneConfig) -> int:
     return min(max(first - 1, 0), model.num_layers)
 
 
-def numbers_on_a_rank(
-    names: Iterable[str],
-    model: ModelConfig,
-    finetune: FinetuneConfig,
-    *,
-    vocab_size: int,
-    tensor: int,
-    layers: int,
-) -> float:
-    """Numbers of these parameters on a tensor-parallel rank of the stage that holds most of them.
+def size_on_a_rank(name: str, shape: tuple[int, ...], *, tensor: int) -> float:
+    """Numbers of a parameter that a tensor-parallel rank holds.
+
+    Matrices and the biases of column-parallel ones are split; norms, positions, a router and the
+    biases of row-parallel ones are whole on every rank, and so is one of two low-rank matrices.
 
     Args:
-        names: canonical names.
-        vocab_size: rows of the embedding, padding included.
-        tensor: tensor_parallel_size; of two low-rank matrices one is whole on every rank.
-        layers: blocks of a stage.
+        name: canonical.
+        shape: whole.
+        tensor: tensor_parallel_size.
     """
-    shapes = parameter_shapes(model, finetune, vocab_size=vocab_size)
-    in_layer, elsewhere = [0.0] * model.num_layers, 0.0
-    for name in names:
-        stem, _, kind = name.rpartition(".")
-        is_column = stem.endswith(("linear_qkv", "linear_fc1"))
-        is_whole = kind == ("lora_a" if is_column else "lora_b")
-        size = math.prod(shapes[name]) / (1 if is_whole else tensor)
-        if name.startswith("layers."):
-            in_layer[int(name.split(".")[1])] += size
-        else:
-            elsewhere += size
-    runs = range(model.num_layers - layers + 1)
-    return elsewhere + max((sum(in_layer[i : i + layers]) for i in runs), default=0.0)
+    stem, _, kind = name.rpartition(".")
+    is_column = stem.endswith(("linear_qkv", "linear_fc1"))
+    is_linear = is_column or stem.endswith(("linear_proj", "linear_fc2"))
+    is_table = name in ("embedding.word.weight", "head.weight")
+    kinds = ("weight", "bias", "lora_b") if is_column else ("weight", "lora_a")
+    is_split = is_table or (is_linear and kind in kinds)
+    return math.prod(shape) / (tensor if is_split else 1)

@@ -34,6 +34,7 @@ from pipeline.redaction import redact
 from pipeline.resilience.bookkeeping import bookkeeping, num_failures
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking.environment import environment
+from pipeline.tracking.planned import COMPARED_AFTER_STEPS, Planned
 from pipeline.tracking.row_file import RowFile
 from pipeline.tracking.wandb_run import WandbRun
 
@@ -64,6 +65,7 @@ class Metrics:
         flops_per_token: float,
         goodput: Goodput,
         facts: dict[str, Any],
+        planned: Planned | None = None,
     ):
         """Open metrics.jsonl and start W&B.
 
@@ -76,9 +78,12 @@ class Metrics:
             goodput: the account of the run's time; written on logged steps.
             facts: recorded at the start beside `environment()`: dataset identities, number of
                 parameters.
+            planned: what the plan says of this run here; compared once with what is measured.
+                None: nobody planned for this device.
         """
         self.cfg, self.shape, self.flops_per_token = cfg, shape, flops_per_token
         self.goodput = goodput
+        self.planned, self._num_steps = planned, 0
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
         self.restart_clock()
@@ -127,13 +132,18 @@ class Metrics:
                 only.
         """
         self._interval_steps += 1
+        self._num_steps += 1
         self._interval_tokens += self.shape.at(state.step - 1).tokens
         self._interval_wait_ms += data_wait_ms
         # The first step of a process shows at once whether it works; the last one is what a run has
         # reached.
         is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
-        if is_due or not self._logged_steps:
+        is_compared = self._num_steps == COMPARED_AFTER_STEPS and self.planned is not None
+        if is_due or is_compared or not self._logged_steps:
             values = self._values(state, result, extra or {})
+            if is_compared and self.planned is not None:
+                logger.info(self.planned.beside(values))
+                values |= self.planned.values()
             self._send(state, values)
             self._show(state, values)
             self._logged_steps += 1

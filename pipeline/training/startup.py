@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
     from pipeline.data.reading_plan import ReadingPlan
 
-# fp32 weights and two moments in a checkpoint.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-
 
 def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
-    """What the device was asked to hold, and the settings that would lower it."""
+    """What the device was asked to hold, and the settings with which it would."""
+    import torch
+
     from pipeline.data.datasets import describe
     from pipeline.planning.advice import advice
+    from pipeline.planning.devices import device_of
 
     vocab_size = describe(cfg.data).vocab_size
-    return advice(cfg, derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size))
+    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return advice(cfg, shape, device_of(name))
 
 
 class Start(NamedTuple):
@@ -109,6 +111,7 @@ def check_folder(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
     So must the folder that is to take them when the run folder does not.
     """
     from pipeline.checkpoint import folder as folders
+    from pipeline.planning.plan import CHECKPOINT_BYTES_PER_PARAMETER
     from pipeline.planning.trained import num_trained_parameters
 
     trained = num_trained_parameters(cfg.model, cfg.finetune, shape.vocab_size)

@@ -1,26 +1,48 @@
-"""What is offered to a run that does not fit: legal settings, best first, each with what it would need."""
+"""What is offered to a run that does not fit: legal settings, the fastest first, each with its need."""
 
-from pipeline.planning.advice import advice, estimate_of_run
+from __future__ import annotations
+
+import re
+
+from pipeline.planning.advice import advice, fitting_changes
+from pipeline.planning.devices import load_device
 from tests.support.planned_run import run_of
 
+H100 = load_device("h100")
 
-def test_advice_names_legal_settings_best_first():
+
+def test_changes_that_fit_are_legal_and_the_fastest_comes_first():
+    cfg, shape = run_of("training.micro_batch_size=8")
+    found = fitting_changes(cfg, shape, H100)
+    rates = [layout.plan.tokens_per_s for layout in found]
+    assert rates == sorted(rates, reverse=True) and all(layout.plan.fits for layout in found)
+    assert {"training.recompute=full", "training.micro_batch_size=2"} <= {f.settings for f in found}
+    for layout in found:
+        _, changed = run_of("training.micro_batch_size=8", layout.settings)
+        assert changed == layout.plan.job.shape
+    lines = advice(cfg, shape, H100).splitlines()
+    assert lines[0].startswith("estimated need of a device (stage 0): ")
+    assert lines[1] == "single settings with which it fits h100, fastest first:"
+    assert lines[2].startswith(f"  {found[0].settings}: ")
+
+
+def test_where_nothing_fits_the_search_is_named():
+    cfg, shape = run_of("model=gpt3-175b", "training.micro_batch_size=1")
+    assert fitting_changes(cfg, shape, H100) == []
+    assert "search=true world_size=8 device=h100" in advice(cfg, shape, H100)
+
+
+def test_an_unknown_device_is_told_what_saves_memory_least_need_first():
     cfg, shape = run_of("training.micro_batch_size=4")
-    lines = advice(cfg, shape).splitlines()
-    assert lines[0].startswith("estimated need of a device: ")
-    totals = [float(line.split(": ")[1].split()[0]) for line in lines[2:]]
-    assert totals == sorted(totals) and totals[-1] < estimate_of_run(cfg, shape).total
-    names = " ".join(lines)
-    assert "training.recompute=full" in names and "training.micro_batch_size=1" in names
-    for line in lines[2:]:
-        setting = line.strip().split(": ")[0]
-        _, changed = run_of("training.micro_batch_size=4", setting)
-        assert changed.world_size == 8
+    lines = advice(cfg, shape, None).splitlines()
+    assert lines[1] == "settings that lower it:"
+    needs = [float(re.findall(r": ([\d.]+) GiB", line)[0]) for line in lines[2:]]
+    assert needs == sorted(needs) and len(needs) == 5
 
 
 def test_a_pipeline_is_not_told_to_use_zero_2():
     cfg, shape = run_of("parallel.pipeline_parallel_size=2", "training.micro_batch_size=4")
-    assert "zero_stage" not in advice(cfg, shape)
+    assert "zero_stage" not in advice(cfg, shape, None)
 
 
 def test_one_fp32_rank_is_told_of_no_stage():
@@ -28,4 +50,4 @@ def test_one_fp32_rank_is_told_of_no_stage():
     words = ["model=gpt2-124m", "training.precision=fp32", "training.micro_batch_size=1"]
     for stage in (1, 2, 3):
         cfg, shape = run_of(*words, f"parallel.zero_stage={stage}", world_size=1)
-        assert "zero_stage" not in advice(cfg, shape)
+        assert "zero_stage" not in advice(cfg, shape, None)

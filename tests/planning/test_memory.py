@@ -1,44 +1,95 @@
-"""The memory estimate against numbers worked out by hand."""
+"""The memory of each stage against numbers worked out by hand."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
 
-from pipeline.planning.advice import estimate_of_run
+from pipeline.model.loss import CHUNK_BYTES
+from pipeline.planning import kept
 from pipeline.planning.flops import num_parameters
+from pipeline.planning.job import Job
+from pipeline.planning.memory import PARTS, StageMemory, memory_of_stages, most_loaded
 from tests.support.planned_run import run_of
 
-GIB = 2**30
+
+def memory_of(*settings: str, world_size: int = 8) -> list[StageMemory]:
+    return memory_of_stages(Job.of(*run_of(*settings, world_size=world_size)))
 
 
 def test_weights_gradients_and_optimizer_of_a_known_model():
     """GPT-3 6.7B: P parameters; bf16 weights 2P, fp32 gradients 4P, ZeRO-1 over 8 ranks (4 + 8) P / 8."""
-    cfg, shape = run_of("training.micro_batch_size=1")
     parameters = 32 * (12 * 4096**2 + 13 * 4096) + 50304 * 4096 + 2048 * 4096 + 2 * 4096
-    found = estimate_of_run(cfg, shape)
-    assert found.weights == pytest.approx(2 * parameters / GIB, rel=1e-3)
-    assert found.gradients == pytest.approx(4 * parameters / GIB, rel=1e-3)
-    assert found.optimizer == pytest.approx(12 * parameters / 8 / GIB, rel=1e-3)
+    (found,) = memory_of("training.micro_batch_size=1")
+    assert found.weights == 2 * parameters
+    assert found.gradients == 4 * parameters
+    assert found.optimizer == 12 * parameters / 8
 
 
-def test_activations_of_a_gpt_layer():
-    """A dense GPT layer: 5 h (inputs, norms, residuals) + 4 h (q, k, v, context) + 8 h (before and after GELU) = 17 h
-    numbers a token, 34 s b h bytes in bf16, the paper's count without dropout masks and scores."""
+def test_what_a_gpt_block_keeps_is_the_papers_count_without_masks():
+    """16 H numbers a token: input, sum, two norms' outputs (4), q, k, v, context (4), around GELU (8): the paper's 34
+    bytes of H (arXiv:2205.05198, section 4) less dropout masks. And fp32: 4 statistics, log-sum-exp of 32 heads."""
     cfg, shape = run_of("training.micro_batch_size=2")
-    assert estimate_of_run(cfg, shape).activations == pytest.approx(32 * 34 * 2048 * 2 * 4096 / GIB)
-    cfg, shape = run_of("training.micro_batch_size=2", "training.recompute=full")
-    expected = (32 * 2 * 2048 * 2 * 4096 + 34 * 2048 * 2 * 4096) / GIB
-    assert estimate_of_run(cfg, shape).activations == pytest.approx(expected)
+    tokens = 2 * 2048
+    expected = tokens * (32 * 4096 + 4 * 4 + 32 * 4)
+    assert kept.block_bytes(Job.of(cfg, shape)) == expected
+    dropped = replace(cfg, model=replace(cfg.model, hidden_dropout=0.1))
+    assert kept.block_bytes(Job.of(dropped, shape)) == expected + tokens * 2 * 4096
 
 
-def test_sequence_parallel_splits_all_of_a_layer():
-    cfg, shape = run_of("parallel.tensor_parallel_size=4", "training.micro_batch_size=1")
-    plain = estimate_of_run(cfg, shape).activations
-    split = estimate_of_run(
-        replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=True)), shape
-    ).activations
-    assert plain == pytest.approx(32 * 2 * 2048 * 4096 * (5 + 12 / 4) / GIB)
-    assert split == pytest.approx(32 * 2 * 2048 * 4096 * 17 / 4 / GIB)
+def test_a_plain_engine_keeps_every_block_and_the_last_output():
+    (found,) = memory_of("training.micro_batch_size=2")
+    block = 2 * 2048 * (32 * 4096 + 16 + 128)
+    assert found.activations == 32 * block + 2 * 2048 * 4096 * 2
+    (found,) = memory_of("training.micro_batch_size=2", "training.recompute=full")
+    assert found.activations == (32 + 1) * 2 * 2048 * 4096 * 2
+
+
+def test_sequence_parallel_splits_all_of_a_block():
+    words = ["parallel.tensor_parallel_size=4", "training.micro_batch_size=1"]
+    plain, split = (
+        Job.of(*run_of(*words, *more)) for more in ([], ["parallel.sequence_parallel=true"])
+    )
+    statistics = 2048 * 4 * 4
+    assert kept.block_bytes(plain) == 2048 * (2 * 4096 * (4 + 12 / 4) + 128 / 4) + statistics
+    assert kept.block_bytes(split) == 2048 * (2 * 4096 * 16 / 4 + 128 / 4) + statistics / 4
+
+
+def test_the_first_stage_holds_most_micro_batches_and_the_last_the_loss():
+    """1F1B over four stages: 4, 3, 2 and 1 micro-batches in flight."""
+    words = ["parallel.pipeline_parallel_size=4", "training.micro_batch_size=1"]
+    job = Job.of(*run_of(*words))
+    assert [job.micro_batches_in_flight(stage) for stage in job.stages] == [4, 3, 2, 1]
+    found = memory_of(*words)
+    assert [m.moment for m in found] == ["backward", "backward", "backward", "loss"]
+    assert found[0].activations > found[1].activations > found[2].activations
+    assert most_loaded(job).stage == 0
+
+
+def test_stages_together_hold_the_model_once():
+    """And the tied embedding twice: at both ends, each whole."""
+    cfg, shape = run_of("parallel.pipeline_parallel_size=4", "training.micro_batch_size=1")
+    held = sum(stage.parameters for stage in Job.of(cfg, shape).stages)
+    assert held == num_parameters(cfg.model, 50304) + 50304 * 4096
+    (whole,) = Job.of(*run_of("training.micro_batch_size=1")).stages
+    assert whole.parameters == num_parameters(cfg.model, 50304)
+
+
+def test_tensor_parallelism_does_not_split_norms_and_row_biases():
+    (stage,) = Job.of(*run_of("parallel.tensor_parallel_size=8")).stages
+    split = 32 * (12 * 4096**2 + 7 * 4096) + 51200 * 4096  # padded to 128 rows a rank
+    whole = 32 * 6 * 4096 + 2048 * 4096 + 2 * 4096
+    assert stage.parameters == split / 8 + whole
+
+
+def test_logits_are_cut_as_the_loss_cuts_them():
+    assert kept.LOSS_CHUNK_BYTES == CHUNK_BYTES["cuda"]
+    chunks = kept.LossChunks.of(Job.of(*run_of("training.micro_batch_size=4")))
+    rows = 512 * 2**20 // (50304 * 4)
+    assert chunks.count == -(-4 * 2048 // rows)
+    assert chunks.whole == rows * 50304 * 4
+    assert chunks.last == (4 * 2048 - (chunks.count - 1) * rows) * 50304 * 4
 
 
 def test_one_fp32_rank_needs_no_second_copy_whatever_stage_is_set():
@@ -47,10 +98,21 @@ def test_one_fp32_rank_needs_no_second_copy_whatever_stage_is_set():
     words = ["model=gpt2-124m", "training.precision=fp32", "training.micro_batch_size=1"]
     for stage in (1, 2, 3):
         cfg, shape = run_of(*words, f"parallel.zero_stage={stage}", world_size=1)
-        found, parameters = estimate_of_run(cfg, shape), num_parameters(cfg.model, 50304)
+        (found,), parameters = (
+            memory_of_stages(Job.of(cfg, shape)),
+            num_parameters(cfg.model, 50304),
+        )
         assert shape.zero_stage == 0
-        assert found.optimizer == pytest.approx(8 * parameters / GIB)
-        assert found.weights == found.gradients == pytest.approx(4 * parameters / GIB)
-    cfg, shape = run_of(*words, "parallel.zero_stage=3", world_size=2)
-    assert shape.zero_stage == 3
-    assert estimate_of_run(cfg, shape).optimizer == pytest.approx(12 * parameters / 2 / GIB)
+        assert found.optimizer == 8 * parameters
+        assert found.weights == found.gradients == 4 * parameters
+    (found,) = memory_of(*words, "parallel.zero_stage=3", world_size=2)
+    assert found.optimizer == 12 * parameters / 2
+
+
+def test_parts_add_up_and_are_printed():
+    (found,) = memory_of("training.micro_batch_size=1")
+    assert found.tensors == sum(getattr(found, part) for part in PARTS)
+    assert found.total == pytest.approx(found.tensors * 1.03 + 1.5 * 2**30)
+    assert str(found).startswith(
+        f"{found.total / 2**30:.1f} GiB: weights {found.weights / 2**30:.1f}, "
+    )

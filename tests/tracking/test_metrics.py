@@ -29,6 +29,7 @@ from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking import metrics, wandb_run
 from pipeline.tracking.metrics import Metrics, SilentMetrics
+from pipeline.tracking.planned import Planned
 from tests.support.waiting import HANG_S
 
 
@@ -89,6 +90,21 @@ def test_logged_steps_are_the_first_the_multiples_and_the_last(tmp_path):
     train(tracker, State(), 20)
     tracker.close()
     assert [row["step"] for row in rows(tmp_path)[1:]] == [1, 6, 12, 18, 20]
+
+
+def test_planned_stands_beside_measured_once_after_ten_steps(tmp_path, caplog):
+    """Whether the plan was right is known minutes into a run, and kept in its metrics."""
+    tracker = make(tmp_path, log_every=8)
+    tracker.planned = Planned(step_ms=1.0, tokens_per_sec=100.0, mfu=0.4, peak_gib=2.0)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        train(tracker, State(step=3), 17)
+    tracker.close()
+    found = {row["step"]: row for row in rows(tmp_path)[1:]}
+    assert list(found) == [4, 8, 13, 16, 20]
+    assert found[13]["plan/step_ms"] == 1.0 and found[13]["throughput/step_ms"] > 0
+    assert not [key for step in (4, 8, 16, 20) for key in found[step] if key.startswith("plan/")]
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("plan: ")]
+    assert len(said) == 1 and "step_ms 1.0 planned, " in said[0]
 
 
 def test_a_logged_step_carries_the_documented_names(tmp_path):

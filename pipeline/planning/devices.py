@@ -1,0 +1,115 @@
+"""What a plan must know of a device, its node and its network: conf/devices/, one yaml each.
+
+    device=h100, or a path --load_device--> Device;  the name torch gives --device_of--> Device
+
+A device of your own is a file more in that folder, or a path to one anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pipeline.cli import CONF_DIR
+from pipeline.errors import ConfigError
+from pipeline.planning.flops import peak_tflops
+
+FOLDER = CONF_DIR / "devices"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, and its share of the links around it. GB and TFLOP are powers of ten."""
+
+    name: str
+    """Of the file."""
+    torch_name: str
+    """As torch.cuda.get_device_name gives it; the peak is looked up by it (flops.py)."""
+    memory_gib: float
+    """Memory that torch sees."""
+    memory_gb_s: float
+    """Bandwidth of the memory."""
+    per_node: int
+    """Devices of a node."""
+    node_gb_s: float
+    """Link to the other devices of the node, one direction."""
+    network_gb_s: float
+    """Share of the node's network, one direction."""
+    watts: float
+    """Of the device under load; PLANT_FACTOR (plan.py) adds the rest of the machine room."""
+    usd_per_hour: float
+    """Rent of one device."""
+    matrix_share: float
+    """Share of the peak that large bf16 matrix products reach, clocks under load included."""
+    attention_share: float
+    """The same of flash attention."""
+    peak_tflops: float | None = None
+    """Dense bf16 TFLOP/s; null: that of the torch name in flops.py's table."""
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 operations per second."""
+        tflops = self.peak_tflops or peak_tflops(self.torch_name)
+        assert tflops is not None, "load_device checks it"
+        return tflops * 1e12
+
+    def link_bytes_s(self, *, spans_nodes: bool) -> float:
+        """Bytes per second, one direction, between devices of a node or of several."""
+        return 1e9 * (self.network_gb_s if spans_nodes else self.node_gb_s)
+
+
+def known_devices() -> list[str]:
+    """Names that `device=` takes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_device(name: str) -> Device:
+    """The device of conf/devices/<name>.yaml, or of a yaml file at that path.
+
+    Raises:
+        ConfigError: there is no such file, a field is missing, unknown or not a number above 0, or
+            the peak is known neither to the file nor to flops.py.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError:
+        raise ConfigError(
+            f"device={name}: there is no {path}. Known: {', '.join(known_devices())}. For another, "
+            f"copy {FOLDER / 'h100.yaml'}, change its numbers and give device=PATH.yaml."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not yaml: {error}") from None
+    fields = {f.name: f for f in dataclasses.fields(Device) if f.name != "name"}
+    values = found if isinstance(found, dict) else {}
+    required = {key for key, f in fields.items() if f.default is dataclasses.MISSING}
+    wrong = [f"{key} is missing" for key in sorted(required - set(values))]
+    wrong += [f"{key} is not known" for key in sorted(set(map(str, values)) - set(fields))]
+    wrong += [
+        f"{key} ({value}) must be a number above 0"
+        for key, value in values.items()
+        if key in fields and key != "torch_name" and not _is_positive(value)
+    ]
+    if not wrong and not (values.get("peak_tflops") or peak_tflops(str(values["torch_name"]))):
+        wrong = [f"'{values['torch_name']}' is not in flops.py's table: set peak_tflops"]
+    if wrong:
+        raise ConfigError(f"{path}: {'; '.join(wrong)}. {FOLDER / 'h100.yaml'} has every field.")
+    return Device(name=path.stem, **values)
+
+
+def device_of(torch_name: str) -> Device | None:
+    """The device with this torch name, or None where conf/devices/ has none of its peak."""
+    peak = peak_tflops(torch_name)
+    devices = [load_device(name) for name in known_devices()]
+    exact = [device for device in devices if device.torch_name == torch_name]
+    alike = [d for d in devices if peak is not None and d.peak == peak * 1e12]
+    return next(iter([*exact, *alike]), None)
+
+
+def _is_positive(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < float("inf")

@@ -1,0 +1,180 @@
+"""What the forward pass keeps for the backward pass, in bytes of one rank and one micro-batch.
+
+    Job --> bytes a block keeps, bytes a recomputed block keeps, bytes of the loss at its peak
+
+Counted from the tensors that autograd holds, not fitted; tests/planning/test_rehearsed_memory.py
+compares them with a rehearsal of the real engine. H hidden, F inner width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config.choices import Normalization, Position
+from pipeline.planning.job import Job
+
+# fp32 logits of one chunk on a device: model/loss.py's CHUNK_BYTES["cuda"], which needs torch; a
+# test compares the two.
+LOSS_CHUNK_BYTES = 512 * 2**20
+STATISTIC = 4  # bytes of an fp32 mean, reciprocal deviation or log-sum-exp
+
+
+def hidden_bytes(job: Job) -> float:
+    """Of a micro-batch's hidden states (B, S, H) on a rank."""
+    return job.micro_tokens * job.width * job.model.hidden_size / job.sequence_ranks
+
+
+def whole_hidden_bytes(job: Job) -> float:
+    """The same before sequence parallelism has split them, or after it has gathered them."""
+    return job.micro_tokens * job.width * job.model.hidden_size
+
+
+def block_bytes(job: Job) -> float:
+    """What a block keeps: its input, the residual sum, norms' outputs, attention and MLP.
+
+    A GPT-3 block keeps 16 H numbers a token and 34 - 2 bytes of H of Korthikanti et al. 2022
+    (arXiv:2205.05198, section 4), less their dropout masks: flash attention keeps no scores.
+    """
+    model = job.model
+    sums = 1 if model.parallel_residual else 2  # block input, and the sum between its halves
+    statistics = 2 * _statistics(job) * STATISTIC / job.sequence_ranks
+    masks = 0.0
+    if model.hidden_dropout:
+        masks = 2 * model.hidden_size / job.sequence_ranks  # a byte each, behind both halves
+    per_token = statistics + masks
+    kept = (2 + sums) * hidden_bytes(job) + job.micro_tokens * per_token
+    return kept + _attention_bytes(job) + _mlp_bytes(job) + _document_mask_bytes(job)
+
+
+def _statistics(job: Job) -> int:
+    """Numbers that a norm keeps of each vector: mean and deviation, or the deviation alone."""
+    return 2 if job.model.normalization is Normalization.layernorm else 1
+
+
+def _attention_bytes(job: Job) -> float:
+    """Queries, keys, values and the context, and what turned and normalised copies stay alive.
+
+    The values keep the whole projection alive, of which they are a view. Where several query heads
+    share a key, the queries are copied out of it; rotation makes new queries and keys; norms of
+    heads keep their input.
+    """
+    model, sizes = job.model, job.sizes
+    heads, groups, width = model.num_attention_heads, sizes.num_query_groups, sizes.head_dim
+    numbers = (heads + 2 * groups) * width + heads * width
+    if heads > groups:
+        numbers += heads * width
+    if model.position is Position.rope or model.qk_norm:
+        numbers += (heads + groups) * width
+    statistics = float(heads)  # log-sum-exp of each query
+    if model.qk_norm:
+        statistics += _statistics(job) * (heads + groups)
+    per_token = numbers * job.width + statistics * STATISTIC
+    return job.micro_tokens * per_token / job.shape.sizes.tensor
+
+
+def _mlp_bytes(job: Job) -> float:
+    """Inner tensors: before and after the activation; gated: gate and up, its half, the product.
+
+    A mixture keeps those of top_k experts, and the tokens sorted by expert before and behind them.
+    """
+    model, moe = job.model, job.model.moe
+    copies = 4 if job.sizes.is_gated else 2
+    numbers = job.sizes.ffn_hidden_size * copies / job.shape.sizes.tensor
+    if moe.num_experts:
+        numbers *= moe.top_k
+        numbers += moe.shared_expert_ffn_hidden_size * copies / job.shape.sizes.tensor
+        numbers += 2 * moe.top_k * model.hidden_size / job.sequence_ranks
+    return job.micro_tokens * job.width * numbers
+
+
+def _document_mask_bytes(job: Job) -> float:
+    """The mask of each block as cuDNN's kernel keeps it: a bias of S x S a sequence.
+
+    Read in its source and not measured.
+    """
+    if not job.masks_documents:
+        return 0.0
+    return job.shape.micro_batch_size * job.shape.seq_len**2 * job.width
+
+
+def recomputed_block_bytes(job: Job) -> float:
+    """What a block keeps that is computed again: its input."""
+    return hidden_bytes(job)
+
+
+def backward_bytes(job: Job) -> float:
+    """Temporaries while a block goes backwards, beside what it kept.
+
+    The gradient of its output lives until the residual sum. Ungated: the gradient of the inner
+    width, and that of the second matrix's weight beside it. Gated: the product's gradient, then
+    gate's and up's, and their concatenation, when two kept tensors are gone: twice the inner width.
+    Under sequence parallelism the output's gradient is gathered first.
+    """
+    tensor, inner = job.shape.sizes.tensor, job.sizes.ffn_hidden_size
+    experts = job.model.moe.top_k if job.model.moe.num_experts else 1
+    of_inner = job.micro_tokens * job.width * inner * experts / tensor
+    of_weight = inner * job.model.hidden_size / tensor * job.width
+    gathered = whole_hidden_bytes(job) if job.sequence_ranks > 1 else 0.0
+    return hidden_bytes(job) + gathered + max(of_inner + of_weight, of_inner * _gates(job))
+
+
+def _gates(job: Job) -> int:
+    return 2 if job.sizes.is_gated else 1
+
+
+@dataclass(frozen=True)
+class LossChunks:
+    """How model/loss.py cuts a micro-batch: whole chunks of rows, and what is left."""
+
+    count: int
+    whole: float
+    """fp32 bytes of the logits of a whole chunk."""
+    last: float
+    """The same of the last one."""
+
+    @classmethod
+    def of(cls, job: Job) -> LossChunks:
+        """Of one micro-batch on a rank."""
+        row = job.shape.padded_vocab_size / job.shape.sizes.tensor * 4
+        rows = max(16, int(LOSS_CHUNK_BYTES // row))
+        count = math.ceil(job.micro_tokens / rows)
+        left = job.micro_tokens - (count - 1) * rows
+        return cls(count, min(rows, job.micro_tokens) * row, left * row)
+
+
+def loss_bytes(job: Job) -> float:
+    """Temporaries of the loss at their peak, beside the hidden states that enter the final norm.
+
+    The norm's output and its gradient; under sequence parallelism the gathered sequence and, of
+    several sequences, its copy in batch order; and the worst moment of the chunks: in the softmax,
+    or where a chunk's part is added to the weight's gradient.
+    """
+    whole = whole_hidden_bytes(job)
+    around = hidden_bytes(job) + whole
+    if job.sequence_ranks > 1:
+        around += whole * (2 if job.shape.micro_batch_size > 1 else 1)
+    return around + _chunk_bytes(job)
+
+
+def _chunk_bytes(job: Job) -> float:
+    """The worst moment of the chunks.
+
+    In units of a chunk's fp32 logits, in 16 bits: raw logits 1/2, their fp32 copy 1, probabilities
+    1, and the logits' gradient of the chunk before 1/2. In fp32 logits 1, probabilities 1, gradient
+    before 1. The weight's gradient is 16 bits wide after one chunk and fp32 after two, when both
+    and the second's part stand beside each other.
+    """
+    chunks, table, width = LossChunks.of(job), job.table, job.width
+    before, softmax = (1.0, 2.0) if width == 4 else (0.5, 2.5)
+    one, two = table * width, table * (width if width == 4 else 4)
+    moments = [softmax * chunks.whole, chunks.whole * 2 * before + one]
+    if chunks.count >= 2:
+        second = chunks.last if chunks.count == 2 else chunks.whole
+        moments.append(before * chunks.whole + softmax * second + one)
+        moments.append(2 * before * second + (two if width == 4 else one + two + one))
+    if chunks.count >= 3:
+        third = chunks.last if chunks.count == 3 else chunks.whole
+        moments.append(before * chunks.whole + softmax * third + two)
+        moments.append(2 * before * third + two + (0 if width == 4 else one))
+    return max(moments)

@@ -1,0 +1,105 @@
+"""The legal layouts of a run on so many devices, the fastest first.
+
+    PretrainConfig --layouts--> what `derive` lets through --Plan--> what fits, by tokens/s
+
+What is legal is asked of the rules of a run (config/rules.py), and of nothing else. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from pipeline.config.choices import PipelineSchedule, Recompute
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, derive
+from pipeline.errors import ConfigError
+from pipeline.planning.devices import Device
+from pipeline.planning.job import Job
+from pipeline.planning.plan import Plan
+
+ONE_FORWARD_ONE_BACKWARD = PipelineSchedule["1f1b"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to run the same steps, as one writes it, and what it would give."""
+
+    settings: str
+    """Overrides; empty: as the settings are."""
+    plan: Plan
+
+
+def search(cfg: PretrainConfig, shape: RunShape, device: Device) -> tuple[list[Layout], int]:
+    """The layouts that fit, fastest first, and how many are legal; as it is set is among them."""
+    legal = [Layout("", Plan(Job.of(cfg, shape), device))]
+    legal += [
+        Layout(_difference(cfg, changed), Plan(Job.of(changed, changed_shape), device))
+        for changed, changed_shape in layouts(cfg, shape, per_node=device.per_node)
+    ]
+    fitting = [layout for layout in legal if layout.plan.fits]
+    return sorted(fitting, key=lambda layout: -layout.plan.tokens_per_s), len(legal)
+
+
+def layouts(
+    cfg: PretrainConfig, shape: RunShape, *, per_node: int
+) -> Iterator[tuple[PretrainConfig, RunShape]]:
+    """Every other layout that the rules of a run let through.
+
+    Tensor parallelism stays within a node and takes sequence parallelism along, which splits what
+    it leaves whole; selective recompute is left out, for it saves nothing where attention is fused.
+    """
+    world_size, training = shape.world_size, cfg.training
+    tensors = [2**n for n in range(16) if 2**n <= min(per_node, world_size)]
+    stages = [n for n in range(1, cfg.model.num_layers + 1) if world_size % n == 0]
+    micro = [2**n for n in range(6) if 2**n <= training.global_batch_size]
+    again = (Recompute.none, Recompute.full)
+    for tensor, pipeline, size, recompute in product(tensors, stages, micro, again):
+        if world_size % (tensor * pipeline):
+            continue
+        is_staged = pipeline > 1
+        ways = (
+            [(1, schedule) for schedule in PipelineSchedule]
+            if is_staged
+            else [(zero, ONE_FORWARD_ONE_BACKWARD) for zero in (1, 2, 3)]
+        )
+        for zero, schedule in ways:
+            parallel = replace(
+                cfg.parallel,
+                tensor_parallel_size=tensor,
+                sequence_parallel=tensor > 1,
+                pipeline_parallel_size=pipeline,
+                pipeline_schedule=schedule,
+                zero_stage=zero,
+            )
+            changed_training = replace(
+                training, micro_batch_size=size, recompute=recompute, recompute_every=1
+            )
+            changed = replace(cfg, parallel=parallel, training=changed_training)
+            if changed.parallel == cfg.parallel and changed.training == cfg.training:
+                continue
+            found = legal_shape(changed, shape)
+            if found is not None:
+                yield changed, found
+
+
+def legal_shape(cfg: PretrainConfig, shape: RunShape) -> RunShape | None:
+    """The derived numbers of changed settings on as many ranks; None: a rule forbids them."""
+    try:
+        return derive(cfg, world_size=shape.world_size, tokenizer_vocab_size=shape.vocab_size)
+    except ConfigError:
+        return None
+
+
+def _difference(cfg: PretrainConfig, changed: PretrainConfig) -> str:
+    """The overrides that turn one into the other."""
+    words = []
+    for section in ("parallel", "training"):
+        before, after = vars(getattr(cfg, section)), vars(getattr(changed, section))
+        for key, value in after.items():
+            if value != before[key]:
+                text = getattr(value, "name", str(value).lower())
+                words.append(f"{section}.{key}={text}")
+    return " ".join(words)

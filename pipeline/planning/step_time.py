@@ -1,0 +1,272 @@
+"""How long an optimizer step takes, by cause: a roofline with few constants.
+
+    Job, Device --step_time--> StepTime: seconds of matrix products, attention, ... , in sum
+
+Work and traffic are counted; how near a device comes to its peak is in conf/devices/, and what no
+datasheet says in the constants below. docs/plan.md has every published run that this was compared
+with, and says which of them a constant was fitted on. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+from pipeline.config.choices import Recompute
+from pipeline.config.finetune import FinetuneConfig
+from pipeline.planning.devices import Device
+from pipeline.planning.flops import flops_per_token
+from pipeline.planning.job import Job, Stage
+
+# A matrix product with a side of this many rows runs at 1 / sqrt(2) of the share of a large one.
+SHORT_SIDE = 160.0
+# How often the element-wise work of a block reads or writes (tokens, H) forward and backward:
+# norms, residual sums, activation, rotation, as separate kernels.
+PASSES = 60.0
+# Share of a link's bandwidth that a large collective or copy reaches.
+LINK_SHARE = 0.75
+MEMORY_SHARE = 0.8
+# Of a step, what nothing here explains: stragglers, data, jitter.
+UNEXPLAINED = 0.04
+# Backward over forward of flash attention: five products instead of two.
+ATTENTION_BACKWARD = 2.5
+# Kernels of a block, forward and backward, and what the host takes to launch one: Python and
+# autograd. Not measured on a device.
+LAUNCHES_FORWARD, LAUNCHES_BACKWARD, LAUNCH_S = 20, 40, 5e-6
+# Bytes a parameter's update reads and writes: gradient, three fp32 states both ways, the weight.
+UPDATE_BYTES = 30
+# Bytes each score costs where attention is not fused: written, masked, normalised, dropped out and
+# read, in both directions.
+SCORE_BYTES = 42
+
+
+@dataclass(frozen=True)
+class Practice:
+    """How a step is run, where published runs differ from ours."""
+
+    chunks_per_stage: int = 1
+    """Interleaved schedule: a rank's pieces of the pipeline (arXiv:2104.04473)."""
+    fused_attention: bool = True
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by cause."""
+
+    matrices: float
+    """Products with weights, the output head included."""
+    attention: float
+    """Scores and context."""
+    element_wise: float
+    """Norms, residual sums, activations: bound by memory."""
+    recomputed: float
+    """What the backward pass computes again."""
+    tensor_parallel: float
+    bubble: float
+    """Ranks of the pipeline that wait for the first and the last micro-batch."""
+    between_stages: float
+    data_parallel: float
+    """Reductions and gathers that no computation hides."""
+    optimizer: float
+    launches: float
+    """Device time lost while the host launches small kernels."""
+    unexplained: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(self.by_cause.values())
+
+    @property
+    def by_cause(self) -> dict[str, float]:
+        """Cause, in words, to seconds; as written above."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name.replace("_", " "): getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Seconds of one block and micro-batch."""
+
+    matrices: float
+    """Forward."""
+    attention: float
+    """Forward."""
+    element_wise: float
+    """Forward."""
+    again: float
+    """Recomputed."""
+    tensor_parallel: float
+    launches: float
+
+    @property
+    def backward(self) -> float:
+        """The backward pass, without what it recomputes."""
+        return 2 * self.matrices + ATTENTION_BACKWARD * self.attention + 2 * self.element_wise
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        forward = self.matrices + self.attention + self.element_wise
+        return forward + self.backward + self.again + self.tensor_parallel + self.launches
+
+
+def step_time(job: Job, device: Device, practice: Practice = Practice()) -> StepTime:
+    """Seconds of a step once every ramp has ended, on the slowest stage of the pipeline."""
+    pipeline, m = job.shape.sizes.pipeline, job.num_micro_batches
+    block, head = _block(job, device, practice), _head_seconds(job, device)
+    stage = max(job.stages, key=lambda s: s.layers * block.total + s.has_head * head)
+    layers = job.model.num_layers / pipeline if practice.chunks_per_stage > 1 else stage.layers
+    has_head = stage.has_head
+    per_pass = layers * block.total + has_head * head
+    bubble = (pipeline - 1) * per_pass / practice.chunks_per_stage * (0.5 if job.is_dual else 1.0)
+    seconds = StepTime(
+        matrices=m * (layers * 3 * block.matrices + has_head * head),
+        attention=m * layers * (1 + ATTENTION_BACKWARD) * block.attention,
+        element_wise=m * layers * 3 * block.element_wise,
+        recomputed=m * layers * block.again,
+        tensor_parallel=m * layers * block.tensor_parallel,
+        bubble=bubble,
+        between_stages=_between_stages(job, device, practice),
+        data_parallel=_data_parallel(job, device, stage, hides=layers * block.backward),
+        optimizer=_update_seconds(job, device, stage),
+        launches=m * layers * block.launches,
+        unexplained=0.0,
+    )
+    return replace(seconds, unexplained=UNEXPLAINED * seconds.total)
+
+
+def _share_of_peak(device: Device, *sides: float) -> float:
+    """Of a matrix product with these sides, in share of the peak: short sides fill no tiles."""
+    share = device.matrix_share
+    for side in sides:
+        share *= (side / (side + SHORT_SIDE)) ** 0.5
+    return share
+
+
+def _block(job: Job, device: Device, practice: Practice) -> _Block:
+    """Of one block and micro-batch on one rank.
+
+    Element-wise work on hidden states is split by sequence parallelism, that on the inner width and
+    the heads by tensor parallelism: 0.35 and 0.65 of it in a GPT-3 block.
+    """
+    model, tensor, h = job.model, job.shape.sizes.tensor, job.model.hidden_size
+    tokens, seq_len = job.micro_tokens, job.shape.seq_len
+    products = _product_flops(job)
+    narrow = min(h, job.sizes.ffn_hidden_size) / tensor
+    matrices = (
+        tokens * products / tensor / (device.peak * _share_of_peak(device, narrow, h, tokens))
+    )
+    scores = tokens * seq_len * model.num_attention_heads / tensor  # half of them is masked
+    flops = 4 * scores * job.sizes.head_dim / 2
+    attention = flops / (device.peak * device.attention_share)
+    memory = device.memory_gb_s * 1e9 * MEMORY_SHARE
+    split = 0.35 / job.sequence_ranks + 0.65 / tensor
+    moved = PASSES * job.width * tokens * h * split
+    if not practice.fused_attention:
+        moved += SCORE_BYTES * scores
+    element_wise = moved / memory / 3
+    forward = matrices + attention + element_wise
+    again = 0.0
+    if job.training.recompute is Recompute.full:
+        again = forward / job.training.recompute_every
+    elif job.training.recompute is Recompute.selective:
+        again = attention + (SCORE_BYTES * scores / memory / 3) * (not practice.fused_attention)
+    device_s = forward * 3 + (ATTENTION_BACKWARD - 2) * attention + again
+    host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
+    return _Block(
+        matrices=matrices,
+        attention=attention,
+        element_wise=element_wise,
+        again=again,
+        tensor_parallel=_tensor_parallel(job, device),
+        launches=max(0.0, host_s - device_s),
+    )
+
+
+def _product_flops(job: Job) -> float:
+    """Operations of one token in a block's products, forward: a third of what all of them cost."""
+    one = replace(job.model, num_layers=1)
+    return flops_per_token(one, FinetuneConfig(), vocab_size=0, seq_len=0) / 3
+
+
+def _tensor_parallel(job: Job, device: Device) -> float:
+    """Seconds of a block's tensor-parallel collectives, none of which is hidden.
+
+    As counted in a rehearsal: with sequence parallelism 6 all-gathers and 4 reduce-scatters of
+    (S, B, H) a block; without it 4 all-reduces, each of which is two of those. A recomputed block
+    gathers and scatters its forward pass again: 4 more.
+    """
+    tensor = job.shape.sizes.tensor
+    if tensor == 1:
+        return 0.0
+    link = device.link_bytes_s(spans_nodes=tensor > device.per_node) * LINK_SHARE
+    volume = job.micro_tokens * job.model.hidden_size * job.width * (tensor - 1) / tensor
+    count = 10.0 if job.parallel.sequence_parallel else 8
+    if job.training.recompute is Recompute.full:
+        count += 4 / job.training.recompute_every
+    return count * volume / link
+
+
+def _head_seconds(job: Job, device: Device) -> float:
+    """Output projection and loss of a micro-batch: three products, and passes over the logits."""
+    tensor, tokens = job.shape.sizes.tensor, job.micro_tokens
+    columns = job.shape.padded_vocab_size / tensor
+    products = 3 * tokens * 2 * columns * job.model.hidden_size
+    memory = device.memory_gb_s * 1e9 * MEMORY_SHARE
+    return products / (device.peak * device.matrix_share) + tokens * columns * 24 / memory
+
+
+def _between_stages(job: Job, device: Device, practice: Practice) -> float:
+    """Activations and their gradients between stages: DeepSpeed's schedule waits for each copy.
+
+    A micro-batch sends one and receives one in each direction; copies of two micro-batches overlap
+    in part (0.3 of them remain; it fits the pipelines of arXiv:2104.04473).
+    """
+    if job.shape.sizes.pipeline == 1:
+        return 0.0
+    spans = job.shape.sizes.tensor * job.shape.sizes.pipeline > device.per_node
+    link = device.link_bytes_s(spans_nodes=spans) * LINK_SHARE
+    hidden = job.micro_tokens * job.model.hidden_size * job.width / job.sequence_ranks
+    return 0.3 * 2 * hidden / link * job.num_micro_batches * practice.chunks_per_stage
+
+
+def _data_parallel(job: Job, device: Device, stage: Stage, *, hides: float) -> float:
+    """Seconds of reductions and gathers over data-parallel ranks that nothing hides.
+
+    Gradient sums travel in fp32, an all-reduce being two passes; ZeRO-2 reduces each micro-batch.
+    They go on while the last backward pass (`hides` seconds; ZeRO-2: each) computes, which a
+    pipeline's do not. ZeRO-1 and -2 gather the weights behind the update, ZeRO-3 at each use.
+    """
+    data, zero, pipeline = (job.shape.sizes.data, job.shape.zero_stage, job.shape.sizes.pipeline)
+    if data == 1:
+        return 0.0
+    link = _ring_bytes_s(job, device) * LINK_SHARE * data / (data - 1)
+    m, weights = job.num_micro_batches, stage.parameters * job.width / link
+    if zero == 3:  # two gathers and a reduction of each block; nine tenths are hidden
+        return max(
+            0.0, m * (2 * weights + stage.trained * job.width / link) - 0.9 * m * 1.5 * hides
+        )
+    sums = 2 * stage.trained * 4 / link * (m if zero == 2 else 1)
+    hidden = 0.0 if pipeline > 1 else hides * (m if zero == 2 else 1)
+    return max(0.0, sums - hidden) + (stage.trained * job.width / link if zero else 0.0)
+
+
+def _ring_bytes_s(job: Job, device: Device) -> float:
+    """Bytes per second of a collective over data-parallel ranks.
+
+    Between nodes a ring enters and leaves a node once: its members there share their parts of the
+    network, up to the link inside the node. Ranks are laid out tensor fastest, then data.
+    """
+    tensor, data = job.shape.sizes.tensor, job.shape.sizes.data
+    inside = device.link_bytes_s(spans_nodes=False)
+    if tensor * data <= device.per_node:
+        return inside
+    members = max(1, device.per_node // tensor)
+    return min(inside, members * device.link_bytes_s(spans_nodes=True))
+
+
+def _update_seconds(job: Job, device: Device, stage: Stage) -> float:
+    """The optimizer's pass over the part of the state that a rank owns."""
+    owned = stage.trained / (job.shape.sizes.data if job.shape.zero_stage else 1)
+    return owned * UPDATE_BYTES / (device.memory_gb_s * 1e9 * MEMORY_SHARE)

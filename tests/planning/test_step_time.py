@@ -1,0 +1,108 @@
+"""Seconds of a step against hand-worked parts and against published runs."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.planning import step_time as module
+from pipeline.planning.devices import load_device
+from pipeline.planning.job import Job
+from pipeline.planning.plan import FASTEST, SLOWEST
+from pipeline.planning.step_time import step_time
+from tests.support.planned_run import run_of
+from tests.support.published_runs import PublishedRun, published_runs
+
+H100 = load_device("h100")
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = list(published_runs())
+
+
+def job_of(*settings: str, world_size: int = 8) -> Job:
+    return Job.of(*run_of("training.micro_batch_size=2", *settings, world_size=world_size))
+
+
+def test_causes_add_up_to_the_step():
+    found = step_time(job_of(), H100)
+    assert found.total == pytest.approx(sum(found.by_cause.values()))
+    assert found.unexplained == pytest.approx(0.04 / 1.04 * found.total)
+
+
+def test_large_products_run_at_the_devices_share_of_its_peak():
+    """6.7B: 2 * 12 H^2 operations a token and block forward, three times that in all, and the head's."""
+    found = step_time(job_of(), H100)
+    tokens = 64 * 2048 / 8
+    products = 3 * 2 * tokens * (32 * 12 * 4096**2 + 50304 * 4096)
+    at_full_share = products / (H100.peak * H100.matrix_share)
+    assert at_full_share < found.matrices < 1.1 * at_full_share  # sides of 4,096 fill the tiles
+
+
+def test_full_recompute_costs_a_forward_pass_and_one_schedule_waits_less():
+    plain, again = step_time(job_of(), H100), step_time(job_of("training.recompute=full"), H100)
+    forward = plain.matrices / 3 + plain.attention / 3.5 + plain.element_wise / 3
+    assert again.recomputed == pytest.approx(forward, rel=0.05)  # the head is not recomputed
+    words = ["parallel.pipeline_parallel_size=4", "training.micro_batch_size=1"]
+    one = step_time(job_of(*words), H100)
+    dual = step_time(job_of(*words, "parallel.pipeline_schedule=dualpipev"), H100)
+    assert one.bubble > 0 and dual.bubble < 0.75 * one.bubble
+
+
+def test_a_collective_between_nodes_uses_all_links_of_a_node():
+    """Eight members of a node share eight links; under tensor parallelism 8 one member has one."""
+    assert module._ring_bytes_s(job_of(), H100) == 450e9
+    assert module._ring_bytes_s(job_of(world_size=16), H100) == 8 * 50e9
+    words = ["parallel.tensor_parallel_size=8"]
+    assert module._ring_bytes_s(job_of(*words, world_size=16), H100) == 50e9
+
+
+def test_zero_2_reduces_every_micro_batch_and_a_slow_link_shows_it():
+    slow = replace(H100, node_gb_s=1.0)
+    one, two = (
+        step_time(job_of(f"parallel.zero_stage={stage}"), slow).data_parallel for stage in (1, 2)
+    )
+    assert two > 3 * one  # four micro-batches
+
+
+def test_small_blocks_wait_for_the_host():
+    """tiny on an H100: 60 launches of 5 us take longer than the work."""
+    found = step_time(job_of("model=tiny", "training.micro_batch_size=1"), H100)
+    blocks = 4 * 8  # micro-batches
+    assert found.launches == pytest.approx(blocks * 60 * 5e-6, rel=0.2)
+    assert step_time(job_of(), H100).launches == 0
+
+
+# ---- published runs ------------------------------------------------------------------------------
+
+
+def test_at_least_eight_rows_are_held_out_and_none_is_hidden():
+    """docs/plan-rows.md has them all, with the errors that the formula has now."""
+    assert sum(not run.fitted for run in RUNS) >= 8
+    page = (ROOT / "docs" / "plan-rows.md").read_text()
+    assert page.count("\n| ") - 1 == len(RUNS)
+    missing = [line for run in RUNS if (line := row(run)) not in page]
+    assert missing == []
+
+
+def row(run: PublishedRun) -> str:
+    """A line of docs/plan-rows.md."""
+    layout = f"{run.world_size} = {run.world_size // run.tensor // run.pipeline} x {run.pipeline} x {run.tensor}"
+    return (
+        f"| {run.source.split('/blob/')[0].removeprefix('https://github.com/')} | {run.name} | "
+        f"{run.device} | {layout} | {run.seq_len:,} | {run.micro} | {run.recompute.name} | "
+        f"{'fitted' if run.fitted else 'held out'} | {run.published:,.5g} {run.unit} | "
+        f"{run.predicted():,.3g} | {run.speed_error:+.0%} |"
+    )
+
+
+def test_the_range_holds_nine_in_ten_of_the_held_out_runs():
+    ratios = [1 / (1 + run.speed_error) for run in RUNS if not run.fitted]
+    inside = sum(SLOWEST <= ratio <= FASTEST for ratio in ratios)
+    assert inside >= 0.9 * len(ratios)
+
+
+def test_the_typical_held_out_error_is_what_the_page_says():
+    errors = [abs(run.speed_error) for run in RUNS if not run.fitted]
+    assert statistics.median(errors) < 0.10

@@ -1,0 +1,68 @@
+"""The command: what it prints, how fast it is there, that it needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cli
+from pipeline.plan import PlanConfig, main
+from tests.support.token_dataset import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    main(cli.compose(PlanConfig, words, config="pretrain"))
+    return capsys.readouterr().out
+
+
+def test_the_plan_of_a_recipe_fits_the_terminal_and_says_all(capsys):
+    out = plan(capsys, "experiment=gpt3-175b", "world_size=1024", "search=true")
+    assert max(map(len, out.splitlines())) <= 100
+    for text in (
+        "174,604,259,328 parameters", "1024 ranks = 8 data x 16 pipeline x 8 tensor parallel",
+        "stage 0: 6 blocks", "stage 15: 6 blocks", "it fits", "bubble", "tokens/s; MFU",
+        "device-hours", "USD at 2.50", "MWh", "legal layouts",
+    ):  # fmt: skip
+        assert text in out, text
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(capsys):
+    out = plan(capsys, "model=gpt3-6.7b", "world_size=8", "training.micro_batch_size=8",
+               "device=a100", "usd_per_hour=1.0")  # fmt: skip
+    assert "IT DOES NOT FIT" in out and "USD at 1.00" in out
+    assert "single settings with which it fits a100, fastest first:" in out
+    assert "  training.micro_batch_size=1: " in out
+
+
+def test_with_data_it_says_how_often_they_are_read_and_writes_the_page(capsys, tmp_path):
+    for split in ("train", "validation"):
+        write_dataset(tmp_path / "tokens" / split, [np.arange(4096) % 64], vocab_size=64)
+    page = tmp_path / "plan.html"
+    out = plan(capsys, f"data.path={tmp_path / 'tokens'}", f"page={page}", "training.seq_len=32",
+               "training.total_steps=4",
+               "schedule=constant", "schedule.warmup_steps=0")  # fmt: skip
+    assert "it reads " in out and " epochs of " in out
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_the_command_is_there_at_once_and_imports_no_torch():
+    """1.5 s on an idle machine: counted here in CPU time, that the neighbours leave alone."""
+    code = (
+        "import sys, runpy, time\n"
+        "sys.argv = ['plan', 'experiment=gpt3-175b', 'world_size=1024']\n"
+        "try: runpy.run_module('pipeline.plan', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules\n"
+        "print('cpu', time.process_time())\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1.5, time.perf_counter() - start
