@@ -155,10 +155,12 @@ def missing_devices(_: PretrainConfig) -> Iterator[str]:
 
 
 def another_owner(cfg: PretrainConfig) -> Iterator[str]:
-    """A run that is in this folder now."""
-    found = ownership.problem(Path(cfg.runs_dir) / cfg.name, node=ranks_from_environment().node)
-    if found:
-        yield found
+    """A run that is in this run's folder now, or in its place in checkpoint.fallback_dir."""
+    from pipeline.training import startup
+
+    for folder in startup.run_folders(cfg):
+        if found := ownership.problem(folder, node=ranks_from_environment().node):
+            yield found
 
 
 def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.ranks import Ranks, ranks_from_environment
 from pipeline.errors import EXIT_BUG
-from pipeline.resilience import failure, notice, ownership
+from pipeline.resilience import failure, notice
 from pipeline.resilience.clock import Clock
 from pipeline.training import startup
 
@@ -35,7 +35,7 @@ def main(cfg: PretrainConfig) -> int:
         start = startup.check(cfg, world_size=ranks.world_size)
         cfg, shape, run_dir = start.cfg, start.shape, start.run_dir
         speaks = ranks.is_main
-        with ownership.claim(run_dir, node=ranks.node) if speaks else contextlib.nullcontext():
+        with startup.own(cfg, node=ranks.node) if speaks else contextlib.nullcontext():
             begun = run_dir
             if speaks:
                 startup.begin(cfg, start, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +16,7 @@ from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import DataError, MachineError, Problems
 from pipeline.files import check_no_links, sha256_of, write_durably
+from pipeline.resilience import ownership
 from pipeline.resilience.bookkeeping import bookkeeping
 
 if TYPE_CHECKING:
@@ -89,6 +91,30 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     problems.raise_all()
     assert reading is not None
     return Start(cfg, shape, run_dir, reading)
+
+
+def run_folders(cfg: PretrainConfig) -> list[Path]:
+    """The run's folder, and the one that takes its checkpoints when that does not, if it has one.
+
+    Each of them may have one owner: two runs of one name share the second, whatever their runs_dir.
+    """
+    from pipeline.checkpoint import folder as folders
+
+    places = folders.places(Path(cfg.runs_dir) / cfg.name, cfg.checkpoint.fallback_dir)
+    own, *other = [place.parent for place in places]
+    return [own, *(folder for folder in other if folder.resolve() != own.resolve())]
+
+
+def own(cfg: PretrainConfig, *, node: str) -> ExitStack:
+    """The run's folders as this process's own, until the block ends.
+
+    Raises:
+        MachineError: another process has one of them, and lives; or it cannot be written.
+    """
+    with ExitStack() as owned:
+        for folder in run_folders(cfg):
+            owned.enter_context(ownership.claim(folder, node=node))
+        return owned.pop_all()
 
 
 def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:

@@ -12,10 +12,11 @@ from pipeline import cli
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.datasets import DataSummary, describe
-from pipeline.errors import CheckpointError, DataError, PipelineError
+from pipeline.errors import CheckpointError, DataError, MachineError, PipelineError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.evaluate import main as evaluate
-from pipeline.training.startup import check, check_same_tokenizer, first_weights
+from pipeline.preflight import PreflightConfig, another_owner
+from pipeline.training.startup import check, check_same_tokenizer, first_weights, own
 from tests.support.corpus import edit_tokenizer, make_tokenizer
 from tests.support.llama_folder import LLAMA
 from tests.support.records import write_record
@@ -89,6 +90,30 @@ def test_another_end_of_documents_than_the_checkpoints_is_refused(
     cfg = PretrainConfig(name="run")
     assert first_weights(cfg, run_dir) == run_dir / "checkpoints" / "step-00000001"
     assert first_weights(cfg, tmp_path / "new") is None
+
+
+def test_a_place_for_checkpoints_that_two_runs_share_has_one_owner(tmp_path: Path) -> None:
+    """Runs of one name in two folders would take each other's checkpoints for their own."""
+
+    def cfg(runs_dir: str, fallback_dir: str) -> PreflightConfig:
+        words = [
+            f"runs_dir={tmp_path}/{runs_dir}",
+            f"checkpoint.fallback_dir={tmp_path}/{fallback_dir}",
+        ]
+        return cli.compose(PreflightConfig, [*words, "name=a"], config="pretrain")
+
+    with own(cfg("mine", "other"), node="n"):
+        with pytest.raises(MachineError, match=r"other/a is in use by process .*it is running"):
+            own(cfg("theirs", "other"), node="n")
+        assert [
+            str(tmp_path / "other/a") in text for text in another_owner(cfg("theirs", "other"))
+        ] == [True]
+        with own(cfg("theirs", "elsewhere"), node="n"):
+            pass
+    with own(cfg("theirs", "other"), node="n"), pytest.raises(MachineError, match="theirs/a is in"):
+        own(cfg("theirs", "third"), node="n")
+    with own(cfg("same", "same"), node="n"):  # one folder under two settings
+        pass
 
 
 def test_weights_to_start_from_are_looked_for_before_anything_is_built(tmp_path: Path) -> None:
