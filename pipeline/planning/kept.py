@@ -56,14 +56,17 @@ def _attention_bytes(job: Job) -> float:
     """Queries, keys, values and the context, and what turned and normalised copies stay alive.
 
     The values keep the whole projection alive, of which they are a view. Where several query heads
-    share a key, the queries are copied out of it; rotation makes new queries and keys; norms of
-    heads keep their input.
+    share a key, the queries are copied out of it, and in fp32 keys and values are repeated for each
+    of them (model/attention.py); rotation makes new queries and keys; norms of heads keep their
+    input.
     """
     model, sizes = job.model, job.sizes
     heads, groups, width = model.num_attention_heads, sizes.num_query_groups, sizes.head_dim
     numbers = (heads + 2 * groups) * width + heads * width
     if heads > groups:
         numbers += heads * width
+    if heads > groups and job.width == 4:
+        numbers += 2 * heads * width
     if model.position is Position.rope or model.qk_norm:
         numbers += (heads + groups) * width
     statistics = float(heads)  # log-sum-exp of each query
@@ -168,13 +171,13 @@ def _chunk_bytes(job: Job) -> float:
     chunks, table, width = LossChunks.of(job), job.table, job.width
     before, softmax = (1.0, 2.0) if width == 4 else (0.5, 2.5)
     one, two = table * width, table * (width if width == 4 else 4)
-    moments = [softmax * chunks.whole, chunks.whole * 2 * before + one]
+    moments = [softmax * chunks.whole, before * chunks.whole + one]
     if chunks.count >= 2:
         second = chunks.last if chunks.count == 2 else chunks.whole
         moments.append(before * chunks.whole + softmax * second + one)
-        moments.append(2 * before * second + (two if width == 4 else one + two + one))
+        moments.append(before * second + (two if width == 4 else one + two + one))
     if chunks.count >= 3:
         third = chunks.last if chunks.count == 3 else chunks.whole
         moments.append(before * chunks.whole + softmax * third + two)
-        moments.append(2 * before * third + two + (0 if width == 4 else one))
+        moments.append(before * third + two + (0 if width == 4 else one))
     return max(moments)

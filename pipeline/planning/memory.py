@@ -109,9 +109,8 @@ def _states(job: Job, stage: Stage) -> tuple[float, float, float]:
     weights = stage.parameters * job.width / (shards if zero == 3 else 1)
     gradients = stage.trained * 4 / (shards if zero >= 2 else 1)
     if job.training.precision is not Precision.bf16 and zero == 1:
-        # DeepSpeed's stage 1 beside its BF16_Optimizer: the model's own gradients, and its fp32
-        # sum of the part it owns.
-        gradients = stage.trained * (job.width + 4 / shards)
+        # DeepSpeed's stage 1 beside its BF16_Optimizer sums in the model's own gradients.
+        gradients = stage.trained * job.width
     optimizer = stage.trained * state / (shards if zero > 0 else 1)
     return weights, gradients, 0.0 if job.parallel.offload_optimizer else optimizer
 
@@ -122,7 +121,8 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
     flight = job.micro_batches_in_flight(stage)
     block = block_bytes(job)
     is_again = job.training.recompute is Recompute.full and stage.reached_layers > 0
-    standing, buckets = _standing(job, stage), _bucket_bytes(job, stage)
+    standing = _standing(job, stage)
+    buckets = _bucket_bytes(job, stage) if job.shape.zero_stage >= 2 else 0.0
     head = job.table * job.width if stage.has_head else 0.0
     # A tied weight's gradient waits for the embedding's; another is added to the sums at once.
     waits = head if stage.has_embedding and job.model.tied_embeddings else 0.0
@@ -145,12 +145,17 @@ def _standing(job: Job, stage: Stage) -> float:
     """Buffers that are there whenever the stage computes.
 
     A pipeline receives into one buffer; its last stage keeps of the micro-batch before what it
-    received, the norm's output and that one's gradient (DeepSpeed frees neither). Of ZeRO-3: the
-    gathered weights of two blocks.
+    received, the norm's output and that one's gradient (DeepSpeed frees neither). DualPipeV's rank
+    with the loss holds the gradients that the loss has computed for two micro-batches a rank: as
+    rehearsed with two ranks and three. Of ZeRO-3: the gathered weights of two blocks.
     """
-    standing = 0.0
-    if job.shape.sizes.pipeline > 1:
+    standing, pipeline = 0.0, job.shape.sizes.pipeline
+    if pipeline > 1:
         standing += hidden_bytes(job) * (4 if stage.has_head else 1)
+    if job.is_dual and stage.has_head:
+        standing += 2 * pipeline * (job.table * job.width + hidden_bytes(job))
+    if job.training.precision is not Precision.bf16 and job.shape.zero_stage == 1:
+        standing += _bucket_bytes(job, stage)
     if job.shape.zero_stage == 3 and stage.layers:
         standing += 2 * stage.parameters / stage.layers * job.width
     if job.model.position is Position.rope:  # each block has a table of cosines and one of sines
@@ -159,8 +164,12 @@ def _standing(job: Job, stage: Stage) -> float:
 
 
 def _bucket_bytes(job: Job, stage: Stage) -> float:
-    """Of ZeRO-2 and -3: two buckets of gradients, one filled while the other is reduced."""
-    if job.shape.zero_stage < 2 or job.shape.sizes.data == 1:
+    """Of ZeRO: two buckets of gradients, one filled while the other is reduced.
+
+    Not in bf16 at stage 1, where sums are reduced in place (engine/deepspeed/bf16_sums.py).
+    """
+    in_place = job.shape.zero_stage == 1 and job.training.precision is Precision.bf16
+    if job.shape.zero_stage == 0 or in_place or job.shape.sizes.data == 1:
         return 0.0
     return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
 
