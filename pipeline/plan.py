@@ -11,18 +11,24 @@ compared with: docs/plan.md. Pure arithmetic, imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import RunShape, derive
+from pipeline.config.run_shape import derive
+from pipeline.errors import ConfigError
 from pipeline.files import write_durably
 from pipeline.planning import advice, page, table
 from pipeline.planning.devices import load_device
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
 from pipeline.planning.search import search
+
+if TYPE_CHECKING:
+    from pipeline.data.datasets import DataSummary
 
 GPT2_VOCABULARY = 50257
 
@@ -46,7 +52,7 @@ class PlanConfig(PretrainConfig):
 
 
 def main(cfg: PlanConfig) -> None:
-    """Print the plan.
+    """Print the plan; with search=true the fastest layouts, also where the one set is not legal.
 
     Raises:
         ConfigError: the settings contradict each other, or the device is not known.
@@ -54,39 +60,53 @@ def main(cfg: PlanConfig) -> None:
     device = load_device(cfg.device)
     if cfg.usd_per_hour is not None:
         device = replace(device, usd_per_hour=cfg.usd_per_hour)
-    shape, reading = _shape_and_reading(cfg)
-    plan = Plan(Job.of(cfg, shape), device)
-    lines = list(table.plan_lines(plan))
-    lines += [f"it reads {reading}"] if reading else []
-    if not plan.fits:
-        lines += ["", *advice.advice(cfg, shape, device).splitlines()[1:]]
+    cfg, data = _read_data(cfg)
+    vocab_size = data.vocab_size if data else cfg.vocab_size or cfg.model.vocab_size
+    vocab_size, lines = vocab_size or GPT2_VOCABULARY, []
+    try:
+        shape = derive(
+            cfg,
+            world_size=cfg.world_size,
+            tokenizer_vocab_size=vocab_size,
+            row_tokens=data.row_tokens if data else None,
+        )
+    except ConfigError as error:
+        if not cfg.search or cfg.page:
+            raise
+        lines += [f"as it is set it would not start: {error}", ""]
+    else:
+        plan = Plan(Job.of(cfg, shape), device)
+        lines += _plan_lines(cfg, plan, data)
     if cfg.search:
-        found, count = search(cfg, shape, device)
-        lines += ["", *table.layout_lines(found, count, plan)]
+        found = search(cfg, device, world_size=cfg.world_size, vocab_size=vocab_size)
+        lines += table.layout_lines(*found)
     print("\n".join(lines))
     if cfg.page:
         write_durably(Path(cfg.page), page.render(cfg, plan, lines).encode())
 
 
-def _shape_and_reading(cfg: PlanConfig) -> tuple[RunShape, str]:
-    """The run's numbers, and the passes over each dataset, where data are given."""
+def _plan_lines(cfg: PlanConfig, plan: Plan, data: DataSummary | None) -> Iterator[str]:
+    """The plan of a legal layout: with what it reads, and what would make it fit."""
+    yield from table.plan_lines(plan)
+    if data is not None:
+        from pipeline.data.reading_plan import plan_reading
+
+        reading = plan_reading(cfg.data, data.train, shape=plan.job.shape, seed=cfg.seed)
+        yield f"it reads {reading.used_up or reading}"
+    if not plan.fits:
+        yield ""
+        yield from advice.advice(cfg, plan.job.shape, plan.device).splitlines()[1:]
+    yield ""
+
+
+def _read_data(cfg: PlanConfig) -> tuple[PlanConfig, DataSummary | None]:
+    """The settings as the data have them, and what is known of the data, where they are given."""
     if not cfg.data.train:
-        vocab_size = cfg.vocab_size or cfg.model.vocab_size or GPT2_VOCABULARY
-        shape = derive(cfg, world_size=cfg.world_size, tokenizer_vocab_size=vocab_size)
-        return shape, ""
+        return cfg, None
     from pipeline.data.datasets import describe, follow_data
-    from pipeline.data.reading_plan import plan_reading
 
     data = describe(cfg.data)
-    settings = follow_data(cfg.data, data)
-    shape = derive(
-        replace(cfg, data=settings),
-        world_size=cfg.world_size,
-        tokenizer_vocab_size=data.vocab_size,
-        row_tokens=data.row_tokens,
-    )
-    reading = plan_reading(settings, data.train, shape=shape, seed=cfg.seed)
-    return shape, reading.used_up or str(reading)
+    return replace(cfg, data=follow_data(cfg.data, data)), data
 
 
 if __name__ == "__main__":

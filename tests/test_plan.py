@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
+from pipeline.errors import ConfigError
 from pipeline.plan import PlanConfig, main
 from tests.support.token_dataset import write_dataset
 
@@ -39,6 +40,15 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys):
     assert "IT DOES NOT FIT" in out and "USD at 1.00" in out
     assert "single settings with which it fits a100, fastest first:" in out
     assert "  training.micro_batch_size=1: " in out
+
+
+def test_a_layout_that_would_not_start_is_searched_past(capsys):
+    words = ["model=gpt3-1.3b", "world_size=64", "training.micro_batch_size=4"]  # 64 < 4 * 64
+    with pytest.raises(ConfigError, match="must be a multiple of"):
+        plan(capsys, *words)
+    out = plan(capsys, *words, "search=true")
+    assert "as it is set it would not start: training.global_batch_size (64)" in out
+    assert "training.micro_batch_size=1" in out
 
 
 def test_with_data_it_says_how_often_they_are_read_and_writes_the_page(capsys, tmp_path):

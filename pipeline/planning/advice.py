@@ -104,6 +104,6 @@ def _changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> Iterator[L
         for name, change in in_parallel.items()
     ]
     for name, changed in changes:
-        found = legal_shape(changed, shape)
+        found = legal_shape(changed, world_size=shape.world_size, vocab_size=shape.vocab_size)
         if found is not None:
             yield Layout(name, Plan(Job.of(changed, found), device))

@@ -117,9 +117,19 @@ def backward_bytes(job: Job) -> float:
     tensor, inner = job.shape.sizes.tensor, job.sizes.ffn_hidden_size
     experts = job.model.moe.top_k if job.model.moe.num_experts else 1
     of_inner = job.micro_tokens * job.width * inner * experts / tensor
-    of_weight = inner * job.model.hidden_size / tensor * job.width
+    of_weight = weight_gradient_bytes(job, inner * job.model.hidden_size / tensor)
     gathered = whole_hidden_bytes(job) if job.sequence_ranks > 1 else 0.0
     return hidden_bytes(job) + gathered + max(of_inner + of_weight, of_inner * _gates(job))
+
+
+def weight_gradient_bytes(job: Job, numbers: float) -> float:
+    """Of a weight's gradient until it is in the sums.
+
+    A pipeline's is copied to fp32 before it is added (DeepSpeed's BF16_Optimizer); the plain
+    engine's is added as it is (engine/deepspeed/bf16_sums.py).
+    """
+    is_copied = job.shape.sizes.pipeline > 1 and job.width == 2
+    return numbers * (job.width + (4 if is_copied else 0))
 
 
 def _gates(job: Job) -> int:

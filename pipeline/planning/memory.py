@@ -21,6 +21,7 @@ from pipeline.planning.kept import (
     hidden_bytes,
     loss_bytes,
     recomputed_block_bytes,
+    weight_gradient_bytes,
 )
 
 GIB = 2**30
@@ -135,7 +136,7 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
         used = backward_bytes(job) + again + behind + standing + buckets
         moments.append((flight * one, used, "backward"))
     if stage.has_embedding:
-        table = job.table * job.width + waits
+        table = weight_gradient_bytes(job, job.table) + waits
         used = table + hidden_bytes(job) + standing + buckets
         moments.append(((flight - 1) * one, used, "embedding"))
     return moments

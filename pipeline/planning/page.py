@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from html import escape
 
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.config.run_shape import derive
-from pipeline.errors import ConfigError
 from pipeline.planning.job import Job
 from pipeline.planning.memory import GIB, PARTS
 from pipeline.planning.plan import FASTEST, SLOWEST, Plan
+from pipeline.planning.search import legal_shape
 
 # Okabe and Ito's colours, which most eyes tell apart.
 COLOURS = (
@@ -79,12 +78,10 @@ def speeds(cfg: PretrainConfig, plan: Plan) -> Iterator[Speed]:
         devices = shape.world_size * 2**exponent
         if devices < 1 or devices != int(devices):
             continue
-        try:
-            changed = derive(cfg, world_size=int(devices), tokenizer_vocab_size=shape.vocab_size)
-        except ConfigError:
-            continue
-        other = Plan(Job.of(cfg, changed), plan.device)
-        yield Speed(int(devices), other.tokens_per_s, other.fits)
+        changed = legal_shape(cfg, world_size=int(devices), vocab_size=shape.vocab_size)
+        if changed is not None:
+            other = Plan(Job.of(cfg, changed), plan.device)
+            yield Speed(int(devices), other.tokens_per_s, other.fits)
 
 
 def _key(names: Sequence[str]) -> str:

@@ -32,26 +32,32 @@ class Layout:
     plan: Plan
 
 
-def search(cfg: PretrainConfig, shape: RunShape, device: Device) -> tuple[list[Layout], int]:
-    """The layouts that fit, fastest first, and how many are legal; as it is set is among them."""
-    legal = [Layout("", Plan(Job.of(cfg, shape), device))]
-    legal += [
-        Layout(_difference(cfg, changed), Plan(Job.of(changed, changed_shape), device))
-        for changed, changed_shape in layouts(cfg, shape, per_node=device.per_node)
+def search(
+    cfg: PretrainConfig, device: Device, *, world_size: int, vocab_size: int
+) -> tuple[list[Layout], int]:
+    """The layouts that fit, fastest first, and how many are legal; as it is set is one of them.
+
+    Args:
+        cfg: the run; its own layout need not be legal.
+        device: of which there are `world_size`.
+        vocab_size: of the tokenizer.
+    """
+    legal = [
+        Layout(_difference(cfg, changed), Plan(Job.of(changed, shape), device))
+        for changed in [cfg, *layouts(cfg, world_size=world_size, per_node=device.per_node)]
+        if (shape := legal_shape(changed, world_size=world_size, vocab_size=vocab_size))
     ]
     fitting = [layout for layout in legal if layout.plan.fits]
     return sorted(fitting, key=lambda layout: -layout.plan.tokens_per_s), len(legal)
 
 
-def layouts(
-    cfg: PretrainConfig, shape: RunShape, *, per_node: int
-) -> Iterator[tuple[PretrainConfig, RunShape]]:
-    """Every other layout that the rules of a run let through.
+def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[PretrainConfig]:
+    """Every other layout of so many ranks that may be legal.
 
     Tensor parallelism stays within a node and takes sequence parallelism along, which splits what
     it leaves whole; selective recompute is left out, for it saves nothing where attention is fused.
     """
-    world_size, training = shape.world_size, cfg.training
+    training = cfg.training
     tensors = [2**n for n in range(16) if 2**n <= min(per_node, world_size)]
     stages = [n for n in range(1, cfg.model.num_layers + 1) if world_size % n == 0]
     micro = [2**n for n in range(6) if 2**n <= training.global_batch_size]
@@ -78,17 +84,14 @@ def layouts(
                 training, micro_batch_size=size, recompute=recompute, recompute_every=1
             )
             changed = replace(cfg, parallel=parallel, training=changed_training)
-            if changed.parallel == cfg.parallel and changed.training == cfg.training:
-                continue
-            found = legal_shape(changed, shape)
-            if found is not None:
-                yield changed, found
+            if changed.parallel != cfg.parallel or changed.training != cfg.training:
+                yield changed
 
 
-def legal_shape(cfg: PretrainConfig, shape: RunShape) -> RunShape | None:
-    """The derived numbers of changed settings on as many ranks; None: a rule forbids them."""
+def legal_shape(cfg: PretrainConfig, *, world_size: int, vocab_size: int) -> RunShape | None:
+    """The derived numbers of a run; None: a rule forbids it."""
     try:
-        return derive(cfg, world_size=shape.world_size, tokenizer_vocab_size=shape.vocab_size)
+        return derive(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
     except ConfigError:
         return None
 

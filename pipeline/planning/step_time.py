@@ -94,6 +94,8 @@ class _Block:
     """Forward."""
     element_wise: float
     """Forward."""
+    products_back: float
+    """Products of the backward pass over those of the forward pass: 2 where all is trained."""
     again: float
     """Recomputed."""
     tensor_parallel: float
@@ -102,7 +104,8 @@ class _Block:
     @property
     def backward(self) -> float:
         """The backward pass, without what it recomputes."""
-        return 2 * self.matrices + ATTENTION_BACKWARD * self.attention + 2 * self.element_wise
+        products = self.products_back * self.matrices
+        return products + ATTENTION_BACKWARD * self.attention + 2 * self.element_wise
 
     @property
     def total(self) -> float:
@@ -121,7 +124,7 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
     per_pass = layers * block.total + has_head * head
     bubble = (pipeline - 1) * per_pass / practice.chunks_per_stage * (0.5 if job.is_dual else 1.0)
     seconds = StepTime(
-        matrices=m * (layers * 3 * block.matrices + has_head * head),
+        matrices=m * (layers * (1 + block.products_back) * block.matrices + has_head * head),
         attention=m * layers * (1 + ATTENTION_BACKWARD) * block.attention,
         element_wise=m * layers * 3 * block.element_wise,
         recomputed=m * layers * block.again,
@@ -172,16 +175,31 @@ def _block(job: Job, device: Device, practice: Practice) -> _Block:
         again = forward / job.training.recompute_every
     elif job.training.recompute is Recompute.selective:
         again = attention + (SCORE_BYTES * scores / memory / 3) * (not practice.fused_attention)
-    device_s = forward * 3 + (ATTENTION_BACKWARD - 2) * attention + again
-    host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
-    return _Block(
+    block = _Block(
         matrices=matrices,
         attention=attention,
         element_wise=element_wise,
+        products_back=_products_back(job),
         again=again,
         tensor_parallel=_tensor_parallel(job, device),
-        launches=max(0.0, host_s - device_s),
+        launches=0.0,
     )
+    device_s = block.total - block.tensor_parallel
+    host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
+    return replace(block, launches=max(0.0, host_s - device_s))
+
+
+def _products_back(job: Job) -> float:
+    """Products of the backward pass over those of the forward pass.
+
+    Two where all is trained; a frozen matrix has no gradient, and below the first trained block
+    nothing goes backwards (flops.flops_per_token), which is spread over all blocks here.
+    """
+    if job.trains_all:
+        return 2.0
+    model, nothing = job.model, {"vocab_size": 0, "seq_len": 0}
+    whole = flops_per_token(model, FinetuneConfig(), **nothing)
+    return 3 * flops_per_token(model, job.finetune, **nothing) / whole - 1
 
 
 def _product_flops(job: Job) -> float:

@@ -116,7 +116,7 @@ def cost_lines(plan: Plan) -> Iterator[str]:
     yield "  evaluations, checkpoints and restarts come on top"
 
 
-def layout_lines(found: list[Layout], count: int, now: Plan, *, most: int = 10) -> Iterator[str]:
+def layout_lines(found: list[Layout], count: int, *, most: int = 10) -> Iterator[str]:
     """The fastest layouts."""
     yield f"{count} legal layouts, {len(found)} of them fit; the fastest:"
     yield f"{'tokens/s':>12} {'MFU':>6} {'GiB':>6}  settings"
@@ -126,7 +126,7 @@ def layout_lines(found: list[Layout], count: int, now: Plan, *, most: int = 10) 
         settings = layout.settings or "(as it is set)"
         yield from _wrapped(head, settings.split(" "))
     if not found:
-        yield f"  none: {now.device.name} is too small, or more devices are needed"
+        yield "  none: the device is too small, or there are too few"
 
 
 def _wrapped(head: str, words: list[str]) -> Iterator[str]:

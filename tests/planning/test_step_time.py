@@ -66,6 +66,12 @@ def test_zero_2_reduces_every_micro_batch_and_a_slow_link_shows_it():
     assert two > 3 * one  # four micro-batches
 
 
+def test_frozen_matrices_spare_a_third_of_the_products():
+    full, lora = step_time(job_of(), H100), step_time(job_of("finetune=lora"), H100)
+    head = 3 * 2 * (64 * 2048 / 8) * 50304 * 4096 / (H100.peak * H100.matrix_share)
+    assert (lora.matrices - head) / (full.matrices - head) == pytest.approx(2 / 3, rel=0.02)
+
+
 def test_small_blocks_wait_for_the_host():
     """tiny on an H100: 60 launches of 5 us take longer than the work."""
     found = step_time(job_of("model=tiny", "training.micro_batch_size=1"), H100)
