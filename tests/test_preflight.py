@@ -56,6 +56,15 @@ def test_a_run_that_would_start_prints_its_folder_and_imports_no_torch(settings,
     assert "estimated need of a device" in done.stderr
 
 
+def test_a_stage_that_would_train_nothing_is_found_without_a_device(settings):
+    """Its optimizer would raise, and the other stages wait for it for ever: no group may form."""
+    words = ["finetune=last-layers", "checkpoint.init_from=nowhere", "model=tiny"]
+    words += ["model.tied_embeddings=false", "parallel.pipeline_parallel_size=2"]
+    said = problems([*settings, *words])
+    assert "names nothing on stage 0 of 2 pipeline stages" in said
+    assert "Set parallel.pipeline_parallel_size=1" in said
+
+
 def test_the_place_of_a_fallback_is_printed_before_the_run_folder(settings, tmp_path, capsys):
     """launch/pretrain.slurm requeues by progress, wherever it is saved."""
     fallback = f"checkpoint.fallback_dir={tmp_path / 'other'}"

@@ -93,6 +93,7 @@ def test_every_row_is_read_exactly_once_an_epoch(tmp_path):
     shard, row = order(np.arange(order.epoch_size) + order.epoch_size)
     expected = [(s, r) for s, rows in enumerate(ROWS) for r in range(rows)]
     assert sorted(zip(shard.tolist(), row.tolist())) == expected
+    assert Order(np.array(ROWS) * ROW, seq_len=ROW, seed=3).epoch_size == sum(ROWS) - len(ROWS)
 
 
 def test_windows_are_rows_with_their_masks_and_documents(tmp_path):
@@ -319,3 +320,21 @@ def test_stock_webdataset_reads_the_three_members(tmp_path):
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode())
     assert [len(sample["tokens.npy"]) for sample in samples] == [64, 16]
     assert [len(sample["loss.npy"]) for sample in samples] == [64, 16]
+
+
+def test_the_audit_reads_the_rows_that_loaders_read(tmp_path, capsys):
+    """Its hashes at three layouts, over the end of an epoch, are those of a loader."""
+    from pipeline import cli
+    from pipeline.order_audit import AuditConfig
+    from pipeline.order_audit import main as audit
+
+    folder = packed(tmp_path / "train")
+    words = [f"training.seq_len={ROW}", "training.global_batch_size=12", "steps=3", "seed=7"]
+    words += [f"data.train=[{{path: {folder}}}]", "layouts=[1x1,4x2,12x3]"]
+    assert audit(cli.compose(AuditConfig, words, config="pretrain")) == 0
+    printed = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    loader = loader_of(config(folder, batch=12))
+    for hashes in printed:
+        loader.next_step()
+        assert hashes == [loader.sample_hash] * 3
+    assert len(printed) == 3
