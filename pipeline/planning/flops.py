@@ -8,6 +8,7 @@ Pure functions of the config; imports no torch.
 from __future__ import annotations
 
 import math
+import re
 
 from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.finetune import FinetuneConfig
@@ -26,7 +27,7 @@ from pipeline.planning.trained import (
 )
 
 # Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the
-# device's name contains counts, so longer names come first.
+# device's name contains as whole words counts, so longer names come first.
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -43,6 +44,7 @@ PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
     "A30": 165.0,
+    "A10G": 70.0,
     "A10": 125.0,
     "L40S": 362.0,
     "L40": 181.0,
@@ -64,7 +66,14 @@ def peak_tflops(device_name: str) -> float | None:
     Args:
         device_name: as torch.cuda.get_device_name gives it, e.g. "NVIDIA H100 80GB HBM3".
     """
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    # Part of a word is another device ("A100" in "RTX A1000"), and so is a name with a suffix.
+    variant = "(?! (?:D|Ti|SUPER|Laptop|Max-Q)\\b)"
+    found = (
+        peak
+        for name, peak in PEAK_TFLOPS.items()
+        if re.search(rf"\b{name}\b{variant}", device_name)
+    )
+    return next(found, None)
 
 
 def mfu(

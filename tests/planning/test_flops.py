@@ -142,6 +142,13 @@ def test_only_the_experts_a_token_visits_cost_flops():
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
         ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("x86_64", None),
     ],
 )
