@@ -38,7 +38,7 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.experts import set_moe_loss_scale
 from pipeline.model.fragments import Fragment
-from pipeline.model.initial_values import initialize
+from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.lora import adapt, freeze
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import StageSchema
@@ -211,8 +211,11 @@ class Engine:
     def _initial_weights(self, module: nn.Module) -> dict[str, Partition]:
         """Fill the parameters of this rank's stage; which part of the whole each of them is."""
         partitions = {}
+        num_threads = threads_for(self.layout.ranks.local_world_size)
         for name, parameter in named_parameters(module, self.model):
             part = partition_of(name, parameter, self.layout, vocab_size=self.shape.vocab_size)
-            initialize(parameter, name, part, model=self.model, seed=self._seed)
+            initialize(
+                parameter, name, part, model=self.model, seed=self._seed, num_threads=num_threads
+            )
             partitions[name] = part
         return partitions

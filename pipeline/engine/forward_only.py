@@ -28,7 +28,7 @@ from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.exact import count_answers
 from pipeline.model.fragments import WEIGHT, Fragment
 from pipeline.model.gpt import Loss
-from pipeline.model.initial_values import initialize
+from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import Packed, StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
@@ -271,7 +271,8 @@ class ForwardOnly:
             part = partition_of(name, parameter, layout, vocab_size=architecture.vocab_size)
             self._parameters[name] = (parameter, part)
             if seed is not None:
-                initialize(parameter, name, part, model=self.model, seed=seed)
+                threads = threads_for(layout.ranks.local_world_size)
+                initialize(parameter, name, part, model=self.model, seed=seed, num_threads=threads)
 
     def evaluate(self, batches: Sequence[Batch], *, answers: bool = False) -> Scores:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""

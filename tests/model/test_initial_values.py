@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.config.choices import Init
 from pipeline.config.model import ModelConfig
-from pipeline.model.initial_values import initial_std, initialize
+from pipeline.model import initial_values
+from pipeline.model.initial_values import ROWS, initial_std, initialize
 from pipeline.model.partition import Partition
 
 MODEL = ModelConfig(name="t", num_layers=8, hidden_size=512, num_attention_heads=8)
@@ -29,6 +33,24 @@ def test_every_tensor_parallel_size_draws_the_same_numbers(size: int) -> None:
     whole = shard(0, 1, dim=0)
     assert torch.equal(torch.cat([shard(r, size, dim=0) for r in range(size)]), whole)
     assert torch.equal(torch.cat([shard(r, size, dim=1) for r in range(size)], dim=1), whole)
+
+
+def test_threads_draw_at_a_time_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread would need 20 s for a 7B model; which of them draws a block must not matter."""
+    one, two = torch.empty(4 * ROWS, 48), torch.empty(4 * ROWS, 48)
+    fill: Any = partial(
+        initialize, name="head.weight", part=Partition.of((4 * ROWS, 48)), model=MODEL, seed=1
+    )
+    fill(one)
+    pair, draw = threading.Barrier(2, timeout=60), initial_values.draw
+
+    def draw_in_pairs(*args: Any, **kwargs: Any) -> torch.Tensor:
+        pair.wait()  # raises where a thread is alone
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(initial_values, "draw", draw_in_pairs)
+    fill(two, num_threads=2)
+    assert torch.equal(one, two)
 
 
 def test_gated_projections_are_cut_gate_by_gate() -> None:
