@@ -34,6 +34,7 @@ from pipeline.model.fragments import Chunk, Fragment, chunks_of
 
 FORMAT = "pretrain-tensors"
 VERSION = 2
+PINNED_ELEMENTS = 1 << 28  # of a block, 1 GiB
 MOST_INDEX_BYTES = 1 << 30  # a thousand ranks with a share of 10,000 tensors write 0.6 GB
 
 
@@ -48,24 +49,22 @@ class HostCopy:
     @torch.no_grad()
     def take(self, fragments: Iterable[Fragment]) -> list[Chunk]:
         """Copies of all the owned fragments hold. Training may go on when this returns."""
+        chunks = [
+            chunk
+            for fragment in fragments
+            if fragment.is_owned
+            for chunk in chunks_of(fragment, fragment.views)
+        ]
+        self._make_room([c for c in chunks if (c.name, c.offsets) not in self._buffers])
         copies, on_host, is_on_device = [], [], False
-        for fragment in fragments:
-            if not fragment.is_owned:
-                continue
-            for chunk in chunks_of(fragment, fragment.views):
-                source = chunk.data
-                place = (chunk.name, chunk.offsets)
-                if place not in self._buffers:
-                    self._buffers[place] = torch.empty(
-                        source.shape, dtype=torch.float32, pin_memory=source.is_cuda
-                    )
-                copy = self._buffers[place]
-                if source.is_cuda:
-                    copy.copy_(source, non_blocking=True)
-                    is_on_device = True
-                else:
-                    on_host.append((copy, source))
-                copies.append(Chunk(chunk.name, chunk.whole_shape, chunk.offsets, copy))
+        for chunk in chunks:
+            source, copy = chunk.data, self._buffers[chunk.name, chunk.offsets]
+            if source.is_cuda:
+                copy.copy_(source, non_blocking=True)
+                is_on_device = True
+            else:
+                on_host.append((copy, source))
+            copies.append(Chunk(chunk.name, chunk.whole_shape, chunk.offsets, copy))
         if on_host:
             # One core copies 12 to 16 GB/s, below what the memory gives. A chunk has 64 MiB at
             # most, so that an embedding does not keep one thread alone.
@@ -74,6 +73,40 @@ class HostCopy:
         if is_on_device:
             torch.cuda.synchronize()
         return copies
+
+    def _make_room(self, chunks: list[Chunk]) -> None:
+        """Buffers for chunks that have none; those of a device lie pinned, many to a block."""
+        pinned = [chunk for chunk in chunks if chunk.data.is_cuda]
+        for chunk in chunks:
+            if not chunk.data.is_cuda:
+                self._buffers[chunk.name, chunk.offsets] = torch.empty(
+                    chunk.data.shape, dtype=torch.float32
+                )
+        for size, members in pinned_blocks([chunk.data.numel() for chunk in pinned]):
+            block = torch.empty(size, dtype=torch.float32, pin_memory=True)
+            for index, start in members:
+                chunk = pinned[index]
+                part = block[start : start + chunk.data.numel()].view(chunk.data.shape)
+                self._buffers[chunk.name, chunk.offsets] = part
+
+
+def pinned_blocks(sizes: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """[(elements of a block, [(index into sizes, first element in the block)])].
+
+    torch rounds a pinned allocation up to a power of two, so that a block for each chunk could pin
+    twice what a checkpoint needs: 83 GiB and more for 7e9 parameters. A block is as large as a
+    power of two; of the last one at most half is empty, of the others less than a chunk.
+    """
+    blocks: list[tuple[int, list[tuple[int, int]]]] = []
+    left, room, start = sum(sizes), 0, 0
+    for index, size in enumerate(sizes):
+        if start + size > room:
+            room = min(PINNED_ELEMENTS, 1 << max(0, left - 1).bit_length())
+            room, start = max(room, 1 << max(0, size - 1).bit_length()), 0
+            blocks.append((room, []))
+        blocks[-1][1].append((index, start))
+        start, left = start + size, left - size
+    return blocks
 
 
 # ---- write ---------------------------------------------------------------------------------------

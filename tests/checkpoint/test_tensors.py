@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.agreement import Agreement
-from pipeline.checkpoint.tensors import CheckpointTensors, write
+from pipeline.checkpoint.tensors import CheckpointTensors, pinned_blocks, write
 from pipeline.errors import CheckpointError
 from pipeline.model.fragments import Chunk
 from tests.support.ranks import run_on_ranks
@@ -40,6 +41,27 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sums = run_on_ranks(write_cuts, 4, folder)
     assert [len(part) for part in sums] == [2, 1, 1, 0]
     return folder
+
+
+@given(st.lists(st.integers(1, 3000), max_size=60))
+@settings(deadline=None)
+def test_pinned_blocks_hold_every_chunk_once(sizes):
+    with mock.patch("pipeline.checkpoint.tensors.PINNED_ELEMENTS", 1024):
+        blocks = pinned_blocks(sizes)
+    parts = sorted(part for _, members in blocks for part in members)
+    assert [index for index, _ in parts] == list(range(len(sizes)))
+    for room, members in blocks:
+        ends = [0] + [start + sizes[index] for index, start in members]
+        assert room & (room - 1) == 0 and ends[-1] <= room
+        assert [start for _, start in members] == ends[:-1]
+
+
+def test_pinned_memory_is_little_more_than_the_checkpoint():
+    """torch pins powers of two: a chunk of 40 MiB by itself takes 64, a third of a machine's memory for nothing."""
+    chunks = [10 * 2**20] * 2000  # of 4 bytes: 78 GiB
+    pinned = sum(room for room, _ in pinned_blocks(chunks))
+    assert sum(chunks) <= pinned < 1.05 * sum(chunks)
+    assert sum(1 << (n - 1).bit_length() for n in chunks) == 1.6 * sum(chunks)  # one by one
 
 
 def test_what_was_written_comes_back(written):
