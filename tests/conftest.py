@@ -8,9 +8,11 @@ import signal
 
 import pytest
 
+from tests.support.device import has_device, hide_devices
 from tests.support.left_out import leave_out
 
 leave_out()
+hide_devices()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with their own ranks
 # In the background (nohup, `&`, many CI runners) HUP and INT are ignored from the start, and so they
 # would be in every program that a test starts. A handler goes on ignoring them here; a program that
@@ -26,12 +28,9 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where torch sees no device."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_tests:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in gpu_tests:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if gpu_tests and not has_device():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -238,7 +238,12 @@ class _Ahead:
         self.thread.start()
 
     def _run(self, loader: Loader, position: Position) -> None:
+        """The thread: steps in order, until it is closed or one fails."""
         try:
+            if loader.device.type == "cuda":
+                # A new thread stands at device 0, and torch.cuda.stream() returns there: every rank
+                # of a node would open a context on GPU 0, some 0.5 GiB each.
+                torch.cuda.set_device(loader.device)
             # put() waits while `depth` steps lie ready, so depth + 1 are held at most.
             while not self.stopping.is_set():
                 step = loader.prepare(position)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.test_engine import engine_of
+from tests.support.device import run_on_device
 from tests.support.layouts import (
     allow_fp16_on_the_cpu,
     batches,
@@ -141,7 +142,31 @@ def strictly_on_cuda(case: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES[1], ids=str)
 def test_cuda_finds_no_wait_in_a_step(case: dict[str, Any]) -> None:
-    run_on_ranks(strictly_on_cuda, 1, case)
+    run_on_device(strictly_on_cuda, case)
+
+
+def synchronisations(case: dict[str, Any]) -> dict[str, int]:
+    """Calls of a third step that make the host wait, as CUDA's profiler counts them."""
+    engine = engine_of(config(**case))
+    steps = [rank_batches(step, engine.shape, engine.layout) for step in batches()[:3]]
+    for part in (batch for parts in steps for batch in parts):
+        part.tokens, part.labels = part.tokens.cuda(), part.labels.cuda()
+    for number, parts in enumerate(steps[:2]):
+        engine.train_step(parts, step=number)
+    torch.cuda.synchronize()
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        engine.train_step(steps[2], step=2)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert any("Launch" in name for name in counts), "the profiler saw no kernel"
+    return {name: count for name, count in counts.items() if "Synchronize" in name}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES[1], ids=str)
+def test_the_host_synchronises_with_nothing_in_a_step(case: dict[str, Any]) -> None:
+    """set_sync_debug_mode does not see device, stream and event synchronisations; the profiler's own end is one."""
+    assert sum(run_on_device(synchronisations, case).values()) <= 1
 
 
 def streams_of_stage(stage: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
