@@ -72,7 +72,9 @@ def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) ->
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     timeout = timedelta(seconds=timeout_s)
-    export_to_environment(ranks)
+    # DeepSpeed takes LOCAL_RANK for the device's number: with one visible device a rank
+    # (--gpus-per-task=1) every rank but 0 would ask for a device that is not there.
+    export_to_environment(ranks, local_rank=device.index if on_cuda else ranks.local_rank)
     if not dist.is_initialized():
         store = open_store(ranks, timeout=timeout)
         dist.init_process_group(

@@ -1,8 +1,8 @@
-"""Let megatron-core run where no CUDA device is; does nothing where one is.
+"""Let megatron-core run without Transformer Engine, and where no CUDA device is.
 
-megatron-core 0.16 takes three things from CUDA without asking: the current device for new tensors,
-the generator state behind its dropout streams, and a Transformer Engine symbol in its router. Each
-gets its CPU meaning here.
+megatron-core 0.16 takes two things from CUDA without asking: the current device for new tensors,
+and the generator state behind its dropout streams. Each gets its CPU meaning here. On every device
+its router names a function of Transformer Engine, which is not used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,27 @@ _installed = False
 
 
 def install() -> None:
-    """Patch megatron-core for CPU once; call before any megatron-core layer is built."""
+    """Patch megatron-core once; call before any megatron-core layer is built."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    if not torch.cuda.is_available():
+        _use_the_cpu()
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    supply(
+        moe_utils,
+        "te_general_gemm",
+        None,
+        why="named in the router, but not defined without Transformer Engine",
+        upstream="not reported",
+        proof="tests/model/test_moe.py",
+    )
+
+
+def _use_the_cpu() -> None:
+    """Give what megatron-core takes from CUDA its CPU meaning."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     cpu = torch.device("cpu")
     # Only ever used as a `device=` argument by megatron-core.
@@ -40,21 +56,12 @@ def install() -> None:
     )
 
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
 
     change(
         random,
         "CudaRNGStatesTracker",
         _cpu_tracker(random),
         why="dropout streams are kept in CUDA generators",
-    )
-    supply(
-        moe_utils,
-        "te_general_gemm",
-        None,
-        why="named in the router, but not defined without Transformer Engine",
-        upstream="not reported",
-        proof="tests/model/test_moe.py",
     )
 
 

@@ -88,12 +88,16 @@ def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
     )
 
 
-def export_to_environment(ranks: Ranks) -> None:
-    """Set what torch and DeepSpeed read, so that srun, torchrun and one process look alike."""
+def export_to_environment(ranks: Ranks, *, local_rank: int) -> None:
+    """Set what torch and DeepSpeed read, so that srun, torchrun and one process look alike.
+
+    Args:
+        local_rank: the number of this rank's device among those that it sees.
+    """
     values = {
         "RANK": ranks.global_rank,
         "WORLD_SIZE": ranks.world_size,
-        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": ranks.local_world_size,
     }
     os.environ.update({key: str(value) for key, value in values.items()})

