@@ -16,6 +16,7 @@ SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py"
 LAYERS = {
     "pipeline": """
         commands
+        rehearsal
         training, inference
         huggingface, tracking
         evaluation, checkpoint
@@ -39,7 +40,7 @@ LEAVES = {
 # library -> places that may import it
 FENCES = {
     "hydra": ["pipeline.cli"],
-    "deepspeed": ["pipeline.engine.deepspeed"],
+    "deepspeed": ["pipeline.engine.deepspeed", "pipeline.rehearsal"],
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],
     "wandb": ["pipeline.tracking.wandb_run"],
     "transformers": ["pipeline.huggingface", "pipeline.inference"],
@@ -66,7 +67,8 @@ SHARED = {
 # who may take all settings of a run: who parses, judges or wires them; the others get their sections
 TAKERS_OF_ALL_SETTINGS = {
     "pipeline.config", "pipeline.planning.job", "pipeline.planning.advice",
-    "pipeline.planning.search", "pipeline.planning.page", "pipeline.training", "pipeline.train",
+    "pipeline.planning.search", "pipeline.planning.page", "pipeline.rehearsal", "pipeline.training",
+    "pipeline.train",
     "pipeline.preflight", "pipeline.plan", "pipeline.order_audit",
 }  # fmt: skip
 ENTRY_POINTS = [

@@ -27,6 +27,7 @@ LAYOUTS = "a part of every step: its test is that all layouts, and plain torch, 
 JOB = "a part of one job, whose output is compared byte for byte"
 FIELDS = "fields without behaviour: every preset and recipe is composed"
 SOURCE = "a kind of source: all kinds give the same documents, and are damaged alike"
+REHEARSAL = "a part of a rehearsal, which runs in a process of its own"
 SAVED = "a part of saving and resuming: any layout resumes any other"
 RUN = "a part of a run from its start to its end"
 FOLDER = "a part of an export: logits are compared with those of transformers"
@@ -125,6 +126,9 @@ TESTED_IN = {
     "pipeline/planning/kept.py": ("planning/test_memory.py", "what memory is counted from"),
     "pipeline/planning/table.py": ("test_plan.py", "the command prints it"),
     "pipeline/node_check.py": ("resilience/test_node_check.py", "the command prints its result"),
+    "pipeline/rehearsal/fake_cuda.py": ("rehearsal/test_dry_run.py", REHEARSAL),
+    "pipeline/rehearsal/one_rank.py": ("rehearsal/test_dry_run.py", REHEARSAL),
+    "pipeline/rehearsal/watch.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
     "pipeline/tracking/wandb_run.py": ("tracking/test_metrics.py", "metrics send to it"),
     "pipeline/training/build.py": ("engine/test_equivalence.py", LAYOUTS),

@@ -1,0 +1,156 @@
+"""Any rank of a job of any size, on one machine without a GPU: does it start, what does it hold?
+
+    rehearse(cfg, rank=0, world_size=1024)  --a process of its own-->  Report
+
+The rank's own code runs, from connect() to the optimizer's step, on tensors that have a shape, a
+dtype and a device, and no numbers (fake_cuda.py). Needs no torch in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.config.choices import PipelineSchedule
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, derive
+from pipeline.errors import ConfigError
+from pipeline.rehearsal import fake_cuda
+
+GPT2_VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the process of a rank is told."""
+
+    cfg: PretrainConfig
+    shape: RunShape
+    rank: int
+    num_micro_batches: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind in the last step."""
+
+    group: str
+    """data, tensor, pipeline, world, or a number of ranks."""
+    operation: str
+    dtype: str
+    count: int
+    num_bytes: int
+    """Of all calls, each counted by what its group handles together on one rank."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank did; bytes are those of tensors on the device (watch.py)."""
+
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    device: str
+    num_parameters: int
+    """That this rank holds; before ZeRO-3 shares them."""
+    num_micro_batches: int
+    """Of a step here: no more than the schedule needs to reach its peak."""
+    built_bytes: int
+    """Live when the engine is built."""
+    build_peak_bytes: int
+    step_peak_bytes: list[int]
+    """Of each step; the first one makes the optimizer's state."""
+    live_bytes: int
+    """After the last step."""
+    collectives: list[Collective]
+    host_reads: dict[str, int]
+    """Where the host read a number back in the last step -> how often."""
+    host_waits: dict[str, int]
+    """Where the host waited for the device, a stream or an event in the last step -> how often."""
+    host_tensors: dict[str, int]
+    """Operators of the last step that left tensors on the host."""
+    attention_kernels: dict[str, int]
+    devices: list[str]
+    """Of parameters, optimizer state, loss, norm and verdict; one, unless something is misplaced.
+    """
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is live at a time."""
+        return max(self.build_peak_bytes, *self.step_peak_bytes)
+
+
+def rehearse(
+    cfg: PretrainConfig,
+    *,
+    rank: int,
+    world_size: int,
+    tokenizer_vocab_size: int = GPT2_VOCABULARY,
+    num_micro_batches: int | None = None,
+    steps: int = 2,
+) -> Report:
+    """One rank of a run, from its process groups to the end of a step. About 10 s of one core.
+
+    Args:
+        cfg: of the run; nothing of its data is read.
+        rank: the global rank.
+        world_size: ranks of the job.
+        num_micro_batches: of a step; None: the run's, or fewer where more would change no peak.
+        steps: the second one has the optimizer's state from its beginning.
+
+    Raises:
+        ConfigError: a rule of the run is broken, or it cannot be rehearsed.
+        MachineError: no C++ compiler, or torch is built for a device.
+        RuntimeError: the rank failed; its traceback is the message.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}.")
+    cfg = replace(cfg, model=replace(cfg.model, compile=False))  # speed only
+    shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
+    if problems := list(_problems(cfg, shape)):
+        raise ConfigError("\n".join(problems))
+    fake_cuda.check_machine()
+    count = num_micro_batches or _enough_micro_batches(cfg, shape)
+    request = Request(cfg, shape, rank, count, steps)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.rehearsal.one_rank"],
+        input=pickle.dumps(request),
+        capture_output=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"rank {rank} of {world_size} failed:\n{done.stderr.decode()[-8000:]}")
+    return _parse(json.loads(done.stdout))
+
+
+def _problems(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:
+    """Why a run cannot be rehearsed although it can be run."""
+    if shape.zero_stage == 3:
+        yield "parallel.zero_stage=3 cannot be rehearsed: it decides by numbers. Rehearse 2."
+    if cfg.parallel.offload_optimizer:
+        yield (
+            "parallel.offload_optimizer=true cannot be rehearsed: the update runs on the host. "
+            "Rehearse without it."
+        )
+
+
+def _enough_micro_batches(cfg: PretrainConfig, shape: RunShape) -> int:
+    """Micro-batches after which a step's peak is reached, of those that a step has.
+
+    1F1B holds one for each stage from here to the last, DualPipeV two; the second one finds the
+    gradients of the first.
+    """
+    is_dual = cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
+    return min(shape.at(0).num_micro_batches, max(2, shape.sizes.pipeline * (1 + is_dual)))
+
+
+def _parse(report: dict[str, Any]) -> Report:
+    collectives = [Collective(**values) for values in report.pop("collectives")]
+    return Report(collectives=collectives, **report)

@@ -1,0 +1,191 @@
+"""One rank of a large job, alone in this process: a request on standard input, its report out.
+
+    Request (pickled) -> our own groups, engine and steps on fake tensors -> JSON
+
+torch's `fake` process group answers every collective at once; nothing is computed or sent. The
+program is started by rehearse() and is of no other use.
+"""
+
+from __future__ import annotations
+
+from pipeline.rehearsal import fake_cuda
+
+# isort: split
+import contextlib
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+from pipeline.config.run_shape import RunShape
+from pipeline.distributed.ranks import Ranks
+from pipeline.rehearsal.dry_run import Collective, Report, Request
+
+DEVICES_OF_A_NODE = 8
+
+
+def main() -> None:
+    """Read the request, rehearse, print the report."""
+    request: Request = pickle.load(sys.stdin.buffer)
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
+    fake_cuda.load_guard()
+    print(json.dumps(asdict(_rehearse(request))), file=out)
+
+
+def _rehearse(request: Request) -> Report:
+    """Groups, engine and steps of one rank, watched from the engine on."""
+    began = time.monotonic()
+    os.environ.update(DS_ACCELERATOR="cuda", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # megatron-core decorates what nothing here calls
+    import torch
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (torch.cuda as it is)
+
+    fake_cuda.stand_in()
+    torch.set_num_threads(1)
+    cfg, shape = request.cfg, request.shape
+    layout = _connect(request)
+    kernels: dict[str, int] = {}
+    fake_cuda.stand_in_for_attention(lambda name: kernels.update({name: kernels.get(name, 0) + 1}))
+    from pipeline.rehearsal.watch import Watch
+    from pipeline.training.build import build_engine
+
+    moe = cfg.model.moe
+    watch = Watch(num_experts=max(1, moe.num_experts), top_k=moe.top_k)
+    watch.group_names = _group_names(layout, shape)
+    with fake_cuda.fake_tensors(), watch, _without_numbers(cfg, shape):
+        engine = build_engine(cfg, shape, layout)
+        built, build_peak = watch.live, watch.peak
+        parameters = list(engine.runner.module.parameters())
+        step_peaks = []
+        for step in range(request.steps):
+            watch.enter()
+            kernels.clear()
+            fake_cuda.host_waits.clear()
+            batches = [_batch(cfg, shape, layout) for _ in range(request.num_micro_batches)]
+            result = engine.train_step(batches, step=step)
+            del batches
+            step_peaks.append(watch.peak)
+        held = [*parameters, result.loss, result.grad_norm, result.skipped]
+        for state in engine.runner.optimizer.state.values():
+            held += [value for value in state.values() if value.dim() > 0]
+        return Report(
+            rank=request.rank,
+            tensor_rank=layout.tensor.rank,
+            pipeline_rank=layout.pipeline.rank,
+            data_rank=layout.data.rank,
+            device=str(layout.device),
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            num_micro_batches=request.num_micro_batches,
+            built_bytes=built,
+            build_peak_bytes=build_peak,
+            step_peak_bytes=step_peaks,
+            live_bytes=watch.live,
+            collectives=[
+                Collective(*key, count, watch.collective_bytes[key])
+                for key, count in sorted(watch.collectives.items())
+            ],
+            host_reads=dict(watch.host_reads),
+            host_waits=dict(fake_cuda.host_waits),
+            host_tensors={name: n for name, n in watch.host_tensors.items() if n},
+            attention_kernels=dict(kernels),
+            devices=sorted({str(tensor.device) for tensor in held}),
+            seconds=round(time.monotonic() - began, 1),
+        )
+
+
+def _connect(request: Request) -> Any:
+    """The run's own groups, all of them torch's fake ones."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from pipeline.distributed.layout import connect
+
+    world_size, rank = request.shape.world_size, request.rank
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    new_group = dist.new_group
+    fake_cuda.set_all(dist, new_group=lambda ranks=None, *_, **__: new_group(ranks, backend="fake"))
+    local = min(world_size, DEVICES_OF_A_NODE)
+    return connect(Ranks(rank, world_size, rank % local, local, "rehearsal"), request.shape.sizes)
+
+
+def _group_names(layout: Any, shape: RunShape) -> dict[tuple[int, ...], str]:
+    """Ranks of the groups that a reader knows -> their names; one rank's own is none of them."""
+    import torch.distributed as dist
+
+    names = {tuple(range(shape.world_size)): "world"}
+    for name in ("data", "pipeline", "tensor"):
+        axis = getattr(layout, name)
+        if axis.size > 1:
+            names[tuple(sorted(dist.get_process_group_ranks(axis.group)))] = name
+    return names
+
+
+@contextlib.contextmanager
+def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
+    """What would draw, send or compare numbers, which nobody has here."""
+    import torch
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from pipeline.config.choices import Precision
+    from pipeline.model.stage_io import StageSchema
+
+    rows = shape.at(0).seq_len
+    hidden = [shape.micro_batch_size, rows, cfg.model.hidden_size]
+    if cfg.parallel.sequence_parallel:
+        hidden = [rows // shape.sizes.tensor, shape.micro_batch_size, cfg.model.hidden_size]
+    dtype = torch.float32 if cfg.training.precision is Precision.fp32 else torch.bfloat16
+    names = StageSchema.of(cfg.data, cfg.parallel).between.names
+
+    def receive(self: Any, _: int) -> Any:
+        """Buffers for what the stage before sends, whose shapes would arrive as numbers."""
+        found = [
+            self._allocate_or_extend_buffers(i, hidden, dtype)
+            if name == "hidden"
+            else self._allocate_or_extend_buffers(i, hidden[:2], torch.int64)
+            for i, name in enumerate(names)
+        ]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def sort_experts(rows: Any, *_: Any, probs: Any = None, **__: Any) -> tuple[Any, Any]:
+        """Chunks in another order, which would be read: as large, and as new."""
+        return rows.clone(), None if probs is None else probs.clone()
+
+    dispatcher = "megatron.core.transformer.moe.token_dispatcher"
+    with (
+        mock.patch(f"{dispatcher}.sort_chunks_by_idxs", sort_experts),
+        mock.patch("pipeline.engine.engine.initialize", lambda *_, **__: None),
+        mock.patch.object(PipelineEngine, "_recv_tensor_meta", receive),
+    ):
+        yield
+
+
+def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
+    """A micro-batch with the fields that the run's data bring."""
+    import numpy as np
+    import torch
+
+    from pipeline.data.batch import Batch, Masks
+
+    masks = Masks.of(cfg.data, packed=False)
+    size = (shape.micro_batch_size, shape.at(0).seq_len)
+
+    def ids(is_there: bool = True) -> Any:
+        return torch.zeros(size, dtype=torch.long, device=layout.device) if is_there else None
+
+    return Batch(
+        tokens=ids(),
+        labels=ids(),
+        loss_mask=torch.ones(size, device=layout.device) if masks.loss else None,
+        document_ids=ids(masks.documents),
+        positions=ids(masks.positions),
+        sample_ids=np.zeros(size[0], dtype=np.int64),
+    )
+
+
+if __name__ == "__main__":
+    main()

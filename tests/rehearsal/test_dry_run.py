@@ -1,0 +1,117 @@
+"""A rank of a large job on CUDA, rehearsed where there is none: placement, memory, collectives, nothing read back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import cli
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.errors import ConfigError, MachineError
+from pipeline.rehearsal import dry_run, fake_cuda
+from pipeline.rehearsal.dry_run import Report, rehearse
+from tests.support.layouts import VOCAB, config
+
+needs_compiler = pytest.mark.skipif(fake_cuda.compiler() is None, reason="no C++ compiler")
+GIB = 2**30
+
+
+def preset(*overrides: str) -> PretrainConfig:
+    return cli.compose(
+        PretrainConfig, ["name=rehearsal", "data.path=none", *overrides], config="pretrain"
+    )
+
+
+def calls(report: Report, group: str) -> Counter[tuple[str, str]]:
+    """(operation, dtype) -> how many calls of a group in the last step."""
+    found = [c for c in report.collectives if c.group == group]
+    return Counter({(c.operation, c.dtype): c.count for c in found})
+
+
+def check_sound(report: Report) -> None:
+    """What must hold of every rank at every layout."""
+    assert report.device == "cuda:0" and report.devices == ["cuda:0"]
+    assert report.host_reads == {} and report.host_waits == {} and report.host_tensors == {}
+    assert report.peak_bytes >= report.live_bytes >= report.built_bytes > 0
+
+
+@needs_compiler
+def test_a_rank_of_a_pipeline_is_on_its_one_device_and_reads_nothing_back() -> None:
+    """Rank 7 of a node that sees one device: DeepSpeed took LOCAL_RANK, 7, for its number."""
+    cfg = config("modern", tp=2, pp=2, sp=True, precision="bf16")
+    report = rehearse(cfg, rank=7, world_size=8, tokenizer_vocab_size=VOCAB)
+    check_sound(report)
+    assert (report.pipeline_rank, report.data_rank, report.tensor_rank) == (1, 1, 1)
+    assert set(report.attention_kernels) == {"flash"}
+    # Gradient sums are reduced as what they are, in fp32, in place.
+    (reduced,) = [c for c in report.collectives if (c.group, c.operation) == ("data", "allreduce")]
+    assert reduced.dtype == "float32" and reduced.num_bytes >= 4 * report.num_parameters
+    # Two a micro-batch for the loss, and one a step for all gradients that ranks have parts of.
+    sums = calls(report, "tensor")["allreduce", "float32"]
+    assert sums == 2 * report.num_micro_batches + 1
+
+
+@needs_compiler
+def test_a_mixture_in_fp32_with_shared_key_heads_takes_a_kernel_without_scores() -> None:
+    """Without Transformer Engine the router named what was not there; fp32 and groups took plain attention."""
+    report = rehearse(config("moe"), rank=1, world_size=2, tokenizer_vocab_size=VOCAB)
+    assert report.devices == ["cuda:0"]
+    assert set(report.attention_kernels) == {"efficient"}
+
+
+def test_what_cannot_be_rehearsed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a process is started."""
+    monkeypatch.setattr(dry_run.subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(ConfigError, match="rank=2 must be from 0 to world_size - 1 = 1"):
+        rehearse(config(), rank=2, world_size=2, tokenizer_vocab_size=VOCAB)
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(zero=3, precision="bf16"), "zero_stage=3 cannot be rehearsed"),
+        (dict(zero=2, offload=True), "offload_optimizer=true cannot be rehearsed"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            rehearse(config(**settings), rank=0, world_size=2, tokenizer_vocab_size=VOCAB)
+
+
+def test_a_machine_that_cannot_stand_in_for_a_device_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = None\nhip: Optional[str] = None\n")
+    monkeypatch.setattr(fake_cuda, "_torch_folder", lambda: tmp_path)
+    with pytest.raises(MachineError, match=r"install g\+\+, or set CXX"):
+        fake_cuda.check_machine()
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    with pytest.raises(MachineError, match="this one is for cuda 13.0"):
+        fake_cuda.check_machine()
+
+
+GPT3_175B = ("model=gpt3-175b", "parallel=tp8-pp8", "parallel.pipeline_parallel_size=16")
+GPT3_67B = ("model=gpt3-6.7b", "training.micro_batch_size=1")
+# Most GiB of tensors, of 80: what the run needs, and no more.
+LARGE: dict[str, tuple[tuple[str, ...], int, int, float]] = {
+    **{
+        f"175B, stage {stage}": (GPT3_175B, 64 * stage, 1024, 20.5 if stage == 0 else 17.0)
+        for stage in range(16)
+    },
+    "6.7B ZeRO-1": ((*GPT3_67B, "parallel.zero_stage=1"), 3, 8, 57.0),
+    "6.7B ZeRO-2": ((*GPT3_67B, "parallel.zero_stage=2"), 3, 8, 36.0),
+    "modern-7b": (("model=modern-7b", "training.recompute=full"), 0, 8, 80.0),
+    "mixture": (("model=modern-1.3b", "model.moe.num_experts=8"), 0, 8, 80.0),
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_a_rank_of_a_large_job_starts_fits_and_steps(name: str) -> None:
+    """A thousand GPUs wait for nothing: what is misplaced, too large or read back is found on one core."""
+    overrides, rank, world_size, most_gib = LARGE[name]
+    report = rehearse(preset(*overrides), rank=rank, world_size=world_size)
+    if name != "mixture":  # how many tokens an expert has is read back
+        check_sound(report)
+    assert report.devices == ["cuda:0"]
+    assert report.peak_bytes < most_gib * GIB
