@@ -19,7 +19,7 @@ from pipeline import cli
 from pipeline.errors import MachineError
 from pipeline.files import check_no_links, write_durably
 from pipeline.tracking.history import History
-from pipeline.tracking.report_page import draw, page
+from pipeline.tracking.report_page import PROFILES, draw, page
 
 
 @dataclass
@@ -61,6 +61,7 @@ def main(cfg: ReportConfig) -> None:
         "numbers": run_dir / "metrics.jsonl",
     }
     places |= {"checkpoints": run_dir / "checkpoints", "W&B, offline": run_dir / "wandb"}
+    places |= {"profiles": run_dir / PROFILES}
     for what, place in places.items():
         if place.exists():
             print(f"{what:14} {place}")

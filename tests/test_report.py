@@ -30,6 +30,7 @@ def step_row(step: int, loss: float | None) -> dict:
 
 
 def write(run_dir: Path, rows: list[dict], tail: str = "") -> Path:
+    run_dir.mkdir(exist_ok=True)
     facts = {"num_parameters": 1234, "device": "<cpu>"}
     lines = [{"event": "start", "world_size": 2, "facts": facts}, *rows]
     (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + tail)
@@ -58,6 +59,22 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     assert "Goodput 87 %, 3 steps done twice." in page
     assert "&lt;cpu&gt;" in page
     assert "name: &lt;x&gt;" in page
+
+
+def test_traces_are_linked_and_stay_where_they_are(tmp_path, capsys):
+    """They are larger than the page, and each opens in a viewer of its own."""
+    run = write(tmp_path / "my run", [step_row(1, 3.0)])
+    folder = run / "profiles" / "steps-10-12"
+    folder.mkdir(parents=True)
+    for rank in range(40):
+        (folder / f"rank-{rank:05d}.trace.json.gz").touch()
+    (folder / ".rank-00040.trace.json.gz").touch()  # still written
+    main(ReportConfig(run=str(run)))
+    page = (run / "report" / "index.html").read_text()
+    links = re.findall(r'href="([^"]*)"', page)
+    assert len(links) == 32 and "8 more in profiles/" in page
+    assert (run / "report" / links[0]).exists()
+    assert f"{run / 'profiles'}" in capsys.readouterr().out
 
 
 def test_steps_repeated_after_a_restart_count_once(tmp_path):

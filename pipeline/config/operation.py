@@ -65,7 +65,9 @@ class ResilienceConfig:
     hang_timeout_s: float = 600.0
     """Seconds without progress of a rank before the job reports and ends; 0: wait for ever."""
     collective_timeout_s: float = 1800.0
-    """Seconds a collective may take before torch.distributed gives up."""
+    """Seconds a collective may take before torch.distributed gives up; between devices, once a step
+    is done, 1.5 times hang_timeout_s if that is less: the watchdog's page comes first.
+    """
     max_bad_steps: int = 5
     """Steps in a row with NaN or Inf before training ends; each is skipped and counted."""
     on_spike: OnSpike = OnSpike.none

@@ -101,6 +101,7 @@ def problems(
         (layout_rules.zero(parallel, training.precision), SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),
         (recompute(training), set(), ""),
+        (profile_steps(training), {"training.total_steps"}, ""),
         (
             model_rules.sequence_length(model, "training.seq_len", training.seq_len),
             lengths, "seq_len",
@@ -236,6 +237,16 @@ def recompute(training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.recompute_every ({training.recompute_every}) counts only with "
             "training.recompute=full."
+        )
+
+
+def profile_steps(training: TrainingConfig) -> Iterator[str]:
+    """The traced steps are a first and a last one, and come before the end."""
+    chosen, end = training.profile_steps, training.total_steps or math.inf
+    if chosen is not None and not (len(chosen) == 2 and 1 <= chosen[0] <= chosen[1] <= end):
+        yield (
+            f"training.profile_steps ({chosen}) must be a first and a last step, 1 <= first <= "
+            f"last <= training.total_steps ({training.total_steps}), e.g. [10,12]."
         )
 
 

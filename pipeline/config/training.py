@@ -101,5 +101,8 @@ class TrainingConfig:
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: int = 1024
     """Sequences per validation dataset and evaluation; 0: all of it."""
+    profile_steps: list[int] | None = None
+    """[a, b]: trace steps a to b (as logged) of every rank into runs/<name>/profiles/; null: none.
+    """
     gc_every: int = 1000
     """Steps between Python garbage collections, on all ranks together; 0: leave it to Python."""

@@ -8,6 +8,7 @@ and so share a node.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -75,6 +76,8 @@ def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) ->
     # DeepSpeed takes LOCAL_RANK for the device's number: with one visible device a rank
     # (--gpus-per-task=1) every rank but 0 would ask for a device that is not there.
     export_to_environment(ranks, local_rank=device.index if on_cuda else ranks.local_rank)
+    # Collectives that a group remembers, for the hang page (resilience/flight_recorder.py).
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
         store = open_store(ranks, timeout=timeout)
         dist.init_process_group(

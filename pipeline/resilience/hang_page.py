@@ -52,6 +52,8 @@ class Sighting:
     note: str
     neighbours: dict[str, str]
     """Rank to process state letter, for the ranks of this node: T is stopped, Z and - are dead."""
+    collectives: list[str]
+    """Which it has begun and not ended (flight_recorder.py)."""
     stacks: str
 
 
@@ -108,6 +110,7 @@ def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) 
     if len(shown) < len(hosts):
         lines.append(f"\n{len(hosts) - len(shown)} more ranks are in the folder beside this page.")
     lines += ["", "## What to do", "", *_advice(who, nodes, hosts, sightings), ""]
+    lines += _collectives([sightings[rank] for rank in sorted(shown) if rank in sightings])
     innocent = [rank for rank in sightings if rank not in who]
     for rank in [*[r for r in who if r in sightings], *innocent][:MAX_STACKS]:
         lines += [
@@ -119,6 +122,14 @@ def hang_page(seen: list[Sighting], hosts: list[RankHost], *, timeout_s: float) 
             "",
         ]
     return "\n".join(lines)
+
+
+def _collectives(seen: list[Sighting]) -> list[str]:
+    """A table of what ranks wait in; a rank without the others' newest number holds them up."""
+    rows = [f"| {s.global_rank} | {entry} |" for s in seen for entry in s.collectives]
+    if not rows:
+        return []
+    return ["## Collectives that wait", "", "| rank | collective |", "|---|---|", *rows, ""]
 
 
 def _advice(

@@ -28,6 +28,7 @@ from pipeline.files import whole_file
 from pipeline.log import say
 from pipeline.redaction import redact
 from pipeline.resilience.clock import Beat, Clock
+from pipeline.resilience.flight_recorder import waiting_collectives
 from pipeline.resilience.hang_page import (
     Sighting,
     all_stacks,
@@ -169,6 +170,7 @@ class Watchdog:
             age_s=round(self._age_s(beat), 1),
             note=self._note(),
             neighbours={str(host.global_rank): process_state(host.pid) for host in neighbours},
+            collectives=self._collectives(),
             stacks=all_stacks(),
         )
         path = self.folder / f"{self.global_rank:05d}.json"
@@ -176,6 +178,12 @@ class Watchdog:
         with whole_file(path, durable=False) as file:
             file.write(json.dumps(redact(asdict(sighting))).encode())
         return path
+
+    def _collectives(self) -> list[str]:
+        try:
+            return waiting_collectives()
+        except Exception as error:  # the recorder's format is torch's own
+            return [repr(error)]
 
     def _note(self) -> str:
         try:

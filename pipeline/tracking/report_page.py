@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pipeline.errors import visible
 from pipeline.files import read_file
@@ -17,6 +18,9 @@ from pipeline.tracking.history import History
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PROFILES = "profiles"
+"""Folder of a run with the traces of training.profile_steps."""
+MAX_PROFILES = 32  # that the page names; the folder has all
 # Told apart by everyone.
 TRAIN_COLOR = "#4477aa"
 VAL_COLORS = ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
@@ -38,7 +42,7 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 {evaluations}
 <h2>Run</h2>
 {facts}
-<h2>Configuration</h2>
+{profiles}<h2>Configuration</h2>
 <pre>{config}</pre>
 </html>
 """
@@ -110,7 +114,27 @@ def page(history: History, run_dir: Path, picture: bytes) -> str:
         picture=base64.b64encode(picture).decode(),
         evaluations=_table(["dataset", "step", *columns.values()], rows),
         facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
+        profiles=_profiles(run_dir),
         config=html.escape(config),
+    )
+
+
+def _profiles(run_dir: Path) -> str:
+    """Links to traces and memory snapshots, which stay where they are; nothing where none are."""
+    paths = sorted((run_dir / PROFILES).glob("*/*.*"))
+    paths = [path for path in paths if not path.name.startswith(".")]
+    if not paths:
+        return ""
+    names = [path.relative_to(run_dir).as_posix() for path in paths[:MAX_PROFILES]]
+    items = "".join(
+        f'<li><a href="../{quote(name, errors="surrogateescape")}">{html.escape(visible(name))}</a>'
+        "</li>"
+        for name in names
+    )
+    more = f"<p>{len(paths) - len(names)} more in {PROFILES}/.</p>\n" if paths[len(names) :] else ""
+    return (
+        "<h2>Profiles</h2>\n<p>Open a trace in ui.perfetto.dev, a memory.pickle in "
+        f"pytorch.org/memory_viz.</p>\n<ul>{items}</ul>\n{more}"
     )
 
 

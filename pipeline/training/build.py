@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.data.loader import Loader
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.distributed.timeouts import step_timeout_s
 from pipeline.engine.engine import Engine
 from pipeline.model.architecture import Architecture
 from pipeline.model.stage_io import StageSchema
+from pipeline.training.profile import StepProfile
+from pipeline.training.watched_engine import WatchedEngine
 
 
 def build_engine(cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -> Engine:
-    """The engine of a run, with its initial weights. Collective: call on every rank."""
+    """An engine, with its initial weights. Collective: call on every rank."""
+    return Engine(*_parts(cfg, shape, layout), **_sections(cfg, shape))
+
+
+def build_watched_engine(
+    cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout, *, run_dir: Path
+) -> WatchedEngine:
+    """The engine of a run, which traces steps into run_dir. Collective: call on every rank."""
+    profile = None
+    if cfg.training.profile_steps is not None:
+        first, last = cfg.training.profile_steps
+        profile = StepProfile(
+            run_dir,
+            first=first,
+            last=last,
+            global_rank=layout.ranks.global_rank,
+            device=layout.device,
+        )
+    return WatchedEngine(
+        *_parts(cfg, shape, layout),
+        **_sections(cfg, shape),
+        profile=profile,
+        timeout_s=step_timeout_s(
+            hang_timeout_s=cfg.resilience.hang_timeout_s,
+            collective_timeout_s=cfg.resilience.collective_timeout_s,
+        ),
+    )
+
+
+def _parts(
+    cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout
+) -> tuple[Architecture, StageSchema, ParallelLayout]:
+    """What an engine is made of."""
     architecture = Architecture(
         cfg.model,
         cfg.parallel,
@@ -24,16 +60,18 @@ def build_engine(cfg: PretrainConfig, shape: RunShape, layout: ParallelLayout) -
         recompute=cfg.training.recompute,
         recompute_every=cfg.training.recompute_every,
     )
-    return Engine(
-        architecture,
-        StageSchema.of(cfg.data, cfg.parallel),
-        layout,
-        shape=shape,
-        optimizer=cfg.optimizer,
-        schedule=cfg.schedule,
-        finetune=cfg.finetune,
-        seed=cfg.seed,
-    )
+    return architecture, StageSchema.of(cfg.data, cfg.parallel), layout
+
+
+def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
+    """The settings that an engine is given, by the names of its arguments."""
+    return {
+        "shape": shape,
+        "optimizer": cfg.optimizer,
+        "schedule": cfg.schedule,
+        "finetune": cfg.finetune,
+        "seed": cfg.seed,
+    }
 
 
 def build_loader(

@@ -39,7 +39,7 @@ from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
-from pipeline.training.build import build_engine, build_loader
+from pipeline.training.build import build_loader, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
@@ -63,7 +63,7 @@ class Trainer:
         self.state = TrainState()
         self.evaluated_step: int | None = None  # the last one, None before the first
         self.base: Base | None = None  # of a run that trains a part
-        self.engine = build_engine(cfg, shape, layout)
+        self.engine = build_watched_engine(cfg, shape, layout, run_dir=run_dir)
         clock.alive()
         cache_dir = Path(cfg.data.cache_dir or run_dir / "cache")
         self.loader = build_loader(cfg, shape, layout, cache_dir=cache_dir)

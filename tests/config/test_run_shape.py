@@ -82,6 +82,8 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps"),
     ("min_lr above lr", {"schedule": ScheduleConfig(min_lr=1.0)}, 1, r"min_lr \(1.0\) must not exceed optimizer.lr"),
     ("uneven split of a sequence", {"parallel": ParallelConfig(tensor_parallel_size=4, sequence_parallel=True), "training": TrainingConfig(total_steps=1, seq_len=30, precision=Precision.fp32)}, 4, r"training.seq_len \(30\) must be a multiple of parallel.tensor_parallel_size \(4\).*Set training.seq_len=32"),
+    ("traced steps after the end", {"training": TrainingConfig(total_steps=10, profile_steps=[9, 11], precision=Precision.fp32)}, 1, r"profile_steps \(\[9, 11\]\) must be a first and a last step.*total_steps \(10\)"),
+    ("one traced step", {"training": TrainingConfig(total_steps=10, profile_steps=[3], precision=Precision.fp32)}, 1, r"profile_steps \(\[3\]\).*e.g. \[10,12\]"),
     ("positions without masks", {"data": DataConfig(reset_positions=True)}, 1, r"reset_positions=true needs data.mask_documents=true"),
 ]  # fmt: skip
 

@@ -8,7 +8,9 @@ from pipeline.resilience.hang_page import Sighting, guilty, hang_page
 RANKS = [RankHost(rank, f"n{1 + rank // 2}", 100 + rank, 0.0) for rank in range(4)]
 
 
-def sighting(rank, *, beats=40, doing="collective (all_reduce)", phase="train", neighbours=None):
+def sighting(
+    rank, *, beats=40, doing="collective (all_reduce)", phase="train", neighbours=None, waits=()
+):
     return Sighting(
         rank,
         beats,
@@ -18,6 +20,7 @@ def sighting(rank, *, beats=40, doing="collective (all_reduce)", phase="train", 
         9.0,
         "samples c0ffee",
         neighbours or {},
+        list(waits),
         "thread MainThread:\n  ...",
     )
 
@@ -50,3 +53,17 @@ def test_page_of_a_large_job_stays_readable():
     ranks = [RankHost(rank, f"n{rank // 8}", rank, 0.0) for rank in range(4096)]
     page = hang_page([sighting(rank) for rank in range(4096) if rank != 1234], ranks, timeout_s=600)
     assert "rank 1234 on n154" in page and len(page.splitlines()) < 90
+
+
+def test_the_collectives_of_each_rank_stand_side_by_side():
+    """Ranks that went different ways wait in different ones, which no stack shows."""
+    seen = [
+        sighting(0, waits=["all_reduce number 7 of group 3 data: 40 Float, started"]),
+        sighting(1, waits=["all_gather number 2 of group 1 tensor: 8 Float, started"]),
+        sighting(2),
+    ]
+    page = hang_page(seen, RANKS[:3], timeout_s=600)
+    assert (
+        "| 0 | all_reduce number 7 of group 3 data: 40 Float, started |\n| 1 | all_gather" in page
+    )
+    assert "Collectives that wait" not in hang_page([sighting(0)], RANKS[:1], timeout_s=600)
