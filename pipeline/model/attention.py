@@ -52,7 +52,9 @@ def one_key_head_per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     would hold S x S scores.
     """
     shares = q.shape[1] // k.shape[1]
-    return (k, v) if shares == 1 else tuple(x.repeat_interleave(shares, dim=1) for x in (k, v))
+    if shares == 1:
+        return k, v
+    return k.repeat_interleave(shares, dim=1), v.repeat_interleave(shares, dim=1)
 
 
 class CoreAttention(nn.Module):

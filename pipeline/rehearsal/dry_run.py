@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pipeline.config.choices import PipelineSchedule
@@ -113,7 +113,11 @@ def rehearse(
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}.")
-    cfg = replace(cfg, model=replace(cfg.model, compile=False))  # speed only
+    # Without what a command adds to the settings of a run, and without compilation: speed only.
+    cfg = PretrainConfig(
+        **{field.name: getattr(cfg, field.name) for field in fields(PretrainConfig)}
+    )
+    cfg = replace(cfg, model=replace(cfg.model, compile=False))
     shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
     if problems := list(_problems(cfg, shape)):
         raise ConfigError("\n".join(problems))

@@ -59,7 +59,7 @@ class StepProfile:
         if self.on_cuda:
             torch.cuda.synchronize()
         profiler.stop()
-        with bookkeeping(str(self.folder), errors=(OSError, RuntimeError)):
+        with bookkeeping(str(self.folder), errors=Exception):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("trace.json.gz", profiler.export_chrome_trace)
             if self.on_cuda:
