@@ -30,8 +30,8 @@ from pipeline.errors import ConfigError, PipelineError, printed
 from pipeline.redaction import redact
 
 PATHS = set(
-    """base cache_dir checkpoint data dataset fallback_dir file folder init_from input other output
-    path run runs_dir template tokenizer""".split()
+    """base cache_dir checkpoint data dataset fallback_dir file folder init_adapter init_from input
+    other output path run runs_dir template tokenizer""".split()
 )
 """Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -123,10 +123,15 @@ def literal(value: Any) -> Any:
 
 
 def to_yaml(cfg: Any) -> str:
-    """The composed config as yaml, enums by name, without secrets: it is written and shown."""
-    from omegaconf import OmegaConf
+    """The composed config as yaml, enums by name, without secrets: it is written and shown.
 
-    return OmegaConf.to_yaml(OmegaConf.create(literal(to_dict(cfg))))
+    As OmegaConf.to_yaml writes it, which would take a text with `${` apart.
+    """
+    import yaml
+    from omegaconf._utils import get_omega_conf_dumper
+
+    dumper = get_omega_conf_dumper()
+    return yaml.dump(to_dict(cfg), Dumper=dumper, allow_unicode=True, sort_keys=False)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pipeline.huggingface.rules import Mapping
 from pipeline.huggingface.writer import (
     DTYPES,
     DType,
+    copy_tokenizer,
     export,
     fixed_tokens,
     load_transformers,
@@ -76,9 +77,9 @@ def export_adapter(
         matrices.values(),
         getattr(torch, DTYPES[dtype]),
     )
-    for name in ("tokenizer.json", CHAT_TEMPLATE):
-        if (checkpoint / name).is_file():
-            write_durably(output / name, (checkpoint / name).read_bytes())
+    copy_tokenizer(checkpoint, record, output)
+    if (checkpoint / CHAT_TEMPLATE).is_file():
+        write_durably(output / CHAT_TEMPLATE, (checkpoint / CHAT_TEMPLATE).read_bytes())
     write_durably(output / "README.md", model_card(record, mapping, dtype, library="peft").encode())
     write_json(
         output / "adapter_config.json",  # last: without it the folder is no adapter

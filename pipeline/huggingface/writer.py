@@ -44,7 +44,6 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
     Raises:
         ConfigError: no transformers class computes the model.
     """
-    from pipeline.data.tokenizer import Tokenizer
     from pipeline.huggingface.whole_model import open_model
 
     record, tensors = read_record(checkpoint), open_model(checkpoint, base=base)
@@ -52,11 +51,7 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(tensors, mapping, output, dtype=dtype)
-    eod = record.eod
-    if (checkpoint / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json", eod=eod)
-        eod = tokenizer.eod
-        write_tokenizer(tokenizer, output, max_seq_len=model.max_seq_len)
+    eod = copy_tokenizer(checkpoint, record, output)
     ends = {"bos_token_id": eod, "eos_token_id": eod}
     config = {
         "architectures": [mapping.architecture],
@@ -73,6 +68,17 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
     write_durably(output / "README.md", model_card(record, mapping, dtype).encode())
     write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
+
+
+def copy_tokenizer(checkpoint: Path, record: CheckpointRecord, output: Path) -> int | None:
+    """Write the checkpoint's tokenizer, if it has one; the id that ends documents, if known."""
+    from pipeline.data.tokenizer import Tokenizer
+
+    if not (checkpoint / "tokenizer.json").is_file():
+        return record.eod
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json", eod=record.eod)
+    write_tokenizer(tokenizer, output, max_seq_len=record.model().max_seq_len)
+    return tokenizer.eod
 
 
 def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import delta
@@ -25,6 +26,16 @@ from tests.support.layouts import config
 from tests.support.ranks import run_on_ranks
 
 NAMES = ["gpt2", "llama", "qwen3"]
+
+
+def opened_by_s_token(folder: Path) -> Path:
+    """A tokenizer.json whose template puts t9 before every text, as Llama's puts `<s>`."""
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {
+        "t9": {"id": "t9", "ids": [9], "tokens": ["t9"]}}, "single": [
+        {"SpecialToken": {"id": "t9", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}  # fmt: skip
+    path = tokenizer_file(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": template}))
+    return path
 
 
 def save_adapters(names: list[str], root: Path, tokenizer: Path) -> None:
@@ -46,7 +57,7 @@ def save_adapters(names: list[str], root: Path, tokenizer: Path) -> None:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
-    run_on_ranks(save_adapters, 1, NAMES, root, tokenizer_file(root))
+    run_on_ranks(save_adapters, 1, NAMES, root, opened_by_s_token(root))
     return root
 
 
@@ -93,6 +104,8 @@ def test_the_folder_holds_the_product_of_every_matrix(
             checked += 1
     assert checked == len(settings["target_modules"]) == len(files) // 2
     assert not any("mlp.experts" in name for name in files)
+    # Its tokenizer gives the ids of training: the template stays out, as in every export.
+    assert AutoTokenizer.from_pretrained(tmp_path)("t1 t2").input_ids == [1, 2]
 
 
 def test_more_than_low_rank_matrices_is_refused(adapters: Path, tmp_path: Path) -> None:
