@@ -206,6 +206,14 @@ def check_no_links(folder: Path) -> None:
             folders.remove("wandb")
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1: there is none that can be seen."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def parse_json(raw: bytes | str) -> Any:
     """The value of a JSON text.
 

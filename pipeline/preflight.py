@@ -27,6 +27,7 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import DataError, MachineError, PipelineError
+from pipeline.files import size_of
 from pipeline.planning.flops import count_parameters
 from pipeline.planning.job import Job
 from pipeline.planning.table import first_lines
@@ -66,7 +67,7 @@ def main(cfg: PreflightConfig) -> None:
     except PipelineError as error:
         problems.append(str(error))
     checks: tuple[Callable[[PreflightConfig], Iterator[str]], ...] = (
-        missing_shards,
+        missing_training_shards,
         missing_devices,
         another_owner,
     )
@@ -95,7 +96,10 @@ def main(cfg: PreflightConfig) -> None:
 
 def check_shards(cfg: PretrainConfig) -> None:
     """Raise DataError where a shard has shrunk, grown or gone, also in the cache of remote ones."""
-    if problems := [*missing_shards(cfg), *damaged_copies(cfg)]:
+    from pipeline.training.startup import missing_shards
+
+    datasets = [*cfg.data.train, *(cfg.data.validation or [])]
+    if problems := [*missing_shards(datasets), *damaged_copies(cfg)]:
         raise DataError(
             "\n".join(problems)
             + "\nA file that shrinks or goes while it is read kills its readers (SIGBUS): never "
@@ -112,30 +116,15 @@ def damaged_copies(cfg: PretrainConfig) -> Iterator[str]:
     for folder in sorted(path.parent for path in cache.glob("*/manifest.json")):
         manifest = Manifest.load(str(folder))
         for path, size in zip(manifest.paths, manifest.shard_bytes, strict=True):
-            if (found := _size(folder / str(path))) not in (-1, int(size)):
+            if (found := size_of(folder / str(path))) not in (-1, int(size)):
                 yield f"{folder / str(path)} has {found} bytes, {size} expected. Delete it."
 
 
-def missing_shards(cfg: PretrainConfig) -> Iterator[str]:
-    """Shards of local datasets that are absent or have the wrong size."""
-    from pipeline.data.manifest import Manifest
+def missing_training_shards(cfg: PretrainConfig) -> Iterator[str]:
+    """Those of the training data; the start looks for the held-out ones, which are few."""
+    from pipeline.training.startup import missing_shards
 
-    for dataset in [*cfg.data.train, *(cfg.data.validation or [])]:
-        folder = Path(dataset.path)
-        if "://" in dataset.path or not (folder / "manifest.json").is_file():
-            continue  # prepare() has read, or missed, the manifest
-        manifest = Manifest.load(str(folder))
-        wrong = [
-            f"{path} ({found} bytes, {size} expected)"
-            for path, size in zip(manifest.paths, manifest.shard_bytes, strict=True)
-            if (found := _size(folder / str(path))) != int(size)
-        ]
-        if wrong:
-            yield (
-                f"{folder}: {len(wrong)} of {len(manifest.paths)} shards are missing or truncated, "
-                f"first {wrong[0]}. Copy the dataset again, or prepare it again with "
-                "data_prep/tokenize.py."
-            )
+    yield from missing_shards(cfg.data.train)
 
 
 def missing_devices(_: PretrainConfig) -> Iterator[str]:
@@ -180,13 +169,6 @@ def wandb_warnings(cfg: TrackingConfig) -> Iterator[str]:
             f"{socket.gethostname()} ({error}). Training goes on without; set "
             "tracking.wandb=offline and send the run later with `wandb sync`."
         )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 if __name__ == "__main__":

@@ -166,6 +166,19 @@ def test_a_held_out_set_without_a_label_is_found_before_the_first_step(settings,
     assert "validation_fraction" in found and "data.validation=[]" in found
 
 
+def test_a_held_out_shard_that_is_lost_is_found_before_the_first_step(settings, tmp_path):
+    """Also without preflight: it ended the run at its first evaluation."""
+    next((tmp_path / "data" / "validation").glob("shards/*/*.tar")).unlink()
+    cfg = cli.compose(PreflightConfig, settings, config="pretrain")
+    with pytest.raises(DataError, match=r"validation: 1 of 2 shards are missing.*-1 bytes"):
+        startup.check(cfg, world_size=4)
+    assert problems(settings).count("shards are missing") == 1
+    startup.check(
+        cli.compose(PreflightConfig, [*settings, "data.validation=[]"], config="pretrain"),
+        world_size=4,
+    )
+
+
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

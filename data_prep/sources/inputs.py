@@ -10,6 +10,7 @@ one source label.
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -88,6 +89,8 @@ def find_units(cfg: InputConfig) -> list[Unit]:
         ConfigError: a setting contradicts itself, or a file is of no kind that is known.
         DataError: nothing is there, or it cannot be listed.
     """
+    if not 0 < cfg.max_document_mb < math.inf:
+        raise ConfigError(f"max_document_mb ({cfg.max_document_mb}) must be above 0 and finite.")
     files = [(label, piece, _weight(piece)) for label, piece in find_files(cfg)]
     if not files:
         raise DataError(
@@ -122,8 +125,8 @@ def _unit_bytes(cfg: InputConfig, total: int) -> int:
     """Bytes of text in a unit, about, of an input of `total` bytes."""
     if cfg.unit_mb is None:
         return min(max(total // UNITS_OF_SMALL_INPUT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    if cfg.unit_mb <= 0:
-        raise ConfigError(f"unit_mb ({cfg.unit_mb}) must be above 0.")
+    if not 0 < cfg.unit_mb < math.inf:
+        raise ConfigError(f"unit_mb ({cfg.unit_mb}) must be above 0 and finite.")
     return max(int(cfg.unit_mb * 1e6), 1)
 
 
@@ -132,7 +135,8 @@ def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
     include = tuple(s if s.startswith(".") else f".{s}" for s in _split(cfg.include.lower()))
     exclude = re.compile("|".join(fnmatch.translate(p) for p in _split(cfg.exclude)) or r"(?!)")
     seen: set[str] = set()
-    twice = 0
+    names: dict[bool, set[int]] = {True: set(), False: set()}  # hashes: there may be millions
+    twice, copies = 0, []
     for entry in split_paths(cfg.input):
         label, path = _parse(entry)
         for found, size in list_path(path, include):
@@ -140,11 +144,21 @@ def find_files(cfg: InputConfig) -> Iterator[tuple[str, Piece]]:
                 file = found if "://" in found else os.path.realpath(found)  # links, ./a and a
                 twice += file in seen
                 seen.add(file)
+                is_packed = is_compressed(found)
+                name = hash(os.path.splitext(found)[0] if is_packed else found)
+                if name in names[not is_packed]:
+                    copies.append(found)
+                names[is_packed].add(name)
                 yield label, Piece(found, size)
     if twice:
         logger.warning(
             f"input={cfg.input} names {twice} files more than once, also through links; all are "
             "read again."
+        )
+    if copies:
+        logger.warning(
+            f"input={cfg.input} holds {len(copies)} files compressed and not, such as {copies[0]}: "
+            "both are read. Leave one kind out with exclude=."
         )
 
 

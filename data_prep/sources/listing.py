@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from data_prep.sources.kinds import describe_suffixes, is_pattern, is_taken
+from data_prep.sources.kinds import (
+    Format,
+    describe_suffixes,
+    format_of,
+    is_pattern,
+    is_taken,
+)
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import parse_json, read_file
 from pipeline.log import logger
@@ -87,7 +93,19 @@ def _walk(folder: str, include: Sequence[str]) -> list[tuple[str, int]]:
         logger.info(
             f"{folder}: passed over, being of no kind that is read: {describe_suffixes(others)}"
         )
+    if not include:
+        _say_kinds(folder, [path for path, _ in found])
     return sorted(found)
+
+
+def _say_kinds(folder: str, paths: Sequence[str]) -> None:
+    """Warn of texts beside files of records: a README among parquet files is a document, too."""
+    texts = [path for path in paths if format_of(path, Format.auto) is Format.text]
+    if texts and len(texts) < len(paths):
+        logger.warning(
+            f"{folder} holds files of records and of text: {describe_suffixes(paths)}. Each text, "
+            f"such as {texts[0]}, is one document; include=.suffix takes one kind."
+        )
 
 
 def _saved_files(

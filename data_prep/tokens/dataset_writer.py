@@ -112,7 +112,7 @@ def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> No
         DataError: more than `fraction` of the documents were rejected.
     """
     bad = rejects.total() - rejects["empty"]
-    if bad > fraction * (documents + bad):
+    if not bad <= fraction * (documents + bad):  # NaN is no ceiling
         raise DataError(
             f"{bad} of {documents + bad} documents were rejected ({dict(rejects)}), more than "
             f"max_rejected_fraction={fraction}. The first ones are in .work/rejects; mend the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import cli, log
 from pipeline.config import rules
+from pipeline.config.data import DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
 from pipeline.errors import DataError, MachineError, Problems
-from pipeline.files import check_no_links, sha256_of, write_durably
+from pipeline.files import check_no_links, sha256_of, size_of, write_durably
 from pipeline.resilience import ownership
 from pipeline.resilience.bookkeeping import bookkeeping
 
@@ -76,6 +78,11 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=data.vocab_size)
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:
+        # A lost one would end the run at its first evaluation. Training shards are many: preflight
+        # looks for them, and who reads them says so.
+        if lost := [*missing_shards(cfg.data.validation or [])]:
+            raise DataError("\n".join(lost))
+    with problems:
         check_folder(cfg, shape, run_dir)
     with problems:
         continuation.check(cfg, shape, run_dir)
@@ -91,6 +98,28 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     problems.raise_all()
     assert reading is not None
     return Start(cfg, shape, run_dir, reading)
+
+
+def missing_shards(datasets: Iterable[DatasetConfig]) -> Iterator[str]:
+    """Shards of local datasets that are absent or have the wrong size."""
+    from pipeline.data.manifest import Manifest
+
+    for dataset in datasets:
+        folder = Path(dataset.path)
+        if "://" in dataset.path or not (folder / "manifest.json").is_file():
+            continue  # who opens the dataset reads, or misses, the manifest
+        manifest = Manifest.load(str(folder))
+        wrong = [
+            f"{path} ({found} bytes, {size} expected)"
+            for path, size in zip(manifest.paths, manifest.shard_bytes, strict=True)
+            if (found := size_of(folder / str(path))) != int(size)
+        ]
+        if wrong:
+            yield (
+                f"{folder}: {len(wrong)} of {len(manifest.paths)} shards are missing or truncated, "
+                f"first {wrong[0]}. Copy the dataset again, or prepare it again with "
+                "data_prep/tokenize.py."
+            )
 
 
 def run_folders(cfg: PretrainConfig) -> list[Path]:
