@@ -42,7 +42,6 @@ TESTED_IN = {
     "data_prep/finalize.py": ("test_tokenize.py", JOB),
     "data_prep/jobs.py": ("test_tokenize.py", JOB),
     "data_prep/sources/dialogues.py": ("test_conversations.py", "what the command reads"),
-    "data_prep/sources/inputs.py": ("sources/test_documents.py", SOURCE),
     "data_prep/sources/kinds.py": ("sources/test_documents.py", SOURCE),
     "data_prep/sources/lines.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/listing.py": ("sources/test_remote_input.py", SOURCE),

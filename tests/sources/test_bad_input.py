@@ -6,7 +6,6 @@ import io
 import json
 import lzma
 import tarfile
-from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +15,6 @@ import zstandard
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.sources.rejects import REASONS, Rejects
-from data_prep.tokens.dataset_writer import check_rejected
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.manifest import Manifest
@@ -341,12 +339,3 @@ def test_an_input_of_empty_documents_only_is_an_error(tmp_path):
     ]
     with pytest.raises(DataError, match="the input has no documents .*'empty': 2"):
         main(cli.compose(TokenizeConfig, words, config="tokenize"))
-
-
-def test_a_ceiling_that_is_no_number_holds_nothing_back_unsaid():
-    """Nine of ten are more than NaN; none are not less."""
-    check_rejected(1, Counter(empty=9), 0.0)
-    with pytest.raises(
-        DataError, match="9 of 10 documents were rejected.*max_rejected_fraction=nan"
-    ):
-        check_rejected(1, Counter(broken_json=9), float("nan"))

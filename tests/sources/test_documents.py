@@ -314,52 +314,6 @@ def test_names_that_are_no_utf8_have_ids_that_are(tmp_path):
     assert document.id == f"{tmp_path}/\\xff.jsonl@0"
 
 
-@pytest.mark.parametrize(
-    "again", ["F,F/a.jsonl", "F/a.jsonl,F/../F/a.jsonl", "F/a.jsonl,L/a.jsonl"]
-)
-def test_a_file_that_is_named_twice_is_said(tmp_path, caplog, again):
-    """Whatever the spelling: through a link to its folder, as in a cache of downloads, too."""
-    write_jsonl(tmp_path / "F" / "a.jsonl", ["x"])
-    (tmp_path / "L").symlink_to(tmp_path / "F")
-    words = ",".join(f"{tmp_path}/{path}" for path in again.split(","))
-    assert [d.text for d in read(words)] == ["x", "x"]
-    assert "names 1 files more than once" in caplog.text
-
-
-def test_a_file_beside_its_compressed_copy_is_said(tmp_path, caplog):
-    """`gunzip -k` leaves both."""
-    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    path.with_name("a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    write_jsonl(tmp_path / "b.jsonl", ["y"])
-    assert [d.text for d in read(tmp_path)] == ["x", "x", "y"]
-    assert "holds 1 files compressed and not, such as" in caplog.text
-    caplog.clear()
-    assert [d.text for d in read(tmp_path, exclude="*.gz")] == ["x", "y"]
-    assert not caplog.text
-
-
-def test_a_readme_among_tables_is_said(tmp_path, caplog):
-    """A dataset's repository holds both."""
-    (tmp_path / "a.parquet").write_bytes(parquet(["x"]))
-    (tmp_path / "README.md").write_text("about")
-    assert sorted(d.text for d in read(tmp_path)) == ["about", "x"]
-    assert (
-        "files of records and of text" in caplog.text
-        and "README.md, is one document" in caplog.text
-    )
-    caplog.clear()
-    assert [d.text for d in read(tmp_path, include=".parquet")] == ["x"]
-    assert not caplog.text
-
-
-@pytest.mark.parametrize("name", ["max_document_mb", "unit_mb"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_sizes_are_finite_and_above_0(tmp_path, name, value):
-    write_jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(ConfigError, match=rf"{name} \(.*must be above 0 and finite"):
-        find_units(InputConfig(input=str(tmp_path), **{name: value}))
-
-
 def test_tars_are_read_without_importing_torch(tmp_path):
     """1.5 s and 200 MB in every worker."""
     (tmp_path / "a.tar").write_bytes(tar(["x"], "txt"))
