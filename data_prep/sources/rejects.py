@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.sources.inputs import InputConfig, OnError
 from data_prep.sources.pieces import Damaged, printable
+from data_prep.sources.text import is_encodable
 from pipeline.errors import DataError, MachineError
 from pipeline.redaction import redact
 
@@ -167,15 +168,6 @@ def text_problem(text: str) -> tuple[str, str]:
     """(reason, detail) why a string is no text; the reason is empty if it is one."""
     if "\0" in text:
         return "nul", f"at character {text.index(chr(0))}"
-    if not text.isascii() and not _is_encodable(text):
+    if not is_encodable(text):
         return "lone_surrogate", ""
     return "", ""
-
-
-def _is_encodable(text: str) -> bool:
-    """Without half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

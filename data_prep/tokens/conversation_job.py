@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from data_prep.sources.dialogues import check_kinds, read_talks
 from data_prep.sources.inputs import Unit, find_units
 from data_prep.sources.rejects import Rejects
+from data_prep.sources.text import text_bytes
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.dataset_job import (
     DatasetJobConfig,
@@ -26,7 +27,7 @@ from data_prep.tokens.dataset_job import (
     run_dataset_job,
 )
 from data_prep.tokens.rows import Dialogue, RowPacker
-from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text, text_bytes
+from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text
 from pipeline.data.chat import ChatTemplate, Rejected
 from pipeline.data.shard_format import (
     BLOCK_TOKENS,

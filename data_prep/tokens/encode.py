@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.sources.text import slices
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
 from pipeline.log import logger
@@ -323,6 +324,10 @@ DISPUTED_ASTRAL = re.compile(
 
 def is_disputed(text: str) -> bool:
     """True if engines may disagree on the text, by its code points; 2 GB/s."""
+    return not text.isascii() and any(map(_is_disputed, slices(text)))
+
+
+def _is_disputed(text: str) -> bool:
     if text.isascii():
         return False
     # CPython stores a text with code points above U+FFFF in four bytes a character; others need no

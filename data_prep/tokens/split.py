@@ -45,11 +45,6 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def text_bytes(text: str) -> int:
-    """Of its UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
-
-
 def documents_in(result: dict[str, Any], split: str) -> int:
     """Documents of a split, by a unit's marker; the padding of packed rows is none."""
     if "dialogues" in result:

@@ -20,6 +20,7 @@ import numpy as np
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import Unit, find_units
 from data_prep.sources.rejects import Document, Rejects
+from data_prep.sources.text import text_bytes
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.dataset_job import (
     DatasetJobConfig,
@@ -30,7 +31,7 @@ from data_prep.tokens.dataset_job import (
     run_dataset_job,
 )
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
-from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text, text_bytes
+from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text
 from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer

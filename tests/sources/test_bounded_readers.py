@@ -8,12 +8,13 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_prep.sources import documents, pieces, rejects
+from data_prep.sources import documents, lines, pieces, rejects
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.sources.lines import structure_bytes
@@ -82,14 +83,53 @@ def test_a_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
         (b'{"a": "xx"}', 6),
         (rb'{"a": "x\"[[\\"}', 6),
         (b"[[],[]]", 7),
-        (b'"abc', 4),
+        (b'[1, "abc', 4),
         (b"", 0),
     ],
 )
 def test_the_structure_of_a_line_is_what_is_outside_its_strings(line, size):
     """Counted by hand, a closing quote with it; escaped quotes end no string, and `\\\\` before a quote does not escape it."""
     assert structure_bytes(line) == size
-    assert np.int64(size) == size
+
+
+@given(st.lists(st.sampled_from([b'"', b"\\", b"[", b"xx"])), st.integers(1, 5))
+def test_the_structure_of_a_line_does_not_depend_on_how_it_is_cut(parts, block_bytes):
+    """A long line is looked at in blocks; an escape may lie on an edge."""
+    line = b"".join(parts)
+    whole = structure_bytes(line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK_BYTES", block_bytes)
+        assert structure_bytes(bytearray(line)) == whole
+
+
+def test_a_line_of_many_values_is_too_large(tmp_path, monkeypatch):
+    """Each `[],` may be a list of 60 bytes; commas and brackets of the text are text."""
+    monkeypatch.setattr(lines, "MOST_STRUCTURE_BYTES", 80)
+    rows = [{"text": "many", "a": [[]] * 30}, {"text": "[,],{" * 100}, {"text": "few", "a": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg, found = InputConfig(input=str(tmp_path / "a.jsonl")), Rejects(OnError.quarantine)
+    read = [d.text for d in read_documents(find_units(cfg)[0], cfg, found)]
+    assert read == [row["text"] for row in rows[1:]]
+    assert [(r["line"], r["reason"]) for r in found.rows] == [(1, "too_large")]
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_line_of_many_blocks_is_read_as_it_is(tmp_path, monkeypatch, end):
+    """It grows where it is, and stops at the limit; the next line begins behind it."""
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 7)
+    texts = ["a" * 100, "ü" * 50, "b" * 11]
+    content = b"\n".join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(content + end)
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl"))
+    found = Rejects(OnError.quarantine)
+    read = [d.text for d in read_documents(find_units(cfg)[0], cfg, found)]
+    assert read == texts and not found.rows
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl"), max_document_mb=6e-5)
+    read = [d.text for d in read_documents(find_units(cfg)[0], cfg, found)]
+    assert read == texts[1:]
+    assert [(r["reason"], r["line"], r["detail"]) for r in found.rows] == [
+        ("too_large", 1, "100 characters")
+    ]
 
 
 def test_a_saved_dataset_names_its_own_files_only(tmp_path: Path):
