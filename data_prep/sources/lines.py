@@ -151,7 +151,10 @@ def read_lines(
     offset, line_number = piece.start, 1 if piece.start == 0 else None
     if offset:
         file.seek(offset - 1)
-        offset += _skip_line(file) - 1  # a line that begins at `start` follows a line end
+        # A line that begins at `start` follows a line end. Not read beyond the piece: each of a
+        # huge line's pieces would read the rest of it.
+        most = None if piece.stop is None else piece.stop - offset + 1
+        offset += _skip_line(file, most) - 1
     while piece.stop is None or offset < piece.stop:
         line = _read_line(file, limit + 1)
         if not line:
@@ -162,8 +165,11 @@ def read_lines(
             rejects.add(
                 "too_large", piece.path, f"a line of {size} bytes", line=line_number, offset=offset
             )
-        elif line_text := (line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line).strip():
-            yield offset, line_number, line_text
+        else:
+            if offset == 0 and line.startswith(BYTE_ORDER_MARK):
+                line = line[len(BYTE_ORDER_MARK) :]
+            if line := _strip(line):
+                yield offset, line_number, line
         offset += size
         line_number = None if line_number is None else line_number + 1
 
@@ -182,12 +188,21 @@ def _read_line(file: BinaryIO, most: int) -> bytes | bytearray:
     return whole
 
 
-def _skip_line(file: BinaryIO) -> int:
-    """Bytes up to and including the next line end."""
+def _strip(line: bytes | bytearray) -> bytes | bytearray:
+    """line.strip(), but a long line, which is a bytearray, loses its end without a copy."""
+    for end in (b"\n", b"\r"):
+        if isinstance(line, bytearray) and line.endswith(end):
+            line.pop()
+    return line.strip() if line[:1].isspace() or line[-1:].isspace() else line
+
+
+def _skip_line(file: BinaryIO, most: int | None = None) -> int:
+    """Bytes up to and including the next line end, or `most` of them, or the rest of the file."""
     size = 0
-    while chunk := file.readline(1 << 24):
+    while most is None or size < most:
+        chunk = file.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - size))
         size += len(chunk)
-        if chunk.endswith(b"\n"):
+        if not chunk or chunk.endswith(b"\n"):
             break
     return size
 

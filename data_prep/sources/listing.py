@@ -171,6 +171,9 @@ def _list_remote(path: str, include: Sequence[str]) -> Iterator[tuple[str, int]]
                 p: found[p] for p in _known_remote(list(found), include, partial(read_small, fs))
             }
         sizes = {p: int(info["size"]) for p, info in found.items() if info["type"] == "file"}
+        # To open a file, fsspec looks through its folder's listing: for 10^5 inputs 10^10 names.
+        # Without one it asks the server for the file, as it does in every other process.
+        fs.invalidate_cache()
     except (ConfigError, DataError):
         raise
     except Exception as error:  # every fsspec file system raises its own

@@ -328,6 +328,7 @@ def is_disputed(text: str) -> bool:
 
 
 def _is_disputed(text: str) -> bool:
+    """is_disputed of a slice."""
     if text.isascii():
         return False
     # CPython stores a text with code points above U+FFFF in four bytes a character; others need no

@@ -113,6 +113,17 @@ def test_a_line_of_many_values_is_too_large(tmp_path, monkeypatch):
     assert [(r["line"], r["reason"]) for r in found.rows] == [(1, "too_large")]
 
 
+def test_a_piece_within_a_huge_line_is_not_read_beyond_its_end():
+    """A line of 1 GB lies in many pieces: read to its end by each, it took the square of its size."""
+    file, found = io.BytesIO(b"x" * 1000 + b"\n[]\n"), Rejects(OnError.fail)
+    for start, stop in [(1, 100), (100, 999), (999, 1000), (999, 1001)]:
+        piece = pieces.Piece("a.jsonl", 1004, start, stop)
+        assert not list(lines.read_lines(file, piece, InputConfig(), found)) and file.tell() == stop
+    for start, stop in [(1001, 1004), (1001, 1002), (999, 1002), (500, 1003)]:
+        piece = pieces.Piece("a.jsonl", 1004, start, stop)
+        assert list(lines.read_lines(file, piece, InputConfig(), found)) == [(1001, None, b"[]")]
+
+
 @pytest.mark.parametrize("end", [b"\n", b""])
 def test_a_line_of_many_blocks_is_read_as_it_is(tmp_path, monkeypatch, end):
     """It grows where it is, and stops at the limit; the next line begins behind it."""

@@ -16,6 +16,7 @@ from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
+from pipeline.remote import connect
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.s3_server import s3_server
 
@@ -59,6 +60,13 @@ def test_s3_files_are_cut_by_byte_ranges(bucket):
     cfg = InputConfig(input=f"{bucket}/web/a.jsonl", unit_mb=0.001)
     assert len(find_units(cfg)) > 3
     assert read(f"{bucket}/web/a.jsonl", unit_mb=0.001) == TEXTS[:40]
+
+
+@pytest.mark.parametrize("place", ["web", "web/*.jsonl"])
+def test_no_listing_is_kept_for_opening_to_search(bucket, place):
+    """fsspec looks for a file it opens through all names of its folder: n inputs took n squared."""
+    assert find_units(InputConfig(input=f"{bucket}/{place}"))
+    assert len(connect(bucket)[0].dircache) == 0
 
 
 def test_a_missing_s3_place_is_named(bucket):
