@@ -99,9 +99,18 @@ def uneven() -> list[dict[str, Tensor]]:
     return steps
 
 
-def train_uneven(configs: list[Any]) -> list[Any]:
+def train_uneven(configs: list[Any], fault: bool = False) -> list[Any]:
+    """Histories of the uneven steps; fault: each rank takes the mean over its own learned tokens."""
+    from pipeline.engine import engine
     from tests.support.layouts import train
 
+    if fault:
+
+        def own_mean(batches: list[Any], layout: Any) -> tuple[list[Tensor], Tensor]:
+            masks = [batch.loss_mask for batch in batches]
+            return masks, torch.stack(masks).sum() * layout.data.size
+
+        engine.loss_masks = own_mean
     return [train(cfg, uneven())["history"] for cfg in configs]
 
 
@@ -114,3 +123,5 @@ def test_ranks_with_5_and_1_learned_tokens_give_the_gradient_of_their_batch() ->
     )[0]  # fmt: skip
     for history in found:
         assert np.allclose(history, one, rtol=1e-5)
+    (wrong,) = run_on_ranks(train_uneven, 2, [config(zero=1, **kind)], True)[0]
+    assert not np.allclose(wrong[0], one[0], rtol=1e-2)
