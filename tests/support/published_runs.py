@@ -1,6 +1,7 @@
 """Published training throughput, with what the plan's formula makes of it.
 
     published_runs() --> PublishedRun --predicted--> the published number as step_time.py has it
+    python -m tests.support.published_runs > docs/plan-rows.md      the table, after a change of the formula
 
 Rows marked `fitted` were looked at when a constant of the formula or of conf/devices/ was chosen;
 the others were not. Layouts that a source leaves open are marked in its comment.
@@ -9,6 +10,7 @@ the others were not. Layouts that a source leaves open are marked in its comment
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,3 +230,54 @@ def _llama_3() -> Iterator[PublishedRun]:
         unit="MFU", fitted=True, seq_len=8192, vocab=128256, tensor=8, pipeline=16,
         sequence_parallel=True, is_llama=True, practice=Practice(chunks_per_stage=4),
     )  # fmt: skip
+
+
+# ---- the tables of docs/ -------------------------------------------------------------------------
+
+HEAD = """# Published runs and the plan's formula, row by row
+
+Every row that `tests/support/published_runs.py` has; a test keeps this table and the formula together. Errors are of speed:
++10 % means that the formula is 10 % faster than the run was. **fitted**: a constant was chosen with this row in sight;
+**held out**: none was. [The plan](plan.md) has the summary and the sources' addresses.
+
+Layout is devices = data x pipeline x tensor parallel. Units: tokens/s of a device, s a step, TFLOP/s of a device with
+recomputed work counted, MFU.
+
+| source | run | device | layout | sequence | micro-batch | recompute | | published | formula | error |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+SHORT = {
+    FOUNDRY: "llm-foundry", TITAN: "torchtitan", TITAN_A100: "torchtitan", SC21: SC21,
+    MLSYS23: MLSYS23, LLAMA3: LLAMA3,
+}  # fmt: skip
+
+
+def rows_page() -> str:
+    """docs/plan-rows.md, as it must be."""
+    return HEAD + "\n".join(_row(run) for run in published_runs()) + "\n"
+
+
+def _row(run: PublishedRun) -> str:
+    layout = f"{run.world_size} = {run.world_size // run.tensor // run.pipeline} x {run.pipeline} x {run.tensor}"
+    return (
+        f"| {SHORT[run.source]} | {run.name} | {run.device} | {layout} | {run.seq_len:,} | {run.micro} | "
+        f"{run.recompute.name} | {'fitted' if run.fitted else 'held out'} | "
+        f"{run.published:,.5g} {run.unit} | {run.predicted():,.3g} | {run.speed_error:+.0%} |"
+    )
+
+
+def summary_rows() -> list[str]:
+    """The table of docs/plan.md, as it must be."""
+    groups: dict[tuple[str, str, bool], list[float]] = {}
+    for run in published_runs():
+        key = (SHORT[run.source], run.device, run.fitted)
+        groups.setdefault(key, []).append(run.speed_error)
+    return [
+        f"| {source} | {device} | {'fitted' if fitted else '**held out**'} | {len(errors)} | "
+        f"{statistics.median(errors):+.0%} | {min(errors):+.0%} to {max(errors):+.0%} |"
+        for (source, device, fitted), errors in groups.items()
+    ]
+
+
+if __name__ == "__main__":
+    print(rows_page(), end="")
