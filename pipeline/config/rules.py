@@ -10,7 +10,6 @@ not GPU hours.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import unicodedata
@@ -22,6 +21,7 @@ from pipeline.config.choices import Decay, Recompute
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import ModelConfig
+from pipeline.config.number_rules import broken_numbers
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.step_shape import (
@@ -36,26 +36,6 @@ from pipeline.errors import ConfigError
 
 Rule = tuple[Iterator[str], set[str], str]
 """A rule, what it needs to be right, and what is not known where it is broken or left out."""
-# Least legal value of a number of a run or an evaluation; null is legal where the field allows it.
-LEAST = {
-    1: """parallel.tensor_parallel_size parallel.pipeline_parallel_size training.total_steps
-        training.total_tokens training.seq_len training.global_batch_size
-        training.micro_batch_size training.recompute_every schedule.decay_steps
-        tracking.log_every checkpoint.max_failed_saves seq_len micro_batch_size""",
-    0: """finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay
-        optimizer.clip_grad schedule.min_lr
-        schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
-        training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
-        checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
-        sequences""",
-}
-# The model's own first: they are asked of models from outside too.
-LEAST = {
-    least: " ".join([*(f"model.{key}" for key in model_rules.LEAST[least].split()), keys])
-    for least, keys in LEAST.items()
-}
-
-
 MOST_NAME_BYTES = 255
 """Of a file's name, on every file system that matters."""
 # What several rules need to be right.
@@ -206,29 +186,6 @@ def _broken(rules: Iterable[Rule], settings: Mapping[str, Any]) -> Iterator[str]
         if found or needs & broken:
             broken.add(gives)
         yield from found
-
-
-def broken_numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) of every number that is illegal whatever the others are.
-
-    Args:
-        settings: section, or number without one, by name; others are not asked about.
-    """
-    for least, keys in LEAST.items():
-        for key in keys.split():
-            first, *rest = key.split(".")
-            if first not in settings:
-                continue
-            value = functools.reduce(getattr, rest, settings[first])
-            if value is not None and not least <= value < math.inf:
-                yield key, f"{key} ({value}) must be at least {least}."
-    training: TrainingConfig | None = settings.get("training")
-    for index, stage in enumerate(training.ramp if training else []):
-        for name in ("until_step", "global_batch_size", "seq_len"):
-            value = getattr(stage, name)
-            if value is not None and value < 1:
-                key = f"training.ramp[{index}].{name}"
-                yield "ramp", f"{key} ({value}) must be at least 1."
 
 
 def recompute(training: TrainingConfig) -> Iterator[str]:

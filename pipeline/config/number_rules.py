@@ -1,0 +1,75 @@
+"""Numbers that are illegal whatever the others are; see `rules`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import model_rules
+
+if TYPE_CHECKING:
+    from pipeline.config.training import TrainingConfig
+
+# Least legal value of a number of a run or an evaluation; null is legal where the field allows it.
+LEAST = {
+    1: """parallel.tensor_parallel_size parallel.pipeline_parallel_size training.total_steps
+        training.total_tokens training.seq_len training.global_batch_size
+        training.micro_batch_size training.recompute_every schedule.decay_steps
+        tracking.log_every checkpoint.max_failed_saves resilience.spike_window seq_len
+        micro_batch_size""",
+    0: """finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay
+        optimizer.clip_grad optimizer.beta1 optimizer.beta2 schedule.min_lr
+        schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
+        training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
+        checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
+        resilience.max_bad_steps resilience.spike_sigmas resilience.straggler_ratio sequences""",
+}
+ABOVE_0 = "resilience.collective_timeout_s tracking.peak_tflops"
+BELOW_1 = "optimizer.beta1 optimizer.beta2"
+
+
+def _with_models(keys: str, of_models: str) -> str:
+    """The model's own first: they are asked of models from outside too."""
+    return " ".join([*(f"model.{key}" for key in of_models.split()), keys])
+
+
+LEAST = {least: _with_models(keys, model_rules.LEAST[least]) for least, keys in LEAST.items()}
+ABOVE_0 = _with_models(ABOVE_0, model_rules.ABOVE_0)
+BELOW_1 = _with_models(BELOW_1, model_rules.BELOW_1)
+
+
+def broken_numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of every number that is illegal whatever the others are.
+
+    Args:
+        settings: section, or number without one, by name; others are not asked about.
+    """
+    for least, keys in LEAST.items():
+        for key, value in _values(settings, keys):
+            if not least <= value < math.inf:
+                yield key, f"{key} ({value}) must be at least {least}."
+    for key, value in _values(settings, ABOVE_0):
+        if not 0 < value < math.inf:
+            yield key, f"{key} ({value}) must be above 0."
+    for key, value in _values(settings, BELOW_1):
+        if value >= 1:
+            yield key, f"{key} ({value}) must be below 1."
+    training: TrainingConfig | None = settings.get("training")
+    for index, stage in enumerate(training.ramp if training else []):
+        for name in ("until_step", "global_batch_size", "seq_len"):
+            value = getattr(stage, name)
+            if value is not None and value < 1:
+                key = f"training.ramp[{index}].{name}"
+                yield "ramp", f"{key} ({value}) must be at least 1."
+
+
+def _values(settings: Mapping[str, Any], keys: str) -> Iterator[tuple[str, float]]:
+    """(key, value) of those that are there and not null."""
+    for key in keys.split():
+        first, *rest = key.split(".")
+        if first in settings:
+            value = functools.reduce(getattr, rest, settings[first])
+            if value is not None:
+                yield key, value
