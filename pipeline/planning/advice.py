@@ -20,7 +20,7 @@ from pipeline.planning.plan import Plan
 from pipeline.planning.search import Layout, legal_shape
 
 MOST_CHANGES = 5
-# What speeds are compared by where the device is not known: its memory counts for nothing then.
+# Stands in for a device that is not known: neither its memory nor its speed is said then.
 STAND_IN = "h100"
 
 
@@ -44,16 +44,11 @@ def advice(cfg: PretrainConfig, shape: RunShape, device: Device | None) -> str:
     else:
         found = lower_changes(cfg, shape, now)
         lines += ["settings that lower it:"] if found else []
-    return "\n".join([*lines, *(f"  {line}" for line in change_lines(found, now))])
-
-
-def change_lines(found: list[Layout], now: Plan) -> list[str]:
-    """One line a change: the setting, its need, its speed beside the present one."""
-    return [
-        f"{layout.settings}: {layout.plan.worst.total / GIB:.1f} GiB, "
-        f"{layout.plan.tokens_per_s / now.tokens_per_s - 1:+.0%} tokens/s"
-        for layout in found[:MOST_CHANGES]
-    ]
+    for layout in found[:MOST_CHANGES]:
+        speed = f", {layout.plan.tokens_per_s / now.tokens_per_s - 1:+.0%} tokens/s"
+        need = f"  {layout.settings}: {layout.plan.worst.total / GIB:.1f} GiB"
+        lines.append(need + (speed if device is not None else ""))
+    return "\n".join(lines)
 
 
 def fitting_changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> list[Layout]:

@@ -33,8 +33,8 @@ def whole_hidden_bytes(job: Job) -> float:
 def block_bytes(job: Job) -> float:
     """What a block keeps: its input, the residual sum, norms' outputs, attention and MLP.
 
-    A GPT-3 block keeps 16 H numbers a token and 34 - 2 bytes of H of Korthikanti et al. 2022
-    (arXiv:2205.05198, section 4), less their dropout masks: flash attention keeps no scores.
+    A GPT-3 block keeps 16 H numbers a token: the 34 bytes of H of Korthikanti et al. 2022
+    (arXiv:2205.05198, section 4) less 2 of dropout masks; flash attention keeps no scores.
     """
     model = job.model
     sums = 1 if model.parallel_residual else 2  # block input, and the sum between its halves

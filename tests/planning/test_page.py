@@ -25,6 +25,9 @@ def test_the_page_has_its_three_pictures_and_needs_no_other_file():
     assert len(time.findall("rect")) == sum(s > 0 for s in plan.time.by_cause.values())
     assert len(speed.findall("circle")) == len(list(speeds(cfg, plan)))
     assert len(plan.time.by_cause) <= len(COLOURS)
+    for rect in [*memory.findall("rect"), *time.findall("rect")]:
+        x, y, width, height = (float(rect.attrib[k]) for k in ("x", "y", "width", "height"))
+        assert x >= 0 and y >= 0 and x + width <= 860.2 and y + height <= 260.2
 
 
 def test_speed_is_shown_where_the_rules_allow_it():
