@@ -1,4 +1,5 @@
 # quickstart  data, training, evaluation, a sample and curves on this machine's CPU, in minutes
+# talk        the quickstart's model learns to answer: dialogues, training, answers with base rates, a chat
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
 # soak        hours of faults and restarts, the table of tests/campaign.py into campaign.md
@@ -7,10 +8,13 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 # DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
 INSTALL = DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-all check bench soak
+.PHONY: quickstart talk test test-all check bench soak
 
 quickstart: .venv/core
 	launch/quickstart.sh
+
+talk: .venv/talk
+	launch/talk.sh
 
 test: .venv/dev
 	$(PYTEST) -m "not slow"
@@ -36,6 +40,10 @@ soak: .venv/dev
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes a few minutes"
 	$(INSTALL) -e ".[hf]"
+	@touch $@
+
+.venv/talk: .venv/core
+	$(INSTALL) -e ".[hf,answers,talk]"
 	@touch $@
 
 .venv/dev: .venv/core

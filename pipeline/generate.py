@@ -76,6 +76,8 @@ def _talk(sampler: TextSampler) -> None:
     """A dialogue on the terminal; the model sees all of it, or as many last turns as fit."""
     messages: list[dict[str, str]] = []
     for said in _typed_prompts():
+        if not sys.stdin.isatty():  # nobody typed it here: what was asked stands beside the answer
+            sys.stdout.write(said + "\n")
         messages.append({"role": "user", "content": said})
         (answer,) = sampler.answer([messages], on_text=_show)
         sys.stdout.write("\n")

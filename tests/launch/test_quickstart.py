@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.recipe import copy_repository, programs, run_recipe
+
 SMALL = [
     "training.total_steps=4",
     "schedule.warmup_steps=1",
@@ -20,23 +14,13 @@ SMALL = [
 ]
 
 
-def quickstart(folder: Path, *settings: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.pop("PYTHONPATH", None)
-    command = [folder / "launch" / "quickstart.sh", *SMALL, *settings]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-
-
 @pytest.mark.slow
 def test_quickstart_makes_a_gpt_and_reuses_it(tmp_path):
     """The first thing a user runs; the second run must not train again."""
-    for name in ("conf", "data_prep", "launch", "pipeline"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    first = quickstart(tmp_path)
+    copy_repository(tmp_path)
+    first = run_recipe(tmp_path, "quickstart", *SMALL)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
-    commands = re.findall(r"^\$ (.+)", first.stdout, re.MULTILINE)
-    modules = [re.search(r"(?:-m |data_prep/|launch/)([\w.]+)", command)[1] for command in commands]
-    assert modules == [
+    assert programs(first.stdout) == [
         "data_prep.train_tokenizer", "tokenize.py", "data_prep.verify", "local.sh",
         "pipeline.evaluate", "pipeline.generate", "pipeline.report",
     ]  # fmt: skip
@@ -56,7 +40,7 @@ def test_quickstart_makes_a_gpt_and_reuses_it(tmp_path):
     assert (run / "report" / "index.html").exists()
     checkpoint = (run / "checkpoints" / "latest").read_text()
 
-    second = quickstart(tmp_path)
+    second = run_recipe(tmp_path, "quickstart", *SMALL)
     assert second.returncode == 0, second.stderr[-2000:]
     assert "local.sh" not in second.stdout
     assert "tokenize.py" not in second.stdout
