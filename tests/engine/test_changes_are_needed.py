@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +67,7 @@ def test_leaving_a_change_out_turns_its_proof_red() -> None:
     )
     proofs |= {name: streams for name in ON_CUDA}
     assert len(proofs) > 10
-    assert [key for key, proof in sorted(proofs.items()) if passes_without(key, proof)] == []
+    keys = sorted(proofs)
+    with ThreadPoolExecutor(3) as pool:  # a proof that hangs takes no time of a core
+        passed = list(pool.map(passes_without, keys, [proofs[key] for key in keys]))
+    assert [key for key, is_green in zip(keys, passed) if is_green] == []

@@ -28,6 +28,7 @@ FAST: dict[int, list[Case]] = {
         dict(model="modern", tp=2, sp=True, masked=True, **NORMS),
         dict(model="gpt2", tp=2, zero=3, **LORA),
         dict(model="gpt2", pp=2, **LORA),
+        dict(model="gpt2", pp=2, precision="bf16", **LORA),  # its tied weight is frozen
         dict(model="modern", zero=2, **LAST),
         dict(model="gpt2", tp=2, train="*.bias *.position.*"),
     ],

@@ -3,8 +3,8 @@
 DeepSpeed clears the sums twice a step, turns each bf16 gradient into an fp32 copy before it adds
 it, and reduces them after the backward pass, through a copy. Here the first gradient of a step is
 written over the old sum and later ones are added as they are; a sum is cleared only where a
-parameter got no gradient (an expert that saw no token); and in the last micro-batch a bucket of
-sums is reduced in place as soon as its last gradient is there. The numbers are the same;
+parameter got no gradient (a part of the model that a step passed by); and in the last micro-batch a
+bucket of sums is reduced in place as soon as its last gradient is there. The numbers are the same;
 benchmarks/train_step.py: 2 % of a step of 124 M parameters, on one rank.
 """
 
@@ -76,7 +76,8 @@ def sum_in_place(optimizer: Any, reduction: Reduction | None) -> None:
         "backward_epilogue",
         clear_what_is_left,
         why="does not know that a sum without a gradient still holds the last step's",
-        proof="tests/engine/deepspeed/test_bf16_sums.py::test_losses_and_norms_are_deepspeeds_own[moe]",
+        proof="tests/engine/deepspeed/test_bf16_sums.py::"
+        "test_losses_and_norms_are_deepspeeds_own[a layer passed by]",
     )
 
 

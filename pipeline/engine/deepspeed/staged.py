@@ -186,6 +186,11 @@ class _Staged(PipelineModule):
         super().__init__(specs, **kwargs)
         self.schema = schema
 
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+        """Without frozen weights: they have no gradient to reduce, and in bf16 no place for one."""
+        tied = super().get_tied_weights_and_groups()
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
+
     def _partition_layers(self, method: str = "") -> None:
         self.parts = partition(self._costs, self.num_stages)
         stage = self._topo.get_coord(self.global_rank).pipe
