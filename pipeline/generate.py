@@ -14,6 +14,7 @@ computes the whole prefix for every token.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,15 @@ from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sample
 def main(cfg: GenerateConfig) -> int:
     """Print continuations of every prompt."""
     log.setup()
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
         raise ConfigError(
             f"temperature ({cfg.temperature}) and top_k ({cfg.top_k}) must be at least 0, "
             f"top_p ({cfg.top_p}) in (0, 1]."
+        )
+    if min(cfg.num_samples, cfg.batch_size, cfg.max_new_tokens) < 1:
+        raise ConfigError(
+            f"num_samples ({cfg.num_samples}), batch_size ({cfg.batch_size}) and max_new_tokens "
+            f"({cfg.max_new_tokens}) must be at least 1."
         )
     import torch
 

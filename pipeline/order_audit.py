@@ -46,6 +46,11 @@ class AuditConfig(PretrainConfig):
 def main(cfg: AuditConfig) -> int:
     """Print each step's hash and the verdict; 1 when layouts part."""
     log.setup()
+    if cfg.steps < 1 or cfg.start < 0 or not cfg.layouts:
+        raise ConfigError(
+            f"steps ({cfg.steps}) must be at least 1, start ({cfg.start}) at least 0, and layouts "
+            "name one at least: nothing would be compared, and found equal."
+        )
     layouts = [_parse(layout) for layout in cfg.layouts]
     with tempfile.TemporaryDirectory() as scratch:
         datasets = open_datasets(

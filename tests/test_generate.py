@@ -73,8 +73,14 @@ def test_stop_string_ends_the_text(checkpoints: Path) -> None:
     assert cut == whole[: whole.index(stop, len(gpt2["prompt"]))] + "\n"
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1},
+        {"num_samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     """Before anything is loaded."""
-    with pytest.raises(ConfigError, match="must be at least 0"):
+    with pytest.raises(ConfigError, match="must be at least [01]"):
         main(GenerateConfig(checkpoint="nowhere", **wrong))

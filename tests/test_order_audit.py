@@ -91,6 +91,12 @@ def test_a_layout_that_is_no_layout_is_refused(data):
         main(composed(data, "layouts=['4']"))
 
 
+@pytest.mark.parametrize("words", ["steps=0", "start=-1", "layouts=[]"])
+def test_nothing_is_not_found_equal(data, words):
+    with pytest.raises(ConfigError, match="nothing would be compared"):
+        main(composed(data, words))
+
+
 def test_the_audit_imports_no_torch(data):
     code = f"import sys; sys.argv=['audit','data.path={data}','steps=2','quiet=true','training.seq_len=16']\n"
     code += (
