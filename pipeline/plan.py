@@ -24,6 +24,7 @@ from pipeline.files import write_durably
 from pipeline.planning import advice, page, table
 from pipeline.planning.devices import load_device
 from pipeline.planning.job import Job
+from pipeline.planning.memory import GIB
 from pipeline.planning.plan import Plan
 from pipeline.planning.search import search
 
@@ -49,6 +50,12 @@ class PlanConfig(PretrainConfig):
     """Rank every legal layout on these devices."""
     page: str | None = None
     """Write the plan as a page with pictures to this file."""
+    dry_run: bool = False
+    """Rehearse one rank on a device that computes nothing, and compare its memory with the plan's;
+    10 s and a C++ compiler.
+    """
+    rank: int = 0
+    """Of dry_run: the global rank that is rehearsed."""
 
 
 def main(cfg: PlanConfig) -> None:
@@ -71,12 +78,14 @@ def main(cfg: PlanConfig) -> None:
             row_tokens=data.row_tokens if data else None,
         )
     except ConfigError as error:
-        if not cfg.search or cfg.page:
+        if not cfg.search or cfg.page or cfg.dry_run:
             raise
         lines += [f"as it is set it would not start: {error}", ""]
     else:
         plan = Plan(Job.of(cfg, shape), device)
         lines += _plan_lines(cfg, plan, data)
+        if cfg.dry_run:
+            lines += [*_rehearsal_lines(cfg, plan, vocab_size), ""]
     if cfg.search:
         found = search(cfg, device, world_size=cfg.world_size, vocab_size=vocab_size)
         lines += table.layout_lines(*found)
@@ -97,6 +106,32 @@ def _plan_lines(cfg: PlanConfig, plan: Plan, data: DataSummary | None) -> Iterat
         yield ""
         yield from advice.advice(cfg, plan.job.shape, plan.device).splitlines()[1:]
     yield ""
+
+
+def _rehearsal_lines(cfg: PlanConfig, plan: Plan, vocab_size: int) -> Iterator[str]:
+    """What one rank did on a device that computes nothing: its memory beside the plan's count."""
+    from pipeline.rehearsal.dry_run import rehearse
+
+    report = rehearse(
+        cfg, rank=cfg.rank, world_size=cfg.world_size, tokenizer_vocab_size=vocab_size
+    )
+    peak = report.step_peak_bytes[-1]
+    planned = plan.memory[report.pipeline_rank].tensors
+    yield (
+        f"rehearsed rank {report.rank} (data {report.data_rank}, pipeline {report.pipeline_rank}, "
+        f"tensor {report.tensor_rank}): all on {', '.join(report.devices)}"
+    )
+    yield (
+        f"  {peak / GIB:.2f} GiB of tensors at its peak, {planned / GIB:.2f} planned "
+        f"({planned / peak - 1:+.1%}); the host reads {sum(report.host_reads.values())} numbers "
+        "back in a step"
+    )
+    yield f"  a step of {report.num_micro_batches} micro-batches sends"
+    for sent in report.collectives:
+        yield (
+            f"  {sent.count:6d} {sent.operation} of {sent.dtype} over {sent.group}: "
+            f"{sent.num_bytes / GIB:.3f} GiB"
+        )
 
 
 def _read_data(cfg: PlanConfig) -> tuple[PlanConfig, DataSummary | None]:

@@ -13,6 +13,7 @@ import pytest
 from pipeline import cli
 from pipeline.errors import ConfigError
 from pipeline.plan import PlanConfig, main
+from pipeline.rehearsal import fake_cuda
 from tests.support.token_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,3 +77,16 @@ def test_the_command_is_there_at_once_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1.5, time.perf_counter() - start
+
+
+@pytest.mark.skipif(fake_cuda.compiler() is None, reason="no C++ compiler")
+def test_a_rank_of_a_large_job_is_rehearsed_beside_its_plan(capsys):
+    """Rank 700 of 1,024: the stage, the memory, what it sends."""
+    out = plan(capsys, "model=tiny", "world_size=1024", "dry_run=true", "rank=700",
+               "parallel.pipeline_parallel_size=2", "training.global_batch_size=2048",
+               "training.micro_batch_size=1", "training.total_steps=200")  # fmt: skip
+    assert "rehearsed rank 700 (data 188, pipeline 1, tensor 0): all on cuda:0" in out
+    assert (
+        "the host reads 0 numbers back in a step" in out
+        and " allreduce of float32 over data" in out
+    )

@@ -25,6 +25,7 @@ from unittest import mock
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.ranks import Ranks
 from pipeline.rehearsal.dry_run import Collective, Report, Request
+from pipeline.rehearsal.fused_kernels import stand_in_for_fused_kernels
 
 DEVICES_OF_A_NODE = 8
 
@@ -51,6 +52,7 @@ def _rehearse(request: Request) -> Report:
     layout = _connect(request)
     kernels: dict[str, int] = {}
     fake_cuda.stand_in_for_attention(lambda name: kernels.update({name: kernels.get(name, 0) + 1}))
+    stand_in_for_fused_kernels()
     from pipeline.rehearsal.watch import Watch
     from pipeline.training.build import build_engine
 
