@@ -20,6 +20,7 @@ BENCHMARKS = {
     "tokenize": [],
     "loader": [],
     "train_step": ["--rounds", "4"],
+    "finetune": ["--rounds", "4"],
     "checkpoint": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }

@@ -55,7 +55,8 @@ class LowRank:
         narrow = F.linear(x, self.lora_a)
         if self.tp_group.size() > 1:
             narrow = self.exchange(narrow)
-        return F.linear(narrow, self.lora_b) * self.lora_scale
+        # Scaled where it is narrow: behind B that would be a pass over the whole output, twice.
+        return F.linear(narrow * self.lora_scale, self.lora_b)
 
     def exchange(self, narrow: Tensor) -> Tensor:
         """A x, whole, where B needs it."""
