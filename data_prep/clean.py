@@ -12,7 +12,6 @@ the steps.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +19,9 @@ from typing import Any, TypeVar
 from data_prep.cleaning.filters import check_packages
 from data_prep.cleaning.job import REPORT, job_facts, run_passes
 from data_prep.cleaning.recipes import Recipe, passes
-from data_prep.cleaning.report import table, write
+from data_prep.cleaning.report import SHAPE, table, write
 from data_prep.cleaning.stages import Plan
-from data_prep.jobs import JobConfig, close_job, open_job
+from data_prep.jobs import JobConfig, close_job, open_job, read_own
 from data_prep.sources.inputs import InputConfig, find_units
 from pipeline import cli, log
 
@@ -63,7 +62,7 @@ def main(cfg: CleanConfig) -> None:
         if not report.exists():
             raise
         close_job(plan.output)
-    print(table(json.loads(report.read_bytes())))
+    print(table(read_own(report, SHAPE)))
     print(
         f"{plan.output / 'documents'}: the documents that stayed; {plan.output / 'dropped'}: the "
         "others, with reasons."

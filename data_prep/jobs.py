@@ -32,14 +32,17 @@ from typing import Any
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from pipeline.errors import ConfigError, MachineError
-from pipeline.files import create_durably, write_durably
+from pipeline.errors import ConfigError, DataError, MachineError
+from pipeline.files import create_durably, parse_json, read_file, write_durably
 from pipeline.log import logger
 from pipeline.redaction import redact
+from pipeline.shapes import misfits
 
 ROOT = str(Path(__file__).resolve().parents[1])
 JOB_FILE = "job.json"
 WORK_FOLDER = ".work"
+MOST_BYTES = 1 << 32
+"""Of a marker: it has a row of 300 bytes for each MiB of tokens."""
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -79,7 +82,7 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
         # The first task wins; what a kill leaves goes with the work folder.
         data = content.encode("utf-8", "backslashreplace")
         create_durably(output / JOB_FILE, data, scratch=output / WORK_FOLDER)
-    found = json.loads((output / JOB_FILE).read_bytes())
+    found = read_own(output / JOB_FILE, dict)
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differ:
@@ -91,6 +94,32 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
             f"{output} holds the result, whole or in part, of another job: {changes}. Mixing them "
             f"is refused: give another output=..., or remove {output}."
         )
+
+
+def read_own(path: Path, shape: Any) -> Any:
+    """What a job wrote into its folder as JSON.
+
+    Args:
+        path: of the file; it has no link in its place.
+        shape: see pipeline.shapes.
+
+    Raises:
+        FileNotFoundError: it is gone: another task has finished the job.
+        DataError: it is not as a job writes it.
+    """
+    try:
+        content = parse_json(read_file(path, most=MOST_BYTES, inside=path.parent))
+        problem = next(misfits(content, shape), "")
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            raise
+        problem = str(error)
+    if problem:
+        raise DataError(
+            f"{path} is not what a job wrote there: {problem}. Was the folder changed? Remove it, "
+            "and prepare the data again."
+        )
+    return content
 
 
 def close_job(output: Path) -> None:
@@ -233,9 +262,9 @@ def marked(work: Path) -> set[int]:
     return {int(p.stem) for p in work.glob("*.json") if p.stem.isdecimal()}
 
 
-def read_markers(work: Path, count: int) -> list[dict[str, Any]]:
-    """Results of all units, in order."""
-    return [json.loads(marker_path(work, i).read_bytes()) for i in range(count)]
+def read_markers(work: Path, count: int, shape: Any = dict) -> list[dict[str, Any]]:
+    """Results of all units, in order; see read_own."""
+    return [read_own(marker_path(work, i), shape) for i in range(count)]
 
 
 def task_of(job: JobConfig) -> tuple[int, int]:

@@ -19,6 +19,23 @@ HIDDEN = "***"
 LEAST_CHARACTERS = 8
 """A shorter value of a variable is a switch (`false`, `1`), not a secret."""
 
+# What secrets are called; nobody else lists such words.
+SURE = ("password", "passwd", "passphrase", "secret", "credential", "signature")
+"""Whatever has such a name is one."""
+UNSURE = {"key": "api access", "token": "auth access session security bearer hf"}
+"""So is, as a part of a variable's name or of an address, what has one of these; in a text there
+are other keys and tokens, and one of the words beside it must stand in front.
+"""
+SIGNING = ("sig", "auth", "expires")
+"""Names in an address that is signed: what stands there changes from hour to hour."""
+
+
+def _spelt(words: Mapping[str, str]) -> str:
+    """An expression for each word behind one of its others: api_key, access-key-id."""
+    others = {word: "|".join(before.split()) for word, before in words.items()}
+    return "|".join(rf"(?:{before})[_-]?{word} (?:[_-]?id)?" for word, before in others.items())
+
+
 # Between :// and the first /, ? or blank, everything before the last @.
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
 # On the web a ? begins a query. Elsewhere (s3://bucket/part-?.jsonl) it may be a glob, so there
@@ -27,9 +44,8 @@ _WEB_QUERY = re.compile(r"(https?://[^\s?#\"'<>]*[?#])[^\s\"'<>|,)\]}]+", re.IGN
 _QUERY = re.compile(r"(\w+://[^\s?\"'<>]*\?)[\w.%~-]+=[^\s\"'<>|,)\]}]*")
 # A key with its name in front, as errors of clients and servers quote it.
 _NAMED = re.compile(
-    r"""(?ix) (?P<name> \b [\w-]* (?: passw(?:or)?d | passphrase | secret | api[_-]?key
-        | access[_-]?key (?:[_-]?id)? | (?:auth|access|session|security|bearer|hf)[_-]?token
-        | signature | credential ) \b ["']? \s* [=:] \s* ["']? ) (?P<value> [^\s"'&,;)\]}]{4,} )"""
+    rf"""(?ix) (?P<name> \b [\w-]* (?: {"|".join(SURE)} | {_spelt(UNSURE)} ) \b ["']? \s* [=:] \s*
+        ["']? ) (?P<value> [^\s"'&,;)\]}}]{{4,}} )"""
 )
 _BEARER = re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}")
 # Keys that are known by their form: Hugging Face, AWS, GitHub, OpenAI, Google, W&B.
@@ -37,10 +53,9 @@ _FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bsk-[A-Za-z0-9_-]{20,}|\bAIza[\w-]{30,}|\bwandb_v\d_[A-Za-z0-9_]{20,}"
 )
-# Words of a variable's name that say that its value is one. TOKENIZERS_PARALLELISM has none.
-_SECRET_WORDS = {
-    "KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL",
-}  # fmt: skip
+# Of a variable's name, word for word: TOKENIZERS_PARALLELISM has none.
+_OF_VARIABLES = {word.upper() for word in (*SURE, *UNSURE, "apikey")}
+_OF_QUERIES = re.compile("|".join([*SURE, *UNSURE, *SIGNING]), re.IGNORECASE)
 
 
 def redact(value: T, environment: Mapping[str, str] = os.environ) -> T:
@@ -50,6 +65,11 @@ def redact(value: T, environment: Mapping[str, str] = os.environ) -> T:
     whose name says that they are secret, and what is called a key, password or token.
     """
     return _redact(value, _secrets_of(environment))
+
+
+def is_signed(query: str) -> bool:
+    """Whether an address's query opens or signs something, and does not only name a file."""
+    return _OF_QUERIES.search(query) is not None
 
 
 def _redact(value: Any, secrets: re.Pattern[str] | None) -> Any:
@@ -82,7 +102,7 @@ def _secrets_of(environment: Mapping[str, str]) -> re.Pattern[str] | None:
     values: set[str] = set()
     for name, value in environment.items():
         words = re.split(r"[_\W]+", name.upper())
-        if len(value) >= LEAST_CHARACTERS and not _SECRET_WORDS.isdisjoint(words):
+        if len(value) >= LEAST_CHARACTERS and not _OF_VARIABLES.isdisjoint(words):
             values |= {value, quote(value, safe=""), quote(value)}
     # The longest first: one may begin with another.
     found = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))

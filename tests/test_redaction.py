@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources.pieces import printable
+from pipeline import redaction
 from pipeline.redaction import redact
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.waiting import HANG_S
@@ -183,3 +184,17 @@ def test_files_that_a_query_names_stay_apart():
     assert len(set(names)) == 2 and not any("file=" in name for name in names)
     signed = [printable(f"https://h/a.jsonl?X-Amz-Signature={n}") for n in "12"]
     assert signed == ["https://h/a.jsonl?***"] * 2
+
+
+def test_what_secrets_are_called_stands_in_one_table():
+    """A word that only one of several lists knew was hidden in a log and written into an id."""
+    for word in (*redaction.SURE, *redaction.UNSURE):
+        value = f"planted-{word}"
+        assert value not in redact(f"hello {value}", {f"MY_{word.upper()}": value})
+        assert redaction.is_signed(f"{word}={value}")
+    for word in redaction.SURE:
+        assert redact(f"{word}=planted", {}) == f"{word}=***"
+    for word, before in redaction.UNSURE.items():
+        assert redact(f"{word}=planted", {}) == f"{word}=planted"
+        for first in before.split():
+            assert redact(f"{first}_{word}=planted", {}) == f"{first}_{word}=***"

@@ -10,6 +10,7 @@ import orjson
 
 from data_prep.cleaning.one_pass import Tally
 from pipeline.files import whole_file, write_durably
+from pipeline.shapes import COUNT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,14 @@ def write(folder: Path, tally: Tally, steps: list[str], *, scratch: Path) -> Non
     write_durably(
         folder / "report.json", orjson.dumps(content, option=orjson.OPT_INDENT_2), scratch=scratch
     )
+
+
+_STEP = ("documents_in", "documents_out", "documents_changed", "bytes_in", "bytes_out")
+SHAPE = {
+    "steps": {str: dict.fromkeys(_STEP, COUNT)},
+    "dropped": {str: {"documents": COUNT, "bytes": COUNT}},
+}
+"""Of report.json."""
 
 
 def table(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from data_prep.sources.kinds import Format, format_of
 from data_prep.sources.lines import read_objects
 from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Rejects, text_problem
-from data_prep.sources.tables import open_table
+from data_prep.sources.tables import num_bytes, open_table
 from pipeline.errors import ConfigError
 
 FIELDS = ("messages", "prompt", "completion", "tools")
@@ -70,19 +70,21 @@ def _read_lines(
 def _read_parquet(
     file: BinaryIO, piece: Piece, _: str, cfg: InputConfig, rejects: Rejects
 ) -> Iterator[Talk]:
-    yield from _read_table(Format.parquet, file, piece, rejects)
+    yield from _read_table(Format.parquet, file, piece, cfg, rejects)
 
 
 def _read_arrow(
     file: BinaryIO, piece: Piece, _: str, cfg: InputConfig, rejects: Rejects
 ) -> Iterator[Talk]:
-    yield from _read_table(Format.arrow, file, piece, rejects)
+    yield from _read_table(Format.arrow, file, piece, cfg, rejects)
 
 
 _READERS = {Format.jsonl: _read_lines, Format.parquet: _read_parquet, Format.arrow: _read_arrow}
 
 
-def _read_table(kind: Format, file: BinaryIO, piece: Piece, rejects: Rejects) -> Iterator[Talk]:
+def _read_table(
+    kind: Format, file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects
+) -> Iterator[Talk]:
     """The dialogues of a table's rows; a null field of a struct is a field that is not there."""
     names, batches = open_table(kind, file)
     columns = [name for name in FIELDS if name in names]
@@ -95,8 +97,12 @@ def _read_table(kind: Format, file: BinaryIO, piece: Piece, rejects: Rejects) ->
         for number in range(batch.num_rows):
             place: dict[str, int | None] = {"row": row}
             row += 1
+            one = batch.slice(number, 1)
+            if (size := num_bytes(one)) > cfg.max_document_mb * 4e6:  # a character has 4 at most
+                rejects.add("too_large", piece.path, f"{size} bytes", **place)
+                continue
             try:
-                (record,) = batch.slice(number, 1).to_pylist()
+                (record,) = one.to_pylist()
             except UnicodeDecodeError as error:
                 rejects.add("invalid_utf8", piece.path, str(error), **place)
                 continue

@@ -8,7 +8,6 @@ import hashlib
 import io
 import lzma
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from data_prep.sources.kinds import SEEKING, Format, format_of, is_compressed, name_of
 from pipeline.errors import DataError
 from pipeline.files import open_regular
-from pipeline.redaction import HIDDEN, redact
+from pipeline.redaction import HIDDEN, is_signed, redact
 from pipeline.remote import connect, reason_of
 
 PIECE_BYTES = 1 << 16
@@ -47,10 +46,6 @@ class Piece:
         return printable(self.path)
 
 
-# In a query: it signs or opens, and changes from hour to hour.
-SIGNATURE = re.compile(r"(?i)sig|token|key|credential|secret|passw|auth|expires")
-
-
 @lru_cache(maxsize=1024)
 def printable(path: str) -> str:
     """The path as it may be written: bytes that are no UTF-8 escaped, an address without secrets.
@@ -61,7 +56,7 @@ def printable(path: str) -> str:
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     shown = redact(text, {})
     _, _, query = text.partition("?") if shown.endswith(f"?{HIDDEN}") else ("", "", "")
-    if query and not SIGNATURE.search(query):
+    if query and not is_signed(query):
         shown += f"#{hashlib.sha256(query.encode()).hexdigest()[:8]}"
     return shown
 

@@ -10,12 +10,17 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from data_prep.sources.inputs import InputConfig
 from data_prep.sources.kinds import Format
 from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Damaged, Document, Rejects, accept
 
 ROWS_PER_BATCH, BYTES_PER_BATCH = 256, 1 << 26
+MOST_DEFLATION = 100
+"""Ratio of a column's decompressed to its stored bytes; text has up to 20."""
+_NEXT_INT32, _DICTIONARY_PAGE = 0x15, 2
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # continuation mark, and a length of 0
 
@@ -76,7 +81,7 @@ def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         rows = 0
         for group in range(parquet.num_row_groups):
-            count = _rows_at_a_time(parquet.metadata.row_group(group), columns)
+            count = _rows_at_a_time(file, parquet.metadata.row_group(group), columns)
             for batch in parquet.iter_batches(count, row_groups=[group], columns=list(columns)):
                 rows += batch.num_rows
                 yield batch
@@ -86,12 +91,44 @@ def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
     return parquet.schema_arrow.names, batches
 
 
-def _rows_at_a_time(group: Any, columns: Sequence[str]) -> int:
-    """Rows of a row group that are about BYTES_PER_BATCH, by what its footer says; at most 256."""
+def _rows_at_a_time(file: BinaryIO, group: Any, columns: Sequence[str]) -> int:
+    """Rows of a row group that are about BYTES_PER_BATCH; at most 256.
+
+    A footer tells how large rows are on average. That is no bound where a few are a thousand times
+    as large, which compresses like no text, nor where rows share a large value.
+    """
     chunks = [group.column(i) for i in range(group.num_columns)]
     wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
     size = sum(chunk.total_uncompressed_size for chunk in wanted)
-    return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH * group.num_rows // max(size, 1)))
+    stored = sum(chunk.total_compressed_size for chunk in wanted)
+    if size > max(BYTES_PER_BATCH, MOST_DEFLATION * stored):
+        return 1
+    count = BYTES_PER_BATCH * group.num_rows // max(size, 1)
+    shared = max((_dictionary_bytes(file, chunk) for chunk in wanted), default=0)
+    return max(1, min(ROWS_PER_BATCH, count, BYTES_PER_BATCH // max(shared, 1)))
+
+
+def _dictionary_bytes(file: BinaryIO, chunk: Any) -> int:
+    """Bytes of the values that rows of a column chunk share, of which no row has more; 0: none.
+
+    Its first page says it, in thrift's compact protocol: kind of page, bytes when decompressed.
+    Source: parquet-format, PageHeader.
+    """
+    begin = chunk.data_page_offset
+    if chunk.has_dictionary_page:
+        begin = min(begin, chunk.dictionary_page_offset)
+    file.seek(begin)
+    head = iter(file.read(24))
+    numbers = []
+    for _ in range(2):
+        if next(head, 0) != _NEXT_INT32:
+            return BYTES_PER_BATCH  # nobody knows: a row at a time
+        value, shift, byte = 0, 0, 128
+        while byte & 128:
+            byte = next(head, 0)
+            value, shift = value | (byte & 127) << shift, shift + 7
+        numbers.append(value >> 1)
+    return numbers[1] if numbers[0] == _DICTIONARY_PAGE else 0
 
 
 def slices(batch: Any) -> Iterator[Any]:
@@ -103,6 +140,17 @@ def slices(batch: Any) -> Iterator[Any]:
             part = part.slice(0, part.num_rows // 2)
         yield part
         begin += part.num_rows
+
+
+def num_bytes(row: Any) -> int:
+    """Bytes of a record batch of one row, of values that rows share its own only."""
+    import pyarrow as pa
+
+    columns = (
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in row.columns
+    )
+    return sum(column.nbytes for column in columns)
 
 
 def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:
@@ -120,11 +168,49 @@ def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:
             (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         )
         for batch in parts:
-            yield batch.select(list(columns))
+            chosen = batch.select(list(columns))
+            for column in chosen.columns:
+                check_places(column)
+            yield chosen
         if not is_file:
             check_nothing_follows(file)
 
     return reader.schema.names, batches
+
+
+def check_places(array: Any) -> None:
+    """Refuse an arrow array whose values would lie outside of it: pyarrow reads them as they are.
+
+    Texts that are not UTF-8 pass: each is a reject of its own.
+
+    Raises:
+        pyarrow.ArrowInvalid: a place is wrong, at whatever depth.
+    """
+    import pyarrow as pa
+
+    kind = array.type
+    array.validate()
+    if pa.types.is_dictionary(kind):
+        places = array.indices.drop_null().to_numpy()
+        if len(places) and not 0 <= places.min() <= places.max() < len(array.dictionary):
+            raise pa.ArrowInvalid("a value is not in its dictionary")
+        check_places(array.dictionary)
+    elif pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            check_places(array.field(number))
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        steps, last = np.diff(array.offsets.to_numpy()), len(array.values)
+        if (steps < 0).any() or len(array) and array.offsets[-1].as_py() > last:
+            raise pa.ArrowInvalid("the places of a list's values are not ascending")
+        check_places(array.values)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        array.cast(pa.binary() if pa.types.is_string(kind) else pa.large_binary()).validate(
+            full=True
+        )
+    elif pa.types.is_string_view(kind):
+        array.view(pa.binary_view()).validate(full=True)
+    else:
+        array.validate(full=True)
 
 
 def check_stream_end(file: BinaryIO) -> None:

@@ -7,6 +7,7 @@ or that has a file twice is a reject.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tarfile
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ def read_samples(
     sample: Sample | None = None
     seen: set[int] = set()
     limit = int(cfg.max_document_mb * 1e6) * 2
-    archive = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+    with _headers():
+        archive = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header)  # noqa: SIM115
     for info, key, extension in _named(archive, piece, rejects):
         if sample is None or key != sample.key:
             if sample is not None:
@@ -148,16 +150,30 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     Raises:
         Damaged: a header that no archiver writes.
     """
-    try:
+    stream: Any = archive.fileobj
+    # By hand: tarfile would ask an ended file for each of a million gigabytes that a header tells.
+    while archive.firstmember is None and (rest := archive.offset - stream.tell()) > 0:  # type: ignore[attr-defined]
+        if not stream.read(min(rest, 1 << 20)):
+            raise Damaged("tar: it ends inside a file")
+    with _headers():
         info = archive.next()
-    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        # tarfile calls itself for each header that extends another, and trusts their numbers.
-        raise Damaged(f"tar: a header cannot be read ({type(error).__name__})") from error
     if info is not None and len(info.name) > MOST_NAME_CHARACTERS:
         raise Damaged(f"tar: a name of {len(info.name)} characters")
     if len(archive.pax_headers) > MOST_GLOBAL_KEYS:
         raise Damaged(f"tar: {len(archive.pax_headers)} pax headers for the whole archive")
     return info
+
+
+@contextlib.contextmanager
+def _headers() -> Iterator[None]:
+    """A block in which tarfile reads headers: what is wrong with one is Damaged.
+
+    It calls itself for each header that extends another, and trusts their numbers.
+    """
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        raise Damaged(f"tar: a header cannot be read ({type(error).__name__})") from error
 
 
 class _Header(tarfile.TarInfo):

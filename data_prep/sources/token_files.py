@@ -9,19 +9,20 @@ documents that begin in it, so that ranges can be read by different workers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.sources.rejects import Damaged
+from data_prep.sources.rejects import Damaged, is_damage, out_of_memory
 from data_prep.sources.tables import (
     ARROW_FILE_MAGIC,
     check_nothing_follows,
     check_stream_end,
 )
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 
 RANGE_TOKENS = 1 << 25
 """Tokens in a range, about; one range is one work unit."""
@@ -32,6 +33,27 @@ MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c dev/data/data_common.py: 256 int32
 LLMC_DTYPES = {1: "<u2", 7: "<u4"}  # by version: gpt-2 and llama-3
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """A block that reads a token file, whose damage is a DataError.
+
+    Raises:
+        DataError: the file cannot be read, or is not what its name says.
+        MachineError: memory ran out.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if problem := out_of_memory(error, path):
+            raise problem from error
+        if not is_damage(error) and not isinstance(error, OSError | ValueError):
+            raise
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} cannot be read ({reason}). Mend or remove it.") from error
 
 
 class TokenFile(Protocol):
@@ -234,6 +256,7 @@ class ColumnTokens:
 
         for group in range(begin, end):
             for chunk in self._chunks(group):
+                chunk.validate(full=True)  # places outside of the file are read as they are
                 kind = chunk.type
                 if not (
                     pa.types.is_list(kind) or pa.types.is_large_list(kind)

@@ -38,6 +38,7 @@ from pipeline.data.shard_format import (
 )
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import read_file
 from pipeline.log import logger
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "chat"
@@ -95,7 +96,7 @@ def read_template(name: str | None, tokenizer: Tokenizer) -> str:
     own = TEMPLATES / f"{name}.jinja"
     path = own if own.is_file() else Path(name)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         ours = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
         raise ConfigError(

@@ -26,19 +26,37 @@ from data_prep.jobs import (
     locked,
     marked,
     read_markers,
+    read_own,
 )
 from data_prep.tokens.held_out import ensure_held_out
-from data_prep.tokens.shard_writer import Part, copy_parts
-from data_prep.tokens.split import documents_in
+from data_prep.tokens.shard_writer import PART, Part, copy_parts
+from data_prep.tokens.split import SPLITS, documents_in
 from pipeline.data import shard_format as fmt
+from pipeline.data.dataset_files import read_bytes
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
 from pipeline.files import sha256_of, sync_folder, whole_file, write_durably
 from pipeline.log import logger
+from pipeline.shapes import COUNT
 
 # Neighbouring parts are joined up to this size; larger ones are only renamed.
 JOIN_TOKENS = fmt.SHARD_TOKENS // 8
 SUMMARY_FILE = "summary.json"
+# Of job.json and of markers: what is read of them.
+JOB = {
+    "units": range(2**31),
+    "validation_fraction": float,
+    "tokenizer": {"sha256": str, "vocab_size": range(1, 2**31), "eod": range(2**31)},
+    "row_tokens?": (range(1, 2**31), None),
+}
+SPLIT = {"parts": [PART], "text_bytes": COUNT}
+RESULT = {
+    "rejects": {str: COUNT},
+    "nearest?": (
+        None,
+        {"digest": range(2**64), "documents": [COUNT], "ids": [str], "text_bytes": COUNT},
+    ),
+}
 PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed rows adds
 
 
@@ -50,7 +68,9 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
         if is_complete(output):  # another task was faster
             close_job(output)
             return
-        facts = json.loads((output / JOB_FILE).read_bytes())
+        facts = read_own(output / JOB_FILE, JOB)
+        names = SPLITS[: 2 if facts["validation_fraction"] else 1]
+        each = {"splits": dict.fromkeys(names, SPLIT), "dialogues?": dict.fromkeys(names, COUNT)}
         missing = sorted(set(range(facts["units"])) - marked(markers(output)))
         if missing:
             raise DataError(
@@ -58,13 +78,14 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
                 f"{missing[:5]}. Run the same command, or the array tasks, again; only what is "
                 "missing is done."
             )
-        results = read_markers(markers(output), facts["units"])
+        results = read_markers(markers(output), facts["units"], RESULT | each)
         rejects = Counter[str]()
         for result in results:
+            result["splits"] = {name: result["splits"][name] for name in names}
             rejects.update(result["rejects"])
         _check_documents(output, results, rejects, max_rejected_fraction)
         results, note = ensure_held_out(output, results, facts, parts_folder(output))
-        splits = {name: _gather(results, name) for name in results[0]["splits"]}
+        splits = {name: _gather(results, name) for name in names}
         _join_rejects(output, facts["units"])
         totals = {
             name: _make_dataset(output, name, facts, parts, text_bytes)
@@ -148,7 +169,7 @@ def copy_tokenizer(output: Path, tokenizer: Tokenizer) -> None:
 
 def _gather(results: list[dict[str, Any]], name: str) -> tuple[list[Part], int]:
     rows = [result["splits"][name] for result in results]
-    return [Part(**part) for row in rows for part in row["parts"]], sum(
+    return [Part.of(part) for row in rows for part in row["parts"]], sum(
         row["text_bytes"] for row in rows
     )
 
@@ -184,7 +205,7 @@ def _make_dataset(
     for shards_folder in sorted({(folder / fmt.shard_path(i)).parent for i in range(len(shards))}):
         sync_folder(shards_folder)
     scratch = output / WORK_FOLDER
-    raw = (scratch / "tokenizer.json").read_bytes()
+    raw = read_bytes(str(scratch / "tokenizer.json"))
     write_dataset(folder, shards, facts=facts, raw=raw, text_bytes=text_bytes, scratch=scratch)
     return {
         "documents": sum(s.documents for s in shards),
@@ -215,9 +236,13 @@ def write_dataset(
         scratch: see whole_file.
     """
     tokenizer, layout = facts["tokenizer"], layout_of(facts)
-    rows = [tuple(row) for shard in shards for row in shard.blocks]
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.array(rows, layout.index_dtype), version=(1, 0))
+    try:
+        rows = [tuple(row) for shard in shards for row in shard.blocks]
+        index = np.array(rows, layout.index_dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{folder}: the markers tell of no blocks ({error}); start anew.") from None
+    np.lib.format.write_array(buffer, index, version=(1, 0))
     write_durably(folder / "index.npy", buffer.getvalue(), scratch=scratch)
     write_durably(folder / "tokenizer.json", raw, scratch=scratch)
     lines = [

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import WORK_FOLDER
+from data_prep.jobs import WORK_FOLDER, read_own
 from data_prep.tokens.rows import Dialogue, RowPacker
 from data_prep.tokens.shard_writer import Part, map_part
 from data_prep.tokens.split import SPLITS, UnitWriter, documents_in
 from pipeline.data import shard_format as fmt
+from pipeline.data.dataset_files import read_bytes
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import write_durably
 from pipeline.log import logger
@@ -49,7 +50,7 @@ def ensure_held_out(
         if "validation" not in results[0]["splits"] or _documents(results, "validation"):
             return results, ""
         write_durably(record, json.dumps(_choose(results, facts, parts)).encode())
-    content = json.loads(record.read_bytes())
+    content = read_own(record, {"note": str, "splits": {str: {str: dict}}})
     logger.warning(f"{output}: {content['note']}")
     new = content["splits"]
     changed = [r | {"splits": new.get(str(i), r["splits"])} for i, r in enumerate(results)]
@@ -102,7 +103,7 @@ def _hold_out_tail(
     rewriter.insert_end(cut, eod)
     is_validation = np.zeros(len(rewriter.ends), bool)
     is_validation[-1] = True
-    tokenizer = Tokenizer((parts.parent / "tokenizer.json").read_bytes(), path="", eod=eod)
+    tokenizer = Tokenizer(read_bytes(str(parts.parent / "tokenizer.json")), path="", eod=eod)
     text_bytes = int(tokenizer.token_byte_lengths()[rewriter.tokens[cut + 1 :]].sum())
     name = results[number]["nearest"]["ids"][-1]
     note = f"{why}held out are the last {tail} of {size} tokens of {name}"
@@ -119,7 +120,7 @@ class _Rewriter:
         self._number, self._parts_folder, self._eod = number, parts, facts["tokenizer"]["eod"]
         self._fraction = facts["validation_fraction"]
         self._old = result["splits"]["train"]
-        self._parts = [Part(**part) for part in self._old["parts"]]
+        self._parts = [Part.of(part) for part in self._old["parts"]]
         self._layout = fmt.ShardLayout(fmt.token_dtype(facts["tokenizer"]["vocab_size"]))
         self.tokens = np.concatenate(
             [
@@ -177,7 +178,7 @@ def _divide_rows(
     """Pack a unit's dialogues anew, those nearest to being held out apart; new `splits`."""
     layout = fmt.ShardLayout(fmt.token_dtype(facts["tokenizer"]["vocab_size"]), facts["row_tokens"])
     old, nearest = result["splits"]["train"], result["nearest"]
-    old_parts, chosen = [Part(**part) for part in old["parts"]], set(nearest["documents"])
+    old_parts, chosen = [Part.of(part) for part in old["parts"]], set(nearest["documents"])
     with UnitWriter(
         parts,
         number=number,

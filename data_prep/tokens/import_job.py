@@ -17,12 +17,18 @@ import numpy as np
 
 from data_prep.sources.inputs import InputConfig, find_files
 from data_prep.sources.pieces import Piece
-from data_prep.sources.token_files import ColumnTokens, FlatTokens, MegatronTokens, TokenFile
+from data_prep.sources.token_files import (
+    ColumnTokens,
+    FlatTokens,
+    MegatronTokens,
+    TokenFile,
+    reading,
+)
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.split import SPLITS, UnitWriter, digest_ids
 from pipeline.data.shard_format import ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import sha256_of
+from pipeline.files import open_regular, sha256_of
 from pipeline.redaction import redact
 
 BATCH_TOKENS = 1 << 20
@@ -60,8 +66,9 @@ def find_token_units(
     ]
     units: list[ImportUnit] = []
     for label, path, _ in files:
-        for begin, end in _open(path, column, tokenizer).ranges():
-            units.append(ImportUnit(len(units), label, path, begin, end))
+        with reading(path):
+            ranges = _open(path, column, tokenizer).ranges()
+        units += [ImportUnit(len(units) + i, label, path, *both) for i, both in enumerate(ranges)]
     if not units:
         raise DataError(
             f"input={source}: no tokens were found; .bin, .parquet and .arrow files are read."
@@ -76,12 +83,14 @@ def _open(path: str, column: str, tokenizer: TokenizerIdentity) -> TokenFile:
     if "://" in path:
         raise ConfigError(f"{path}: token files are read from local disks only; copy it first.")
     file = Path(path)
-    suffix = file.suffix.lower()
+    suffix, index = file.suffix.lower(), file.with_suffix(".idx")
+    for opened in (file, index) if index.exists() else (file,):
+        open_regular(opened).close()  # a pipe would be waited for, without end
     if suffix in (".parquet", ".arrow"):
         return ColumnTokens(file, column=column)
     if suffix != ".bin":
         raise ConfigError(f"{path}: token files end in .bin, .parquet or .arrow, uncompressed.")
-    if file.with_suffix(".idx").exists():
+    if index.exists():
         return MegatronTokens(file)
     return FlatTokens(file, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
 
@@ -115,8 +124,7 @@ def import_unit(
         layout=ShardLayout(dtype),
         fraction=validation_fraction,
     ) as writer:
-        documents = _open(unit.path, column, tokenizer).read(unit.begin, unit.end)
-        for stream in _streams(documents, tokenizer.eod):
+        for stream in _streams(_documents(unit, column, tokenizer), tokenizer.eod):
             _check_ids(stream, tokenizer, place)
             kept, left_out = _drop_empty(stream, tokenizer.eod)
             empty += left_out
@@ -131,6 +139,12 @@ def import_unit(
                     writer.add(name, tokens.astype(dtype), starts, ids, text_bytes)
         result = writer.close()
     return result | {"rejects": {"empty": empty} if empty else {}}
+
+
+def _documents(unit: ImportUnit, column: str, tokenizer: TokenizerIdentity) -> Iterator[np.ndarray]:
+    """Ids of each document of a unit."""
+    with reading(unit.path):
+        yield from _open(unit.path, column, tokenizer).read(unit.begin, unit.end)
 
 
 def _streams(documents: Iterator[np.ndarray], eod: int) -> Iterator[np.ndarray]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +23,22 @@ import numpy as np
 
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import map_block
+from pipeline.errors import DataError
 from pipeline.files import whole_file
+from pipeline.shapes import COUNT, misfits
 
+# Of a part in a marker; blocks are many, and judged when the index is made of them.
+PART = {
+    "name": str,
+    "key": COUNT,
+    "source": str,
+    "tokens": COUNT,
+    "documents": COUNT,
+    "bytes": COUNT,
+    "sha256": str,
+    "blocks": list,
+    "inputs": [str],
+}
 PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
 
 
@@ -44,8 +59,22 @@ class Part:
     inputs: list[str] = field(default_factory=list)
     """Id of the first document that starts in the part, and of the last."""
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Part:
+        """The part that `as_json` told of.
+
+        Raises:
+            DataError: it was not this program that did.
+        """
+        problem = next(misfits(row, PART), "")
+        if not problem and not re.fullmatch(r"\w[\w-]*\.tar", row["name"]):
+            problem = f"name is {row['name']!r}"
+        if problem:
+            raise DataError(f"a marker of the job tells of no part: {problem}. Start it anew.")
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
     def as_json(self) -> dict[str, Any]:
-        """For a marker; Part(**...) is the way back."""
+        """For a marker."""
         return asdict(self)
 
 

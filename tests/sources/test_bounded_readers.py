@@ -5,23 +5,111 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.sources import documents, lines, pieces, rejects
+from data_prep.sources.dialogues import read_talks
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.sources.lines import structure_bytes
 from data_prep.sources.rejects import Rejects
+from data_prep.sources.tables import check_places
 from pipeline.errors import DataError, MachineError
 
 GOOD = b'{"text": "good"}\n'
+
+
+# 2 GB of addresses, libraries included, as docs/data_prep.md says; of each file its documents and reasons.
+READ = """
+import collections, json, os, resource, sys
+from data_prep.sources.documents import read_documents
+from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.rejects import Rejects
+import pyarrow.parquet, isal.igzip, zstandard
+resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
+folder = sys.argv[1]
+cfg = InputConfig(input=f"{folder}/*", max_document_mb=45)
+found = {name: [0, []] for name in os.listdir(folder)}
+for unit in find_units(cfg):
+    rejects = Rejects(OnError.quarantine)
+    for document in read_documents(unit, cfg, rejects):
+        (name,) = [name for name in found if f"/{name}" in document.id]
+        found[name][0] += 1
+    for row in rejects.rows:
+        reasons = found[os.path.basename(row["file"])][1]
+        reasons += [row["reason"]] if row["reason"] not in reasons else []
+print(json.dumps(found))
+"""
+
+
+def parquet(path: Path, values: list[bytes], **options: object) -> None:
+    """One row group; values that are the same object take their memory once."""
+    tables = {id(value): pa.table({"text": pa.array([value], pa.binary())}) for value in values}
+    table = pa.concat_tables([tables[id(value)] for value in values])
+    pq.write_table(table, path, row_group_size=len(values), **options)
+
+
+@pytest.mark.slow
+def test_a_worker_stays_within_2_gb_whatever_it_reads(tmp_path):
+    """Without its bound each of these files takes more, and the machine with it."""
+    endless = tmp_path / "endless.jsonl"
+    with endless.open("wb") as file:
+        file.write(GOOD)
+        file.truncate(2_100_000_000)  # a line of zeros, which takes no space on the disk
+    nothing = bytes(1 << 20)
+    with gzip.open(tmp_path / "gzip.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(GOOD)
+        for _ in range(300):
+            file.write(nothing)
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    blocks = [compressor.compress(GOOD), *(compressor.compress(nothing) for _ in range(2100))]
+    (tmp_path / "bomb.jsonl.zst").write_bytes(b"".join([*blocks, compressor.flush()]))
+    dense = b'{"a": [' + b"[]," * 25_000_000 + b"[]]}\n"
+    (tmp_path / "dense.jsonl").write_bytes(dense + GOOD)
+    info = tarfile.TarInfo("1.txt")
+    info.size = 2_100_000_000
+    with (tmp_path / "member.tar").open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(info.size + 2048)
+    info.type, info.size = tarfile.XHDTYPE, 2_100_000_000
+    (tmp_path / "header.tar").write_bytes(info.tobuf() + bytes(1 << 20))
+    large = [b"a" * 50_000_000] * 40
+    parquet(tmp_path / "rows.parquet", large, use_dictionary=False)
+    parquet(
+        tmp_path / "uneven.parquet",
+        [*[b"b"] * 9960, *large],
+        use_dictionary=False,
+        compression="zstd",
+    )
+    parquet(
+        tmp_path / "shared.parquet", [b"a" * 40_000_000] * 50, dictionary_pagesize_limit=1 << 30
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == {
+        "bomb.jsonl.zst": [1, ["damaged_file"]],
+        "dense.jsonl": [1, ["too_large"]],
+        "endless.jsonl": [1, ["too_large"]],
+        "gzip.jsonl.gz": [1, ["too_large"]],
+        "header.tar": [0, ["damaged_file"]],
+        "member.tar": [0, ["too_large"]],
+        "rows.parquet": [0, ["too_large"]],
+        "shared.parquet": [50, []],
+        "uneven.parquet": [9960, ["too_large"]],
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,3 +239,57 @@ def test_a_saved_dataset_names_its_own_files_only(tmp_path: Path):
         (folder / "dataset_info.json").write_text("{}")
         with pytest.raises(DataError, match="is no file of its folder"):
             find_units(InputConfig(input=str(folder)))
+
+
+def test_a_dialogue_of_a_table_is_no_larger_than_a_document(tmp_path):
+    """A row was read whole, whatever its size: only lines were bounded."""
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+        for text in ("a" * 9000, "a")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    cfg = InputConfig(input=str(tmp_path / "a.parquet"), max_document_mb=0.002)
+    found = Rejects(OnError.quarantine)
+    (talk,) = read_talks(find_units(cfg)[0], cfg, found)
+    assert talk.messages == rows[1]["messages"]
+    assert [(row["row"], row["reason"]) for row in found.rows] == [(0, "too_large")]
+
+
+OFFSETS = pa.py_buffer(np.array([0, 1 << 30, 2], "<i4").tobytes())
+TEXTS = pa.Array.from_buffers(pa.string(), 2, [None, OFFSETS, pa.py_buffer(b"ab")])
+OUTSIDE = {
+    "texts": TEXTS,
+    "lists": pa.Array.from_buffers(pa.list_(pa.int8()), 2, [None, OFFSETS], children=[pa.array([1, 2], pa.int8())]),
+    "texts of structs": pa.StructArray.from_arrays([TEXTS], ["x"]),
+    "values of a dictionary": pa.DictionaryArray.from_arrays(pa.array([7], pa.int8()), pa.array(["a"]), safe=False),
+}  # fmt: skip
+INSIDE = [
+    pa.array(["a", None]),
+    pa.array([[1, 2], [], None]),
+    pa.array([{"a": [{"b": "x"}]}, None]),
+    pa.array(["a", "b", None]).dictionary_encode(),
+    pa.array(["a" * 20], pa.string_view()),
+    pa.array([[1], [2], [3]]).slice(1, 2),
+    pa.array([], pa.list_(pa.int64())),
+    pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+    pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_places_outside_of_an_arrow_file_are_damage(tmp_path, kind):
+    """pyarrow reads them as they are: another process's bytes would be text, or the worker dies."""
+    with pytest.raises(pa.ArrowInvalid):
+        check_places(OUTSIDE[kind])
+    table = pa.table({"text": OUTSIDE[kind]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    cfg, found = InputConfig(input=str(tmp_path / "a.arrow")), Rejects(OnError.quarantine)
+    assert list(read_documents(find_units(cfg)[0], cfg, found)) == []
+    assert [row["reason"] for row in found.rows] == ["damaged_file"]
+
+
+@pytest.mark.parametrize("array", INSIDE, ids=lambda array: str(array.type)[:9])
+def test_places_inside_are_none(array):
+    """Nor is a text that is not UTF-8: that is a reject of its own row."""
+    check_places(array)
