@@ -122,7 +122,7 @@ def _round(name: str, engine: Any, checkpointer: Any, path: Path, step: int) -> 
     if name == "ours":
         assert checkpointer.restore(engine).step == step
     elif name == "torch.save":
-        loaded = torch.load(path / "state.pt")
+        loaded = torch.load(path / "state.pt", weights_only=True)
         for key, view in state_of(engine).items():
             view.copy_(loaded[key])
     elif name == "deepspeed":

@@ -49,8 +49,7 @@ def main(cfg: ExportConfig) -> int:
     """Write the folder, then prove it."""
     log.setup()
     checkpoint, output = folders.find(Path(cfg.checkpoint)), Path(cfg.output)
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output} is not empty. Choose another output=, or delete it.")
+    folders.check_new(output)
     if problems := folders.damage(checkpoint):
         raise CheckpointError(
             f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one."

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline import cli, log
 from pipeline.errors import ConfigError
+from pipeline.files import read_file
 from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sampler
 
 
@@ -65,7 +65,7 @@ def _prompts(cfg: GenerateConfig) -> list[str]:
     if cfg.file is None:
         return [cfg.prompt]
     try:
-        return Path(cfg.file).read_text().splitlines()
+        return read_file(cfg.file).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{cfg.file} cannot be read as text: {error}.") from None
 

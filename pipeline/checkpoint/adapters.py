@@ -76,7 +76,8 @@ def base_of(folder: Path, ranks: Agreement | None = None) -> Base:
 
 def recorded_base(record: CheckpointRecord) -> Base | None:
     """The base of an adapter checkpoint; None: it holds a whole model."""
-    return None if record.base is None else Base(**record.base)
+    base = record.base
+    return None if base is None else Base(base["path"], base["sha256"])
 
 
 def find_base(wanted: Base, base: Path | None = None) -> Path:
@@ -86,11 +87,9 @@ def find_base(wanted: Base, base: Path | None = None) -> Path:
         CheckpointError: it is not where it was.
     """
     folder = Path(wanted.path) if base is None else base
-    if (folder / "config.json").is_file():
-        return folder
     try:
-        return find(folder)
-    except CheckpointError:
+        return folder if (folder / "config.json").is_file() else find(folder)
+    except (CheckpointError, OSError):  # a name may be longer than names can be
         raise CheckpointError(
             f"the base of this adapter is not in {folder} (sha256 {wanted.sha256[:16]}...). "
             "Tell export, or `python -m pipeline.checkpoint merge ADAPTER OUTPUT`, where it is now "

@@ -90,6 +90,18 @@ def find(path: Path) -> Path:
     )
 
 
+def check_new(output: Path) -> None:
+    """Raise CheckpointError unless the folder may be written: not there yet, or empty."""
+    try:
+        is_new = not any(output.iterdir())
+    except FileNotFoundError:
+        is_new = not output.is_symlink()
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error.strerror}.") from None
+    if not is_new:
+        raise CheckpointError(f"{output} is not empty. Choose another output=, or delete it.")
+
+
 def sums_text(sums: dict[str, str]) -> str:
     """Content of SHA256SUMS: file name to hex digest, in the form of the sha256sum command."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))

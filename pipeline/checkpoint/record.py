@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +29,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 """Beside it, of a model of dialogues; transformers knows the file by this name."""
 FORMAT = "pretrain-checkpoint"
 VERSION = 2  # 1: tensors in torch DCP files
+MOST_ATTACHED = 1 << 28  # as large as a tokenizer may be
 RETIRED = {"backend"}
 """Model settings in older records that are gone; the one value that ever ran is what runs now."""
 _BY_DATASET = {str: COUNT}
@@ -42,8 +44,16 @@ SHAPE = {
     "versions": {str: str},
     "saved_at": str,
     "eod?": (None, range(2**31)),
+    "end_of_turn?": (None, range(2**31)),
+    "base?": (None, {"path": str, "sha256": str}),
     "state": {str: COUNT},
-    "config": {"model?": dict, "data?": dict, "training?": dict},
+    "config": {
+        **{f"{section}?": dict for section in ("model", "data", "training")},
+        "finetune?": {"train?": [str], "lora_targets?": [str]},
+        "optimizer?": {"lr?": float},
+        "name?": str,
+        "seed?": COUNT,
+    },
     "loader?": {
         "step?": COUNT,
         "samples_seen?": COUNT,
@@ -224,6 +234,22 @@ class CheckpointRecord(RunRecord):
             raise CheckpointError(
                 f"the {name} settings in {RECORD} are not understood: {error}."
             ) from error
+
+
+def attachment(folder: Path, name: str) -> bytes | None:
+    """A small file that travels with a checkpoint's tensors; None: this one has none.
+
+    Raises:
+        CheckpointError: it is no ordinary file of the folder: what a link leads to is not what its
+            author wrote, and an export would hand it on.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read_file(path, most=MOST_ATTACHED, inside=folder)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
 def read_record(folder: Path) -> CheckpointRecord:

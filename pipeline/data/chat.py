@@ -272,6 +272,8 @@ class ChatTemplate:
             raise ConfigError(
                 f"{self.name} cannot render a dialogue of user and assistant: {error.detail}."
             ) from None
+        except MemoryError:  # of four short messages
+            raise ConfigError(f"{self.name} takes all memory for a short dialogue.") from None
 
     def _find_end(self, whole: Rendered, answers: list[str]) -> int:
         """The special token that ends every learned part: without it a model never stops."""

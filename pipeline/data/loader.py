@@ -26,6 +26,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.step_shape import StepShape
 from pipeline.data.batch import Batch, Masks, make_batches
+from pipeline.data.dataset_files import read_bytes
 from pipeline.data.datasets import open_datasets
 from pipeline.data.mixture import Ints, Position, Samples
 from pipeline.data.reader import Reader, Windows
@@ -106,7 +107,7 @@ class Loader:
 
     def attachments(self) -> dict[str, bytes]:
         """Name to content of what a checkpoint needs to be used: tokenizer, chat template."""
-        files = {"tokenizer.json": self.tokenizer_path.read_bytes()}
+        files = {"tokenizer.json": read_bytes(str(self.tokenizer_path))}
         if (chat := self.datasets[0].manifest.chat) is not None:
             files["chat_template.jinja"] = chat.template.encode()
         return files

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.files import parse_json, read_file
+from pipeline.shapes import misfits
 
+MOST_BYTES = 1 << 30
 BASE_RATES = ("commonest", "copy", "shuffled")
 
 
 # Fields of a message that are for us, not for the chat template.
 OURS = {"learn", "source", "group"}
+MESSAGE = {"role": str, "content": str, "learn?": bool, "source?": str}
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ def read_questions(path: Path) -> list[Question]:
     """
     try:
         # Not splitlines(): JSON's texts may hold U+2028 and the like as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_file(path, most=MOST_BYTES).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}). Give a file of jsonl.") from None
     questions: list[Question] = []
     for number, line in enumerate(lines, 1):
         try:
-            questions += _questions_of(json.loads(line)) if line.strip() else []
+            questions += _questions_of(parse_json(line)) if line.strip() else []
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number} cannot be read ({type(error).__name__}: {error}). Give "
@@ -67,6 +71,9 @@ def _questions_of(record: dict[str, Any]) -> list[Question]:
         {"role": "user", "content": record["prompt"]},
         {"role": "assistant", "content": record["completion"]},
     ]
+    if wrong := next(misfits(messages, [MESSAGE], "messages"), None):
+        raise ValueError(wrong)
+    json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     if record.get("tools"):
         raise ValueError("dialogues with tools cannot be asked yet")
     group = str(record.get("group", ""))

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import CHAT_TEMPLATE, RECORD, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, RECORD, attachment, read_record
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
 from pipeline.huggingface.whole_model import open_model
@@ -42,8 +42,7 @@ def merge(path: Path, output: Path, *, base: Path | None = None) -> int:
         raise CheckpointError(f"{checkpoint} holds a whole model: there is nothing to merge.")
     if problems := folders.damage(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}.")
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output} is not empty. Choose another output=, or delete it.")
+    folders.check_new(output)
     tensors = open_model(checkpoint, base=base)
     output.mkdir(parents=True, exist_ok=True)
     shapes = {f"weights/{name}": tensors.shape(f"weights/{name}") for name in tensors.parameters}
@@ -56,8 +55,8 @@ def merge(path: Path, output: Path, *, base: Path | None = None) -> int:
     file = "rank-00000.safetensors"
     _, sums[file] = write_safetensors(output / file, keyed, values, torch.float32)
     for name in ("tokenizer.json", CHAT_TEMPLATE):
-        if (checkpoint / name).is_file():
-            sums[name] = write_durably(output / name, (checkpoint / name).read_bytes())
+        if (content := attachment(checkpoint, name)) is not None:
+            sums[name] = write_durably(output / name, content)
     config = {key: value for key, value in record.config.items() if key != "finetune"}
     size = 4 * sum(map(math.prod, shapes.values()))
     merged = dataclasses.replace(record, base=None, config=config, size_bytes=size)

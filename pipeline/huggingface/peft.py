@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.adapters import find_base, recorded_base
-from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachment, read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
+from pipeline.huggingface.loading import load_transformers
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.rules import Mapping
 from pipeline.huggingface.writer import (
@@ -28,7 +29,6 @@ from pipeline.huggingface.writer import (
     copy_tokenizer,
     export,
     fixed_tokens,
-    load_transformers,
     model_card,
     write_json,
 )
@@ -78,8 +78,8 @@ def export_adapter(
         getattr(torch, DTYPES[dtype]),
     )
     copy_tokenizer(checkpoint, record, output)
-    if (checkpoint / CHAT_TEMPLATE).is_file():
-        write_durably(output / CHAT_TEMPLATE, (checkpoint / CHAT_TEMPLATE).read_bytes())
+    if (template := attachment(checkpoint, CHAT_TEMPLATE)) is not None:
+        write_durably(output / CHAT_TEMPLATE, template)
     write_durably(output / "README.md", model_card(record, mapping, dtype, library="peft").encode())
     write_json(
         output / "adapter_config.json",  # last: without it the folder is no adapter

@@ -68,7 +68,7 @@ def index(folder: Path) -> dict[str, Place]:
     from safetensors import safe_open
 
     found: dict[str, Place] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             open_regular(path).close()  # a pipe would be waited for, without end
             with safe_open(path, "numpy") as file:
@@ -95,10 +95,13 @@ def index(folder: Path) -> dict[str, Place]:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads: those of the index, or model.safetensors, or all.
 
     Folders may hold a second copy in its author's spelling (Mistral's consolidated.safetensors).
+
+    Raises:
+        CheckpointError: there is none, or the index names others than *.safetensors of the folder.
     """
     path = folder / "model.safetensors.index.json"
     if path.exists():

@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachment, read_record
 from pipeline.config.model import ModelConfig
 from pipeline.files import write_durably
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.rules import Mapping, Rule
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from pipeline.checkpoint.adapters import ModelTensors
@@ -60,9 +59,9 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         "torch_dtype": DTYPES[dtype],
     }
     generation: dict[str, Any] = {**ends, "pad_token_id": eod}
-    template = checkpoint / CHAT_TEMPLATE
-    if template.is_file():  # it stops where a turn ends, and where a document does
-        write_durably(output / CHAT_TEMPLATE, template.read_bytes())
+    template = attachment(checkpoint, CHAT_TEMPLATE)
+    if template is not None:  # it stops where a turn ends, and where a document does
+        write_durably(output / CHAT_TEMPLATE, template)
         generation["eos_token_id"] = list(dict.fromkeys([eod, record.end_of_turn]))
     write_json(output / "generation_config.json", generation)
     write_durably(output / "README.md", model_card(record, mapping, dtype).encode())
@@ -74,9 +73,10 @@ def copy_tokenizer(checkpoint: Path, record: CheckpointRecord, output: Path) -> 
     """Write the checkpoint's tokenizer, if it has one; the id that ends documents, if known."""
     from pipeline.data.tokenizer import Tokenizer
 
-    if not (checkpoint / "tokenizer.json").is_file():
+    raw = attachment(checkpoint, "tokenizer.json")
+    if raw is None:
         return record.eod
-    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json", eod=record.eod)
+    tokenizer = Tokenizer(raw, path=str(checkpoint / "tokenizer.json"), eod=record.eod)
     write_tokenizer(tokenizer, output, max_seq_len=record.model().max_seq_len)
     return tokenizer.eod
 
@@ -190,6 +190,7 @@ def logits_difference(
     """Largest |difference| of fp32 logits, the folder's and ours, on equally rounded weights."""
     import torch
 
+    from pipeline.huggingface.loading import load_transformers
     from pipeline.huggingface.whole_model import open_model
     from pipeline.model.local_model import LocalModel
 
@@ -212,15 +213,6 @@ def fixed_tokens(model: ModelConfig) -> Tensor:
     return torch.randint(0, model.vocab_size or 1, shape, generator=generator)
 
 
-def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Hugging Face folder's model, ready to infer."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
-
-
 def model_card(
     record: CheckpointRecord, mapping: Mapping, dtype: DType, *, library: str = "transformers"
 ) -> str:
@@ -236,23 +228,23 @@ def model_card(
         ),
         "Vocabulary, context": f"{model.vocab_size:,} tokens, {model.max_seq_len:,} tokens",
         "Trained on": f"{record.tokens_seen:,} tokens in {record.step:,} steps",
-        "Data": ", ".join(str(d["path"]) for d in config["data"]["train"]) or "unknown",
+        "Data": ", ".join(dataset.path for dataset in record.data().train) or "unknown",
         "Dataset identities (SHA-256)": _identities(record),
         "Optimizer, peak learning rate": (
-            f"{config['optimizer']['name']}, {config['optimizer']['lr']}"
+            f"{record.optimizer}, {config.get('optimizer', {}).get('lr', 'unknown')}"
         ),
         "Precision in training, of these weights": (
-            f"{config['training']['precision']}, {dtype.name}"
+            f"{record.training().precision.name}, {dtype.name}"
         ),
         **_fine_tuning(record, is_merged=library == "transformers"),
-        "Seed": config["seed"],
+        "Seed": config.get("seed", "unknown"),
         "Checkpoint": f"step {record.step}, saved {record.saved_at}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n"
-        f"# {config['name']}\n\n{_what_it_does(record)}\n\n"
+        f"# {config.get('name', model.name)}\n\n{_what_it_does(record)}\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import CHAT_TEMPLATE, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
 from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.huggingface.writer import DType, export, load_transformers
+from pipeline.huggingface.loading import load_tokenizer, load_transformers
+from pipeline.huggingface.writer import DType, export
 from pipeline.log import logger
 
 if TYPE_CHECKING:
@@ -109,17 +110,20 @@ class TransformersSampler:
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
         import torch
-        from transformers import AutoTokenizer
 
         self.cfg = cfg
         on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if on_cuda else "cpu")
-        self.model = load_transformers(
-            folder, torch.bfloat16 if on_cuda else torch.float32, self.device
-        )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        dtype = torch.bfloat16 if on_cuda else torch.float32
+        from transformers import GenerationConfig
+
+        self.model = load_transformers(folder, dtype, self.device)
+        self.tokenizer: Any = load_tokenizer(folder)
         ends = self.model.generation_config.eos_token_id
-        self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends: list[int] = [end for end in ends if type(end) is int]
+        # Of the folder's generation_config.json nothing else counts: our settings say how to draw.
+        self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None)
         self.max_seq_len = int(self.model.config.max_position_embeddings)
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
@@ -195,11 +199,14 @@ class LocalSampler:
         tensors = open_model(folder)
         self.cfg = cfg
         record = read_record(folder)
-        self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json", eod=record.eod)
+        raw = attachment(folder, "tokenizer.json")
+        if raw is None:
+            raise CheckpointError(f"{folder} has no tokenizer.json: it can be asked nothing.")
+        self.tokenizer = Tokenizer(raw, path=str(folder / "tokenizer.json"), eod=record.eod)
         self.ends = {self.tokenizer.eod, record.end_of_turn}
         self.template: ChatTemplate | None = None
-        if (folder / CHAT_TEMPLATE).is_file():
-            self.template = ChatTemplate((folder / CHAT_TEMPLATE).read_text(), self.tokenizer)
+        if (source := attachment(folder, CHAT_TEMPLATE)) is not None:
+            self.template = ChatTemplate(source.decode(errors="replace"), self.tokenizer)
         self.model = LocalModel(
             record.model(),
             lambda name: tensors.tensor(f"weights/{name}"),

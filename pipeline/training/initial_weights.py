@@ -121,6 +121,7 @@ def _known_bases(path: Path, ranks: Agreement) -> dict[Path, Base]:
         if (path / folders.SUMS).is_file() and (problems := ranks.damage(path)):
             raise CheckpointError(f"the base {path} is damaged: {'; '.join(problems)}.")
         known[path] = base_of(path, ranks)
+        wanted.check(known[path])  # else bases might name each other without end
     return known
 
 

@@ -233,6 +233,12 @@ def check_same_tokenizer(data: DataSummary, weights: Path) -> None:
 
     file = weights / "tokenizer.json"
     if not file.is_file():
+        if (weights / "config.json").is_file():
+            raise DataError(
+                f"{weights} has no tokenizer.json: nobody can tell whether the data's ids are its "
+                "own. Put the file there that made them; transformers writes it from vocab.json "
+                "or tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
         log.logger.warning(
             "%s has no tokenizer.json: nobody can tell whether the data's ids are its own", weights
         )

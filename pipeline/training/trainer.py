@@ -223,7 +223,7 @@ class Trainer:
             raise DivergedError(f"there is no checkpoint to roll back to.\n{self.guard.report()}")
         self.agreement.drain()  # of a step that started from the bad one
         self.guard.restore(record.guard, keep_ledger=True)
-        self.state = TrainState(**record.state)
+        self.state = TrainState.of(record.state)
         self.loader.restore(record.loader)
         self.loader.skip_samples(reached - self.state.samples_seen)
         self.warn(
@@ -269,7 +269,7 @@ class Trainer:
             self.base = load_base(self.engine, Path(source))
         record = self.checkpoints.restore(self.engine) if self.cfg.checkpoint.resume else None
         if record is not None:
-            self.state = TrainState(**record.state)
+            self.state = TrainState.of(record.state)
             self.state.restarts += 1
             self.loader.restore(record.loader)
             self.guard.restore(record.guard)

@@ -202,3 +202,26 @@ def test_the_probe_is_learned_to_its_last_token(tokenizer):
     assert loss[ends].tolist() == [0, 1, 0, 1]
     assert loss[ends + 1].tolist() == [0] * 4
     assert Path(TEMPLATES / "chatml.jinja").is_file()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ joiner.__init__.__globals__.os.mkdir('code-was-run') }}",
+        "{{ lipsum.__globals__['os'].mkdir('code-was-run') }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ messages.append(1) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ range(10**9) | list }}",
+        "{{ 'a' * 10**15 }}",
+    ],
+)
+def test_a_hostile_template_runs_nothing_and_is_refused(tokenizer, tmp_path, monkeypatch, source):
+    """A stranger's checkpoint carries one: it is text for Jinja's sandbox, which has no files."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError):
+        ChatTemplate(source + PLAIN, tokenizer)
+    assert list(tmp_path.iterdir()) == []

@@ -18,10 +18,11 @@ from pipeline.checkpoint import folder as folders
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
+from pipeline.huggingface.loading import load_transformers
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.peft import export_adapter
 from pipeline.huggingface.peft_reader import PeftMatrices
-from pipeline.huggingface.writer import DType, load_transformers
+from pipeline.huggingface.writer import DType
 from tests.support.checkpoint_runs import History, Run
 from tests.support.exported import EXPORTED, tokenizer_file
 from tests.support.layouts import VOCAB, batches, config, rank_batches

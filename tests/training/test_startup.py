@@ -66,6 +66,16 @@ def test_another_tokenizer_is_refused_by_name(
         check_same_tokenizer(summary, folder)
 
 
+def test_a_foreign_folder_without_a_tokenizer_is_refused(
+    summary: DataSummary, tmp_path: Path
+) -> None:
+    """Nobody can tell whether the data's ids are its own: trained on, wrong ones make a wrong model."""
+    folder = weights(tmp_path / "weights")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"weights has no tokenizer.json.*save_pretrained"):
+        check_same_tokenizer(summary, folder)
+
+
 def test_another_end_of_documents_than_the_checkpoints_is_refused(
     summary: DataSummary, tmp_path: Path
 ) -> None:

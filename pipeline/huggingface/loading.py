@@ -1,0 +1,82 @@
+"""Models and tokenizers of Hugging Face folders by transformers, for no more than they are.
+
+A folder can ask transformers for other weights (adapter_config.json), for code of its own
+(auto_map, custom_generate), for kernels to download, and for files anywhere: all of it is refused,
+and nobody is asked whether it may.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CheckpointError
+from pipeline.files import open_regular, parse_json, read_file
+from pipeline.huggingface.tensor_files import weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation")
+
+
+def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A folder's model, ready to infer.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or it asks for what a model does not need.
+    """
+    check_folder(folder)  # first: it takes milliseconds
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return model.to(device).eval()
+    except Exception as error:  # transformers raises whatever its parts do
+        raise CheckpointError(
+            f"transformers cannot load {folder}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    check_folder(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError where loading the folder would do more than read its files."""
+    weight_files(folder)  # safetensors, and of this folder
+    try:
+        for path in folder.iterdir():
+            if not path.is_dir():
+                open_regular(path).close()  # a pipe would be waited for, without end
+        config = parse_json(read_file(folder / "config.json"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}.") from None
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), which may name weights anywhere. "
+            "Merge it into its base first, or take that file away."
+        )
+    for key in _CODE:
+        named = config.get(key) if isinstance(config, dict) else None
+        if named is not None and (not isinstance(named, str) or "/" in named):
+            raise CheckpointError(
+                f"{folder}/config.json asks for code from elsewhere: {key} is {named!r}. Take the "
+                "line out."
+            )
