@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import io
 import os
 import re
 import sys
@@ -53,9 +52,6 @@ def run(
     log.open_standard_streams()
     sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
-    # A name of a file may be any bytes: it is shown, where a strict stream would raise.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(arguments):
         print(help_text(main, schema, config=config, positional=positional))
         sys.exit(0)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from pipeline.errors import visible
 from pipeline.redaction import redact
@@ -51,6 +53,8 @@ def say(text: str) -> None:
 def open_standard_streams() -> None:
     """Call first: /dev/null stands in where standard input, output or error is closed.
 
+    What is printed from then on commands no terminal.
+
     The next file that is opened would get the number otherwise, and a library's messages with it.
     """
     for number in (0, 1, 2):
@@ -60,6 +64,29 @@ def open_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if not isinstance(sys.stdout, _Visible):
+        sys.stdout = cast(TextIO, _Visible(sys.stdout))
+
+
+class _Visible:
+    """Standard output on which names and texts of files command no terminal, nor fail to be shown.
+
+    Our own two colours pass.
+    """
+
+    _COLOURS = re.compile("(\x1b\\[32m|\x1b\\[0m)")
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = self._COLOURS.split(text)  # every second one is a colour
+        parts[::2] = map(visible, parts[::2])
+        self._stream.write("".join(parts))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say_traceback(

@@ -112,6 +112,10 @@ TESTED_IN = {
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
+    "pipeline/huggingface/loading.py": (
+        "hostile/test_hugging_face.py",
+        "it refuses what hostile folders ask transformers for",
+    ),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/experts.py": ("model/test_moe.py", "the layer that holds them"),

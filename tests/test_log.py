@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from pipeline import log
+
 SPEAK = """
 import sys
 from pipeline import log
@@ -31,3 +33,13 @@ def test_a_message_commands_no_terminal():
     code = "from pipeline import log; log.setup(); log.logger.info('a\\x1b[2Jb\\udcff')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.endswith("I a\\x1b[2Jb\\udcff\n")
+
+
+def test_what_is_printed_commands_no_terminal(capsys, monkeypatch):
+    """Names and texts of files are printed too; a byte that is no UTF-8 would end a strict stream."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    log.open_standard_streams()
+    log.open_standard_streams()
+    print("a\x1b[2J\udcff\tb", "\x1b[32mgreen\x1b[0m")
+    sys.stdout.flush()
+    assert capsys.readouterr().out == "a\\x1b[2J\\udcff\tb \x1b[32mgreen\x1b[0m\n"

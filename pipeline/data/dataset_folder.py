@@ -284,8 +284,12 @@ def _lock(path: Path, *, wait: bool, keep: bool = False) -> Iterator[int | None]
     when its work is done, so the name is checked again after waiting; keep: the file is a mere lock
     and always stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The name can be foreseen: a link there would be written through.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise MachineError(f"the cache's {path} cannot be written: {error.strerror}.") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

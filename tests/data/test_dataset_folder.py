@@ -18,7 +18,7 @@ from pipeline.data import dataset_folder
 from pipeline.data.datasets import Dataset, describe, open_datasets
 from pipeline.data.reader import Reader
 from pipeline.data.sampler import Sampler
-from pipeline.errors import ConfigError, DataError, ShardError
+from pipeline.errors import ConfigError, DataError, MachineError, ShardError
 from tests.support.fault_server import Served, serve
 from tests.support.s3_server import s3_server
 from tests.support.token_dataset import counting_shards, write_dataset
@@ -238,3 +238,15 @@ def test_s3_shards_are_read_like_local_ones(bucket, tmp_path, monkeypatch):
     assert read_all(opened(bucket, tmp_path / "cache")) == EXPECTED
     with pytest.raises(ShardError, match="s3://data/elsewhere/manifest.json does not exist"):
         opened("s3://data/elsewhere", tmp_path / "cache")
+
+
+def test_a_planted_link_in_the_cache_is_not_written_through(tmp_path):
+    """The names in it can be foreseen, and a cache may lie where others write too."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "x.tar.part").symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(MachineError, match="x.tar.part cannot be written"),
+        dataset_folder._lock(tmp_path / "x.tar.part", wait=False),
+    ):
+        raise AssertionError("it was opened")
+    assert (tmp_path / "precious").read_text() == "mine"
