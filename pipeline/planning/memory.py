@@ -11,9 +11,10 @@ not fitted; within 5 % of the tensors that a rehearsal of the engine holds
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.choices import OptimizerName, Position, Precision, Recompute
+from pipeline.config.parameter_names import linear_shapes
 from pipeline.planning.job import Job, Stage
 from pipeline.planning.kept import (
     backward_bytes,
@@ -138,6 +139,8 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
     if stage.has_embedding:
         table = weight_gradient_bytes(job, job.table) + waits
         used = table + hidden_bytes(job) + standing + buckets
+        if job.shape.zero_stage == 2:
+            used += _large_gradient_bytes(job, stage) + waits  # two gradients, and their sum
         moments.append(((flight - 1) * one, used, "embedding"))
     return moments
 
@@ -173,6 +176,19 @@ def _bucket_bytes(job: Job, stage: Stage) -> float:
     if job.shape.zero_stage == 0 or in_place or job.shape.sizes.data == 1:
         return 0.0
     return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
+
+
+def _large_gradient_bytes(job: Job, stage: Stage) -> float:
+    """Of ZeRO-2: gradients of this rank's part that no bucket holds, at the end of a backward pass.
+
+    As rehearsed: they wait there (gpt3-13b, recomputed: 8 GiB of 132).
+    """
+    if not job.trains_all:
+        return 0.0
+    linears = linear_shapes(replace(job.model, num_layers=1)).values()
+    sizes = [math.prod(shape) / job.shape.sizes.tensor for shape in linears]
+    large = sum(size for size in sizes if size > BUCKET_NUMBERS)
+    return stage.layers * large * job.width / job.shape.sizes.data
 
 
 def _activations(job: Job, stage: Stage) -> float:
