@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -262,7 +263,10 @@ def test_a_base_is_what_it_was_or_refused(tmp_path, base):
     """An adapter names the place of its base: whatever is there, it must have the same content."""
     from pipeline.checkpoint.agreement import Agreement
     from pipeline.huggingface.whole_model import open_model
-    from pipeline.training.initial_weights import _known_bases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of megatron-core, when it is first imported
+        from pipeline.training.initial_weights import _known_bases
 
     class Alone(Agreement):
         rank, world_size = 0, 1

@@ -234,6 +234,7 @@ def test_a_hugging_face_folder_is_compared_whole_before_anything_starts(
 ):
     """Ranks refused it, with the folder claimed and config.yaml written; muP nobody did."""
     folder = write_llama(run / "hf")
+    shutil.copy(next((run / "data").rglob("tokenizer.json")), folder)
     words = ["name=b", f"checkpoint.init_from={folder}", *LLAMA_SETTINGS]
     startup.check(compose(run, *words), world_size=1)
     if change is None:
