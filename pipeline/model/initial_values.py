@@ -12,8 +12,9 @@ import fnmatch
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -81,8 +82,19 @@ def initialize(
     # A generator draws 372 M numbers a second on a core: 20 s for 7e9 of them. Each block has its
     # own, so that threads draw the same numbers; they are copied in turn, by the caller.
     with ThreadPoolExecutor(num_threads) as pool:
-        for target, numbers in pool.map(numbers_of, _runs(part)):
+        drawn: deque[Future[tuple[Slices, Tensor]]] = deque()
+
+        def copy_first() -> None:
+            target, numbers = drawn.popleft().result()
             parameter[target] = numbers.to(parameter)
+
+        for run in _runs(part):
+            drawn.append(pool.submit(numbers_of, run))
+            # Threads outrun the one that copies: without a bound a whole fp32 shard piles up.
+            if len(drawn) > 2 * num_threads:
+                copy_first()
+        while drawn:
+            copy_first()
 
 
 def threads_for(local_world_size: int) -> int:

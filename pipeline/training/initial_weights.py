@@ -80,13 +80,15 @@ def load_adapter(weights: Weights, folder: Path, finetune: FinetuneConfig, *, ba
     """
     ranks = Agreement(weights.layout.host_group)
     matrices = ranks.agree(lambda: PeftMatrices(folder, weights.model, finetune))
-    there = Path(matrices.base or "")
-    if (there / "config.json").is_file():
+    there = Path(matrices.base) if matrices.base else None
+    # A disk of one node may have it, and reading it together is for all or none.
+    is_here = there is not None and (there / "config.json").is_file()
+    if there is not None and all(ranks.gather(is_here)):
         if there.resolve() != Path(base.path).resolve():
             base_of(there, ranks).check(base)
     elif weights.layout.ranks.is_main:
         logger.warning(
-            "the base of %s is %s, which is no folder here: nobody can tell whether %s is the same",
+            "the base of %s is %s, no folder of every node: nobody can tell whether %s is the same",
             folder, matrices.base, base.path,
         )  # fmt: skip
     ranks.agree(lambda: import_matrices(weights, matrices))

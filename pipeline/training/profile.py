@@ -39,7 +39,8 @@ class StepProfile:
         """Optimizer step `step`, from 0: it is traced if it is one of the chosen."""
         number = step + 1
         if self._profiler is None and self.first <= number <= self.last:
-            self._profiler = self._start()
+            with bookkeeping("tracing", errors=Exception):
+                self._profiler = self._start()
         yield
         if self._profiler is not None and number >= self.last:
             self._finish(self._profiler)
@@ -56,10 +57,10 @@ class StepProfile:
 
     def _finish(self, profiler: profile) -> None:
         """Write what was recorded, each file whole or not at all."""
-        if self.on_cuda:
-            torch.cuda.synchronize()
-        profiler.stop()
         with bookkeeping(str(self.folder), errors=Exception):
+            if self.on_cuda:
+                torch.cuda.synchronize()
+            profiler.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("trace.json.gz", profiler.export_chrome_trace)
             if self.on_cuda:

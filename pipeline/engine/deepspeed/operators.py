@@ -23,9 +23,12 @@ QUIET_S = 120.0
 
 def load_host_adam() -> None:
     """Compile the optimizer of offloaded states, or load it; DeepSpeed then finds it loaded."""
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     builder = CPUAdamBuilder()
+    if installed_ops.get(builder.name):  # compiled with DeepSpeed (DS_BUILD_CPU_ADAM=1)
+        return
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     if not any(folder.glob("*.so")):
         logger.info("compiling DeepSpeed's %s in %s: a minute, once", builder.name, folder)
@@ -58,9 +61,12 @@ def one_compiler(folder: Path) -> Iterator[None]:
 
 def _is_left_behind(lock: Path) -> bool:
     """Whether nobody here holds it open and nobody elsewhere writes beside it (a home on NFS)."""
+    real, written = lock.resolve(), [0.0]
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # gone, or another person's
-            if link.readlink() == lock:
+            if link.readlink() == real:
                 return False
-    written = [path.stat().st_mtime for path in lock.parent.iterdir() if path.name != OURS]
-    return time.time() - max(written, default=0.0) > QUIET_S
+    for path in lock.parent.iterdir():
+        with contextlib.suppress(OSError):  # gone meanwhile
+            written.append(path.stat().st_mtime if path.name != OURS else 0.0)
+    return time.time() - max(written) > QUIET_S
