@@ -42,7 +42,6 @@ from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.lora import adapt, freeze
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import StageSchema
-from pipeline.model.tensor_parallel import reduce_partial_gradients
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
@@ -95,7 +94,6 @@ class Engine:
         module.to(layout.device)
         self.partitions = self._initial_weights(module)
         trained = list(freeze(named_parameters(module, self.model), self.model, finetune))
-        reduce_partial_gradients(module, layout.tensor.group)
         is_fp16 = architecture.precision is Precision.fp16
         self.loss_scale = LossScale(layout.device) if is_fp16 else None
         self.runner: Runner = runner_class(

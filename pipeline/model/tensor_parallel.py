@@ -127,25 +127,46 @@ def dropout(x: Tensor, config: TransformerConfig, training: bool) -> Tensor:
     return F.dropout(x, config.hidden_dropout)
 
 
-def reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Sum over the tensor-parallel ranks every gradient of which each rank computes a part.
+def partial_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters of whose gradient each tensor-parallel rank computes a part.
 
     These are the norms, row-parallel biases and whole low-rank matrices under sequence parallelism,
-    and the per-head norms always. Frozen ones have no gradient, and may have no hook. A
-    tensor hook runs before the gradient is accumulated, so it is right for every ZeRO
-    stage and both engines.
+    and the per-head norms always. Their parts must be summed over the ranks, before they are
+    accumulated (sum_as_they_come) or after (sum_at_once): the sum is the same.
     """
-    if group.size() == 1:
-        return
+    return [
+        parameter
+        for parameter in module.parameters()
+        if parameter.requires_grad
+        and (
+            getattr(parameter, "has_partial_gradient", False)
+            or getattr(parameter, "sequence_parallel", False)
+        )
+    ]
+
+
+def sum_as_they_come(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sum every gradient of these over the tensor-parallel ranks, micro-batch by micro-batch.
+
+    A tensor hook runs before the gradient is accumulated, so it is right for every ZeRO stage.
+    """
 
     def reduce(gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=group)
         return gradient
 
-    for parameter in module.parameters():
-        is_partial = getattr(parameter, "has_partial_gradient", False) or getattr(
-            parameter, "sequence_parallel", False
-        )
-        if is_partial and parameter.requires_grad:
-            parameter.register_hook(reduce)
+    for parameter in parameters:
+        parameter.register_hook(reduce)
+
+
+def sum_at_once(sums: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over the tensor-parallel ranks in place, in one all-reduce. Collective.
+
+    One a step instead of one for each parameter and micro-batch: 7,000 of a few KB in a step of
+    gpt3-175b with 192 micro-batches, each of which the backward pass waits for.
+    """
+    flat = torch.cat([tensor.flatten() for tensor in sums])
+    dist.all_reduce(flat, group=group)
+    for tensor, whole in zip(sums, flat.split([tensor.numel() for tensor in sums])):
+        tensor.copy_(whole.view_as(tensor))

@@ -192,7 +192,9 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
     from pipeline.engine import engine
 
     if sabotage == "sequence_parallel_reduction":
-        engine.reduce_partial_gradients = lambda *_: None
+        from pipeline.engine.deepspeed import base
+
+        base.sum_at_once = lambda *_: None
     elif sabotage == "gradient_scale":
         whole = engine.Engine._token_weights
         engine.Engine._token_weights = lambda self, b: (

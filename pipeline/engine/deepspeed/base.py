@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from pipeline.config.run_shape import RunShape
@@ -25,6 +26,7 @@ from pipeline.engine.deepspeed.settings import deepspeed_config
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.runner import Slot
 from pipeline.model.architecture import Architecture
+from pipeline.model.tensor_parallel import partial_parameters, sum_as_they_come, sum_at_once
 from pipeline.patching import replace
 
 
@@ -75,19 +77,50 @@ class DeepSpeedRunner:
         )
         self.parameters = list(module.parameters())
         keep_decisions_on_device(self.wrapper, loss_scale, is_offloaded=self.is_offloaded)
+        self._partial = partial_parameters(module) if layout.tensor.size > 1 else []
+        if not (self.is_unsharded or isinstance(self.wrapper, BF16_Optimizer)):
+            # ZeRO takes gradients apart as they come.
+            sum_as_they_come(self._partial, layout.tensor.group)
+            self._partial = []
         if shape.sizes.data == 1:
             self._reduce_by(lambda: None, why="copies every gradient to sum it over one rank")
+        elif self._partial and self.is_unsharded:
+            own = self.deepspeed.buffered_allreduce_fallback
+            self._reduce_by(own, why="does not know of sums over the tensor-parallel ranks")
 
     def _reduce_by(self, reduce: Callable[[], None], *, why: str) -> None:
-        """Let `reduce` reduce a step's gradients, where DeepSpeed would after its last one."""
+        """Let `reduce` reduce a step's gradients, where DeepSpeed would after its last one.
+
+        Then those of which tensor-parallel ranks have parts are summed over them.
+        """
+
+        def reduce_all(*_: Any, **__: Any) -> None:
+            reduce()
+            if self._partial:
+                sum_at_once(self._partial_sums(), self.layout.tensor.group)
+
         replace(
             self.deepspeed,
             "buffered_allreduce_fallback",
-            lambda *_, **__: reduce(),
+            reduce_all,
             why=why,
             upstream="not reported",
             proof=f"tests/engine/deepspeed/test_bf16_sums.py::{self.copies_nothing}",
         )
+
+    def _partial_sums(self) -> list[Tensor]:
+        """This step's gradients of the partial parameters, alike on all tensor-parallel ranks."""
+        if self.is_unsharded:
+            return [p.grad for p in self._partial if p.grad is not None]
+        chosen = set(map(id, self._partial))
+        return [
+            gradient
+            for members, gradients in zip(
+                self.wrapper.bf16_groups, self.wrapper.fp32_groups_gradients, strict=True
+            )
+            for member, gradient in zip(members, gradients, strict=True)
+            if id(member) in chosen
+        ]
 
     def set_micro_batches(self, count: int) -> None:
         """Steps from here on have `count` micro-batches."""
