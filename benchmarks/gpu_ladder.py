@@ -41,6 +41,9 @@ RUNGS = {
     "1.3b": Rung("gpt3-1.3b", 2048, 8, 8),
     # Weights, gradients and Adam's moments take 126 of an H200's 139 GiB: blocks are recomputed.
     "7b": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full",)),
+    # The same matrices for 80 GB: half the layers take 61 GiB.
+    "7b-half": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full", "model.num_layers=15")),
+    "1.3b-recomputed": Rung("gpt3-1.3b", 2048, 16, 4, ("training.recompute=full",)),
     "tiny": Rung("tiny", 64, 4, 2),
 }
 

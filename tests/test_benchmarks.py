@@ -25,6 +25,40 @@ def test_help_of_every_benchmark(name: str) -> None:
     assert len(run(f"benchmarks/{name}", "--help").splitlines()) > 5
 
 
+def test_a_check_of_a_device_ends_with_a_table_whatever_happens(tmp_path: Path) -> None:
+    """A device is lent for minutes: a stage that fails, hangs or does not fit costs only itself."""
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import gpu_check as c
+stages = [
+    c.Stage("good", 60, ("-c", "print('first'); print('{{}}')")),
+    c.Stage("bad", 60, ("-c", "import sys; sys.exit('no kernel')")),
+    c.Stage("hangs", 1, ("-c", "import time; time.sleep(600)")),
+    c.Stage("large", 60, ("-c", ""), least_gib=130),
+]
+print(c.check(stages, out=Path({str(tmp_path)!r}), budget_s=300, cpu=True))
+print(c.check(stages[:1], out=Path({str(tmp_path)!r}), budget_s=c.LEAST_S - 1, cpu=True))
+"""
+    lines = run("-c", program).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    assert [(row[0], row[1]) for row in rows if row[0] not in ("stage", "---")] == [
+        ("good", "ok"), ("bad", "failed (1)"), ("hangs", "time limit"), ("large", "needs 130 GiB"), ("good", "not reached"),
+    ]  # fmt: skip
+    assert rows[2][3] == "{}" and rows[3][3] == "no kernel"
+    assert (lines[6], lines[-1]) == ("2", "1")  # that did not end well
+    assert (tmp_path / "table.md").read_text().splitlines() == lines[-4:-1]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_the_check_of_a_device_runs_on_a_cpu(tmp_path: Path) -> None:
+    """So that the minutes of a device are not spent on mistakes of the check."""
+    run("benchmarks/gpu_check.py", "--cpu", "--budget", "3000", "--out", str(tmp_path), "--stages", "facts", "smoke", "repeat", "tiny")  # fmt: skip
+    assert (tmp_path / "table.md").read_text().count("| ok |") == 4
+
+
 def test_the_ladder_measures_its_smallest_rung() -> None:
     row = run("benchmarks/gpu_ladder.py", "--rungs", "tiny", "--steps", "2").splitlines()[-1]
     name, parameters, tokens_per_s, *_ = (cell.strip() for cell in row.strip("|").split("|"))

@@ -10,6 +10,7 @@ SHAPES = {
     "small": (4, 128, 4, 64, 12, 256),
     "medium": (6, 384, 6, 256, 8, 8192),
     "large": (12, 768, 12, 512, 2, 32000),
+    "gpu": (12, 768, 12, 1024, 32, 50304),  # too large for a CPU: only where it is asked for
 }
 NAMES = ("ours", "eager", "compiled", "huggingface", "huggingface+deepspeed")
 LR, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
