@@ -1,7 +1,7 @@
 """Operators that CUDA has a kernel for and a CPU build of torch takes apart.
 
-Taken apart, RMSNorm keeps an fp32 copy of its input and of its result (modern-1.3b: 46.0 GiB for
-37.9), and the gradient of SiLU makes four temporaries instead of one: what no device would hold.
+Taken apart, RMSNorm keeps an fp32 copy of its input and of its result, and the gradient of SiLU
+makes four temporaries instead of one: what no device would hold.
 """
 
 from __future__ import annotations
