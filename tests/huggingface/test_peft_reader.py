@@ -199,7 +199,7 @@ def losses_of_both(root: Path) -> dict[str, tuple[float, float, float]]:
         assert run.base is not None
         load_adapter(run.engine, folder, cfg.finetune, base=run.base)
         step = batches()[7]
-        total, count = run.engine.evaluate(rank_batches(step, run.shape, run.layout))
+        scores = run.engine.evaluate(rank_batches(step, run.shape, run.layout))
         run.close()
         model = load_transformers(base, torch.float32, torch.device("cpu"))
         said = []
@@ -208,7 +208,7 @@ def losses_of_both(root: Path) -> dict[str, tuple[float, float, float]]:
             with torch.no_grad():
                 logits = one(input_ids=step["tokens"]).logits[..., :VOCAB]
             said.append(float(F.cross_entropy(logits.flatten(0, 1), step["labels"].flatten())))
-        found[name] = (float(total / count), said[1], said[0])
+        found[name] = (float(scores.nats / scores.tokens), said[1], said[0])
     return found
 
 
