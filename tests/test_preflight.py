@@ -13,11 +13,13 @@ from pipeline import cli
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import derive
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import DataError, MachineError
+from pipeline.errors import ConfigError, DataError, MachineError
+from pipeline.planning import devices
 from pipeline.preflight import PreflightConfig, main, missing_devices, wandb_warnings
 from pipeline.resilience import failure
-from pipeline.training import startup
+from pipeline.training import run_metrics, startup
 from tests.support.slurm_cluster import REPO
 from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
@@ -155,6 +157,23 @@ def test_out_of_memory_prints_the_breakdown_and_the_settings_that_help(settings,
         and "activations" in printed
         and "  training.micro_batch_size=1: " in printed
     )
+
+
+def test_a_broken_device_file_costs_neither_a_run_nor_the_report_of_its_failure(
+    settings, monkeypatch
+):
+    """It ended the run at its start, and its error took the place of the one to be reported."""
+
+    def broken():
+        raise ConfigError("conf/devices/ours.yaml is not yaml")
+
+    monkeypatch.setattr(devices, "device_here", broken)
+    monkeypatch.setattr(run_metrics, "device_here", broken)
+    words = [word for word in settings if "world_size" not in word]
+    cfg = cli.compose(PretrainConfig, words, config="pretrain")
+    assert startup.memory_advice(cfg, Ranks(0, 4, 0, 4, "n1")) == ""
+    shape = derive(cfg, world_size=4, tokenizer_vocab_size=64)
+    assert run_metrics._plan(cfg, shape) is None
 
 
 def test_a_held_out_set_without_a_label_is_found_before_the_first_step(settings, tmp_path):

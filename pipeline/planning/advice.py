@@ -33,7 +33,7 @@ def advice(cfg: PretrainConfig, shape: RunShape, device: Device | None) -> str:
     now = Plan(Job.of(cfg, shape), device or load_device(STAND_IN))
     lines = [f"estimated need of a device (stage {now.worst.stage}): {now.worst}"]
     if device is not None:
-        found = fitting_changes(cfg, shape, device)
+        found = fitting_changes(cfg, shape, now)
         if found:
             lines.append(f"single settings with which it fits {device.name}, fastest first:")
         else:
@@ -51,9 +51,16 @@ def advice(cfg: PretrainConfig, shape: RunShape, device: Device | None) -> str:
     return "\n".join(lines)
 
 
-def fitting_changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> list[Layout]:
-    """The single changes with which the run fits the device, fastest first."""
-    fitting = [layout for layout in _changes(cfg, shape, device) if layout.plan.fits]
+def fitting_changes(cfg: PretrainConfig, shape: RunShape, now: Plan) -> list[Layout]:
+    """The single changes with which the run fits the device, fastest first.
+
+    They need less than `now`, which may fit by the count and have been out of memory all the same.
+    """
+    fitting = [
+        layout
+        for layout in _changes(cfg, shape, now.device)
+        if layout.plan.fits and layout.plan.worst.tensors < now.worst.tensors
+    ]
     return sorted(fitting, key=lambda layout: -layout.plan.tokens_per_s)
 
 

@@ -1,6 +1,6 @@
 """What a plan must know of a device, its node and its network: conf/devices/, one yaml each.
 
-    device=h100, or a path --load_device--> Device;  the name torch gives --device_of--> Device
+    device=h100, or a path --load_device--> Device;  torch's name and memory --device_of--> Device
 
 A device of your own is a file more in that folder, or a path to one anywhere.
 """
@@ -15,9 +15,12 @@ import yaml
 
 from pipeline.cli import CONF_DIR
 from pipeline.errors import ConfigError
-from pipeline.planning.flops import peak_tflops
+from pipeline.planning.flops import known_name, peak_tflops
 
 FOLDER = CONF_DIR / "devices"
+# Share by which the memory of alike devices may differ: the driver takes some of it. The next
+# larger or smaller model, or a slice of one, is further away.
+SAME_MEMORY = 0.05
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,38 @@ def load_device(name: str) -> Device:
     return Device(name=path.stem, **values)
 
 
-def device_of(torch_name: str) -> Device | None:
-    """The device with this torch name, or None where conf/devices/ has none of its peak."""
-    peak = peak_tflops(torch_name)
+def device_of(torch_name: str, memory_bytes: int | None = None) -> Device | None:
+    """The device of this name, or one like it; None where conf/devices/ has neither.
+
+    Alike are devices of one name in flops.py's table and as much memory: an H800 has an H100's
+    peak and other links.
+
+    Args:
+        torch_name: as torch.cuda.get_device_name gives it.
+        memory_bytes: that torch sees; None: not known, only the name itself is looked for.
+
+    Raises:
+        ConfigError: a file of conf/devices/ is broken.
+    """
     devices = [load_device(name) for name in known_devices()]
-    exact = [device for device in devices if device.torch_name == torch_name]
-    alike = [d for d in devices if peak is not None and d.peak == peak * 1e12]
-    return next(iter([*exact, *alike]), None)
+    found = [device for device in devices if device.torch_name == torch_name]
+    if memory_bytes is not None and (name := known_name(torch_name)) is not None:
+        found += [
+            device
+            for device in devices
+            if known_name(device.torch_name) == name
+            and abs(memory_bytes / 2**30 / device.memory_gib - 1) <= SAME_MEMORY
+        ]
+    return next(iter(found), None)
+
+
+def device_here() -> Device | None:
+    """The device under this process; None where there is none or it is not known; as device_of."""
+    import torch  # a plan needs none
+
+    if not torch.cuda.is_available():
+        return None
+    return device_of(torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory)
 
 
 def _is_positive(value: object) -> bool:

@@ -66,13 +66,15 @@ def peak_tflops(device_name: str) -> float | None:
     Args:
         device_name: as torch.cuda.get_device_name gives it, e.g. "NVIDIA H100 80GB HBM3".
     """
+    name = known_name(device_name)
+    return PEAK_TFLOPS[name] if name else None
+
+
+def known_name(device_name: str) -> str | None:
+    """The name under which the table knows the device, e.g. "H100"; None: it does not."""
     # Part of a word is another device ("A100" in "RTX A1000"), and so is a name with a suffix.
     variant = "(?! (?:D|Ti|SUPER|Laptop|Max-Q)\\b)"
-    found = (
-        peak
-        for name, peak in PEAK_TFLOPS.items()
-        if re.search(rf"\b{name}\b{variant}", device_name)
-    )
+    found = (name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b{variant}", device_name))
     return next(found, None)
 
 

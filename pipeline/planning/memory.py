@@ -11,6 +11,7 @@ not fitted; within 5 % of the tensors that a rehearsal of the engine holds
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.choices import OptimizerName, Position, Precision, Recompute
@@ -81,9 +82,9 @@ def memory_of_stages(job: Job) -> list[StageMemory]:
     return [_memory_of(job, stage) for stage in job.stages]
 
 
-def most_loaded(job: Job) -> StageMemory:
+def most_loaded(stages: Sequence[StageMemory]) -> StageMemory:
     """The stage that decides whether the run fits."""
-    return max(memory_of_stages(job), key=lambda memory: memory.total)
+    return max(stages, key=lambda memory: memory.total)
 
 
 def _memory_of(job: Job, stage: Stage) -> StageMemory:

@@ -14,7 +14,7 @@ from pipeline.config.step_shape import StepShape
 from pipeline.planning.devices import Device
 from pipeline.planning.flops import flops_per_token, mfu, num_parameters
 from pipeline.planning.job import Job
-from pipeline.planning.memory import StageMemory, memory_of_stages
+from pipeline.planning.memory import StageMemory, memory_of_stages, most_loaded
 from pipeline.planning.step_time import StepTime, step_time
 from pipeline.planning.trained import num_trained_parameters
 
@@ -42,7 +42,7 @@ class Plan:
     @cached_property
     def worst(self) -> StageMemory:
         """The stage that decides whether it fits."""
-        return max(self.memory, key=lambda memory: memory.total)
+        return most_loaded(self.memory)
 
     @property
     def fits(self) -> bool:
@@ -96,7 +96,7 @@ class Plan:
         for until, shape in self.job.shape.ramp:
             steps = max(0, min(until, self.job.shape.total_steps) - start)
             if steps:
-                seconds += steps * step_time(_at(self.job, shape), self.device).total
+                seconds += steps * self.at(shape).time.total
             start = min(until, self.job.shape.total_steps)
         return seconds / 3600
 
@@ -115,8 +115,8 @@ class Plan:
         """Of devices under load and what stands around them."""
         return self.device_hours * self.device.watts * PLANT_FACTOR / 1e6
 
-
-def _at(job: Job, step: StepShape) -> Job:
-    """The job as if every step had this shape."""
-    shape = replace(job.shape, seq_len=step.seq_len, ramp=((job.shape.total_steps, step),))
-    return replace(job, shape=shape)
+    def at(self, step: StepShape) -> Plan:
+        """The same run as if every step had this shape: of a ramp, for one."""
+        shape = self.job.shape
+        shape = replace(shape, seq_len=step.seq_len, ramp=((shape.total_steps, step),))
+        return replace(self, job=replace(self.job, shape=shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.planning.job import Job
-from pipeline.planning.memory import GIB, PARTS, StageMemory, memory_of_stages
+from pipeline.planning.memory import GIB, PARTS, StageMemory, memory_of_stages, most_loaded
 from pipeline.planning.plan import FASTEST, PLANT_FACTOR, SLOWEST, Plan
 from pipeline.planning.search import Layout
 
@@ -19,7 +19,7 @@ BAR = 30
 
 def first_lines(job: Job) -> list[str]:
     """What needs no device: the layout, and what the most loaded stage must hold."""
-    worst = max(memory_of_stages(job), key=lambda memory: memory.total)
+    worst = most_loaded(memory_of_stages(job))
     of_stage = f" (stage {worst.stage})" if job.shape.sizes.pipeline > 1 else ""
     return [layout_line(job), f"estimated need of a device{of_stage} {worst}"]
 
@@ -80,8 +80,8 @@ def _shown(memory: list[StageMemory]) -> list[StageMemory]:
     if len(memory) <= MOST_STAGES:
         return memory
     half = MOST_STAGES // 2
-    worst = max(memory, key=lambda m: m.total)
-    chosen = {m.stage: m for m in [*memory[: half - 1], worst, *memory[-half:]]}
+    shown = [*memory[: half - 1], most_loaded(memory), *memory[-half:]]
+    chosen = {m.stage: m for m in shown}
     return [chosen[stage] for stage in sorted(chosen)]
 
 

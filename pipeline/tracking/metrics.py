@@ -30,6 +30,7 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.log import logger
 from pipeline.planning.flops import mfu, peak_tflops
+from pipeline.planning.plan import Plan
 from pipeline.redaction import redact
 from pipeline.resilience.bookkeeping import bookkeeping, num_failures
 from pipeline.resilience.goodput import Goodput
@@ -65,7 +66,7 @@ class Metrics:
         flops_per_token: float,
         goodput: Goodput,
         facts: dict[str, Any],
-        planned: Planned | None = None,
+        plan: Plan | None = None,
     ):
         """Open metrics.jsonl and start W&B.
 
@@ -78,12 +79,12 @@ class Metrics:
             goodput: the account of the run's time; written on logged steps.
             facts: recorded at the start beside `environment()`: dataset identities, number of
                 parameters.
-            planned: what the plan says of this run here; compared once with what is measured.
-                None: nobody planned for this device.
+            plan: of this run on this device; compared once with what is measured. None: nobody
+                planned for this device.
         """
         self.cfg, self.shape, self.flops_per_token = cfg, shape, flops_per_token
         self.goodput = goodput
-        self.planned, self._num_steps = planned, 0
+        self.plan, self._num_steps = plan, 0
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
         self.restart_clock()
@@ -138,12 +139,14 @@ class Metrics:
         # The first step of a process shows at once whether it works; the last one is what a run has
         # reached.
         is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
-        is_compared = self._num_steps == COMPARED_AFTER_STEPS and self.planned is not None
+        is_compared = self._num_steps == COMPARED_AFTER_STEPS and self.plan is not None
         if is_due or is_compared or not self._logged_steps:
             values = self._values(state, result, extra or {})
-            if is_compared and self.planned is not None:
-                logger.info(self.planned.beside(values))
-                values |= self.planned.values()
+            if is_compared and self.plan is not None:
+                with bookkeeping("the plan beside what is measured", errors=Exception):
+                    planned = Planned.of(self.plan, step=state.step - 1)
+                    logger.info(planned.beside(values))
+                    values |= planned.values()
             self._send(state, values)
             self._show(state, values)
             self._logged_steps += 1

@@ -1,6 +1,6 @@
 """The plan beside what a run measures.
 
-Plan --Planned.of--> plan/step_ms, plan/mfu, ... --beside(measured)--> one line of the log
+Plan, a step --Planned.of--> plan/step_ms, plan/mfu, ... --beside(measured)--> one line of the log
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ class Planned:
     """Tensors at their peak, as torch counts them."""
 
     @classmethod
-    def of(cls, plan: Plan) -> Planned:
-        """Of a plan; the main rank is in the first stage."""
+    def of(cls, plan: Plan, *, step: int) -> Planned:
+        """Of optimizer step `step` (0 is the first); the main rank is in the first stage.
+
+        A plan is of a step once every ramp has ended; what is measured is often within one.
+        """
+        now = plan.at(plan.job.shape.at(step))
         return cls(
-            step_ms=1e3 * plan.time.total,
-            tokens_per_sec=plan.tokens_per_s,
-            mfu=plan.mfu,
-            peak_gib=plan.memory[0].tensors / GIB,
+            step_ms=1e3 * now.time.total,
+            tokens_per_sec=now.tokens_per_s,
+            # As it is measured: of operations on a token of a full-length sequence.
+            mfu=plan.mfu * now.tokens_per_s / plan.tokens_per_s,
+            peak_gib=now.memory[0].tensors / GIB,
         )
 
     def values(self) -> dict[str, float]:

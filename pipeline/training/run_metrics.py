@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
-from pipeline.planning.devices import device_of
+from pipeline.planning.devices import device_here
 from pipeline.planning.flops import count_parameters, flops_per_token
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
+from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking.metrics import Metrics
-from pipeline.tracking.planned import Planned
 
 
 def open_metrics(
@@ -42,12 +40,13 @@ def open_metrics(
             **count_parameters(cfg.model, cfg.finetune, shape.vocab_size),
             "datasets": datasets,
         },
-        planned=_planned(cfg, shape),
+        plan=_plan(cfg, shape),
     )
 
 
-def _planned(cfg: PretrainConfig, shape: RunShape) -> Planned | None:
-    """What the plan says of this run on the device under it; None where conf/devices/ has none."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    device = device_of(name)
-    return Planned.of(Plan(Job.of(cfg, shape), device)) if device else None
+def _plan(cfg: PretrainConfig, shape: RunShape) -> Plan | None:
+    """Of this run on the device under it; None where conf/devices/ has none, or a broken file."""
+    with bookkeeping("the plan of this run", errors=Exception):
+        device = device_here()
+        return Plan(Job.of(cfg, shape), device) if device else None
+    return None

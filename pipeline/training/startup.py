@@ -27,17 +27,22 @@ if TYPE_CHECKING:
 
 
 def memory_advice(cfg: PretrainConfig, ranks: Ranks) -> str:
-    """What the device was asked to hold, and the settings with which it would."""
-    import torch
+    """What the device was asked to hold, and the settings with which it would.
 
+    Empty where that cannot be said, e.g. for a broken file in conf/devices/: the failure that it
+    comes with is reported all the same.
+    """
     from pipeline.data.datasets import describe
     from pipeline.planning.advice import advice
-    from pipeline.planning.devices import device_of
+    from pipeline.planning.devices import device_here
 
-    vocab_size = describe(cfg.data).vocab_size
-    shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return advice(cfg, shape, device_of(name))
+    try:
+        vocab_size = describe(cfg.data).vocab_size
+        shape = derive(cfg, world_size=ranks.world_size, tokenizer_vocab_size=vocab_size)
+        return advice(cfg, shape, device_here())
+    except Exception as error:
+        log.logger.warning("no advice about memory: %s: %s", type(error).__name__, error)
+        return ""
 
 
 class Start(NamedTuple):

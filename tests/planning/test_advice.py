@@ -6,6 +6,8 @@ import re
 
 from pipeline.planning.advice import advice, fitting_changes
 from pipeline.planning.devices import load_device
+from pipeline.planning.job import Job
+from pipeline.planning.plan import Plan
 from tests.support.planned_run import run_of
 
 H100 = load_device("h100")
@@ -13,7 +15,7 @@ H100 = load_device("h100")
 
 def test_changes_that_fit_are_legal_and_the_fastest_comes_first():
     cfg, shape = run_of("training.micro_batch_size=8")
-    found = fitting_changes(cfg, shape, H100)
+    found = fitting_changes(cfg, shape, Plan(Job.of(cfg, shape), H100))
     rates = [layout.plan.tokens_per_s for layout in found]
     assert rates == sorted(rates, reverse=True) and all(layout.plan.fits for layout in found)
     assert {"training.recompute=full", "training.micro_batch_size=2"} <= {f.settings for f in found}
@@ -28,8 +30,19 @@ def test_changes_that_fit_are_legal_and_the_fastest_comes_first():
 
 def test_where_nothing_fits_the_search_is_named():
     cfg, shape = run_of("model=gpt3-175b", "training.micro_batch_size=1")
-    assert fitting_changes(cfg, shape, H100) == []
+    assert fitting_changes(cfg, shape, Plan(Job.of(cfg, shape), H100)) == []
     assert "search=true world_size=8 device=h100" in advice(cfg, shape, H100)
+
+
+def test_who_was_out_of_memory_though_it_fits_is_offered_only_what_needs_less():
+    """A pipeline was offered, one rank of which needs more than each of two does here."""
+    words = ["model=gpt2-124m", "model.num_layers=4", "training.micro_batch_size=1"]
+    cfg, shape = run_of(*words, world_size=2)
+    now = Plan(Job.of(cfg, shape), H100)
+    assert now.fits
+    found = fitting_changes(cfg, shape, now)
+    assert found and all(f.plan.worst.tensors < now.worst.tensors for f in found)
+    assert "pipeline" not in " ".join(f.settings for f in found)
 
 
 def test_an_unknown_device_is_told_what_saves_memory_least_need_first():

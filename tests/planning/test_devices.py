@@ -53,15 +53,21 @@ def test_an_unknown_device_is_told_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("torch_name", "name"),
+    ("torch_name", "gib", "name"),
     [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
-        ("NVIDIA H800", "h100"),  # the same peak
-        ("Intel Xeon", None),
+        ("NVIDIA H100 80GB HBM3", None, "h100"),
+        ("NVIDIA H200", None, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40g"),  # was a100: 80 GB, the same peak
+        ("NVIDIA A100-PCIE-40GB", None, None),
+        ("NVIDIA A100-SXM-80GB", 79.2, "a100"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.5, None),
+        ("NVIDIA GH200 480GB", 94.5, None),  # these were others of the same peak
+        ("NVIDIA H800", 79.1, None),
+        ("AMD Instinct MI325X", 255.9, None),
+        ("Intel Xeon", 79.1, None),
     ],
 )
-def test_the_device_under_a_run_is_found_by_torchs_name(torch_name, name):
-    found = device_of(torch_name)
+def test_the_device_under_a_run_is_found_by_torchs_name_and_its_memory(torch_name, gib, name):
+    found = device_of(torch_name, gib and int(gib * 2**30))
     assert (found.name if found else None) == name

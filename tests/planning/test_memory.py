@@ -64,7 +64,7 @@ def test_the_first_stage_holds_most_micro_batches_and_the_last_the_loss():
     found = memory_of(*words)
     assert [m.moment for m in found] == ["backward", "backward", "backward", "loss"]
     assert found[0].activations > found[1].activations > found[2].activations
-    assert most_loaded(job).stage == 0
+    assert most_loaded(memory_of_stages(job)).stage == 0
 
 
 def test_stages_together_hold_the_model_once():

@@ -9,7 +9,6 @@ import pytest
 from pipeline.planning.devices import load_device
 from pipeline.planning.flops import flops_per_token
 from pipeline.planning.job import Job
-from pipeline.planning.memory import most_loaded
 from pipeline.planning.plan import Plan
 from tests.support.planned_run import run_of
 
@@ -49,7 +48,9 @@ def test_a_ramp_is_paid_at_its_own_speed():
 def test_it_fits_or_not_by_the_most_loaded_stage():
     small, large = plan_of("training.micro_batch_size=1"), plan_of("training.micro_batch_size=8")
     assert small.fits and not large.fits
-    assert large.worst == most_loaded(large.job)
+    ends = plan_of("training.micro_batch_size=1", "parallel.pipeline_parallel_size=4")
+    assert ends.worst is ends.memory[0]
+    assert ends.worst.total == max(memory.total for memory in ends.memory)
 
 
 def test_a_checkpoint_has_twelve_bytes_a_trained_parameter():

@@ -92,10 +92,12 @@ def test_logged_steps_are_the_first_the_multiples_and_the_last(tmp_path):
     assert [row["step"] for row in rows(tmp_path)[1:]] == [1, 6, 12, 18, 20]
 
 
-def test_planned_stands_beside_measured_once_after_ten_steps(tmp_path, caplog):
+def test_planned_stands_beside_measured_once_after_ten_steps(tmp_path, caplog, monkeypatch):
     """Whether the plan was right is known minutes into a run, and kept in its metrics."""
     tracker = make(tmp_path, log_every=8)
-    tracker.planned = Planned(step_ms=1.0, tokens_per_sec=100.0, mfu=0.4, peak_gib=2.0)
+    tracker.plan, steps = object(), []
+    planned = Planned(step_ms=1.0, tokens_per_sec=100.0, mfu=0.4, peak_gib=2.0)
+    monkeypatch.setattr(Planned, "of", lambda _, *, step: steps.append(step) or planned)
     with caplog.at_level(logging.INFO, logger=logger.name):
         train(tracker, State(step=3), 17)
     tracker.close()
@@ -105,6 +107,16 @@ def test_planned_stands_beside_measured_once_after_ten_steps(tmp_path, caplog):
     assert not [key for step in (4, 8, 16, 20) for key in found[step] if key.startswith("plan/")]
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("plan: ")]
     assert len(said) == 1 and "step_ms 1.0 planned, " in said[0]
+    assert steps == [12]  # the one that is measured: the thirteenth of the run
+
+
+def test_a_plan_that_fails_ends_no_run(tmp_path):
+    """It is only told of the run."""
+    tracker = make(tmp_path, log_every=8)
+    tracker.plan = object()
+    train(tracker, State(), 12)
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)[1:]] == [1, 8, 10]
 
 
 def test_a_logged_step_carries_the_documented_names(tmp_path):
