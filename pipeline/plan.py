@@ -27,11 +27,10 @@ from pipeline.planning.job import Job
 from pipeline.planning.memory import GIB
 from pipeline.planning.plan import Plan
 from pipeline.planning.search import search
+from pipeline.rehearsal.dry_run import GPT2_VOCABULARY, rehearse
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
-
-GPT2_VOCABULARY = 50257
 
 
 @dataclass
@@ -52,7 +51,7 @@ class PlanConfig(PretrainConfig):
     """Write the plan as a page with pictures to this file."""
     dry_run: bool = False
     """Rehearse one rank on a device that computes nothing, and compare its memory with the plan's;
-    10 s and a C++ compiler.
+    10 s, a C++ compiler and a CPU build of torch. ZeRO-3 and offloaded optimizers are refused.
     """
     rank: int = 0
     """Of dry_run: the global rank that is rehearsed."""
@@ -70,12 +69,13 @@ def main(cfg: PlanConfig) -> None:
     cfg, data = _read_data(cfg)
     vocab_size = data.vocab_size if data else cfg.vocab_size or cfg.model.vocab_size
     vocab_size, lines = vocab_size or GPT2_VOCABULARY, []
+    row_tokens = data.row_tokens if data else None
     try:
         shape = derive(
             cfg,
             world_size=cfg.world_size,
             tokenizer_vocab_size=vocab_size,
-            row_tokens=data.row_tokens if data else None,
+            row_tokens=row_tokens,
         )
     except ConfigError as error:
         if not cfg.search or cfg.page or cfg.dry_run:
@@ -87,7 +87,13 @@ def main(cfg: PlanConfig) -> None:
         if cfg.dry_run:
             lines += [*_rehearsal_lines(cfg, plan, vocab_size), ""]
     if cfg.search:
-        found = search(cfg, device, world_size=cfg.world_size, vocab_size=vocab_size)
+        found = search(
+            cfg,
+            device,
+            world_size=cfg.world_size,
+            vocab_size=vocab_size,
+            row_tokens=row_tokens,
+        )
         lines += table.layout_lines(*found)
     print("\n".join(lines))
     if cfg.page:
@@ -110,8 +116,6 @@ def _plan_lines(cfg: PlanConfig, plan: Plan, data: DataSummary | None) -> Iterat
 
 def _rehearsal_lines(cfg: PlanConfig, plan: Plan, vocab_size: int) -> Iterator[str]:
     """What one rank did on a device that computes nothing: its memory beside the plan's count."""
-    from pipeline.rehearsal.dry_run import rehearse
-
     report = rehearse(
         cfg, rank=cfg.rank, world_size=cfg.world_size, tokenizer_vocab_size=vocab_size
     )

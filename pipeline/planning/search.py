@@ -33,7 +33,12 @@ class Layout:
 
 
 def search(
-    cfg: PretrainConfig, device: Device, *, world_size: int, vocab_size: int
+    cfg: PretrainConfig,
+    device: Device,
+    *,
+    world_size: int,
+    vocab_size: int,
+    row_tokens: int | None = None,
 ) -> tuple[list[Layout], int]:
     """The layouts that fit, fastest first, and how many are legal; as it is set is one of them.
 
@@ -41,11 +46,16 @@ def search(
         cfg: the run; its own layout need not be legal.
         device: of which there are `world_size`.
         vocab_size: of the tokenizer.
+        row_tokens: of packed data; None: they are text, or not known.
     """
     legal = [
         Layout(_difference(cfg, changed), Plan(Job.of(changed, shape), device))
         for changed in [cfg, *layouts(cfg, world_size=world_size, per_node=device.per_node)]
-        if (shape := legal_shape(changed, world_size=world_size, vocab_size=vocab_size))
+        if (
+            shape := legal_shape(
+                changed, world_size=world_size, vocab_size=vocab_size, row_tokens=row_tokens
+            )
+        )
     ]
     fitting = [layout for layout in legal if layout.plan.fits]
     return sorted(fitting, key=lambda layout: -layout.plan.tokens_per_s), len(legal)
@@ -88,10 +98,18 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
                 yield changed
 
 
-def legal_shape(cfg: PretrainConfig, *, world_size: int, vocab_size: int) -> RunShape | None:
-    """The derived numbers of a run; None: a rule forbids it."""
+def legal_shape(
+    cfg: PretrainConfig, *, world_size: int, vocab_size: int, row_tokens: int | None = None
+) -> RunShape | None:
+    """The derived numbers of a run; None: a rule forbids it.
+
+    Args:
+        row_tokens: as search; who changes a legal run, and no length of it, needs none.
+    """
     try:
-        return derive(cfg, world_size=world_size, tokenizer_vocab_size=vocab_size)
+        return derive(
+            cfg, world_size=world_size, tokenizer_vocab_size=vocab_size, row_tokens=row_tokens
+        )
     except ConfigError:
         return None
 

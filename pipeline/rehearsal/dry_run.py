@@ -152,7 +152,8 @@ def _enough_micro_batches(cfg: PretrainConfig, shape: RunShape) -> int:
     gradients of the first.
     """
     is_dual = cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    return min(shape.at(0).num_micro_batches, max(2, shape.sizes.pipeline * (1 + is_dual)))
+    most = shape.at(shape.total_steps).num_micro_batches  # once every ramp has ended, as a plan
+    return min(most, max(2, shape.sizes.pipeline * (1 + is_dual)))
 
 
 def _parse(report: dict[str, Any]) -> Report:

@@ -133,14 +133,14 @@ def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
     import torch
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    from pipeline.config.choices import Precision
+    from pipeline.engine.forward_only import DTYPES
     from pipeline.model.stage_io import StageSchema
 
-    rows = shape.at(0).seq_len
+    rows = shape.at(shape.total_steps).seq_len
     hidden = [shape.micro_batch_size, rows, cfg.model.hidden_size]
     if cfg.parallel.sequence_parallel:
         hidden = [rows // shape.sizes.tensor, shape.micro_batch_size, cfg.model.hidden_size]
-    dtype = torch.float32 if cfg.training.precision is Precision.fp32 else torch.bfloat16
+    dtype = DTYPES[cfg.training.precision]
     names = StageSchema.of(cfg.data, cfg.parallel).between.names
 
     def receive(self: Any, _: int) -> Any:
@@ -174,7 +174,7 @@ def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
     from pipeline.data.batch import Batch, Masks
 
     masks = Masks.of(cfg.data, packed=False)
-    size = (shape.micro_batch_size, shape.at(0).seq_len)
+    size = (shape.micro_batch_size, shape.at(shape.total_steps).seq_len)
 
     def ids(is_there: bool = True) -> Any:
         return torch.zeros(size, dtype=torch.long, device=layout.device) if is_there else None

@@ -36,6 +36,14 @@ def test_the_winner_is_legal_fits_and_is_never_slower_than_what_was_set(words):
     assert all(best.plan.tokens_per_s >= layout.plan.tokens_per_s for layout in as_set)
 
 
+def test_with_packed_rows_only_what_the_run_would_take_is_legal():
+    """A layout was said to be legal whose sequences are no rows of the data."""
+    cfg, _ = run_of("training.micro_batch_size=1", "model.num_layers=2")
+    given = {"world_size": 2, "vocab_size": 50257}
+    assert search(cfg, H100, **given, row_tokens=1024) == ([], 0)
+    assert search(cfg, H100, **given, row_tokens=2048)[1] == search(cfg, H100, **given)[1] > 0
+
+
 def test_a_thousand_devices_take_seconds():
     """CPU time: the promise is 30 s on an idle machine."""
     words = ["experiment=gpt3-175b", "training.global_batch_size=1536", "training.total_steps=null"]

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError, MachineError
 from pipeline.rehearsal import dry_run, fake_cuda
 from pipeline.rehearsal.dry_run import Report, rehearse
@@ -60,6 +61,16 @@ def test_a_mixture_in_fp32_with_shared_key_heads_takes_a_kernel_without_scores()
     report = rehearse(config("moe"), rank=1, world_size=2, tokenizer_vocab_size=VOCAB)
     assert report.devices == ["cuda:0"]
     assert set(report.attention_kernels) == {"efficient"}
+
+
+def test_the_step_behind_every_ramp_is_rehearsed() -> None:
+    """It is compared with a plan of that step; the first one of a ramp has fewer micro-batches."""
+    words = ["model=tiny", "parallel.pipeline_parallel_size=4", "training.micro_batch_size=1"]
+    words += ["training.global_batch_size=64", "training.total_steps=200"]
+    cfg = preset(*words, "training.ramp=[{until_step: 50, global_batch_size: 2}]")
+    shape = derive(cfg, world_size=4, tokenizer_vocab_size=VOCAB)
+    assert shape.at(0).num_micro_batches == 2
+    assert dry_run._enough_micro_batches(cfg, shape) == 4
 
 
 def test_what_cannot_be_rehearsed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
