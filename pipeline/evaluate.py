@@ -141,8 +141,12 @@ def _data(cfg: EvaluateConfig, run_data: DataConfig | None) -> DataConfig:
                 f"of {cfg.checkpoint} are read as the run reads them. Name the data too: "
                 "data.path=OUT or data.validation."
             )
-        cache_dir = data.cache_dir or run_data.cache_dir
-        data = replace(run_data, cache_dir=cache_dir, cache_size_gib=data.cache_size_gib)
+        # Older runs could give held-out data a share, which had no effect and now is refused.
+        held_out = [replace(d, weight=None, max_epochs=None) for d in run_data.validation or []]
+        cache_dir, cache_size_gib = data.cache_dir or run_data.cache_dir, data.cache_size_gib
+        data = replace(
+            run_data, validation=held_out, cache_dir=cache_dir, cache_size_gib=cache_size_gib
+        )
     elif run_data is not None and run_data.mask_documents and not data.mask_documents:
         log.logger.warning(
             "the run attends inside documents only, this evaluation across them: set "

@@ -190,20 +190,20 @@ def own_name(path: str, flags: int) -> int:
 def check_no_links(folder: Path) -> None:
     """Refuse a run folder in which a name stands for something elsewhere.
 
-    W&B's own folder, which is full of links of its making, is not looked into.
+    W&B's own folder, which is full of links of its making, is not looked into and may be elsewhere.
 
     Raises:
         MachineError: it holds a link: what a run writes, appends and prunes would not stay inside.
     """
     for parent, folders, names in os.walk(folder):
+        if Path(parent) == folder and "wandb" in folders:
+            folders.remove("wandb")
         links = [path for name in folders + names if (path := Path(parent, name)).is_symlink()]
         if links:
             raise MachineError(
                 f"{folder} holds the link {min(links).relative_to(folder)}; a run writes into its "
                 "own folder only. Put the files there, or let the whole folder be the link."
             )
-        if Path(parent) == folder and "wandb" in folders:
-            folders.remove("wandb")
 
 
 def size_of(path: Path) -> int:

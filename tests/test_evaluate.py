@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.config.data_rules import held_out
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
@@ -145,6 +146,14 @@ def test_the_data_of_the_run_count_only_where_none_are_named() -> None:
         _data(EvaluateConfig(checkpoint="x"), replace(of_run, validation=[]))
     with pytest.raises(ConfigError, match="x names no held-out data"):
         _data(EvaluateConfig(checkpoint="x"), None)
+
+
+def test_shares_of_an_older_runs_held_out_data_are_let_be() -> None:
+    """They had no effect when it trained, and a run that gives them is refused now."""
+    share = DatasetConfig(path="held-out", name="a", weight=2.0, max_epochs=1.0)
+    found = _data(EvaluateConfig(checkpoint="x"), DataConfig(validation=[share]))
+    assert found.validation == [DatasetConfig(path="held-out", name="a")]
+    assert not list(held_out(found))
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,6 @@ TESTED_IN = {
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
-    "pipeline/huggingface/loading.py": (
-        "hostile/test_hugging_face.py",
-        "it refuses what hostile folders ask transformers for",
-    ),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/experts.py": ("model/test_moe.py", "the layer that holds them"),
@@ -133,7 +129,6 @@ TESTED_IN = {
     "pipeline/rehearsal/one_rank.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/watch.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
-    "pipeline/tracking/wandb_run.py": ("tracking/test_metrics.py", "metrics send to it"),
     "pipeline/training/build.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/training/run_metrics.py": ("test_train.py", RUN),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, MachineError
 from pipeline.report import ReportConfig, main
 from pipeline.tracking.history import History
 
@@ -111,6 +111,29 @@ def test_throughput_is_the_median_without_the_warm_up(tmp_path):
         History.load(write(tmp_path, [step_row(s, 1.0) for s in (1, 2, 3, 4)])).tokens_per_sec
         == 103.0
     )
+
+
+def test_a_report_goes_into_the_run_and_nowhere_else(tmp_path):
+    """Checkpoints may be on another disk; what is written must not follow a link, nor be read by one."""
+    run = write(tmp_path / "run", [step_row(1, 3.0)])
+    for name in ("checkpoints", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("s3cr3t")
+    (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(tmp_path / "elsewhere" / "secret")
+    main(ReportConfig(run=str(run)))
+    assert "s3cr3t" not in (run / "report" / "index.html").read_text()
+    for name in ("report/index.html", "report/curves.png", "report"):
+        path = run / name
+        path.unlink() if path.is_file() else path.rmdir()
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(MachineError, match=f"{re.escape(str(path))} is a link"):
+            main(ReportConfig(run=str(run)))
+        path.unlink()
+        if name != "report":
+            path.parent.mkdir(exist_ok=True)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["secret"]
 
 
 @pytest.mark.parametrize("rows", [None, []])

@@ -52,7 +52,7 @@ SHAPE = {
         "finetune?": {"train?": [str], "lora_targets?": [str]},
         "optimizer?": {"lr?": float},
         "name?": str,
-        "seed?": COUNT,
+        "seed?": int,  # -1 is one too
     },
     "loader?": {
         "step?": COUNT,

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterator
 
 from pipeline.config.choices import NormPlacement, Position, RopeScaling
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
+from pipeline.config.number_rules import broken_numbers
 from pipeline.config.training import ParallelConfig
 
-# Least legal value of the model's numbers; null is legal where the field allows it.
-LEAST = {
-    1: """num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size
-        vocab_size max_seq_len moe.ffn_hidden_size rope_original_max_seq_len
-        mup_base_hidden_size""",
-    0: """moe.num_experts moe.shared_expert_ffn_hidden_size norm_eps hidden_dropout
-        attention_dropout init_std logit_softcap z_loss_coeff moe.z_loss_coeff
-        moe.aux_loss_coeff""",
-}
-ABOVE_0 = "rope_theta rope_scaling_factor"
-BELOW_1 = "hidden_dropout attention_dropout"
 MOST = 2**31
 """No size of a model is larger: it would not fit the 32-bit counts of the kernels."""
 
 
 def alone(model: ModelConfig) -> Iterator[str]:
     """Every rule that a model breaks in whatever run: for models that come from outside."""
-    for least, keys in LEAST.items():
-        for key in keys.split():
-            value = operator.attrgetter(key)(model)
-            if value is not None and not least <= value < MOST:
-                yield f"model.{key} ({value}) must be from {least} to {MOST - 1}."
-                return  # the rules below divide by them
-    for key in ABOVE_0.split():
-        if not 0 < (value := getattr(model, key)) < math.inf:
-            yield f"model.{key} ({value}) must be above 0."
+    broken = [problem for _, problem in broken_numbers({"model": model}, most=MOST - 1)]
+    yield from broken
+    if broken:
+        return  # the rules below divide by them
     yield from head_width_fits(model)
     yield from rotary_fits(model)
     yield from groups_fit(model)

@@ -7,49 +7,48 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import model_rules
-
 if TYPE_CHECKING:
     from pipeline.config.training import TrainingConfig
 
 # Least legal value of a number of a run or an evaluation; null is legal where the field allows it.
 LEAST = {
-    1: """parallel.tensor_parallel_size parallel.pipeline_parallel_size training.total_steps
+    1: """model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups
+        model.head_dim model.ffn_hidden_size model.vocab_size model.max_seq_len
+        model.moe.ffn_hidden_size model.rope_original_max_seq_len model.mup_base_hidden_size
+        parallel.tensor_parallel_size parallel.pipeline_parallel_size training.total_steps
         training.total_tokens training.seq_len training.global_batch_size
         training.micro_batch_size training.recompute_every schedule.decay_steps
         tracking.log_every checkpoint.max_failed_saves resilience.spike_window seq_len
         micro_batch_size""",
-    0: """finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay
-        optimizer.clip_grad optimizer.beta1 optimizer.beta2 schedule.min_lr
+    0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
+        model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
+        model.z_loss_coeff model.moe.z_loss_coeff model.moe.aux_loss_coeff
+        finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad
+        optimizer.beta1 optimizer.beta2 schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
         training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
         checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
         resilience.max_bad_steps resilience.spike_sigmas resilience.straggler_ratio sequences""",
 }
-ABOVE_0 = "resilience.collective_timeout_s tracking.peak_tflops"
-BELOW_1 = "optimizer.beta1 optimizer.beta2"
+ABOVE_0 = """model.rope_theta model.rope_scaling_factor resilience.collective_timeout_s
+    tracking.peak_tflops"""
+BELOW_1 = "model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2"
 
 
-def _with_models(keys: str, of_models: str) -> str:
-    """The model's own first: they are asked of models from outside too."""
-    return " ".join([*(f"model.{key}" for key in of_models.split()), keys])
-
-
-LEAST = {least: _with_models(keys, model_rules.LEAST[least]) for least, keys in LEAST.items()}
-ABOVE_0 = _with_models(ABOVE_0, model_rules.ABOVE_0)
-BELOW_1 = _with_models(BELOW_1, model_rules.BELOW_1)
-
-
-def broken_numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def broken_numbers(
+    settings: Mapping[str, Any], *, most: float = math.inf
+) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) of every number that is illegal whatever the others are.
 
     Args:
         settings: section, or number without one, by name; others are not asked about.
+        most: of those that have a least value; of settings from outside.
     """
+    at_most = "" if most == math.inf else f" and at most {most}"
     for least, keys in LEAST.items():
         for key, value in _values(settings, keys):
-            if not least <= value < math.inf:
-                yield key, f"{key} ({value}) must be at least {least}."
+            if not (least <= value <= most and value < math.inf):
+                yield key, f"{key} ({value}) must be at least {least}{at_most}."
     for key, value in _values(settings, ABOVE_0):
         if not 0 < value < math.inf:
             yield key, f"{key} ({value}) must be above 0."

@@ -1,8 +1,8 @@
 """Models and tokenizers of Hugging Face folders by transformers, for no more than they are.
 
 A folder can ask transformers for other weights (adapter_config.json), for code of its own
-(auto_map, custom_generate), for kernels to download, and for files anywhere: all of it is refused,
-and nobody is asked whether it may.
+(auto_map, custom_generate), for kernels to download, and for files anywhere. Code of a folder is
+never run, the rest is refused, and nobody is asked whether it may.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
         CheckpointError: transformers cannot load it, or it asks for what a model does not need.
     """
     check_folder(folder)  # first: it takes milliseconds
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -35,6 +36,8 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model.to(device).eval()
+    except (MemoryError, torch.OutOfMemoryError):  # not the folder's fault
+        raise
     except Exception as error:  # transformers raises whatever its parts do
         raise CheckpointError(
             f"transformers cannot load {folder}: {type(error).__name__}: {error}"

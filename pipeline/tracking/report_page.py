@@ -105,7 +105,7 @@ def page(history: History, run_dir: Path, picture: bytes) -> str:
         columns["exact"] = "exact answers, %"
     rows = [[*place, *(row.get(key, "") for key in columns)] for *place, row in found]
     try:
-        config = read_file(run_dir / "config.yaml").decode(errors="replace")
+        config = read_file(run_dir / "config.yaml", inside=run_dir).decode(errors="replace")
     except OSError as error:  # the page tells of the run without it
         config = f"config.yaml cannot be read: {error.strerror}"
     return PAGE.format(

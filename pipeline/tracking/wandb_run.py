@@ -137,11 +137,15 @@ def _wandb_mode(mode: WandbMode) -> str:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The run's W&B id, made on first use and kept in the run folder."""
+    """The run's W&B id, made on first use and kept in the run folder.
+
+    Raises:
+        OSError: there is a file that cannot be read now: another id would split the run in two.
+    """
     path = run_dir / "wandb-id"
     try:
         found = read_file(path).decode("ascii", "replace").strip()
-    except OSError:
+    except FileNotFoundError:
         found = ""
     if not re.fullmatch(r"[\w-]{1,64}", found):
         found = uuid.uuid4().hex[:12]

@@ -77,6 +77,25 @@ def test_a_strangers_settings_are_not_looked_up(monkeypatch):
     assert record.model().name == "${oc.env:SECRET}"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**53])
+def test_a_seed_is_any_whole_number(seed):
+    """seed=-1 trained, and its checkpoints were refused as damaged."""
+    record = CheckpointRecord.from_json(VERSION_1)
+    written = dataclasses.replace(record, config=record.config | {"seed": seed}).to_json()
+    assert CheckpointRecord.from_json(written).config["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    "setting", [{"hidden_dropout": 1.0}, {"rope_theta": 0.0}, {"hidden_size": 2**31}]
+)
+def test_numbers_of_no_model_are_refused(setting):
+    """Those that a run refuses, and sizes that kernels cannot count."""
+    content = json.loads(VERSION_1)
+    content["config"]["model"] |= setting
+    with pytest.raises(CheckpointError, match=f"of no model: model.{next(iter(setting))} "):
+        CheckpointRecord.from_json(json.dumps(content)).model()
+
+
 def test_a_folder_of_any_name_can_be_evaluated_afterwards():
     """`data.path=/d/${x}` trained, and its checkpoints were refused by evaluate."""
     content = json.loads(VERSION_1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -67,6 +68,10 @@ def use_run_folder(folder: Path) -> None:
         goodput.begin(1)
         assert goodput.write(2)["goodput/restarts"] >= 0
 
+    def identify() -> None:
+        with contextlib.suppress(OSError):  # the thread of W&B warns
+            assert _wandb_id(folder)
+
     def append() -> None:
         rows = RowFile(folder / "metrics.jsonl")
         rows.append(b"{}\n")
@@ -79,7 +84,7 @@ def use_run_folder(folder: Path) -> None:
         append,
         lambda: ownership.problem(folder, node="here"),
         lambda: ownership.claim(folder, node="here"),
-        lambda: (folder / "wandb-id").is_dir() or _wandb_id(folder),
+        identify,
     )
 
 
@@ -123,7 +128,7 @@ def write_line(path: Path, row: Any) -> None:
     path.write_text(f"{json.dumps(row)}\n{json.dumps(STEP)}\n")
 
 
-LINKS = ("report", "logs", "logs/attempts", "owner", "checkpoints", "metrics.jsonl", "wandb", "new")
+LINKS = ("report", "logs", "logs/attempts", "owner", "checkpoints", "metrics.jsonl", "new")
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -135,6 +140,9 @@ def test_a_run_folder_with_links_is_refused(tmp_path, outside, name):
     run = run_folder(tmp_path / "run")
     (run / "wandb").mkdir()
     (run / "wandb/latest-run").symlink_to("nowhere")  # W&B's own, in its own folder
+    check_no_links(run)
+    (run / "wandb").rename(tmp_path / "wandb")
+    (run / "wandb").symlink_to(tmp_path / "wandb")
     check_no_links(run)
     (tmp_path / "link").symlink_to(run)
     _check_room(tmp_path / "link", 1, "runs_dir=...")  # the whole folder may be elsewhere
