@@ -29,8 +29,9 @@ from pipeline.errors import ConfigError, PipelineError, printed
 from pipeline.redaction import redact
 
 PATHS = set(
-    """base cache_dir checkpoint data dataset fallback_dir file folder init_adapter init_from input
-    other output path run runs_dir template tokenizer""".split()
+    """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
+    histogram init_adapter init_from input other output page path run runs_dir template
+    tokenizer""".split()
 )
 """Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -95,14 +96,17 @@ def compose(
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(config, overrides)
-        for key, value in raw.items():
-            OmegaConf.update(node, key, literal(value))
-        return typing.cast(T, OmegaConf.to_object(node))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
     except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         # Of a preset in conf/; yaml's own errors name the file and the line.
         raise ConfigError(f"a file of {CONF_DIR} cannot be read: {error}") from error
+    try:
+        for key, value in raw.items():
+            OmegaConf.update(node, key, literal(value))
+        return typing.cast(T, OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, schema)) from error
 
 
 def literal(value: Any) -> Any:

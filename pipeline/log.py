@@ -9,6 +9,7 @@ that is gone, and what speaks there has more to do than that.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -53,7 +54,8 @@ def say(text: str) -> None:
 def open_standard_streams() -> None:
     """Call first: /dev/null stands in where standard input, output or error is closed.
 
-    What is printed from then on commands no terminal.
+    What is printed from then on commands no terminal, and no encoding refuses it. A file or a pipe
+    gets every character as it is, as far as its encoding has it.
 
     The next file that is opened would get the number otherwise, and a library's messages with it.
     """
@@ -64,12 +66,14 @@ def open_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if not isinstance(sys.stdout, _Visible):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, _Visible) and sys.stdout.isatty():
         sys.stdout = cast(TextIO, _Visible(sys.stdout))
 
 
 class _Visible:
-    """Standard output on which names and texts of files command no terminal, nor fail to be shown.
+    """A terminal that names and texts of files do not command.
 
     Our own two colours pass.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 import resource
 import subprocess
 import sys
@@ -131,6 +133,35 @@ def test_what_a_shell_left_of_a_path_is_refused(argument, message, tmp_path, mon
     (tmp_path / "~").mkdir()  # a folder that is there is meant
     assert compose("runs_dir=~/runs").runs_dir == "~/runs"
     assert compose("runs_dir=~no such user").runs_dir == "~no such user"
+
+
+def test_every_setting_that_is_a_path_is_known_as_one():
+    """The list is kept by hand: one that lacks in it would take `~` and an unset variable."""
+    root = cli.CONF_DIR.parent
+    sources = [*root.glob("pipeline/**/*.py"), *root.glob("data_prep/**/*.py")]
+    calls = {p: re.search(r"\n    cli\.run\(main, (\w+),", p.read_text()) for p in sources}
+    found = set()
+    for path, call in calls.items():
+        if call is None:
+            continue
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for _, field_, owner in cli.keys(getattr(importlib.import_module(module), call[1])):
+            is_text = field_.type in ("str", "str | None")
+            docs = cli.field_docs(owner).get(field_.name, "")
+            if is_text and re.search(r"\b(file|folder|path)\b", docs, re.IGNORECASE):
+                found.add(field_.name)
+    assert {"page", "device", "domains", "init_from", "cache_dir"} <= found <= cli.PATHS
+
+
+def test_a_bug_is_not_told_as_a_file_of_conf(monkeypatch):
+    """People looked for a broken preset."""
+
+    def bug(_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(cli, "literal", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        cli.compose(Job, ["path=x"], config="job_3")
 
 
 def test_yaml_is_what_omegaconf_writes():

@@ -1,5 +1,6 @@
 """Rank 0 speaks; the others only warn, and say who they are."""
 
+import os
 import subprocess
 import sys
 
@@ -38,8 +39,34 @@ def test_a_message_commands_no_terminal():
 def test_what_is_printed_commands_no_terminal(capsys, monkeypatch):
     """Names and texts of files are printed too; a byte that is no UTF-8 would end a strict stream."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     log.open_standard_streams()
     log.open_standard_streams()
     print("a\x1b[2J\udcff\tb", "\x1b[32mgreen\x1b[0m")
     sys.stdout.flush()
     assert capsys.readouterr().out == "a\\x1b[2J\\udcff\tb \x1b[32mgreen\x1b[0m\n"
+
+
+PRINT = """
+from pipeline import log
+log.open_standard_streams()
+print("a\\fb\\x1b[2J\\u2028\\xe9\\udcff", end="")
+"""
+
+
+@pytest.mark.parametrize(
+    "encoding, written",
+    [
+        ("utf-8", "a\fb\x1b[2J\u2028\xe9\\udcff"),
+        ("ascii", "a\fb\x1b[2J\\u2028\\xe9\\udcff"),
+    ],
+)
+def test_a_file_gets_what_is_printed(encoding, written):
+    """Samples are kept in files: a form feed in one is its text. No encoding ends the command."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.stdout == written.encode()

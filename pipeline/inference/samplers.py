@@ -206,7 +206,13 @@ class LocalSampler:
         self.ends = {self.tokenizer.eod, record.end_of_turn}
         self.template: ChatTemplate | None = None
         if (source := attachment(folder, CHAT_TEMPLATE)) is not None:
-            self.template = ChatTemplate(source.decode(errors="replace"), self.tokenizer)
+            try:
+                template = source.decode()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    f"{folder / CHAT_TEMPLATE} cannot be read: {error}."
+                ) from None
+            self.template = ChatTemplate(template, self.tokenizer)
         self.model = LocalModel(
             record.model(),
             lambda name: tensors.tensor(f"weights/{name}"),

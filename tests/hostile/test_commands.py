@@ -88,6 +88,7 @@ def test_commands_end_with_a_message(tmp_path, outside, monkeypatch, capsys, com
     words = [word.replace("=O", f"={tmp_path / 'out'}") for word in words]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(), time_limit(TIME_LIMIT_S), pytest.raises(SystemExit) as ended:
         warnings.simplefilter("ignore")
