@@ -14,6 +14,8 @@ from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -32,6 +34,7 @@ from pipeline.model.gpt import Loss, LossFunction
 from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
+from pipeline.patching import replace
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
@@ -63,12 +66,28 @@ class StagedRunner(DeepSpeedRunner):
             self._reduce_by(reduction.finish, why="reduces a flattened copy of the sums")
         if kwargs["loss_scale"]:
             reduce_tied_sums(self.deepspeed)
+        if not self.deepspeed.is_last_stage():
+            replace(
+                self.deepspeed,
+                "_aggregate_total_loss",
+                self._receive_loss,
+                why="copies zeros to the device to receive into, for which the host waits",
+                upstream="not reported",
+                proof="tests/engine/test_host_waits.py::test_a_step_reads_nothing_back[2]",
+            )
 
     def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:
         """One batch through the schedule."""
         self._expect_shape(batches[0])
         self._loss = None
         self._loss = self.deepspeed.train_batch(micro_batch_stream(batches, weights, self.schema))
+
+    def _receive_loss(self) -> Tensor:
+        """The mean loss of the step, from the stage that has it: (its own ranks', all ranks')."""
+        losses = torch.zeros(2, device=self.layout.device)
+        source = self.deepspeed._loss_stage_global_rank()
+        dist.broadcast(losses, src=source, group=self.deepspeed.mpu.get_pipe_parallel_group())
+        return losses[1].clone()
 
     def _mean_loss(self) -> Tensor:
         return self.deepspeed._aggregate_total_loss()
