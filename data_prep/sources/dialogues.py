@@ -19,7 +19,7 @@ from data_prep.sources.kinds import Format, format_of
 from data_prep.sources.lines import read_objects
 from data_prep.sources.pieces import Piece
 from data_prep.sources.rejects import Rejects, text_problem
-from data_prep.sources.tables import num_bytes, open_table
+from data_prep.sources.tables import open_table, row_bytes
 from pipeline.errors import ConfigError
 
 FIELDS = ("messages", "prompt", "completion", "tools")
@@ -94,11 +94,11 @@ def _read_table(
             return
     row = 0
     for batch in batches(columns):
-        for number in range(batch.num_rows):
+        for number, size in enumerate(row_bytes(batch).tolist()):
             place: dict[str, int | None] = {"row": row}
             row += 1
             one = batch.slice(number, 1)
-            if (size := num_bytes(one)) > cfg.max_document_mb * 4e6:  # a character has 4 at most
+            if size > cfg.max_document_mb * 4e6:  # a character has 4 at most
                 rejects.add("too_large", piece.path, f"{size} bytes", **place)
                 continue
             try:

@@ -20,6 +20,8 @@ from data_prep.sources.rejects import Damaged, Document, Rejects, accept
 ROWS_PER_BATCH, BYTES_PER_BATCH = 256, 1 << 26
 MOST_DEFLATION = 100
 """Ratio of a column's decompressed to its stored bytes; text has up to 20."""
+MOST_SIZE = 1 << 36
+"""Counted of one value: the sum of 10^8 of them, shared over and over, is still an int64."""
 _NEXT_INT32, _DICTIONARY_PAGE = 0x15, 2
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # continuation mark, and a length of 0
@@ -98,7 +100,12 @@ def _rows_at_a_time(file: BinaryIO, group: Any, columns: Sequence[str]) -> int:
     as large, which compresses like no text, nor where rows share a large value.
     """
     chunks = [group.column(i) for i in range(group.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    # A dot may be part of a column's name.
+    wanted = [
+        chunk
+        for chunk in chunks
+        if any(f"{chunk.path_in_schema}.".startswith(f"{column}.") for column in columns)
+    ]
     size = sum(chunk.total_uncompressed_size for chunk in wanted)
     stored = sum(chunk.total_compressed_size for chunk in wanted)
     if size > max(BYTES_PER_BATCH, MOST_DEFLATION * stored):
@@ -133,24 +140,66 @@ def _dictionary_bytes(file: BinaryIO, chunk: Any) -> int:
 
 def slices(batch: Any) -> Iterator[Any]:
     """A record batch in parts of up to 256 rows and BYTES_PER_BATCH: as objects they are larger."""
+    ends = np.cumsum(row_bytes(batch))
     begin = 0
     while begin < batch.num_rows:
-        part = batch.slice(begin, ROWS_PER_BATCH)
-        while part.num_rows > 1 and part.nbytes > BYTES_PER_BATCH:
-            part = part.slice(0, part.num_rows // 2)
-        yield part
-        begin += part.num_rows
+        most = BYTES_PER_BATCH + (ends[begin - 1] if begin else 0)
+        count = int(np.searchsorted(ends, most, side="right")) - begin
+        yield batch.slice(begin, count := max(1, min(count, ROWS_PER_BATCH)))
+        begin += count
 
 
-def num_bytes(row: Any) -> int:
-    """Bytes of a record batch of one row, of values that rows share its own only."""
+def row_bytes(batch: Any) -> np.ndarray:
+    """(rows,) int64: bytes of each row of a record batch; what rows share counts in each of them.
+
+    An array's nbytes counts a value once to which a dictionary, or views, lead any number of rows.
+    """
+    return sum((_sizes(column) for column in batch.columns), np.zeros(batch.num_rows, np.int64))
+
+
+def _sizes(array: Any) -> np.ndarray:
+    """(values,) int64: bytes of each value of an arrow array whose places are right."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    columns = (
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-        for column in row.columns
-    )
-    return sum(column.nbytes for column in columns)
+    kind, is_ = array.type, pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _sizes(array.storage)
+    if is_.is_dictionary(kind):
+        places = array.indices.cast(pa.int64()).fill_null(len(array.dictionary)).to_numpy()
+        sizes = np.append(_sizes(array.dictionary), 0)[places]
+    elif is_.is_run_end_encoded(kind):
+        rows = np.arange(array.offset, array.offset + len(array))
+        runs = np.searchsorted(array.run_ends.to_numpy(), rows, side="right")
+        sizes = _sizes(array.values)[runs]
+    elif is_.is_struct(kind):
+        fields = (_sizes(array.field(number)) for number in range(kind.num_fields))
+        sizes = sum(fields, np.zeros(len(array), np.int64))
+    elif is_.is_union(kind):  # a bound: each as large as the largest
+        most = [_sizes(array.field(i)).max(initial=0) for i in range(kind.num_fields)]
+        sizes = np.full(len(array), max(most, default=0))
+    elif is_.is_list(kind) or is_.is_large_list(kind) or is_.is_map(kind):
+        ends = np.append(0, np.cumsum(_sizes(array.values)))
+        sizes = np.diff(ends[array.offsets.to_numpy()])
+    elif is_.is_list_view(kind) or is_.is_large_list_view(kind):
+        ends = np.append(0, np.cumsum(_sizes(array.values)))
+        begins = array.offsets.to_numpy().astype(np.int64)
+        stops = begins + array.sizes.to_numpy()
+        # A null's places may be anywhere.
+        sizes = ends.take(stops, mode="clip") - ends.take(begins, mode="clip")
+    elif is_.is_fixed_size_list(kind):
+        begin, stop = (kind.list_size * n for n in (array.offset, array.offset + len(array)))
+        sizes = _sizes(array.values)[begin:stop].reshape(len(array), kind.list_size).sum(1)
+    elif is_.is_string_view(kind) or is_.is_binary_view(kind):
+        views = np.frombuffer(array.buffers()[1] or b"", "<i4").reshape(-1, 4)  # length first
+        sizes = views[array.offset : array.offset + len(array), 0].astype(np.int64)
+    elif is_.is_null(kind) or is_.is_boolean(kind):
+        sizes = np.ones(len(array), np.int64)
+    elif is_.is_primitive(kind) or is_.is_decimal(kind) or is_.is_fixed_size_binary(kind):
+        sizes = np.full(len(array), kind.bit_width // 8)
+    else:
+        sizes = pc.binary_length(array).fill_null(0).to_numpy().astype(np.int64)
+    return np.clip(sizes, 0, MOST_SIZE)
 
 
 def _open_arrow(file: BinaryIO) -> tuple[list[str], Any]:

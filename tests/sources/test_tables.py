@@ -1,0 +1,103 @@
+"""Tables: what their rows take, and arrow arrays whose places are wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.sources import documents, tables
+from data_prep.sources.documents import read_documents
+from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.rejects import Rejects
+from data_prep.sources.tables import check_places, row_bytes, slices
+from tests.support.arrow import views
+
+SHARED = pa.array(["a" * 1000] * 64).dictionary_encode()
+SHARING = [
+    SHARED,
+    views(b"a" * 1000, 64),
+    pa.StructArray.from_arrays([SHARED], ["x"]),
+    pa.ListArray.from_arrays(pa.array(range(65), pa.int32()), SHARED),
+    pa.FixedSizeListArray.from_arrays(SHARED, 1),
+    pa.ListViewArray.from_arrays([0] * 64, [1000] * 64, pa.array([b"a"] * 1000)),
+    pa.RunEndEncodedArray.from_arrays(pa.array([64], pa.int32()), pa.array(["a" * 1000])),
+    pa.UnionArray.from_dense(pa.array([0] * 64, pa.int8()), pa.array([0] * 64, pa.int32()), [pa.array(["a" * 1000])]),
+    pa.array([[("k" * 500, "v" * 500)]] * 64, pa.map_(pa.string(), pa.string())),
+    pa.array(["a" * 1000] * 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("array", SHARING, ids=lambda array: str(array.type)[:15])
+def test_values_that_rows_share_count_in_each(monkeypatch, array):
+    """256 rows of a dictionary's one value of 7 MB passed as 7 MB, and became 1.8 GB."""
+    monkeypatch.setattr(tables, "BYTES_PER_BATCH", 5500)
+    batch = pa.record_batch([array.slice(3, 60)], ["text"])
+    assert row_bytes(batch).tolist() == [1000] * 60
+    parts = list(slices(batch))
+    assert [part.num_rows for part in parts] == [5] * 12
+    assert [row for part in parts for row in part.to_pylist()] == batch.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [(pa.array([1, None], pa.int16()), 2), (pa.nulls(2), 1), (pa.array([True, None]), 1)],
+    ids=str,
+)
+def test_values_without_text_have_a_size(array, size):
+    """Other columns of a table of evaluations."""
+    assert row_bytes(pa.record_batch([array], ["x"])).tolist() == [size] * 2
+
+
+def test_rows_of_a_column_with_a_dot_in_its_name_are_bounded(tmp_path, monkeypatch):
+    """Its path is also that of a field `text` of a struct `my`."""
+    monkeypatch.setattr(tables, "BYTES_PER_BATCH", 5500)
+    table = pa.table({"my.text": ["a" * 1000] * 20, "mine": ["b" * 9000] * 20})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with (tmp_path / "a.parquet").open("rb") as file:
+        names, batches = tables.open_table(documents.Format.parquet, file)
+        assert {batch.num_rows for batch in batches(["my.text"])} == {5}
+    cfg = InputConfig(input=str(tmp_path / "a.parquet"), text_field="my.text")
+    assert len(list(read_documents(find_units(cfg)[0], cfg, Rejects(OnError.fail)))) == 20
+
+
+OFFSETS = pa.py_buffer(np.array([0, 1 << 30, 2], "<i4").tobytes())
+TEXTS = pa.Array.from_buffers(pa.string(), 2, [None, OFFSETS, pa.py_buffer(b"ab")])
+OUTSIDE = {
+    "texts": TEXTS,
+    "lists": pa.Array.from_buffers(pa.list_(pa.int8()), 2, [None, OFFSETS], children=[pa.array([1, 2], pa.int8())]),
+    "texts of structs": pa.StructArray.from_arrays([TEXTS], ["x"]),
+    "values of a dictionary": pa.DictionaryArray.from_arrays(pa.array([7], pa.int8()), pa.array(["a"]), safe=False),
+}  # fmt: skip
+INSIDE = [
+    pa.array(["a", None]),
+    pa.array([[1, 2], [], None]),
+    pa.array([{"a": [{"b": "x"}]}, None]),
+    pa.array(["a", "b", None]).dictionary_encode(),
+    pa.array(["a" * 20], pa.string_view()),
+    pa.array([[1], [2], [3]]).slice(1, 2),
+    pa.array([], pa.list_(pa.int64())),
+    pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+    pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_places_outside_of_an_arrow_file_are_damage(tmp_path, kind):
+    """pyarrow reads them as they are: another process's bytes would be text, or the worker dies."""
+    with pytest.raises(pa.ArrowInvalid):
+        check_places(OUTSIDE[kind])
+    table = pa.table({"text": OUTSIDE[kind]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    cfg, found = InputConfig(input=str(tmp_path / "a.arrow")), Rejects(OnError.quarantine)
+    assert list(read_documents(find_units(cfg)[0], cfg, found)) == []
+    assert [row["reason"] for row in found.rows] == ["damaged_file"]
+
+
+@pytest.mark.parametrize("array", INSIDE, ids=lambda array: str(array.type)[:9])
+def test_places_inside_are_none(array):
+    """Nor is a text that is not UTF-8: that is a reject of its own row."""
+    check_places(array)
+    assert len(row_bytes(pa.record_batch([array], ["x"]))) == len(array)
