@@ -41,8 +41,12 @@ from pipeline.shapes import misfits
 ROOT = str(Path(__file__).resolve().parents[1])
 JOB_FILE = "job.json"
 WORK_FOLDER = ".work"
-MOST_BYTES = 1 << 32
-"""Of a marker: it has a row of 300 bytes for each MiB of tokens."""
+MOST_BYTES, MOST_MARKER_BYTES = 1 << 26, 1 << 28
+"""Of job.json and report.json, which have kilobytes; and of what is in the work folder.
+
+A marker has up to 300 bytes for each block of 2^20 tokens, and names every copy of one document.
+2^28 bytes are 900,000 blocks of a unit, or a million copies with ids of 256 bytes.
+"""
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -96,19 +100,20 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def read_own(path: Path, shape: Any) -> Any:
+def read_own(path: Path, shape: Any, *, most: int = MOST_BYTES) -> Any:
     """What a job wrote into its folder as JSON.
 
     Args:
         path: of the file; it has no link in its place.
         shape: see pipeline.shapes.
+        most: bytes that it may have.
 
     Raises:
         FileNotFoundError: it is gone: another task has finished the job.
         DataError: it is not as a job writes it.
     """
     try:
-        content = parse_json(read_file(path, most=MOST_BYTES, inside=path.parent))
+        content = parse_json(read_file(path, most=most, inside=path.parent))
         problem = next(misfits(content, shape), "")
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
@@ -264,7 +269,8 @@ def marked(work: Path) -> set[int]:
 
 def read_markers(work: Path, count: int, shape: Any = dict) -> list[dict[str, Any]]:
     """Results of all units, in order; see read_own."""
-    return [read_own(marker_path(work, i), shape) for i in range(count)]
+    paths = (marker_path(work, i) for i in range(count))
+    return [read_own(path, shape, most=MOST_MARKER_BYTES) for path in paths]
 
 
 def task_of(job: JobConfig) -> tuple[int, int]:

@@ -74,12 +74,14 @@ def split_pattern(pattern: str) -> tuple[str, str]:
 def _walk(folder: str, include: Sequence[str]) -> list[tuple[str, int]]:
     """Files of known kinds below a folder; says how many others were passed over.
 
-    Hidden ones, __pycache__ and links to folders are left out.
+    Hidden ones and __pycache__ are left out; so are links to folders, which are counted.
     """
     found: list[tuple[str, int]] = []
     others: list[str] = []
+    num_links = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
+        num_links += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         saved = _saved_files(parent, names, read_file)
         names = [name for name in names if not name.startswith(".")] if saved is None else saved
         for path in (os.path.join(parent, name) for name in names):
@@ -89,10 +91,13 @@ def _walk(folder: str, include: Sequence[str]) -> list[tuple[str, int]]:
                 others.append(path)
             elif os.path.isfile(path):
                 found.append((path, os.path.getsize(path)))
+    passed_over = []
     if others and not include:
-        logger.info(
-            f"{folder}: passed over, being of no kind that is read: {describe_suffixes(others)}"
-        )
+        passed_over.append(f"being of no kind that is read: {describe_suffixes(others)}")
+    if num_links:
+        passed_over.append(f"links to folders: {num_links}")
+    if passed_over:
+        logger.info(f"{folder}: passed over, {'; '.join(passed_over)}")
     if not include:
         _say_kinds(folder, [path for path, _ in found])
     return sorted(found)

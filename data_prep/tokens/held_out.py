@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import WORK_FOLDER, read_own
+from data_prep.jobs import MOST_MARKER_BYTES, WORK_FOLDER, read_own
 from data_prep.tokens.rows import Dialogue, RowPacker
 from data_prep.tokens.shard_writer import Part, map_part
 from data_prep.tokens.split import SPLITS, UnitWriter, documents_in
@@ -50,7 +50,8 @@ def ensure_held_out(
         if "validation" not in results[0]["splits"] or _documents(results, "validation"):
             return results, ""
         write_durably(record, json.dumps(_choose(results, facts, parts)).encode())
-    content = read_own(record, {"note": str, "splits": {str: {str: dict}}})
+    shape = {"note": str, "splits": {str: {str: dict}}}
+    content = read_own(record, shape, most=MOST_MARKER_BYTES)
     logger.warning(f"{output}: {content['note']}")
     new = content["splits"]
     changed = [r | {"splits": new.get(str(i), r["splits"])} for i, r in enumerate(results)]

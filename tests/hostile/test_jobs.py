@@ -56,6 +56,17 @@ def test_jobs(tmp_path, outside, caplog):
     try_all(valid, use, cases(), least=250)
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("job.json", 1 << 26), (".work/tokenize/00000000.json", 1 << 28)]
+)
+def test_what_a_job_wrote_is_small(tmp_path: Path, name: str, most: int) -> None:
+    """4 GB of it were read into memory, and more of them made by the parser."""
+    with (job(tmp_path / "a") / name).open("ab") as file:
+        file.truncate(most + 1)
+    with pytest.raises(DataError, match=f"such a file has at most {most}"):
+        use(tmp_path / "a")
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.tar", "a/b.tar", "..", "", "a\0.tar"])
 def test_a_part_is_a_file_of_the_folder_of_parts(name: str) -> None:
     """It is renamed to become a shard: a name with a path would move somebody's file."""

@@ -232,6 +232,17 @@ def test_files_that_a_folder_passes_over_are_counted(tmp_path, caplog):
     assert "passed over, being of no kind that is read: .csv (2), .png (1)" in caplog.text
 
 
+def test_links_to_folders_are_passed_over_and_counted(tmp_path, caplog):
+    """A corpus laid out with links was left out without a word."""
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "out" / "b.jsonl", ["y"])
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "out")
+    with caplog.at_level("INFO", logger="pretrain"):
+        assert [d.text for d in read(tmp_path / "in")] == ["x"]
+    assert "in: passed over, links to folders: 2" in caplog.text
+
+
 def save_dataset(folder, texts, *, shards=2, **state):
     """What datasets.save_to_disk leaves: arrow streams, listed in state.json."""
     folder.mkdir(parents=True)
