@@ -9,13 +9,13 @@ dtype and a device, and no numbers (fake_cuda.py). Needs no torch in this proces
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from pipeline import cli
 from pipeline.config.choices import PipelineSchedule
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
@@ -23,17 +23,6 @@ from pipeline.errors import ConfigError
 from pipeline.rehearsal import fake_cuda
 
 GPT2_VOCABULARY = 50257
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the process of a rank is told."""
-
-    cfg: PretrainConfig
-    shape: RunShape
-    rank: int
-    num_micro_batches: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -123,10 +112,13 @@ def rehearse(
         raise ConfigError("\n".join(problems))
     fake_cuda.check_machine()
     count = num_micro_batches or _enough_micro_batches(cfg, shape)
-    request = Request(cfg, shape, rank, count, steps)
+    request = {
+        "settings": cli.to_dict(cfg), "world_size": world_size, "rank": rank, "steps": steps,
+        "tokenizer_vocab_size": tokenizer_vocab_size, "num_micro_batches": count,
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.rehearsal.one_rank"],
-        input=pickle.dumps(request),
+        input=json.dumps(request).encode(),
         capture_output=True,
     )
     if done.returncode:

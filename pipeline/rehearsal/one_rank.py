@@ -1,6 +1,6 @@
 """One rank of a large job, alone in this process: a request on standard input, its report out.
 
-    Request (pickled) -> our own groups, engine and steps on fake tensors -> JSON
+    Request, as JSON -> our own groups, engine and steps on fake tensors -> JSON
 
 torch's `fake` process group answers every collective at once; nothing is computed or sent. The
 program is started by rehearse() and is of no other use.
@@ -14,25 +14,49 @@ from pipeline.rehearsal import fake_cuda
 import contextlib
 import json
 import os
-import pickle
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
-from pipeline.config.run_shape import RunShape
+from pipeline import cli
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks
-from pipeline.rehearsal.dry_run import Collective, Report, Request
+from pipeline.rehearsal.dry_run import Collective, Report
 from pipeline.rehearsal.fused_kernels import stand_in_for_fused_kernels
 
 DEVICES_OF_A_NODE = 8
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the process of a rank is told."""
+
+    cfg: PretrainConfig
+    shape: RunShape
+    rank: int
+    num_micro_batches: int
+    steps: int
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        """From the JSON of rehearse()."""
+        from omegaconf import OmegaConf
+
+        told = json.loads(text)
+        schema = OmegaConf.structured(PretrainConfig)
+        cfg: Any = OmegaConf.to_object(OmegaConf.merge(schema, cli.literal(told["settings"])))
+        vocabulary = told["tokenizer_vocab_size"]
+        shape = derive(cfg, world_size=told["world_size"], tokenizer_vocab_size=vocabulary)
+        return cls(cfg, shape, told["rank"], told["num_micro_batches"], told["steps"])
+
+
 def main() -> None:
     """Read the request, rehearse, print the report."""
-    request: Request = pickle.load(sys.stdin.buffer)
+    request = Request.read(sys.stdin.read())
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
     fake_cuda.load_guard()
     print(json.dumps(asdict(_rehearse(request))), file=out)

@@ -126,7 +126,7 @@ def answers(root: Path) -> dict[str, Any]:
             )
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 generate(cfg)
-            printed.append(out.getvalue().removeprefix("t5 t6").strip("> \n").split())
+            printed.append(out.getvalue().lstrip("> ").removeprefix("t5 t6").strip("> \n").split())
         found[name] = printed
     return found
 

@@ -156,8 +156,9 @@ def pipeline_module(
         specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **through))
     costs = pipeline_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    cross_entropy = Loss(architecture, layout.tensor.group)
     head = "embedding.word.weight" if tied else "head.weight"
+
+    cross_entropy = Loss(architecture, layout.tensor.group)
 
     def loss_fn(hidden: Tensor, labels: Any, *, loss: LossFunction = cross_entropy) -> Tensor:
         named = module.named_parameters()
@@ -170,6 +171,7 @@ def pipeline_module(
         specs,
         costs=costs,
         schema=schema,
+        cross_entropy=cross_entropy,
         loss_fn=loss_fn,
         topology=PipeModelDataParallelTopology(
             num_pp=shape.sizes.pipeline,
@@ -179,7 +181,6 @@ def pipeline_module(
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,
     )
-    module.cross_entropy = cross_entropy
     return module
 
 
@@ -199,11 +200,17 @@ class _Staged(PipelineModule):
     """PipelineModule cut by the cost of its layers."""
 
     def __init__(
-        self, specs: list, *, costs: list[float], schema: StageSchema, **kwargs: Any
+        self,
+        specs: list,
+        *,
+        costs: list[float],
+        schema: StageSchema,
+        cross_entropy: Loss,
+        **kwargs: Any,
     ) -> None:
         self._costs = costs
         super().__init__(specs, **kwargs)
-        self.schema = schema
+        self.schema, self.cross_entropy = schema, cross_entropy
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
         """Without frozen weights: they have no gradient to reduce, and in bf16 no place for one."""
