@@ -40,3 +40,10 @@ def messages_reach_caplog() -> None:
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def no_test_is_a_rank() -> None:
+    """RANK and WORLD_SIZE of a library in an earlier test made every rank of a Slurm job a run of its own."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
