@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pipeline.config.data import BlendStage
@@ -18,14 +16,8 @@ from tests.support.loading import (
     loaders,
     read,
     shape_of,
-    write_data,
 )
 from tests.support.token_dataset import counting_shards, write_dataset
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_blend_schedule_changes_shares_and_repeats_nothing(data):

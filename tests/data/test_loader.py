@@ -29,14 +29,8 @@ from tests.support.loading import (
     loaders,
     read,
     shape_of,
-    write_data,
 )
 from tests.support.token_dataset import counting_shards, write_dataset
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 7])

@@ -157,7 +157,6 @@ def pipeline_module(
     costs = pipeline_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
     head = "embedding.word.weight" if tied else "head.weight"
-
     cross_entropy = Loss(architecture, layout.tensor.group)
 
     def loss_fn(hidden: Tensor, labels: Any, *, loss: LossFunction = cross_entropy) -> Tensor:
