@@ -32,9 +32,12 @@ REASONS = {
     "nul": "the text holds U+0000: binary data",
     "too_large": "the document is larger than max_document_mb",
     "empty": "the text has no characters; never fails a job",
+    "removed": "remove= names its text; never fails a job",
     "damaged_file": "the file ends too early, or is not what its suffix says; what came before the "
     "damage is kept",
 }
+WANTED = ("empty", "removed")
+"""Reasons that are no fault of the input: they never fail a job, and no ceiling counts them."""
 DIALOGUE_REASONS = {
     "not_a_dialogue": "it holds neither messages, each with a role and a text, nor a prompt and a "
     "completion",
@@ -99,10 +102,10 @@ class Rejects:
                 None: not known.
 
         Raises:
-            DataError: the policy is to fail, and the text is not merely empty.
+            DataError: the policy is to fail, and the reason is a fault of the input.
         """
         where = {key: value for key, value in place.items() if value is not None}
-        if self.on_error is OnError.fail and reason != "empty":
+        if self.on_error is OnError.fail and reason not in WANTED:
             spot = ", ".join(f"{key} {value}" for key, value in where.items())
             raise DataError(
                 f"{path}{', ' if spot else ''}{spot}: {reason}: "
@@ -110,7 +113,7 @@ class Rejects:
                 "the file and run again, or go on with on_error=quarantine, which lists such "
                 "documents."
             )
-        if reason != "empty" and len(self.rows) >= MOST_REJECTS:
+        if reason not in WANTED and len(self.rows) >= MOST_REJECTS:
             raise DataError(
                 f"{path}: more than {MOST_REJECTS:,} documents of one work unit cannot be used, "
                 f"the last one is {reason}. Is the input what its suffix says? A smaller "

@@ -78,7 +78,7 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
     )
     before = int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
     parts: list[np.ndarray] = []
-    for tokens, docs, _ in _blocks(manifest, row):
+    for tokens, docs, _ in blocks(manifest, row):
         if not parts:
             place = number - before
             ends = docs[place + 1 : place + 2].tolist()
@@ -114,7 +114,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
         b"",
         -1,
     )  # documents that ended before `carried`; what may begin a match
-    for tokens, _, _ in _blocks(manifest, 0):
+    for tokens, _, _ in blocks(manifest, 0):
         _check_ids(manifest, tokens, table)
         sizes = lengths[tokens]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -134,7 +134,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
 def _search_rows(manifest: Manifest, wanted: bytes, table: list[bytes]) -> Iterator[int]:
     """Numbers of the documents of packed rows that hold these bytes; none runs over a block."""
     first = 0
-    for tokens, starts, _ in _blocks(manifest, 0):
+    for tokens, starts, _ in blocks(manifest, 0):
         _check_ids(manifest, tokens, table)
         bounds = [*starts.tolist(), len(tokens)]
         for number, (begin, end) in enumerate(zip(bounds, bounds[1:]), first):
@@ -148,7 +148,7 @@ def _check_ids(manifest: Manifest, tokens: np.ndarray, table: list[bytes]) -> No
     check_ids(tokens, len(table), f"a block of {manifest.folder}", way_out)
 
 
-def _blocks(manifest: Manifest, first: int) -> Iterator[Block]:
+def blocks(manifest: Manifest, first: int) -> Iterator[Block]:
     """The blocks from a row of the index on."""
     for row in range(first, int(manifest.block_starts[-1])):
         shard = int(np.searchsorted(manifest.block_starts, row, side="right")) - 1

@@ -28,6 +28,7 @@ from data_prep.jobs import (
     read_markers,
     read_own,
 )
+from data_prep.sources.rejects import WANTED
 from data_prep.tokens.held_out import ensure_held_out
 from data_prep.tokens.shard_writer import PART, Part, copy_parts
 from data_prep.tokens.split import SPLITS, documents_in
@@ -132,7 +133,7 @@ def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> No
     Raises:
         DataError: more than `fraction` of the documents were rejected.
     """
-    bad = rejects.total() - rejects["empty"]
+    bad = rejects.total() - sum(rejects[reason] for reason in WANTED)
     if not bad <= fraction * (documents + bad):  # NaN is no ceiling
         raise DataError(
             f"{bad} of {documents + bad} documents were rejected ({dict(rejects)}), more than "

@@ -10,15 +10,17 @@ of workers or tasks. docs/data.md has the details.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.sources.documents import read_documents
-from data_prep.sources.inputs import Unit, find_units
+from data_prep.sources.inputs import InputConfig, Unit, find_units
+from data_prep.sources.kinds import Format
 from data_prep.sources.rejects import Document, Rejects
 from data_prep.sources.text import text_bytes
 from data_prep.tokens import dataset_writer
@@ -35,9 +37,12 @@ from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_te
 from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, ShardLayout, TokenizerIdentity, token_dtype
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import DataError
+from pipeline.files import sha256_of
 from pipeline.log import logger
 
 BATCH_CHARACTERS = 2 * 2**20  # text encoded at once
+DIGEST_BYTES = 16  # of a removed text: two different ones never share it by chance
 
 
 @dataclass
@@ -46,6 +51,10 @@ class TokenizeConfig(DatasetJobConfig):
 
     encoder: EncoderName = EncoderName.auto
     """auto, gigatoken, tiktoken or hf; the ids are the same."""
+    remove: str | None = None
+    """Documents that are left out wherever the input has the same text: files, read as input= is;
+    null: none.
+    """
 
 
 def run() -> None:
@@ -65,6 +74,10 @@ def main(cfg: TokenizeConfig) -> None:
     units = find_units(cfg)
     reading = ("format", "text_field", "max_document_mb")
     facts = job_facts(cfg, units, tokenizer, job="tokenize", version=VERSION, reading=reading)
+    if cfg.remove is not None:
+        removed = b"".join(sorted(_removed(cfg)))
+        facts["removed_sha256"] = sha256_of(removed)
+        logger.info(f"remove={cfg.remove}: {len(removed) // DIGEST_BYTES:,} different texts")
     if not open_dataset_job(Path(cfg.output), facts):
         return
     identity = identity_of(tokenizer)
@@ -80,7 +93,7 @@ def tokenize_unit(
     """Write a unit's parts; its marker: parts, documents and bytes by split, rejects by reason."""
     output = Path(cfg.output)
     encoder = get_encoder(cfg.tokenizer, tokenizer.sha256, tokenizer.eod, cfg.encoder)
-    rejects = Rejects(cfg.on_error)
+    rejects, removed = Rejects(cfg.on_error), _removed(cfg)
     dtype = token_dtype(tokenizer.vocab_size)
     with UnitWriter(
         dataset_writer.parts_folder(output),
@@ -91,6 +104,9 @@ def tokenize_unit(
     ) as writer:
         batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}
         for document in read_documents(unit, cfg, rejects):
+            if removed and _digest(document.text) in removed:
+                rejects.add("removed", document.id)
+                continue
             digest = digest_text(document.text) if cfg.validation_fraction else 0
             size = partial(text_bytes, document.text)
             batches[writer.split_of(digest, document.id, size)].add(document)
@@ -98,6 +114,43 @@ def tokenize_unit(
             batch.flush()
         result = writer.close()
     return result | {"rejects": record_rejects(output, unit, rejects)}
+
+
+def _removed(cfg: TokenizeConfig) -> frozenset[bytes]:
+    """Digests of the texts that are to be left out."""
+    if cfg.remove is None:
+        return frozenset()
+    names = (cfg.remove, cfg.format, cfg.text_field, cfg.max_document_mb)
+    return _digests_of(*names)
+
+
+@lru_cache(maxsize=1)
+def _digests_of(
+    remove: str, kind: Format, text_field: str, max_document_mb: float
+) -> frozenset[bytes]:
+    """The same of files, read once a process.
+
+    Raises:
+        DataError: they hold no document, or one that cannot be read: it would stay in.
+    """
+    cfg = InputConfig(
+        input=remove, format=kind, text_field=text_field, max_document_mb=max_document_mb
+    )
+    rejects = Rejects(cfg.on_error)
+    found = frozenset(
+        _digest(document.text)
+        for unit in find_units(cfg)
+        for document in read_documents(unit, cfg, rejects)
+    )
+    if not found:
+        raise DataError(
+            f"remove={remove}: there is no document in it, so nothing would be left out."
+        )
+    return found
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class _Batch:

@@ -1,0 +1,211 @@
+"""Which steps of a run have trained on these documents? And the last checkpoint before them.
+
+    python -m data_prep.trace DATASET input=remove.jsonl places=places.json
+    python -m pipeline.trace runs/NAME places=places.json
+
+    places -> sequences of their shards --the run's order--> samples, steps
+           -> the newest checkpoint that has seen none of them
+
+The order is a function of the seed and the datasets, so nothing had to be logged: the newest
+checkpoint says where it stood, and every sample before is computed again. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from pipeline import cli
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import CheckpointRecord, read_record
+from pipeline.config.training import TrainingConfig
+from pipeline.data.datasets import open_datasets
+from pipeline.data.mixture import Ints, Position, Samples
+from pipeline.data.order import num_sequences
+from pipeline.data.sampler import Sampler
+from pipeline.errors import CheckpointError, DataError
+from pipeline.files import parse_json, read_file
+from pipeline.redaction import redact
+from pipeline.shapes import misfits
+
+SHAPE = {
+    "format": str,
+    "dataset": str,
+    "places": [
+        {
+            "given": str,
+            "document": range(2**62),
+            "spans": [{"shard": range(2**31), "begin": range(2**62), "end": range(2**62)}],
+        }
+    ],
+    "not_found": [str],
+}
+AT_ONCE = 1 << 20  # samples whose addresses are computed at a time: 100 MB of arrays
+SHOWN = 20  # steps on the terminal
+
+
+@dataclass
+class TraceConfig:
+    """Settings of pipeline.trace."""
+
+    checkpoint: str = MISSING
+    """A run folder (up to its newest checkpoint), or one checkpoint."""
+    places: str = MISSING
+    """What data_prep.trace has written of the run's dataset."""
+
+
+def main(cfg: TraceConfig) -> int:
+    """Print the windows, the steps and the checkpoint; 1 if a step has used one of the documents.
+
+    Raises:
+        DataError: the places are of a dataset that the run has not read, or are damaged.
+        CheckpointError: there is no checkpoint.
+    """
+    folder = folders.find(Path(cfg.checkpoint))
+    record = read_record(folder)
+    places = read_places(Path(cfg.places))
+    if places["dataset"] not in record.datasets:
+        known = ", ".join(f"{d['name']} ({i[:12]})" for i, d in record.datasets.items())
+        raise DataError(
+            f"{cfg.places} is of the dataset {places['dataset'][:12]}, which {folder} has not "
+            f"been trained on; that was {known}. Trace the documents in that dataset."
+        )
+    numbers, num_windows = samples_with(record, places)
+    print(
+        f"{len(places['places']):,} places in {num_windows:,} windows of "
+        f"{record.loader['order']['seq_len']:,} tokens"
+    )
+    steps = steps_of(record, numbers)
+    if not len(numbers):
+        print(redact(f"{folder}: none of them was read in {record.step:,} steps"))
+        return 0
+    shown = ", ".join(f"{step:,}" for step in steps[:SHOWN].tolist())
+    more = f" and {len(steps) - SHOWN:,} more" if len(steps) > SHOWN else ""
+    print(f"read {len(numbers):,} times, in {len(steps):,} steps: {shown}{more}")
+    before = last_before(folder.parent, int(numbers[0]))
+    if before is None:
+        print("no checkpoint that is left is from before the first of them")
+    else:
+        print(redact(f"the last checkpoint before the first of them: {before}"))
+    return 1
+
+
+def read_places(path: Path) -> dict[str, Any]:
+    """The file of data_prep.trace.
+
+    Raises:
+        DataError: it cannot be read, or is none.
+    """
+    try:
+        content = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"places={path} cannot be read: {error}.") from None
+    if wrong := next(misfits(content, SHAPE), None):
+        raise DataError(
+            f"places={path} is not what data_prep.trace writes: {wrong}. Make it again."
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints, int]:
+    """Samples that hold a token of a place.
+
+    Returns:
+        Numbers, ascending, of those read before the checkpoint; how many windows of the dataset
+        hold such a token.
+    """
+    facts = record.loader["order"]
+    data = record.data()
+    with tempfile.TemporaryDirectory() as scratch:
+        datasets = open_datasets(data.train, cfg=data, cache_dir=Path(data.cache_dir or scratch))
+    sampler = Sampler(data, datasets, seq_len=facts["seq_len"], seed=facts["seed"])
+    position = sampler.position(record.loader)
+    source = sampler.identities.index(places["dataset"])
+    dataset = sampler.datasets[source]
+    counts = num_sequences(dataset.shard_tokens, facts["seq_len"], packed=dataset.is_packed)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    wanted = np.unique(np.fromiter(_windows(places, counts, first, facts["seq_len"]), np.int64))
+    found = []
+    for begin, samples in _samples(position):
+        mine = np.flatnonzero(samples.source == source)
+        shard, sequence = sampler.orders[source](samples.index[mine])
+        found.append(begin + mine[np.isin(first[shard] + sequence, wanted)])
+    return np.concatenate(found) if found else np.zeros(0, np.int64), len(wanted)
+
+
+def _windows(places: dict[str, Any], counts: Ints, first: Ints, seq_len: int) -> Iterator[int]:
+    """Numbers in the dataset of the windows that read a token of a place.
+
+    Window s of a shard reads the tokens s * seq_len to (s + 1) * seq_len, both included: the last
+    one is a label here and the first input of the next window, so a document that begins there is
+    in both.
+    """
+    for place in places["places"]:
+        for span in place["spans"]:
+            shard = span["shard"]
+            if shard >= len(counts):
+                raise DataError(
+                    f"document {place['document']} is said to be in shard {shard}, and the dataset "
+                    f"has {len(counts)}. Make the places again."
+                )
+            begin = max(-(-span["begin"] // seq_len) - 1, 0)
+            end = min((span["end"] - 1) // seq_len, int(counts[shard]) - 1)
+            yield from range(int(first[shard]) + begin, int(first[shard]) + end + 1)
+
+
+def _samples(position: Position) -> Iterator[tuple[int, Samples]]:
+    """(number of the first, samples) of all that was read before a position, a piece at a time."""
+    starts = [segment.start for segment in position.segments]
+    for segment, stop in zip(position.segments, [*starts[1:], position.samples_seen]):
+        for begin in range(segment.start, stop, AT_ONCE):
+            numbers = np.arange(begin, min(begin + AT_ONCE, stop))
+            yield begin, Samples(numbers, *segment.locate(numbers))
+
+
+def steps_of(record: CheckpointRecord, numbers: Ints) -> Ints:
+    """Steps, counted from 1 as the log counts them, that read these samples; ascending, each once.
+
+    A rollback over bad data skips samples without a step: behind it steps are counted too high by
+    what it has skipped, and last_before, which compares samples, is right nevertheless.
+    """
+    ends, sizes, at, samples = [], [], 0, 0
+    for until, size in _step_sizes(record.training(), record.loader["order"]["seq_len"]):
+        ends.append((samples, at, size))
+        samples, at = samples + (until - at) * size, until
+        sizes.append(samples)
+    stage = np.searchsorted(sizes, numbers, "right")
+    begins, first_steps, size_of = (np.array(column, np.int64) for column in zip(*ends))
+    steps = first_steps[stage] + (numbers - begins[stage]) // size_of[stage] + 1
+    return np.unique(steps)
+
+
+def _step_sizes(training: TrainingConfig, seq_len: int) -> Iterator[tuple[int, int]]:
+    """(until_step, samples a step) of every stage of the ramp and of what follows it."""
+    for stage in training.ramp:
+        batch = stage.global_batch_size or training.global_batch_size
+        yield stage.until_step, batch // (seq_len // (stage.seq_len or seq_len))
+    yield 2**40, training.global_batch_size
+
+
+def last_before(root: Path, sample: int) -> Path | None:
+    """The newest checkpoint of a folder that had not read this sample yet."""
+    found = None
+    for _, folder in folders.list_checkpoints(root):
+        try:
+            seen = read_record(folder).state["samples_seen"]
+        except CheckpointError:
+            continue  # damaged: not one to go back to
+        if seen <= sample:
+            found = folder
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main, TraceConfig, config="trace_run", positional=["checkpoint"])
