@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with thei
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in RANK_NAMES:  # of a launcher above
+    os.environ.pop(name, None)
 os.environ["WANDB_MODE"] = "offline"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
@@ -43,7 +47,8 @@ def messages_reach_caplog() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_test_is_a_rank() -> None:
-    """RANK and WORLD_SIZE of a library in an earlier test made every rank of a Slurm job a run of its own."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
+def no_rank_is_left_behind() -> Iterator[None]:
+    """Programs of later tests would take themselves for ranks: of a Slurm job each was a run of its own."""
+    yield
+    left = {name: os.environ.pop(name) for name in RANK_NAMES if name in os.environ}
+    assert left == {}, "a test, or what it called, made this process a rank for good"

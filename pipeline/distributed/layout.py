@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pipeline.config.parallel_sizes import ParallelSizes
-from pipeline.distributed.ranks import Ranks, export_to_environment
+from pipeline.distributed.ranks import Ranks, export_to_environment, withdraw_from_environment
 from pipeline.distributed.rendezvous import open_store
 
 if TYPE_CHECKING:
@@ -50,15 +50,20 @@ class ParallelLayout:
     device: torch.device
 
 
-def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) -> ParallelLayout:
+def connect(
+    ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0, announce: bool = True
+) -> ParallelLayout:
     """Form every process group. Collective: call on every rank.
 
     Args:
         ranks: this process's place.
         sizes: ranks along each axis; their product is `ranks.world_size`.
         timeout_s: a collective that takes longer raises on its ranks.
+        announce: set RANK and its kin for DeepSpeed, until disconnect(); one process without
+            DeepSpeed needs them not, and what it starts later would take itself for a rank.
     """
     assert sizes.world_size == ranks.world_size, (sizes, ranks)
+    assert announce or ranks.world_size == 1, ranks
     import torch
     import torch.distributed as dist
 
@@ -73,9 +78,10 @@ def connect(ranks: Ranks, sizes: ParallelSizes, *, timeout_s: float = 1800.0) ->
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     timeout = timedelta(seconds=timeout_s)
-    # DeepSpeed takes LOCAL_RANK for the device's number: with one visible device a rank
-    # (--gpus-per-task=1) every rank but 0 would ask for a device that is not there.
-    export_to_environment(ranks, local_rank=device.index if on_cuda else ranks.local_rank)
+    if announce:
+        # DeepSpeed takes LOCAL_RANK for the device's number: with one visible device a rank
+        # (--gpus-per-task=1) every rank but 0 would ask for a device that is not there.
+        export_to_environment(ranks, local_rank=device.index if on_cuda else ranks.local_rank)
     # Collectives that a group remembers, for the hang page (resilience/flight_recorder.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
@@ -118,3 +124,4 @@ def disconnect() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    withdraw_from_environment()

@@ -88,6 +88,10 @@ def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
     )
 
 
+_before: dict[str, str | None] = {}
+"""What export_to_environment found, until withdraw_from_environment."""
+
+
 def export_to_environment(ranks: Ranks, *, local_rank: int) -> None:
     """Set what torch and DeepSpeed read, so that srun, torchrun and one process look alike.
 
@@ -100,6 +104,8 @@ def export_to_environment(ranks: Ranks, *, local_rank: int) -> None:
         "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": ranks.local_world_size,
     }
+    for name in (*values, "MASTER_ADDR", "MASTER_PORT"):
+        _before.setdefault(name, os.environ.get(name))
     os.environ.update({key: str(value) for key, value in values.items()})
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -110,6 +116,19 @@ def export_to_environment(ranks: Ranks, *, local_rank: int) -> None:
             f"{ranks.world_size} ranks need MASTER_ADDR and MASTER_PORT to find each other. "
             "launch/pretrain.slurm and launch/local.sh set them."
         )
+
+
+def withdraw_from_environment() -> None:
+    """Put back what export_to_environment found.
+
+    A program that this process starts later would take itself for a rank of the job that is over:
+    under srun each rank of it was a run of its own.
+    """
+    for name, value in _before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    _before.clear()
 
 
 @dataclass(frozen=True)

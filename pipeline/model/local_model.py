@@ -43,7 +43,8 @@ class LocalModel:
         """
         vocab_size = model.vocab_size
         assert vocab_size is not None
-        layout = connect(Ranks(0, 1, 0, 1, os.uname().nodename), ParallelSizes())
+        alone = Ranks(0, 1, 0, 1, os.uname().nodename)
+        layout = connect(alone, ParallelSizes(), announce=False)
         model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
         architecture = Architecture(model, ParallelConfig(), Precision.fp32, vocab_size, vocab_size)
         self.model, self.device = model, layout.device

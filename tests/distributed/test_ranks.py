@@ -11,6 +11,7 @@ from pipeline.distributed.ranks import (
     export_to_environment,
     placement_warning,
     ranks_from_environment,
+    withdraw_from_environment,
 )
 from pipeline.errors import ConfigError
 
@@ -40,12 +41,14 @@ def test_a_half_set_environment_is_refused() -> None:
 
 def test_libraries_are_told_the_number_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes LOCAL_RANK for it: rank 3 of a node that sees one device has number 0."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "before")
     monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("RANK", "of the launcher")
+    before = dict(os.environ)
     export_to_environment(Ranks(11, 16, 3, 8, "n2"), local_rank=0)
     told = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    withdraw_from_environment()
     assert told == ["11", "0", "8"]
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(
