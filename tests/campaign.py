@@ -1,13 +1,15 @@
-"""Strike one run with faults drawn from a seeded list; it must end as if nothing had happened.
+"""Strike runs with faults drawn from a seeded list; each must end as if nothing had happened.
 
-    python -m tests.campaign --faults 300 --seed 1 --report report.md     about two hours on two cores; make soak
+    python -m tests.campaign --faults 300 --seed 1 --report report.md     make soak; cut off, the same words go on
     python -m tests.campaign --faults 4 --kinds "full disk,W&B killed"    those alone
 
 Four ranks, TP2 x PP2, asynchronous saves. A fault strikes at a random moment, some steps after the run has gone further
-than ever; then the run must go on, started again by hand only where the kind allows it. After the last fault the run
-gets a last step, an undisturbed one does as many, and every logged step (also those done twice), the samples, and all
-tensors of the last checkpoint must be the same, bit by bit. Kinds that this machine cannot do are skipped by name. As
-root it has mounts and a network of its own, which end with it. The first fault that is not survived ends the campaign.
+than ever; then the run must go on, started again by hand only where the kind allows it. After each round of faults the
+run gets a last step, an undisturbed one does as many, and every logged step (also those done twice), the samples, and
+all tensors of the last checkpoint must be the same, bit by bit; then another run begins. The report counts the faults
+of compared runs, of all campaigns that have written to it (beside it, report.jsonl). Kinds that this machine cannot do
+are skipped by name. As root it has mounts and a network of its own, which end with it. Seven starts of eight are forked
+from a process that has imported what a rank needs. The first fault that is not survived ends the campaign.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ import argparse
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoint import folder as checkpoints
 from tests.support import campaign_faults as faults
 from tests.support.campaign_faults import ISOLATED, KINDS, command
+from tests.support.campaign_ledger import Ledger
 from tests.support.campaign_run import (
     ON_AGAIN_S,
     CampaignError,
@@ -34,9 +38,11 @@ from tests.support.campaign_run import (
     Progress,
     Run,
     SlurmRun,
+    WallClock,
     wait_for,
     write_data,
 )
+from tests.support.preloaded import Preloaded
 from tests.support.slurm_cluster import SlurmCluster
 
 DISK_SIZE = "size=192m"  # room for checkpoints of 1 MB; a save wants 64 MiB to be free
@@ -59,17 +65,6 @@ class Fault:
     """Which rank, which file, how long."""
 
 
-@dataclass(frozen=True)
-class Survived:
-    """A fault, and what it cost."""
-
-    fault: Fault
-    step: int
-    starts: int
-    """Starts that it took to go on."""
-    seconds: float
-
-
 def draw(seed: int, count: int, kinds: Sequence[str]) -> list[Fault]:
     """The list of a seed: all kinds in an order drawn anew for each round, so that none is rare."""
     dice, drawn = random.Random(seed), []
@@ -81,7 +76,7 @@ def draw(seed: int, count: int, kinds: Sequence[str]) -> list[Fault]:
                 Fault(
                     number=len(drawn) + 1,
                     kind=kind,
-                    after_steps=dice.randint(2, 14),
+                    after_steps=dice.randint(1, 7),
                     delay_s=dice.uniform(0.0, 0.3),
                     seed=dice.randrange(2**32),
                 )
@@ -112,9 +107,8 @@ def advance(run: Run, progress: Progress, *, to: int, max_starts: int) -> int:
     return starts
 
 
-def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault]) -> list[Survived]:
+def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault], ledger: Ledger, seed: int) -> None:  # fmt: skip
     """One fault after the other; says each as it goes."""
-    survived = []
     for fault in drawn:
         kind = KINDS[fault.kind]
         # Two starts: one more where the first has found what the fault before it left.
@@ -126,18 +120,17 @@ def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault]) -> list[Sur
             advance(
                 run, progress, to=progress.read() + 2, max_starts=2 if kind.ends_the_start else 0
             )
-        except CampaignError as error:
+        except AssertionError as error:
             raise CampaignError(
                 f"fault {fault.number}, {fault.kind}, at step {step}: {error}"
             ) from None
-        survived.append(Survived(fault, step, run.starts - before, time.monotonic() - since))
-        last = survived[-1]
+        starts, seconds = run.starts - before, round(time.monotonic() - since, 1)
+        ledger.add(seed=seed, fault=fault.number, kind=fault.kind, step=step, starts=starts, seconds=seconds)  # fmt: skip
         print(
-            f"{fault.number:4d} {fault.kind:28s} at step {step:5d}: {last.starts} starts, "
-            f"{last.seconds:5.1f} s until two steps further",
+            f"{fault.number:4d} {fault.kind:28s} at step {step:5d}: {starts} starts, "
+            f"{seconds:5.1f} s until two steps further",
             flush=True,
         )
-    return survived
 
 
 def give_an_end(run: LocalRun, progress: Progress) -> int:
@@ -175,28 +168,6 @@ def differing_files(disturbed: Path, undisturbed: Path) -> list[str]:
     return [f"{name} differs" for name in sorted({*sums[0], *sums[1]}) if sums[0].get(name) != sums[1].get(name)]  # fmt: skip
 
 
-def report(survived: Sequence[Survived], skipped: dict[str, str], *, seed: int, last: int) -> str:
-    """A table by kind, in markdown."""
-    lines = [
-        f"{len(survived)} faults survived (seed {seed}), {last} steps, {sum(s.starts for s in survived)} starts: losses, "
-        "gradient norms, sample hashes and all tensors of the last checkpoint equal an undisturbed run's, bit by bit.",
-        "",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {os.cpu_count()} cores, Python {platform.python_version()}.",
-        "",
-        "| fault | survived | starts | seconds until two steps further, median and longest |",
-        "|---|---|---|---|",
-    ]
-    for kind in KINDS:
-        mine = [s for s in survived if s.fault.kind == kind]
-        if mine:
-            seconds = sorted(s.seconds for s in mine)
-            middle = seconds[len(seconds) // 2]
-            starts = sum(s.starts for s in mine)
-            lines.append(f"| {kind} | {len(mine)} | {starts} | {middle:.1f}, {seconds[-1]:.1f} |")
-    lines += [f"| {kind} | skipped: needs {why} | | |" for kind, why in skipped.items()]
-    return "\n".join(lines) + "\n"
-
-
 def isolate(argv: Sequence[str]) -> None:
     """Become a process with mounts and a network of its own, where that is allowed."""
     probe = subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True)
@@ -205,49 +176,71 @@ def isolate(argv: Sequence[str]) -> None:
         os.execvpe(words[0], words, {**os.environ, ISOLATED: "1"})
 
 
-def campaign(folder: Path, *, count: int, seed: int, kinds: Sequence[str]) -> str:
-    """All of it; the report.
+def strike_a_run(folder: Path, disk: Path, drawn: Sequence[Fault], preloaded: Preloaded, ledger: Ledger, seed: int) -> int:  # fmt: skip
+    """A run with these faults and an undisturbed one, compared; their last step.
 
     Raises:
         CampaignError: a fault was not survived, or left a trace.
     """
-    skipped = {kind: why for kind in kinds if (why := KINDS[kind].needs())}
-    able = [kind for kind in kinds if kind not in skipped]
-    for kind, why in skipped.items():
-        print(f"skipped: {kind} needs {why}", flush=True)
-    drawn = draw(seed, count, able)
-    disk = folder / "disk"
-    disk.mkdir(parents=True)
-    write_data(folder / "data")
-    if not faults.lacks_isolation():
-        command("ip", "link", "set", "lo", "up")
-        command("mount", "-t", "tmpfs", "-o", DISK_SIZE, "tmpfs", str(disk))
-    run = LocalRun(disk, folder / "data")
+    settings = (f"seed={seed * 1000 + drawn[0].number}",)
+    run = LocalRun(disk, folder / "data", preloaded=preloaded, settings=settings)
     progress = Progress(run.run_dir)
+    local = [fault for fault in drawn if not KINDS[fault.kind].on_slurm]
+    on_slurm = [fault for fault in drawn if KINDS[fault.kind].on_slurm]
     try:
-        survived = strike_all(run, progress, [f for f in drawn if not KINDS[f.kind].on_slurm])
+        strike_all(run, progress, local, ledger, seed)
         run.stop()
-        if on_slurm := [f for f in drawn if KINDS[f.kind].on_slurm]:
+        if on_slurm:
             with SlurmCluster(folder / "box", num_nodes=3, kill_wait_s=20, grace_s=30) as cluster:
-                job = SlurmRun(cluster, disk, folder / "data")
-                survived += strike_all(job, progress, on_slurm)
+                job = SlurmRun(cluster, disk, folder / "data", settings=settings)
+                strike_all(job, progress, on_slurm, ledger, seed)
                 job.stop()
+            shutil.rmtree(folder / "box")
         last = give_an_end(run, progress)
-        alone = LocalRun(
-            disk, folder / "data", name=UNDISTURBED, settings=(f"training.total_steps={last}",)
-        )
+    finally:
+        run.stop()
+    settings = (*settings, f"training.total_steps={last}")
+    alone = LocalRun(disk, folder / "data", preloaded=preloaded, name=UNDISTURBED, settings=settings)  # fmt: skip
+    try:
         advance(alone, reference := Progress(alone.run_dir), to=last, max_starts=1)
         wait_for(alone.has_ended, ON_AGAIN_S)
     finally:
-        run.stop()
+        alone.stop()
     name = checkpoints.name_of(last)
     found = differences(progress.rows, reference.rows, last)
     found += differing_files(
         run.run_dir / "checkpoints" / name, alone.run_dir / "checkpoints" / name
     )
     if found:
-        raise CampaignError("\n".join(found[:20]))
-    return report(survived, skipped, seed=seed, last=last)
+        numbers = f"{drawn[0].number} to {drawn[-1].number}"
+        raise CampaignError("\n".join([f"faults {numbers} left a trace", *found[:20]]))
+    for ended in (run, alone):
+        shutil.rmtree(ended.run_dir)
+    return last
+
+
+def campaign(folder: Path, drawn: Sequence[Fault], *, seed: int, ledger: Ledger, round_size: int, tell: Callable[[], object]) -> None:  # fmt: skip
+    """Run after run until all are survived; `tell` is called after each.
+
+    Raises:
+        CampaignError: a fault was not survived, or left a trace.
+    """
+    disk, clock = folder / "disk", WallClock(folder)
+    clock.set(0)
+    if not faults.lacks_isolation():
+        command("ip", "link", "set", "lo", "up")
+        command("mount", "-t", "tmpfs", "-o", DISK_SIZE, "tmpfs", str(disk))
+    environment = {**clock.environment, "OMP_NUM_THREADS": "1"}
+    with Preloaded(folder, env=environment) as preloaded:
+        for first in range(0, len(drawn), round_size):
+            struck = drawn[first : first + round_size]
+            try:
+                last = strike_a_run(folder, disk, struck, preloaded, ledger, seed)
+            except AssertionError:  # the disk ends with this process
+                shutil.copytree(disk, folder / f"lost-{seed}-{struck[0].number}", dirs_exist_ok=True, ignore_dangling_symlinks=True)  # fmt: skip
+                raise
+            ledger.add(seed=seed, equal=[fault.number for fault in struck], last=last)
+            tell()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -255,24 +248,45 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.splitlines()[0])  # fmt: skip
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--round", type=int, default=len(KINDS), help="faults of one run, which is compared then")  # fmt: skip
     parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
     parser.add_argument("--folder", type=Path, help="where the runs lie; default: a new one, kept when a fault was lost")  # fmt: skip
-    parser.add_argument("--report", type=Path, help="the table goes there too")
+    parser.add_argument("--report", type=Path, help="the table goes there too, its lines to .jsonl beside it: another campaign adds to them")  # fmt: skip
     options = parser.parse_args(argv)
     if ISOLATED not in os.environ:
         isolate(argv)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="campaign-"))
     kinds = [word.strip() for word in options.kinds.split(",")]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no such kind: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    skipped = {kind: why for kind in kinds if (why := KINDS[kind].needs())}
+    for kind, why in skipped.items():
+        print(f"skipped: {kind} needs {why}", flush=True)
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="campaign-"))
+    for name in ("disk", "box"):  # of a campaign that was cut off
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "disk").mkdir(parents=True)
+    if not (folder / "data").exists():
+        write_data(folder / "data")
+    ledger = Ledger((options.report or folder / "report.md").with_suffix(".jsonl"))
+    machine = f"{time.strftime('%Y-%m-%d', time.gmtime())}, {os.cpu_count()} cores, Python {platform.python_version()}."  # fmt: skip
+    done = ledger.done(options.seed)
+    drawn = draw(options.seed, options.faults, [kind for kind in kinds if kind not in skipped])
+    drawn = [fault for fault in drawn if (fault.number, fault.kind) not in done]
+
+    def tell() -> str:
+        text = ledger.report(list(KINDS), skipped, machine)
+        if options.report:
+            options.report.write_text(text)
+        return text
+
     try:
-        text = campaign(folder, count=options.faults, seed=options.seed, kinds=kinds)
-    except CampaignError as error:
+        campaign(folder, drawn, seed=options.seed, ledger=ledger, round_size=options.round, tell=tell)  # fmt: skip
+    except AssertionError as error:  # the test Slurm's are not of this program
+        ledger.add(seed=options.seed, lost=str(error))
+        tell()
         print(f"LOST: {error}\nthe logs are in {folder}", flush=True)
         return 1
-    print(text)
-    if options.report:
-        options.report.write_text(text)
+    print(tell())
     return 0
 
 

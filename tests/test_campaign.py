@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 
 from tests import campaign
 from tests.support.campaign_faults import KINDS
-from tests.support.campaign_run import CampaignError, Progress
+from tests.support.campaign_ledger import Ledger
+from tests.support.campaign_run import CampaignError, Progress, wait_for
+from tests.support.preloaded import Preloaded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +77,82 @@ def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
         lines.write('\n{"step":2,"train/loss":1}\n')
     assert progress.read() == 2
     assert [r["step"] for r in progress.rows] == [1, 2]
+
+
+def test_faults_add_up_over_campaigns_and_count_when_they_are_compared(tmp_path: Path) -> None:
+    """A campaign of hours is cut off sooner or later; what it has compared is not struck again, and nothing else counts."""
+    ledger = Ledger(tmp_path / "report.jsonl")
+    cost = {"step": 9, "starts": 1, "seconds": 2.0}
+    for number, kind in enumerate(("full disk", "W&B killed", "clock jump"), start=1):
+        ledger.add(seed=1, fault=number, kind=kind, **cost)
+        if number == 2:
+            ledger.add(seed=1, equal=[1, 2], last=20)
+    with ledger.path.open("a") as file:
+        file.write('{"seed": 1, "equal": [3')  # killed here
+    assert ledger.done(1) == {(1, "full disk"), (2, "W&B killed")}
+    ledger.path.write_text(ledger.path.read_text().rpartition("\n")[0] + "\n")
+    ledger.add(seed=1, fault=3, kind="clock jump", **cost)
+    ledger.add(seed=1, equal=[3], last=30)
+    ledger.add(seed=2, fault=1, kind="full disk", **{**cost, "seconds": 8.0})
+    ledger.add(seed=2, equal=[1], last=10)
+    ledger.add(seed=2, lost="fault 2, clock jump, at step 7: it ended\nand its log")
+    text = ledger.report(list(KINDS), {"node power-off": "slurmd"}, "two cores")
+    assert text.startswith("4 faults survived (seed 1, 2) by 3 runs in 60 steps and 4 starts")
+    assert "LOST: fault 2, clock jump, at step 7: it ended\n" in text and "its log" not in text
+    assert (
+        "| full disk | 2 | 2 | 8.0, 8.0 |" in text and "| clock jump | 1 | 1 | 2.0, 2.0 |" in text
+    )
+    assert "| node power-off | skipped: needs slurmd | | |" in text
+
+
+PROBE = """
+import os, signal, sys, time
+print(sys.argv[1:], os.environ["WORD"], os.getcwd(), __name__, signal.getsignal(signal.SIGHUP).name, flush=True)
+print("said", file=sys.stderr)
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+print(os.getpid(), flush=True)
+sys.stdin.read() if sys.argv[1] == "end" else time.sleep(60)
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Path) -> None:
+    """Words, environment, folder, streams, ignored signals, notices, exit codes and ends: or the campaign is of another program."""
+    (tmp_path / "probe_of_campaign.py").write_text(PROBE)
+
+    def start(python: list[str], *words: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["nohup", *python, "-m", "probe_of_campaign", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "WORD": "a word"},
+        )  # fmt: skip
+
+    with Preloaded(tmp_path, modules=["json"]) as preloaded:
+        pythons = (preloaded.python.split(), [sys.executable])
+        plain, forked = [], []
+        for python, seen in zip(pythons, (forked, plain), strict=True):
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                ended = start(python, "end", str(int(number)))
+                out, err = ended.communicate("")
+                seen += [out.splitlines()[0], err.endswith("said\n"), ended.returncode]
+            told = start(python, "wait")
+            assert told.stdout
+            seen.append(told.stdout.readline())
+            told.stdout.readline()  # from here on it hears
+            told.send_signal(signal.SIGUSR2)
+            seen.append(told.wait(60))
+            told.communicate()
+        assert forked == plain
+        assert "['wait'] a word" in plain[-2] and plain[2] == -signal.SIGKILL and plain[-1] == 7
+
+        killed = start(pythons[0], "wait")
+        assert killed.stdout
+        killed.stdout.readline()
+        pid = int(killed.stdout.readline())
+        assert preloaded.programs("probe_of_campaign") == [pid]
+        os.kill(pid, signal.SIGSTOP)  # what is stopped dies with its client all the same
+        killed.kill()
+        killed.communicate()
+        assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), 60)
 
 
 @pytest.mark.slow

@@ -15,25 +15,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from tests.support.preloaded import Preloaded
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster
 from tests.support.token_dataset import write_dataset
 
 ON_AGAIN_S = 600.0
-"""A start takes 15 s on two idle cores, minutes on two that ten others share; nothing is lost by waiting."""
-HANG_S = 25
+"""A start that imports takes 15 s on two idle cores, minutes on two that ten others share; nothing is lost by waiting."""
+HANG_S = 20
+PLAIN_EVERY = 8
+"""Starts of which one imports all itself; the others are forked from a process that has."""
 ENDLESS = 1_000_000
+PROGRAM = "pipeline.train"
 DIE_WITH_US = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 SETTINGS = [
     "data.validation=[]", "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32",
     "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "schedule=constant", "schedule.warmup_steps=20",
-    "training.global_batch_size=8", "training.micro_batch_size=2", "training.precision=fp32", "optimizer.lr=0.003",
-    "tracking.log_every=1", "tracking.sample_hash=true", "checkpoint.save_every=4", "checkpoint.keep_last=3",
+    "training.global_batch_size=4", "training.micro_batch_size=2", "training.precision=fp32", "optimizer.lr=0.003",
+    "tracking.log_every=1", "tracking.sample_hash=true", "checkpoint.save_every=3", "checkpoint.keep_last=3",
     f"resilience.hang_timeout_s={HANG_S}", "resilience.collective_timeout_s=120",
 ]  # fmt: skip
 
@@ -112,12 +116,14 @@ class Run(Protocol):
 class LocalRun:
     """The run under launch/local.sh."""
 
-    def __init__(self, disk: Path, data: Path, *, name: str = "disturbed", settings: tuple[str, ...] = ()) -> None:  # fmt: skip
+    def __init__(
+        self, disk: Path, data: Path, *, preloaded: Preloaded, name: str = "disturbed", settings: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.preloaded, self._is_forked = preloaded, True
         self.disk, self.run_dir, self.starts = disk, disk / name, 0
         # Behind the folder, not in it: a full disk must not end what tells of it.
         self.log_path = data.parent / f"{name}.log"
-        self.clock_path = data.parent / "clock"
-        self.clock_library = build_clock(data.parent)
+        self.clock = WallClock(data.parent)
         self.set_clock(0)
         self.settings = [
             f"name={name}", f"runs_dir={disk}", f"data.path={data}", *SETTINGS, "tracking.wandb=offline",
@@ -129,11 +135,9 @@ class LocalRun:
     def start(self) -> None:
         """Start again; a little file for what is printed, all starts after one another."""
         self.starts += 1
-        environment = {
-            **os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-            "WALL_CLOCK_FILE": str(self.clock_path),
-            **({"LD_PRELOAD": str(self.clock_library)} if self.clock_library else {}),
-        }  # fmt: skip
+        self._is_forked = self.starts % PLAIN_EVERY != 0
+        python = self.preloaded.python if self._is_forked else sys.executable
+        environment = {**os.environ, **self.clock.environment, "PYTHON": python, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         with self.log_path.open("ab") as log:
             self._log_from = log.tell()
             self._process = subprocess.Popen(
@@ -142,13 +146,13 @@ class LocalRun:
             )  # fmt: skip
 
     def set_clock(self, offset_s: int) -> None:
-        """From now on the ranks' wall clocks are off by so much; the file is in their memory."""
-        with self.clock_path.open("r+b" if self.clock_path.exists() else "wb") as file:
-            file.write(offset_s.to_bytes(8, sys.byteorder, signed=True))
+        """From now on the ranks' wall clocks are off by so much."""
+        self.clock.set(offset_s)
 
     def has_ended(self) -> bool:
-        """Whether the launcher is gone."""
-        return self._process is None or self._process.poll() is not None
+        """Whether the launcher is gone; forked ranks follow their clients a moment later."""
+        launcher_is_gone = self._process is None or self._process.poll() is not None
+        return launcher_is_gone and not (self._is_forked and self.preloaded.programs(PROGRAM))
 
     def exit_code(self) -> int | None:
         """The launcher's."""
@@ -163,9 +167,9 @@ class LocalRun:
     def ranks(self) -> list[int]:
         """Process ids of the four ranks, by rank; of those that are left."""
         assert self._process is not None
-        return [
-            pid for pid in children(self._process.pid) if b"pipeline.train" in command_line(pid)
-        ]
+        if self._is_forked:
+            return self.preloaded.programs(PROGRAM)
+        return [pid for pid in children(self._process.pid) if PROGRAM.encode() in command_line(pid)]
 
     def kill_launcher(self) -> None:
         """SIGKILL; the ranks have asked the kernel to die with it."""
@@ -178,20 +182,20 @@ class LocalRun:
 
     def stop(self) -> None:
         """End what runs; wakes what is stopped."""
-        if not self.has_ended():
+        if self._process is not None and not self.has_ended():
             self.kill_launcher()
 
 
 class SlurmRun:
     """The run as a Slurm job on two of three nodes, two ranks on each; it requeues itself."""
 
-    def __init__(self, cluster: SlurmCluster, disk: Path, data: Path) -> None:
+    def __init__(self, cluster: SlurmCluster, disk: Path, data: Path, *, settings: Sequence[str] = ()) -> None:  # fmt: skip
         self.cluster, self.disk, self.run_dir = cluster, disk, disk / "disturbed"
         self.starts = 0
         self.job: Job | None = None
         self._settings = [
             "name=disturbed", f"runs_dir={disk}", f"data.path={data}", *SETTINGS, "tracking.wandb=disabled",
-            f"training.total_steps={ENDLESS}",
+            f"training.total_steps={ENDLESS}", *settings,
         ]  # fmt: skip
 
     def start(self) -> None:
@@ -228,14 +232,23 @@ class SlurmRun:
             self.cluster.wait_for(self.has_ended, "the end of the job", 120, job=self.job)
 
 
-def build_clock(folder: Path) -> Path | None:
-    """The library that moves the ranks' wall clocks; None without a C compiler."""
-    library = folder / "wall_clock.so"
-    if shutil.which("cc") is None:
-        return None
-    source = Path(__file__).with_name("wall_clock.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
-    return library
+class WallClock:
+    """The wall clock of all programs that have `environment`; without a C compiler it is everybody's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, library = folder / "clock", folder / "wall_clock.so"
+        self.environment: dict[str, str] = {}
+        if shutil.which("cc"):
+            source = Path(__file__).with_name("wall_clock.c")
+            if not library.exists():  # those who use it have it in their memory
+                command = ["cc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"]
+                subprocess.run(command, check=True)
+            self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_FILE": str(self._file)}
+
+    def set(self, offset_s: int) -> None:
+        """From now on it is off by so much; the file is in the programs' memory, and stays the same one."""
+        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+            file.write(offset_s.to_bytes(8, sys.byteorder, signed=True))
 
 
 def children(pid: int) -> list[int]:
