@@ -120,12 +120,12 @@ def damage(
     run: LocalRun, dice: random.Random, *, how: Callable[[Path, random.Random], None]
 ) -> None:
     """Kill the run and spoil a file of its newest checkpoint: the next start takes the one before."""
+    folder = run.run_dir / "checkpoints"
+    if not wait_for(lambda: len(list_checkpoints(folder)) > 1 or run.has_ended(), ON_AGAIN_S):
+        raise CampaignError(f"{folder} gets no second checkpoint\n{run.log()[-3000:]}")
     kill_all_ranks(run, dice)
-    checkpoints = list_checkpoints(run.run_dir / "checkpoints")
-    if len(checkpoints) < 2:
-        raise CampaignError(
-            f"{run.run_dir} keeps {len(checkpoints)} checkpoints: none to go back to"
-        )
+    if len(checkpoints := list_checkpoints(folder)) < 2:
+        raise CampaignError(f"{folder} keeps {len(checkpoints)} checkpoints: none to go back to")
     _, newest = checkpoints[-1]
     spoilt = dice.choice(sorted(newest.iterdir()))
     how(spoilt, dice)
