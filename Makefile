@@ -2,7 +2,7 @@
 # talk        the quickstart's model learns to answer: dialogues, training, answers with base rates, a chat
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
-# soak        hours of faults and restarts, the table of tests/campaign.py into campaign.md
+# soak        hours of faults and restarts (cut off, it goes on), the table of tests/campaign.py into campaign.md
 PYTHON ?= python3
 # In the order of folders: by number of tests, the long Slurm files come last and one core waits for the other.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

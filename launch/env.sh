@@ -32,8 +32,5 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # NCCL says which link or device failed; its default is silence.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Compiled kernels on the node's own disk: thousands of ranks must not lock files in one home directory.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-${USER:-$UID}}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/inductor-${USER:-$UID}}
 
 # Nodes with several networks: name the one between nodes, e.g. NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0.

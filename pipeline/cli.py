@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pipeline import log
 from pipeline.errors import ConfigError, PipelineError, printed
+from pipeline.files import own_compiled_code
 from pipeline.redaction import redact
 
 PATHS = set(
@@ -64,6 +65,7 @@ def run(
         if show_only:
             print(to_yaml(cfg), end="")
             sys.exit(0)
+        own_compiled_code()
         sys.exit(main(cfg) or 0)
     except PipelineError as error:
         log.say(printed(error))

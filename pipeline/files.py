@@ -7,6 +7,7 @@
     open_regular, read_file      of a stranger: an ordinary file, of a bounded size
     own_name                     opens for writing: no link, no pipe
     check_no_links               a run folder in which every name is its own
+    make_own                     a folder under a name that others could foresee, of this user
     parse_json                   its content, where whatever is wrong with it is a ValueError
 
 A rename alone protects from a kill, not from a power cut: without the first fsync the name may come
@@ -22,6 +23,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,6 +206,44 @@ def check_no_links(folder: Path) -> None:
                 f"{folder} holds the link {min(links).relative_to(folder)}; a run writes into its "
                 "own folder only. Put the files there, or let the whole folder be the link."
             )
+
+
+def temporary_folder() -> Path:
+    """Where this user's programs keep what another start on this machine can do without."""
+    return Path(tempfile.gettempdir()) / f"pretrain-{os.getuid()}"
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder under a name that others could foresee.
+
+    Raises:
+        OSError: somebody else has made it, or could write to it, or it is a link, through which
+            would be written.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise OSError(errno.EPERM, "it is not a folder of this user", str(folder))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(errno.EPERM, "others can write to this folder", str(folder))
+    folder.chmod(0o700)
+
+
+def own_compiled_code() -> None:
+    """Let Triton and Inductor keep compiled kernels where nobody else can put any.
+
+    On the node's own disk: thousands of ranks must not lock files in one home directory. But a
+    kernel there is code that the next start runs, and Inductor's own choice is a name in /tmp that
+    anybody can take first. What the environment says already stays. Call before torch is imported.
+    """
+    try:
+        make_own(folder := temporary_folder())
+    except OSError:  # somebody was there first
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(home) / "pretrain"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
 
 
 def size_of(path: Path) -> int:

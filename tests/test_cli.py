@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import resource
 import subprocess
@@ -237,3 +238,14 @@ def test_misspelt_key_ends_without_traceback_and_with_an_exit_code(command):
     assert done.returncode == 2
     assert "nosuch_setting" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_command_owns_the_folder_of_compiled_kernels(tmp_path):
+    """On every node, whoever starts the ranks there: a launch script runs on the first node only."""
+    show = "import os; from pipeline import cli; from pipeline.config.pretrain import PretrainConfig as C; "
+    show += (
+        'cli.run(lambda cfg: print(os.environ["TORCHINDUCTOR_CACHE_DIR"]), C, config="pretrain")'
+    )
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == f"{tmp_path}/pretrain-{os.getuid()}/inductor\n", done.stderr

@@ -169,3 +169,41 @@ def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path, mon
     with pytest.raises(FileExistsError):
         files.write_durably(tmp_path / "new", b"other")
     assert (tmp_path / "victim").read_bytes() == b"dear"
+
+
+def _another_user(folder):
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+
+
+PLANTED = {
+    "a link": lambda folder: folder.symlink_to(folder.parent / "elsewhere"),
+    "another user's": _another_user,
+    "open to others": lambda folder: (folder.mkdir(), folder.chmod(0o777)),
+    "a file": lambda folder: folder.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("planted", ["nothing", *PLANTED])
+def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(tmp_path, monkeypatch, planted):
+    """/tmp/triton-$USER and Inductor's own /tmp/torchinductor_$USER could be made by anybody, and what lies there is run."""
+    if planted == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    if planted != "nothing":
+        PLANTED[planted](tmp_path / f"pretrain-{os.getuid()}")
+    files.own_compiled_code()
+    own = tmp_path / f"pretrain-{os.getuid()}"
+    folder = own if planted == "nothing" else tmp_path / "home" / "pretrain"
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    if planted == "nothing":
+        assert own.stat().st_mode & 0o777 == 0o700
+        monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+        files.own_compiled_code()
+        assert os.environ["TRITON_CACHE_DIR"] == "mine"

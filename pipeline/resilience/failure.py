@@ -9,16 +9,13 @@ as many interleaved tracebacks as there are ranks.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import stat
-import tempfile
 import traceback
 from pathlib import Path
 
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import EXIT_BUG, DataError, PipelineError, printed
+from pipeline.files import make_own, temporary_folder
 from pipeline.log import say
 from pipeline.redaction import redact
 
@@ -41,12 +38,12 @@ def report(
     """
     code = error.exit_code if isinstance(error, PipelineError) else EXIT_BUG
     whole = redact("".join(traceback.format_exception(error)))
-    failures = run_dir / "logs" / "failures" if run_dir else _temporary()
+    failures = run_dir / "logs" / "failures" if run_dir else temporary_folder()
     folder = failures / launch_name()
     path = folder / f"{ranks.global_rank:05d}.txt"
     try:
         if not run_dir:
-            _make_own(failures)
+            make_own(failures)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(whole)
         try:
@@ -62,25 +59,6 @@ def report(
         say(f"(no report in {folder}: {problem})")
     say(short_report(error, ranks=ranks, step=step, path=path, advice=advice))
     return code
-
-
-def _temporary() -> Path:
-    """Where this user's refused starts report, on every rank of a node."""
-    return Path(tempfile.gettempdir()) / f"pretrain-{os.getuid()}"
-
-
-def _make_own(folder: Path) -> None:
-    """Make a folder under a name that others could foresee.
-
-    Raises:
-        OSError: somebody else has made it, or a link, through which reports would be written.
-    """
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise OSError(errno.EPERM, "it is not a folder of this user", str(folder))
-    folder.chmod(0o700)
 
 
 def short_report(
