@@ -203,10 +203,13 @@ def ask(process: subprocess.Popen, seconds: float) -> dict[str, float]:
     return next(json.loads(line) for line in process.stdout if line.startswith("{"))
 
 
-def compare(kind: str, shape: str, precision: str, options: argparse.Namespace) -> list[str]:
-    """Rows of the table for one kind, shape and precision."""
+Answers = dict[str, list[dict[str, float]]]
+
+
+def compare(kind: str, shape: str, precision: str, options: argparse.Namespace) -> Answers:
+    """What each contender answered in every round, for one kind, shape and precision."""
     processes = {c: start(kind, c, shape, precision, options.threads) for c in KINDS[kind]}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
+    results: Answers = {name: [] for name in processes}
     try:
         for _ in range(options.rounds):
             for name, process in processes.items():
@@ -215,21 +218,36 @@ def compare(kind: str, shape: str, precision: str, options: argparse.Namespace) 
         for process in processes.values():
             process.kill()
             process.wait()
-    rows = []
+    return results
+
+
+def rows(kind: str, shape: str, precision: str, results: Answers) -> list[str]:
+    """Rows of the table."""
+    found = []
     for name, answers in results.items():
         rate = statistics.median(a["tokens_per_s"] for a in answers)
         pairs = zip(results["ours"], answers)
         ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
         last = answers[-1]
-        rows.append(
+        found.append(
             f"| {kind} | {shape} | {precision} | {name} | {rate:,.0f} | {ratio:.2f} | {last['trained']:,} | "
             f"{last['gradients'] / 2**20:.2f} | {last['state'] / 2**20:.2f} | {last['peak_mib']:,.0f} |"
         )
-    return rows
+    return found
+
+
+def unequal(shape: str, results: Answers) -> list[str]:
+    """A line for each contender that trains another number of parameters than ours for the same end."""
+    trained = {name: round(answers[-1]["trained"]) for name, answers in results.items()}
+    return [
+        f"{shape}: ours trains {trained['ours']:,} numbers, {name} {count:,}: their ratio is not of equal adapters."
+        for name, count in trained.items()
+        if name != "full" and count != trained["ours"]
+    ]
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and which of its ratios are not of equals."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -252,10 +270,18 @@ def main() -> None:
     )
     print("\n| trained | shape | precision | contender | tokens/s | ours is | numbers trained | gradients MiB | optimizer MiB | peak MiB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
+    notes: dict[str, None] = {}  # in order, once each
     for kind in options.kinds:
         for shape in options.shapes:
             for precision in options.precisions:
-                print("\n".join(compare(kind, shape, precision, options)), flush=True)
+                results = compare(kind, shape, precision, options)
+                print("\n".join(rows(kind, shape, precision, results)), flush=True)
+                notes |= dict.fromkeys(unequal(shape, results))
+    if notes:
+        print(
+            "\nOurs has one A for query, key and value and one for gate and up, peft one for each."
+        )
+        print("\n".join(notes))
 
 
 if __name__ == "__main__":

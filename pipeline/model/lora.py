@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
@@ -50,17 +51,41 @@ class LowRank:
         # The whole one sees this rank's slice of the sequence only.
         vars(whole)["has_partial_gradient"] = bool(self.sequence_parallel)
 
-    def low_rank(self, x: Tensor) -> Tensor:
-        """The sum's second part, alpha / rank * B (A x), laid out as the linear's own output."""
+    def plus_low_rank(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out`, which is W x, + alpha / rank * B (A x)."""
         narrow = F.linear(x, self.lora_a)
         if self.tp_group.size() > 1:
             narrow = self.exchange(narrow)
         # Scaled where it is narrow: behind B that would be a pass over the whole output, twice.
-        return F.linear(narrow * self.lora_scale, self.lora_b)
+        return _PlusWide.apply(out, narrow * self.lora_scale, self.lora_b)
 
     def exchange(self, narrow: Tensor) -> Tensor:
         """A x, whole, where B needs it."""
         raise NotImplementedError
+
+
+class _PlusWide(Function):
+    """out + narrow B^T, and the gradients of narrow and B as products with few rows."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, narrow: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(narrow, b)
+        # One product on top of `out`, instead of a product as wide as it and a sum.
+        return torch.addmm(out.flatten(0, -2), narrow.flatten(0, -2), b.t()).view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        narrow, b = ctx.saved_tensors
+        wide, of_narrow, of_b = grad.flatten(0, -2), None, None
+        # d narrow = g B and dB = g^T narrow have `rank` columns, for which torch's CPU products are
+        # slow: 8 columns of 768 x 768 took 0.68 and 0.80 ms, the same numbers as 8 rows 0.16 and
+        # 0.15 ms, where W's own product takes 1.8 ms. Contiguous, as megatron-core's all-reduce
+        # of a gradient that is not would be lost.
+        if ctx.needs_input_grad[1]:
+            of_narrow = (b.t() @ wide.t()).t().contiguous().view_as(narrow)
+        if ctx.needs_input_grad[2]:
+            of_b = (narrow.flatten(0, -2).t() @ wide).t().contiguous()
+        return grad, of_narrow, of_b
 
 
 class LowRankColumn(LowRank):

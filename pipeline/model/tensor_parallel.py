@@ -38,7 +38,7 @@ class ColumnLinear(LowRankColumn, tensor_parallel.ColumnParallelLinear):
         else:
             out, bias = super().forward(x, *args, **kwargs)
             out = out if bias is None else out + bias
-        return out + self.low_rank(x) if self.lora_scale else out, None
+        return self.plus_low_rank(out, x) if self.lora_scale else out, None
 
 
 class RowLinear(LowRankRow, tensor_parallel.RowParallelLinear):
@@ -56,7 +56,7 @@ class RowLinear(LowRankRow, tensor_parallel.RowParallelLinear):
             out = F.linear(x, self.weight, self.bias)
         else:
             out = super().forward(x)[0]
-        return out + self.low_rank(x) if self.lora_scale else out, None
+        return self.plus_low_rank(out, x) if self.lora_scale else out, None
 
 
 class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):

@@ -83,6 +83,28 @@ def test_what_is_trained_gives_one_result_at_every_layout(world_size: int) -> No
     check(world_size, FAST[world_size])
 
 
+def check_gradients() -> None:
+    """_PlusWide beside the sum that it is, in double precision."""
+    from pipeline.model.lora import _PlusWide
+
+    generator = torch.Generator().manual_seed(0)
+    out, narrow, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 5), (2, 3, 4), (5, 4))
+    )
+    torch.testing.assert_close(_PlusWide.apply(out, narrow, b), out + narrow @ b.t())
+    assert torch.autograd.gradcheck(_PlusWide.apply, (out, narrow, b))
+    gradients = torch.autograd.grad(_PlusWide.apply(out, narrow, b).sum(), (narrow, b))
+    assert all(gradient.is_contiguous() for gradient in gradients)
+    [frozen] = torch.autograd.grad(_PlusWide.apply(out, narrow, b.detach()).sum(), narrow)
+    torch.testing.assert_close(frozen, gradients[0])
+
+
+def test_gradients_of_the_low_rank_sum_are_right_and_can_be_reduced() -> None:
+    """megatron-core all-reduces a copy of a gradient that is not contiguous, and drops it."""
+    run_on_ranks(check_gradients, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", ALL)
 def test_every_layout_matches_plain_torch(world_size: int) -> None:
