@@ -12,20 +12,17 @@ checkpoint=FOLDER.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli, log
-from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.record import read_record
 from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
-from pipeline.config.evaluation import Evaluation
-from pipeline.config.model import ModelConfig
-from pipeline.config.training import ParallelConfig, TrainingConfig
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.config.training import ParallelConfig
+from pipeline.errors import CheckpointError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
+from pipeline.inference.asked_model import evaluation_of, open_asked_model
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -66,7 +63,7 @@ def main(cfg: EvaluateConfig) -> int:
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
-    evaluation, path = _evaluation(cfg)
+    evaluation, path = evaluation_of(cfg)
     data = describe(evaluation.data)
     evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
     shape = derive_evaluation(
@@ -82,21 +79,7 @@ def main(cfg: EvaluateConfig) -> int:
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
     layout = connect(ranks, shape.sizes)
-    from pipeline.engine.forward_only import ForwardOnly
-    from pipeline.model.architecture import Architecture
-    from pipeline.model.stage_io import StageSchema
-    from pipeline.training.initial_weights import load_weights
-
-    architecture = Architecture(
-        evaluation.model,
-        evaluation.parallel,
-        evaluation.precision,
-        vocab_size=shape.vocab_size,
-        padded_vocab_size=shape.padded_vocab_size,
-    )
-    schema = StageSchema.of(evaluation.data, evaluation.parallel)
-    model = ForwardOnly(architecture, schema, layout, seq_len=shape.seq_len)
-    path = load_weights(model, path)
+    model, path = open_asked_model(evaluation, shape, layout, path=path)
     evaluator = Evaluator(
         evaluation.data,
         shape=shape,
@@ -111,56 +94,6 @@ def main(cfg: EvaluateConfig) -> int:
     return 0
 
 
-def _evaluation(cfg: EvaluateConfig) -> tuple[Evaluation, Path]:
-    """What is asked, its nulls filled from the checkpoint; and the folder with the weights."""
-    model, path, training, run_data = _model(Path(cfg.checkpoint))
-    lengths = (cfg.seq_len, training.seq_len, model.max_seq_len)
-    return Evaluation(
-        model=model,
-        data=_data(cfg, run_data),
-        parallel=cfg.parallel,
-        precision=cfg.precision or training.precision,
-        seq_len=next(length for length in lengths if length is not None),
-        micro_batch_size=cfg.micro_batch_size,
-        sequences=cfg.sequences,
-    ), path
-
-
-def _data(cfg: EvaluateConfig, run_data: DataConfig | None) -> DataConfig:
-    """The data that were named, or else the held-out ones of the run, masks and all; never others.
-
-    `train` is the same: whose tokenizer and sizes count.
-    """
-    data, caches = cfg.data, ("cache_dir", "cache_size_gib")
-    if not data.validation and run_data is not None:
-        plain = DataConfig()
-        typed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(plain, f.name)]
-        if lost := [f"data.{name}" for name in typed if name not in caches]:
-            raise ConfigError(
-                f"{', '.join(lost)} would have no effect: no held-out data are named, and those "
-                f"of {cfg.checkpoint} are read as the run reads them. Name the data too: "
-                "data.path=OUT or data.validation."
-            )
-        # Older runs could give held-out data a share, which had no effect and now is refused.
-        held_out = [replace(d, weight=None, max_epochs=None) for d in run_data.validation or []]
-        cache_dir, cache_size_gib = data.cache_dir or run_data.cache_dir, data.cache_size_gib
-        data = replace(
-            run_data, validation=held_out, cache_dir=cache_dir, cache_size_gib=cache_size_gib
-        )
-    elif run_data is not None and run_data.mask_documents and not data.mask_documents:
-        log.logger.warning(
-            "the run attends inside documents only, this evaluation across them: set "
-            "data.mask_documents=true data.reset_positions=%s to score it as it was trained",
-            str(run_data.reset_positions).lower(),
-        )
-    if not data.validation:
-        raise ConfigError(
-            f"nothing to evaluate: {cfg.checkpoint} names no held-out data. "
-            "Set data.path=OUT (its validation split), or list data.validation."
-        )
-    return replace(data, train=data.validation)
-
-
 def _described(dataset: Dataset, seq_len: int, limit: int) -> str:
     """Path, tokenizer, and how much of a dataset is read; the last sequence of a shard is short."""
     from pipeline.data.order import num_windows
@@ -170,17 +103,6 @@ def _described(dataset: Dataset, seq_len: int, limit: int) -> str:
     part = f"{min(limit or sequences, sequences):,} of {sequences:,} sequences of {seq_len}"
     sha256 = dataset.manifest.tokenizer.sha256[:12]
     return f"{dataset.path}: {part}, {int(dataset.manifest.tokens):,} tokens, tokenizer {sha256}"
-
-
-def _model(path: Path) -> tuple[ModelConfig, Path, TrainingConfig, DataConfig | None]:
-    """Architecture, folder of the weights, and of a run its training and data settings."""
-    if (path / "config.json").is_file():
-        from pipeline.huggingface.settings import read_model_config
-
-        return read_model_config(path), path, TrainingConfig(precision=Precision.fp32), None
-    path = folders.find(path)
-    record = read_record(path)
-    return record.model(), path, record.training(), record.data()
 
 
 def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> None:

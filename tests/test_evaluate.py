@@ -18,8 +18,9 @@ from pipeline.config.data_rules import held_out
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig, _data, main
+from pipeline.evaluate import EvaluateConfig, main
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
+from pipeline.inference.asked_model import held_out_data
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import tokenizer_file
 from tests.support.layouts import SEQ_LEN, VOCAB, config
@@ -137,21 +138,21 @@ def test_the_data_of_the_run_count_only_where_none_are_named() -> None:
     """Never a default that nobody typed; the run's masks go with the run's data."""
     of_run = DataConfig(train=[DatasetConfig(path="a")], mask_documents=True,
                         validation=[DatasetConfig(path="held-out")])  # fmt: skip
-    found = _data(EvaluateConfig(checkpoint="x"), of_run)
+    found = held_out_data(EvaluateConfig(checkpoint="x"), of_run)
     assert [d.path for d in found.train] == ["held-out"] and found.mask_documents
     named = EvaluateConfig(checkpoint="x", data=DataConfig(path="mine"))
-    found = _data(named, of_run)
+    found = held_out_data(named, of_run)
     assert found.validation == [DatasetConfig(path="mine/validation")] and not found.mask_documents
     with pytest.raises(ConfigError, match="x names no held-out data.*data.validation"):
-        _data(EvaluateConfig(checkpoint="x"), replace(of_run, validation=[]))
+        held_out_data(EvaluateConfig(checkpoint="x"), replace(of_run, validation=[]))
     with pytest.raises(ConfigError, match="x names no held-out data"):
-        _data(EvaluateConfig(checkpoint="x"), None)
+        held_out_data(EvaluateConfig(checkpoint="x"), None)
 
 
 def test_shares_of_an_older_runs_held_out_data_are_let_be() -> None:
     """They had no effect when it trained, and a run that gives them is refused now."""
     share = DatasetConfig(path="held-out", name="a", weight=2.0, max_epochs=1.0)
-    found = _data(EvaluateConfig(checkpoint="x"), DataConfig(validation=[share]))
+    found = held_out_data(EvaluateConfig(checkpoint="x"), DataConfig(validation=[share]))
     assert found.validation == [DatasetConfig(path="held-out", name="a")]
     assert not list(held_out(found))
 
@@ -166,17 +167,17 @@ def test_settings_beside_the_runs_own_data_are_not_dropped(data: DataConfig) -> 
     with pytest.raises(
         ConfigError, match="^data.(mask_documents|train|lanes) would have no effect"
     ):
-        _data(EvaluateConfig(checkpoint="x", data=data), of_run)
+        held_out_data(EvaluateConfig(checkpoint="x", data=data), of_run)
     cache = DataConfig(cache_dir="c", cache_size_gib=3.0)
-    found = _data(EvaluateConfig(checkpoint="x", data=cache), of_run)
+    found = held_out_data(EvaluateConfig(checkpoint="x", data=cache), of_run)
     assert (found.cache_dir, found.cache_size_gib) == ("c", 3.0)
 
 
 def test_a_run_of_masked_documents_scored_without_masks_is_said(caplog) -> None:
     of_run = DataConfig(path="a", mask_documents=True, reset_positions=True)
-    _data(EvaluateConfig(checkpoint="x", data=DataConfig(path="mine")), of_run)
+    held_out_data(EvaluateConfig(checkpoint="x", data=DataConfig(path="mine")), of_run)
     assert "data.mask_documents=true data.reset_positions=true to score it" in caplog.text
     caplog.clear()
     masked = DataConfig(path="mine", mask_documents=True)
-    _data(EvaluateConfig(checkpoint="x", data=masked), of_run)
+    held_out_data(EvaluateConfig(checkpoint="x", data=masked), of_run)
     assert not caplog.text

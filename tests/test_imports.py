@@ -19,6 +19,7 @@ LAYERS = {
         rehearsal
         training, inference
         huggingface, tracking
+        probing
         evaluation, checkpoint
         engine
         data | model | planning | resilience
@@ -73,6 +74,7 @@ TAKERS_OF_ALL_SETTINGS = {
 }  # fmt: skip
 ENTRY_POINTS = [
     "pipeline/train.py", "pipeline/preflight.py", "pipeline/evaluate.py", "pipeline/plan.py",
+    "pipeline/probe.py",
 ]  # fmt: skip
 
 

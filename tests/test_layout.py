@@ -31,6 +31,7 @@ REHEARSAL = "a part of a rehearsal, which runs in a process of its own"
 SAVED = "a part of saving and resuming: any layout resumes any other"
 RUN = "a part of a run from its start to its end"
 FOLDER = "a part of an export: logits are compared with those of transformers"
+PROBED = "findings of the whole, beside those of transformers"
 # What has no test file of its own name: where it is tested, and why there.
 TESTED_IN = {
     "data_prep/cleaning/hashing.py": ("cleaning/test_dedup.py", "keys are made to be linked"),
@@ -112,6 +113,7 @@ TESTED_IN = {
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
+    "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/experts.py": ("model/test_moe.py", "the layer that holds them"),
@@ -125,6 +127,11 @@ TESTED_IN = {
     "pipeline/planning/kept.py": ("planning/test_memory.py", "what memory is counted from"),
     "pipeline/planning/table.py": ("test_plan.py", "the command prints it"),
     "pipeline/node_check.py": ("resilience/test_node_check.py", "the command prints its result"),
+    "pipeline/probing/findings.py": ("test_probe.py", "the command writes and prints them"),
+    "pipeline/probing/interventions.py": ("probing/test_probe.py", PROBED),
+    "pipeline/probing/measures.py": ("probing/test_probe.py", PROBED),
+    "pipeline/probing/passage.py": ("probing/test_probe.py", PROBED),
+    "pipeline/probing/readout.py": ("probing/test_probe.py", PROBED),
     "pipeline/rehearsal/fake_cuda.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/one_rank.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/watch.py": ("rehearsal/test_dry_run.py", REHEARSAL),

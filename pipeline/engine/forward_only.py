@@ -10,6 +10,7 @@ micro-batches on p ranks of s stages each that lasts s (m + p - 1) passes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ class ForwardOnly:
         costs = layer_costs(
             self.model, padded_vocab_size=architecture.padded_vocab_size, seq_len=seq_len
         )
-        bounds = partition(costs, layout.pipeline.size)
+        self._bounds = bounds = partition(costs, layout.pipeline.size)
         here = layout.pipeline.rank
         self.dtype = DTYPES[architecture.precision]
         places = range(bounds[here], bounds[here + 1])
@@ -315,6 +316,10 @@ class ForwardOnly:
         finally:
             handle.remove()
         return found
+
+    def stage_of(self, block: int) -> int:
+        """The pipeline rank that holds a block."""
+        return bisect_right(self._bounds, block + 1) - 1  # the embedding is the first place
 
     def all_parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:
         """Canonical name -> (parameter, its partition) of this stage, tied copies included."""

@@ -142,6 +142,50 @@ def score_labels(
     return loss, hits.view_as(labels)
 
 
+@torch.no_grad()
+def label_losses(hidden: Tensor, weight: Tensor, labels: Tensor, projection: Projection) -> Tensor:
+    """(B, S) fp32 cross entropy of each label; arguments as of `linear_cross_entropy`."""
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    losses = torch.empty(flat_labels.shape, dtype=torch.float32, device=hidden.device)
+    for part in _chunks(flat, weight):
+        logits, _ = _final_logits(flat[part] @ weight.t(), projection)
+        losses[part], _ = _cross_entropy(logits, flat_labels[part], projection, None)
+    return losses.view_as(labels)
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden: Tensor, weight: Tensor, projection: Projection, *, count: int
+) -> tuple[Tensor, Tensor]:
+    """The likeliest next tokens after each: ((B, S, count) ids, fp32 log-probabilities).
+
+    Equal on every tensor-parallel rank, likeliest first; arguments as of `linear_cross_entropy`.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    ids = torch.empty(flat.shape[0], count, dtype=torch.int64, device=hidden.device)
+    found = torch.empty(flat.shape[0], count, dtype=torch.float32, device=hidden.device)
+    for part in _chunks(flat, weight):
+        logits, _ = _final_logits(flat[part] @ weight.t(), projection)
+        best, columns = logits.float().topk(min(count, logits.shape[1]), dim=1)
+        columns = columns + projection.rank * logits.shape[1]
+        log_z = logits.float().logsumexp(1, keepdim=True)
+        if projection.group is not None:  # every rank's best and normaliser travel, not its logits
+            best, columns, log_z = (
+                _side_by_side(t, projection.group) for t in (best, columns, log_z)
+            )
+            best, order = best.topk(count, dim=1)
+            columns = columns.gather(1, order)
+        ids[part], found[part] = columns, best - log_z.logsumexp(1, keepdim=True)
+    return ids.view(*hidden.shape[:-1], count), found.view(*hidden.shape[:-1], count)
+
+
+def _side_by_side(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(N, ranks * columns) of (N, columns) from every rank."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
+
+
 def _chunk_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, projection: Projection, *, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,179 @@
+"""What goes on inside a model: lens, heads, norms, attribution, ablation, patching; at any layout.
+
+    python -m pipeline.probe runs/NAME                              on the run's held-out data
+    python -m pipeline.probe runs/NAME prompt='The cat sat on the'  on a text
+    python -m pipeline.probe runs/NAME prompt='A B A' patch_into='A C A' answer=' B'
+    torchrun --nproc-per-node 4 -m pipeline.probe runs/NAME parallel.tensor_parallel_size=4
+
+Writes probe.json and prints a summary. Hugging Face folders are probed too: checkpoint=FOLDER. What
+the numbers mean: docs/probing.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import cli, log
+from pipeline.config.choices import Precision
+from pipeline.config.data import DataConfig
+from pipeline.config.evaluation import Evaluation
+from pipeline.config.training import ParallelConfig
+from pipeline.errors import ConfigError
+from pipeline.inference.asked_model import (
+    evaluation_of,
+    model_of,
+    open_asked_model,
+    tokenizer_of,
+)
+from pipeline.probing.findings import print_summary, write_findings
+from pipeline.probing.request import Request, check_model, encode_patching, encode_prompt
+
+if TYPE_CHECKING:
+    from pipeline.data.datasets import DataSummary
+    from pipeline.distributed.ranks import Ranks
+
+CACHE_DIR = "runs/evaluate/cache"
+"""Local folder for remote shards where data.cache_dir names none; evaluate's."""
+
+
+@dataclass
+class ProbeConfig:
+    """Look into a checkpoint."""
+
+    checkpoint: str = "???"
+    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
+    prompt: str | None = None
+    """A text to look at; null: held-out data, whose first tokens are shown."""
+    patch_into: str | None = None
+    """Another prompt of as many tokens, into whose run what passed by for `prompt` is put."""
+    answer: str | None = None
+    """What is asked for after both prompts: the first token of this text; with patch_into."""
+    ablate: bool = False
+    """Also the loss without each head, attention layer and MLP: for each of them the text is read
+    once more.
+    """
+    output: str | None = None
+    """Folder of the results; null: probe/ in the folder of the run, checkpoint or model."""
+    sequences: int = 32
+    """Held-out sequences per dataset that the means are taken over; 0: all of them."""
+    seq_len: int | None = None
+    """Tokens per held-out sequence; null: what the model was trained with."""
+    micro_batch_size: int = 8
+    """Sequences per data-parallel rank per forward pass."""
+    precision: Precision | None = None
+    """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Held-out data, as in pipeline.evaluate; a prompt stands in their place."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Sizes and sequence_parallel count; what concerns training alone does not."""
+
+
+def main(cfg: ProbeConfig) -> int:
+    """Look, write, print."""
+    from pipeline.distributed.layout import disconnect
+    from pipeline.distributed.ranks import ranks_from_environment
+
+    ranks = ranks_from_environment()
+    log.setup(global_rank=ranks.global_rank)
+    findings = look_into(cfg, ranks)
+    if ranks.is_main:
+        written = write_findings(findings, Path(cfg.output or Path(cfg.checkpoint) / "probe"))
+        print_summary(findings)
+        print("\n".join(f"{name:<12}{file}" for name, file in written.items()))
+    disconnect()
+    return 0
+
+
+def look_into(cfg: ProbeConfig, ranks: Ranks) -> dict[str, Any]:
+    """Build the model on this layout, load the weights, look. Collective: call on every rank."""
+    from pipeline.config.run_shape import derive_evaluation
+
+    path, request, data = _request(cfg)
+    shape = derive_evaluation(
+        request.evaluation,
+        world_size=ranks.world_size,
+        tokenizer_vocab_size=request.tokenizer.vocab_size if data is None else data.vocab_size,
+        row_tokens=None if data is None else data.row_tokens,
+    )
+
+    from pipeline.distributed.layout import connect  # from here on torch is needed
+
+    layout = connect(ranks, shape.sizes)
+    from pipeline.probing.probe import probe
+
+    model, path = open_asked_model(request.evaluation, shape, layout, path=path)
+    return probe(model, request, shape=shape) | {"checkpoint": str(path)}
+
+
+def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
+    """The folder with the weights; what is asked, its nulls filled; of held-out data their facts.
+
+    Raises:
+        ConfigError: settings contradict each other, or the model is of a kind that is not probed.
+    """
+    from pipeline.data.datasets import describe, follow_data
+    from pipeline.training.startup import check_same_tokenizer
+
+    _check(cfg)
+    model, path, training, _ = model_of(Path(cfg.checkpoint))
+    check_model(model)
+    data = None
+    if cfg.prompt is None:
+        evaluation, path = evaluation_of(cfg)
+        data = describe(evaluation.data)
+        evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
+        check_same_tokenizer(data, path)
+    else:
+        evaluation = Evaluation(
+            model, DataConfig(), cfg.parallel, cfg.precision or training.precision, seq_len=0,
+            micro_batch_size=cfg.micro_batch_size, sequences=cfg.sequences,
+        )  # fmt: skip
+    # A compiled block calls no hooks.
+    evaluation = replace(evaluation, model=replace(evaluation.model, compile=False))
+    request = Request(
+        evaluation,
+        tokenizer_of(path),
+        longest=training.seq_len or model.max_seq_len,
+        cache_dir=Path(evaluation.data.cache_dir or CACHE_DIR),
+        ablates=cfg.ablate,
+    )
+    return path, request if cfg.prompt is None else _with_prompts(request, cfg), data
+
+
+def _check(cfg: ProbeConfig) -> None:
+    """Refuse settings that would have no effect beside each other."""
+    if cfg.prompt is None and (cfg.patch_into is not None or cfg.answer is not None):
+        raise ConfigError("patch_into and answer go with a prompt: set prompt='...' too.")
+    if cfg.prompt is not None and (cfg.data != DataConfig() or cfg.seq_len is not None):
+        raise ConfigError(
+            "with a prompt, data.* and seq_len would have no effect: the prompt is all that is "
+            "read. Leave them out, or leave prompt out to read held-out data."
+        )
+    if cfg.micro_batch_size < 1 or cfg.sequences < 0:
+        raise ConfigError(
+            f"micro_batch_size ({cfg.micro_batch_size}) must be at least 1, sequences "
+            f"({cfg.sequences}) at least 0 (all)."
+        )
+
+
+def _with_prompts(request: Request, cfg: ProbeConfig) -> Request:
+    """The request with its prompts encoded, and sequences as long as they are."""
+    assert cfg.prompt is not None
+    longest = request.evaluation.model.max_seq_len
+    ids = encode_prompt(request.tokenizer, cfg.prompt, longest=longest)
+    patching = None
+    if cfg.patch_into is not None or cfg.answer is not None:
+        patching = encode_patching(
+            request.tokenizer, ids, patch_into=cfg.patch_into or "", answer=cfg.answer or "",
+            longest=longest,
+        )  # fmt: skip
+    # Sequence-parallel ranks take equal parts.
+    parts = cfg.parallel.tensor_parallel_size if cfg.parallel.sequence_parallel else 1
+    evaluation = replace(request.evaluation, seq_len=-(-len(ids) // parts) * parts)
+    return replace(request, evaluation=evaluation, prompt=ids, patching=patching)
+
+
+if __name__ == "__main__":
+    cli.run(main, ProbeConfig, config="probe", positional=("checkpoint",))

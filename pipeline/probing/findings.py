@@ -1,0 +1,68 @@
+"""What was found, as a file and as a summary on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MachineError, visible
+from pipeline.files import write_durably
+
+STRONGEST = 3
+"""Heads that the summary names of each score."""
+
+
+def write_findings(findings: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Write probe.json; what each file that was written is.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    files = {"numbers": (folder / "probe.json", json.dumps(findings) + "\n")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.values():
+            write_durably(path, text.encode())
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be written: {error.strerror}.") from error
+    return {name: path for name, (path, _) in files.items()}
+
+
+def print_summary(findings: dict[str, Any]) -> None:
+    """Losses and norms by block, the strongest heads of each kind, what counts for the labels."""
+    averages, kinds = findings["averages"], findings["kinds"]
+    print(f"means over {averages['tokens']:,} tokens")
+    print(f"{'block':<8}{'lens loss':>10}{'residual':>10}{'attention':>10}{'mlp':>10}")
+    columns = ("lens_loss", "residual", "attention", "mlp")
+    for block, values in enumerate(zip(*(averages[name] for name in columns), strict=True)):
+        print(f"{block:<8}{values[0]:>10.4f}" + "".join(f"{value:>10.2f}" for value in values[1:]))
+    scores = {**kinds, "sink": averages["sink"], "attribution": averages["attribution"]["heads"]}
+    print("\nstrongest heads, block.head")
+    for name, table in scores.items():
+        print(f"{name:<12}" + "  ".join(strongest(table)))
+    if "ablation" in findings:
+        without, loss = findings["ablation"], findings["ablation"]["none"][0]
+        added = [[value - loss for value in row] for row in without["heads"]]
+        print(f"{'ablation':<12}" + "  ".join(strongest(added)) + "  (loss added)")
+    if "patching" in findings:
+        _print_patching(findings["patching"])
+
+
+def strongest(table: Sequence[Sequence[float]]) -> list[str]:
+    """`block.head value` of the largest values of a [L][N] table."""
+    found = [(v, f"{i}.{head}") for i, row in enumerate(table) for head, v in enumerate(row)]
+    found.sort(key=lambda pair: -pair[0])
+    return [f"{place} {value:.3f}" for value, place in found[:STRONGEST]]
+
+
+def _print_patching(found: dict[str, Any]) -> None:
+    """Which places and heads bring the answer back."""
+    low, high = found["of_other"], found["of_prompt"]
+    print(
+        f"\nlog-probability of {visible(found['answer'])!r}: {high:.3f} after prompt, {low:.3f} "
+        "after patch_into; with what passed by for prompt put in, at block.place and block.head"
+    )
+    print(f"{'stream':<12}" + "  ".join(strongest(found["streams"])))
+    print(f"{'head':<12}" + "  ".join(strongest(found["heads"])))

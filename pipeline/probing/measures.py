@@ -1,0 +1,236 @@
+"""Everything that is measured of a model, alike at any layout.
+
+    averages(batches)  lens losses, norms, attention entropy, sink, attribution: means over tokens
+    kinds()            head scores on repeated random tokens
+    view(batch)        of one text: attention maps, lens table
+
+Every rank fills in what it computes and leaves zeros elsewhere; the sum over all ranks is the
+whole.
+
+L blocks, N heads of the model, B micro-batch, S sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.engine.forward_only import loss_masks
+from pipeline.probing.heads import (
+    KINDS,
+    LOOKS,
+    kinds,
+    looks,
+    of_all_heads,
+    pattern,
+    repeated_tokens,
+)
+from pipeline.probing.passage import Passage, blocks_of, heads_here, look
+from pipeline.probing.readout import Readout
+
+if TYPE_CHECKING:
+    from pipeline.engine.forward_only import ForwardOnly
+
+Sums = dict[str, Tensor]
+TOP = 5
+"""Tokens of the lens table at each place."""
+
+
+class Measures:
+    """A model that is looked into. Methods are collective: call on every rank."""
+
+    def __init__(self, model: ForwardOnly) -> None:
+        self.model, self.layout, self.readout = model, model.layout, Readout(model)
+        self.num_layers = model.model.num_layers
+        self.num_heads = model.model.num_attention_heads
+
+    def averages(self, batches: Sequence[Batch], *, alive: Callable[[], None]) -> dict[str, Any]:
+        """Means over the tokens whose labels count, over all data-parallel ranks.
+
+        Returns:
+            tokens: how many; lens_loss: [L] nats; residual, attention, mlp: [L] mean L2 norms of
+            the stream after a block and of what its halves add; entropy, sink: [L][N] (heads.py);
+            attribution: what parts add to the label's logit above the mean logit: heads [L][N],
+            attention_bias, mlp [L], embedding, final_norm_bias; logit: their sum, read directly.
+        """
+        totals: Sums = {}
+        masks, _ = loss_masks(batches, self.layout)
+        for batch, mask in zip(batches, masks, strict=True):
+            passage = look(self.model, batch)
+            for name, value in self._sums(passage, batch, mask).items():
+                totals[name] = totals[name] + value if name in totals else value
+            alive()
+        totals = self._over_ranks(totals)
+        tokens, later = totals.pop("tokens"), totals.pop("later")
+        means = {n: (v / (later if n == "sink" else tokens)).tolist() for n, v in totals.items()}
+        adds = {n.partition(".")[2]: means.pop(n) for n in list(means) if n.startswith("adds.")}
+        return {"tokens": round(float(tokens)), **means, "attribution": adds}
+
+    def kinds(self, *, seq_len: int) -> dict[str, Any]:
+        """previous, duplicate, induction: [L][N] (heads.py), on repeated random tokens.
+
+        seq_len: longest sequence.
+        """
+        ids = repeated_tokens(self.readout.projection.vocab_size, seq_len=seq_len)
+        passage = look(self.model, self.batch_of(ids))
+        found = self._of_heads(passage, partial(kinds, half=ids.shape[1] // 2), KINDS)
+        copies = self.layout.data.size  # every data-parallel rank reads the same
+        return {n: (v / copies).tolist() for n, v in self._over_ranks(found).items()}
+
+    def view(self, batch: Batch, *, count: int) -> dict[str, Any]:
+        """Of a text: attention [L][N][S][S]; lens: ids, probabilities [L][S][TOP], losses [L][S].
+
+        Args:
+            batch: (1, S or more) tokens; what data-parallel rank 0 has is shown.
+            count: S, the first tokens.
+        """
+        size = batch.tokens.shape[1]
+        top = min(TOP, self.readout.projection.vocab_size)
+        device = self.layout.device
+        passage = look(self.model, batch)
+        maps = torch.zeros(self.num_layers, self.num_heads, count, count, device=device)
+        for number, block in passage.items():
+            for place, head in enumerate(heads_here(self.model)):
+                maps[number, head] = pattern(block, place)[0, :count, :count]
+        ids = torch.zeros(self.num_layers, size, top, dtype=torch.float64, device=device)
+        chances, losses = torch.zeros_like(ids), torch.zeros_like(ids[..., 0])
+        for number in range(self.num_layers):
+            hidden = self.readout.bring(passage, number, (1, size))
+            if hidden is None:
+                continue
+            found, log_chances = self.readout.likeliest(hidden, top)
+            of_labels = self.readout.losses(hidden, batch.labels)
+            if self.layout.tensor.rank == 0:
+                ids[number], chances[number] = found[0].double(), log_chances[0].exp().double()
+                losses[number] = of_labels[0].double()
+        values = {"attention": maps, "ids": ids, "chances": chances, "losses": losses}
+        if self.layout.data.rank > 0:
+            values = {name: torch.zeros_like(value) for name, value in values.items()}
+        whole = self._over_ranks(values)
+        return {
+            "attention": whole["attention"].tolist(),
+            "lens": {
+                "ids": whole["ids"][:, :count].long().tolist(),
+                "probabilities": whole["chances"][:, :count].tolist(),
+                "losses": whole["losses"][:, :count].tolist(),
+            },
+        }
+
+    def batch_of(self, ids: Tensor, *, count: int | None = None) -> Batch:
+        """A micro-batch of whole sequences (B, S), each of one document, the same on every rank.
+
+        Its labels count on the first data-parallel rank only.
+
+        Args:
+            ids: (B, S).
+            count: real tokens, the others fill up; the label of the last real one does not count.
+        """
+        ids = ids.to(self.layout.device)
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        last = (ids.shape[1] if count is None else count) - 1
+        schema = self.model.schema
+        return Batch(
+            tokens=ids,
+            labels=ids.roll(-1, 1),
+            loss_mask=(places < last).float() * (self.layout.data.rank == 0),
+            document_ids=torch.zeros_like(ids) if schema.documents else None,
+            positions=places if schema.positions else None,
+            sample_ids=torch.arange(len(ids)).numpy(),
+        )
+
+    # ---- sums over this rank's tokens ------------------------------------------------------------
+
+    def _sums(self, passage: Passage, batch: Batch, mask: Tensor) -> Sums:
+        """fp64 sums over a micro-batch; zeros where another rank computes."""
+        found = self._of_heads(passage, partial(looks, weights=mask), LOOKS)
+        found |= self._of_blocks(passage, mask)
+        final = None
+        found["lens_loss"] = self._by_block()
+        for number in range(self.num_layers):
+            final = self.readout.bring(passage, number, (mask.shape[0], mask.shape[1]))
+            if final is not None:
+                losses = self.readout.losses(final, batch.labels)  # with its tensor-parallel peers
+                found["lens_loss"][number] = (losses * mask).double().sum() * self._counts
+        directions, fixed = self.readout.directions(final, batch.labels)
+        found |= self._attribution(passage, directions * mask[..., None])
+        is_head = self._counts and final is not None
+        found["adds.final_norm_bias"] = (fixed * mask).double().sum() * is_head
+        found["logit"] = found["adds.final_norm_bias"].clone()
+        if is_head:
+            assert final is not None
+            found["logit"] += (final.float() * directions * mask[..., None]).double().sum()
+        found["tokens"] = mask.double().sum() * is_head
+        found["later"] = mask[:, 1:].double().sum() * is_head
+        return found
+
+    def _of_blocks(self, passage: Passage, mask: Tensor) -> Sums:
+        """L2 norms of the stream and of what is added to it."""
+        parts = {"residual": "after", "attention": "attended", "mlp": "mlp"}
+        found = {name: self._by_block() for name in parts}
+        if self._counts:
+            for number, block in passage.items():
+                for name, field in parts.items():
+                    norms = getattr(block, field).float().norm(dim=-1)
+                    found[name][number] = (norms * mask).double().sum()
+        return found
+
+    def _attribution(self, passage: Passage, directions: Tensor) -> Sums:
+        """Dot products of what was added with (B, S, H) directions, 0 where no label counts.
+
+        A head adds W_h c_h, its columns of the output projection times its part of the context:
+        (W_h c_h) . d = c_h . (W_h^T d), so the heads' own vectors of width H never exist.
+        """
+        heads = heads_here(self.model)
+        of_heads = self._by_block(self.num_heads)
+        of_bias, of_mlp = self._by_block(), self._by_block()
+        embedding = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        for number, block in passage.items():
+            projection = blocks_of(self.model)[number].self_attention.linear_proj
+            pulled = directions @ projection.weight.float()
+            by_head = (pulled * block.context.float()).unflatten(-1, (len(heads), -1))
+            of_heads[number, heads.start : heads.stop] = by_head.double().sum((0, 1, 3))
+            if not self._counts:
+                continue
+            if projection.bias is not None:
+                of_bias[number] = (directions @ projection.bias.float()).double().sum()
+            of_mlp[number] = (directions * block.mlp.float()).double().sum()
+            if number == 0:
+                embedding = (directions * block.before.float()).double().sum()
+        return {
+            "adds.heads": of_heads,
+            "adds.attention_bias": of_bias,
+            "adds.mlp": of_mlp,
+            "adds.embedding": embedding,
+        }
+
+    def _of_heads(
+        self, passage: Passage, ask: Callable[[Tensor], Sums], names: Sequence[str]
+    ) -> Sums:
+        """[L][N] of each name; also of a rank whose stage has no block."""
+        found = {name: self._by_block(self.num_heads) for name in names}
+        of_all_heads(passage, ask, found, heads=heads_here(self.model))
+        return found
+
+    def _by_block(self, *more: int) -> Tensor:
+        return torch.zeros(self.num_layers, *more, dtype=torch.float64, device=self.layout.device)
+
+    @property
+    def _counts(self) -> bool:
+        """Of what every tensor-parallel rank has alike the first one's counts."""
+        return self.layout.tensor.rank == 0
+
+    def _over_ranks(self, values: Sums) -> Sums:
+        """The sums over all ranks, in the order of their names."""
+        found = {}
+        for name in sorted(values):
+            found[name] = values[name].contiguous()
+            for axis in (self.layout.tensor, self.layout.pipeline, self.layout.data):
+                if axis.size > 1:
+                    dist.all_reduce(found[name], group=axis.group)
+        return found

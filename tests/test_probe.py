@@ -1,0 +1,31 @@
+"""The command: what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.config.data import DataConfig
+from pipeline.errors import ConfigError
+from pipeline.probe import ProbeConfig, _request
+from pipeline.probing.findings import strongest
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(answer=" B"), "patch_into and answer go with a prompt"),
+        (dict(prompt="A B", data=DataConfig(path="OUT")), r"data\.\* and seq_len would have no effect"),
+        (dict(prompt="A B", seq_len=8), r"data\.\* and seq_len would have no effect"),
+        (dict(micro_batch_size=0), r"micro_batch_size \(0\) must be at least 1"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    """Before the checkpoint is looked for."""
+    with pytest.raises(ConfigError, match=message):
+        _request(ProbeConfig(checkpoint="x", **settings))
+
+
+def test_the_strongest_heads_are_named_by_block_and_head() -> None:
+    assert strongest([[0.1, 0.7], [0.3, 0.2]]) == ["0.1 0.700", "1.0 0.300", "1.1 0.200"]
