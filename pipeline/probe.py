@@ -5,8 +5,8 @@
     python -m pipeline.probe runs/NAME prompt='A B A' patch_into='A C A' answer=' B'
     torchrun --nproc-per-node 4 -m pipeline.probe runs/NAME parallel.tensor_parallel_size=4
 
-Writes probe.json and prints a summary. Hugging Face folders are probed too: checkpoint=FOLDER. What
-the numbers mean: docs/probing.md.
+Writes probe.json and index.html, a page that needs no other file, and prints a summary. Hugging
+Face folders are probed too: checkpoint=FOLDER. What the numbers mean: docs/probing.md.
 """
 
 from __future__ import annotations

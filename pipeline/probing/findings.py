@@ -1,4 +1,4 @@
-"""What was found, as a file and as a summary on the terminal."""
+"""What was found, as files and as a summary on the terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 
 from pipeline.errors import MachineError, visible
 from pipeline.files import write_durably
+from pipeline.probing.page import page
 
 STRONGEST = 3
 """Heads that the summary names of each score."""
 
 
 def write_findings(findings: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Write probe.json; what each file that was written is.
+    """Write probe.json and index.html; what each file that was written is.
 
     Raises:
         MachineError: the folder cannot be written.
     """
-    files = {"numbers": (folder / "probe.json", json.dumps(findings) + "\n")}
+    files = {
+        "numbers": (folder / "probe.json", json.dumps(findings) + "\n"),
+        "page": (folder / "index.html", page(findings)),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.values():
