@@ -8,8 +8,8 @@ than ever; then the run must go on, started again by hand only where the kind al
 run gets a last step, an undisturbed one does as many, and every logged step (also those done twice), the samples, and
 all tensors of the last checkpoint must be the same, bit by bit; then another run begins. The report counts the faults
 of compared runs, of all campaigns that have written to it (beside it, report.jsonl). Kinds that this machine cannot do
-are skipped by name. As root it has mounts and a network of its own, which end with it. Seven starts of eight are forked
-from a process that has imported what a rank needs. The first fault that is not survived ends the campaign.
+are skipped by name. As root it has mounts and a network of its own, which end with it. Starts are forked
+from a process that has imported what a rank needs, but for one of --plain-every. The first fault that is not survived ends the campaign.
 """
 
 from __future__ import annotations
@@ -65,6 +65,28 @@ class Fault:
     """Which rank, which file, how long."""
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a campaign takes place."""
+
+    folder: Path
+    seed: int
+    ledger: Ledger
+    plain_every: int
+    """Starts of which one imports all itself."""
+
+    @property
+    def disk(self) -> Path:
+        """Where runs lie: a small file system of its own, if we are root."""
+        return self.folder / "disk"
+
+    def run(self, preloaded: Preloaded, *settings: str, name: str = "disturbed") -> LocalRun:
+        """A run under launch/local.sh."""
+        return LocalRun(
+            self.disk, self.folder / "data", preloaded=preloaded, plain_every=self.plain_every, name=name, settings=settings,
+        )  # fmt: skip
+
+
 def draw(seed: int, count: int, kinds: Sequence[str]) -> list[Fault]:
     """The list of a seed: all kinds in an order drawn anew for each round, so that none is rare."""
     dice, drawn = random.Random(seed), []
@@ -107,7 +129,7 @@ def advance(run: Run, progress: Progress, *, to: int, max_starts: int) -> int:
     return starts
 
 
-def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault], ledger: Ledger, seed: int) -> None:  # fmt: skip
+def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault], site: Site) -> None:  # fmt: skip
     """One fault after the other; says each as it goes."""
     for fault in drawn:
         kind = KINDS[fault.kind]
@@ -125,7 +147,7 @@ def strike_all(run: Run, progress: Progress, drawn: Sequence[Fault], ledger: Led
                 f"fault {fault.number}, {fault.kind}, at step {step}: {error}"
             ) from None
         starts, seconds = run.starts - before, round(time.monotonic() - since, 1)
-        ledger.add(seed=seed, fault=fault.number, kind=fault.kind, step=step, starts=starts, seconds=seconds)  # fmt: skip
+        site.ledger.add(seed=site.seed, fault=fault.number, kind=fault.kind, step=step, starts=starts, seconds=seconds)  # fmt: skip
         print(
             f"{fault.number:4d} {fault.kind:28s} at step {step:5d}: {starts} starts, "
             f"{seconds:5.1f} s until two steps further",
@@ -176,31 +198,32 @@ def isolate(argv: Sequence[str]) -> None:
         os.execvpe(words[0], words, {**os.environ, ISOLATED: "1"})
 
 
-def strike_a_run(folder: Path, disk: Path, drawn: Sequence[Fault], preloaded: Preloaded, ledger: Ledger, seed: int) -> int:  # fmt: skip
+def strike_a_run(site: Site, drawn: Sequence[Fault], preloaded: Preloaded) -> int:
     """A run with these faults and an undisturbed one, compared; their last step.
 
     Raises:
         CampaignError: a fault was not survived, or left a trace.
     """
-    settings = (f"seed={seed * 1000 + drawn[0].number}",)
-    run = LocalRun(disk, folder / "data", preloaded=preloaded, settings=settings)
+    of_this_run = f"seed={site.seed * 1000 + drawn[0].number}"
+    run = site.run(preloaded, of_this_run)
     progress = Progress(run.run_dir)
     local = [fault for fault in drawn if not KINDS[fault.kind].on_slurm]
     on_slurm = [fault for fault in drawn if KINDS[fault.kind].on_slurm]
     try:
-        strike_all(run, progress, local, ledger, seed)
+        strike_all(run, progress, local, site)
         run.stop()
         if on_slurm:
-            with SlurmCluster(folder / "box", num_nodes=3, kill_wait_s=20, grace_s=30) as cluster:
-                job = SlurmRun(cluster, disk, folder / "data", settings=settings)
-                strike_all(job, progress, on_slurm, ledger, seed)
+            with SlurmCluster(
+                site.folder / "box", num_nodes=3, kill_wait_s=20, grace_s=30
+            ) as cluster:
+                job = SlurmRun(cluster, site.disk, site.folder / "data", settings=(of_this_run,))
+                strike_all(job, progress, on_slurm, site)
                 job.stop()
-            shutil.rmtree(folder / "box")
+            shutil.rmtree(site.folder / "box")
         last = give_an_end(run, progress)
     finally:
         run.stop()
-    settings = (*settings, f"training.total_steps={last}")
-    alone = LocalRun(disk, folder / "data", preloaded=preloaded, name=UNDISTURBED, settings=settings)  # fmt: skip
+    alone = site.run(preloaded, of_this_run, f"training.total_steps={last}", name=UNDISTURBED)
     try:
         advance(alone, reference := Progress(alone.run_dir), to=last, max_starts=1)
         wait_for(alone.has_ended, ON_AGAIN_S)
@@ -219,27 +242,28 @@ def strike_a_run(folder: Path, disk: Path, drawn: Sequence[Fault], preloaded: Pr
     return last
 
 
-def campaign(folder: Path, drawn: Sequence[Fault], *, seed: int, ledger: Ledger, round_size: int, tell: Callable[[], object]) -> None:  # fmt: skip
+def campaign(site: Site, drawn: Sequence[Fault], *, round_size: int, tell: Callable[[], object]) -> None:  # fmt: skip
     """Run after run until all are survived; `tell` is called after each.
 
     Raises:
         CampaignError: a fault was not survived, or left a trace.
     """
-    disk, clock = folder / "disk", WallClock(folder)
+    clock = WallClock(site.folder)
     clock.set(0)
     if not faults.lacks_isolation():
         command("ip", "link", "set", "lo", "up")
-        command("mount", "-t", "tmpfs", "-o", DISK_SIZE, "tmpfs", str(disk))
+        command("mount", "-t", "tmpfs", "-o", DISK_SIZE, "tmpfs", str(site.disk))
     environment = {**clock.environment, "OMP_NUM_THREADS": "1"}
-    with Preloaded(folder, env=environment) as preloaded:
+    with Preloaded(site.folder, env=environment) as preloaded:
         for first in range(0, len(drawn), round_size):
             struck = drawn[first : first + round_size]
             try:
-                last = strike_a_run(folder, disk, struck, preloaded, ledger, seed)
+                last = strike_a_run(site, struck, preloaded)
             except AssertionError:  # the disk ends with this process
-                shutil.copytree(disk, folder / f"lost-{seed}-{struck[0].number}", dirs_exist_ok=True, ignore_dangling_symlinks=True)  # fmt: skip
+                kept = site.folder / f"lost-{site.seed}-{struck[0].number}"
+                shutil.copytree(site.disk, kept, symlinks=True, dirs_exist_ok=True)
                 raise
-            ledger.add(seed=seed, equal=[fault.number for fault in struck], last=last)
+            site.ledger.add(seed=site.seed, equal=[fault.number for fault in struck], last=last)
             tell()
 
 
@@ -249,6 +273,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--round", type=int, default=len(KINDS), help="faults of one run, which is compared then")  # fmt: skip
+    parser.add_argument(
+        "--plain-every", type=int, default=8, help="starts of which one is not forked"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
     parser.add_argument("--folder", type=Path, help="where the runs lie; default: a new one, kept when a fault was lost")  # fmt: skip
     parser.add_argument("--report", type=Path, help="the table goes there too, its lines to .jsonl beside it: another campaign adds to them")  # fmt: skip
@@ -267,22 +294,27 @@ def main(argv: Sequence[str]) -> int:
     (folder / "disk").mkdir(parents=True)
     if not (folder / "data").exists():
         write_data(folder / "data")
-    ledger = Ledger((options.report or folder / "report.md").with_suffix(".jsonl"))
+    site = Site(
+        folder=folder,
+        seed=options.seed,
+        ledger=Ledger((options.report or folder / "report.md").with_suffix(".jsonl")),
+        plain_every=options.plain_every,
+    )
     machine = f"{time.strftime('%Y-%m-%d', time.gmtime())}, {os.cpu_count()} cores, Python {platform.python_version()}."  # fmt: skip
-    done = ledger.done(options.seed)
+    done = site.ledger.done(site.seed)
     drawn = draw(options.seed, options.faults, [kind for kind in kinds if kind not in skipped])
     drawn = [fault for fault in drawn if (fault.number, fault.kind) not in done]
 
     def tell() -> str:
-        text = ledger.report(list(KINDS), skipped, machine)
+        text = site.ledger.report(list(KINDS), skipped, machine)
         if options.report:
             options.report.write_text(text)
         return text
 
     try:
-        campaign(folder, drawn, seed=options.seed, ledger=ledger, round_size=options.round, tell=tell)  # fmt: skip
+        campaign(site, drawn, round_size=options.round, tell=tell)
     except AssertionError as error:  # the test Slurm's are not of this program
-        ledger.add(seed=options.seed, lost=str(error))
+        site.ledger.add(seed=site.seed, lost=str(error))
         tell()
         print(f"LOST: {error}\nthe logs are in {folder}", flush=True)
         return 1
