@@ -15,7 +15,7 @@ from data_prep.sources.kinds import SEEKING, Format, check_known, format_of
 from data_prep.sources.lines import parse_json, read_lines, read_text
 from data_prep.sources.pieces import Piece, open_piece
 from data_prep.sources.rejects import Rejects, is_damage, out_of_memory
-from data_prep.sources.tables import open_table, slices
+from data_prep.sources.tables import open_table, row_bytes, slices
 from data_prep.sources.tars import read_samples
 from pipeline.errors import DataError, PipelineError
 
@@ -28,7 +28,7 @@ def read_records(piece: Piece) -> Iterator[Any]:
         DataError: it is damaged, or holds what cannot be read.
     """
     check_known([piece.path], Format.auto)
-    kind = format_of(piece.path, Format.auto)
+    kind, most = format_of(piece.path, Format.auto), InputConfig().max_document_mb * 4_000_000
     assert kind is not None, "check_known refuses what has no kind"
     try:
         with open_piece(piece) as file:
@@ -36,6 +36,8 @@ def read_records(piece: Piece) -> Iterator[Any]:
                 names, batches = open_table(kind, file)
                 for batch in batches(names):
                     for rows in slices(batch):
+                        if (size := int(row_bytes(rows).max(initial=0))) > most:
+                            raise DataError(f"{piece.path}: a row of {size} bytes is no record.")
                         yield from rows.to_pylist()
             else:
                 yield from _READERS[kind](file, piece)

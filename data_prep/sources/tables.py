@@ -22,6 +22,8 @@ MOST_DEFLATION = 100
 """Ratio of a column's decompressed to its stored bytes; text has up to 20."""
 MOST_SIZE = 1 << 36
 """Counted of one value: the sum of 10^8 of them, shared over and over, is still an int64."""
+MOST_VALUES = 1 << 22
+"""Of the lists of a row group, beyond 8 a stored byte: places are stored as runs of any length."""
 _NEXT_INT32, _DICTIONARY_PAGE = 0x15, 2
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # continuation mark, and a length of 0
@@ -58,13 +60,12 @@ def _read_table(
     row = 0
     columns = [root, cfg.url_field] if has_url else [root]
     for batch in (part for whole in batches(columns) for part in slices(whole)):
-        urls = batch.column(cfg.url_field).to_pylist() if has_url else [None] * batch.num_rows
+        urls = _column(batch.column(cfg.url_field), "") if has_url else [None] * batch.num_rows
         for value, url in zip(_column(batch.column(root), inner), urls):
             text = accept(value, piece.path, cfg, rejects, row=row)
             if text is not None:
-                yield Document(
-                    text, f"{piece.name}#{row}", source, url if isinstance(url, str) else ""
-                )
+                known = url.decode(errors="replace") if isinstance(url, bytes) else ""
+                yield Document(text, f"{piece.name}#{row}", source, known)
             row += 1
 
 
@@ -82,9 +83,15 @@ def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         rows = 0
-        for group in range(parquet.num_row_groups):
-            count = _rows_at_a_time(file, parquet.metadata.row_group(group), columns)
-            for batch in parquet.iter_batches(count, row_groups=[group], columns=list(columns)):
+        for number in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(number)
+            chunks = _chunks(group, columns)
+            count = _rows_at_a_time(file, group, chunks)
+            # Decoded as it is, one row of them could take any memory.
+            shared = _shared_lists(file, parquet.schema, chunks)
+            known = {"metadata": parquet.metadata, "read_dictionary": shared}
+            reader = pq.ParquetFile(file, buffer_size=1 << 20, **known) if shared else parquet
+            for batch in reader.iter_batches(count, row_groups=[number], columns=list(columns)):
                 rows += batch.num_rows
                 yield batch
         if rows != parquet.metadata.num_rows:
@@ -93,19 +100,48 @@ def _open_parquet(file: BinaryIO) -> tuple[list[str], Any]:
     return parquet.schema_arrow.names, batches
 
 
-def _rows_at_a_time(file: BinaryIO, group: Any, columns: Sequence[str]) -> int:
+def _chunks(group: Any, columns: Sequence[str]) -> dict[int, Any]:
+    """Number -> chunk of a row group that is read for these columns."""
+    chunks = {number: group.column(number) for number in range(group.num_columns)}
+    # A dot may be part of a column's name.
+    return {
+        number: chunk
+        for number, chunk in chunks.items()
+        if any(f"{chunk.path_in_schema}.".startswith(f"{column}.") for column in columns)
+    }
+
+
+def _shared_lists(file: BinaryIO, schema: Any, chunks: dict[int, Any]) -> list[str]:
+    """Paths of lists whose values may be a large one over and over: they are read as dictionaries.
+
+    A row of such a list has the bytes of all its values when it is decoded, but stores a place in
+    the dictionary for each, or how often one place follows. So how large it is must be known first.
+
+    Raises:
+        Damaged: a list of more values than a file of texts can have, or too large to be decoded.
+    """
+    shared = []
+    stored = sum(chunk.total_compressed_size for chunk in chunks.values())
+    for number, chunk in chunks.items():
+        if not schema.column(number).max_repetition_level:
+            continue  # a row has one value
+        if chunk.num_values > max(MOST_VALUES, 8 * stored):
+            raise Damaged(f"{chunk.path_in_schema}: {chunk.num_values} values in {stored} bytes")
+        if chunk.num_values * _dictionary_bytes(file, chunk) > BYTES_PER_BATCH:
+            if chunk.physical_type == "BYTE_ARRAY":
+                shared.append(chunk.path_in_schema)
+            elif chunk.num_values * schema.column(number).length > MOST_DEFLATION * stored:
+                raise Damaged(f"{chunk.path_in_schema}: a list repeats a large value")
+    return shared
+
+
+def _rows_at_a_time(file: BinaryIO, group: Any, chunks: dict[int, Any]) -> int:
     """Rows of a row group that are about BYTES_PER_BATCH; at most 256.
 
     A footer tells how large rows are on average. That is no bound where a few are a thousand times
     as large, which compresses like no text, nor where rows share a large value.
     """
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    # A dot may be part of a column's name.
-    wanted = [
-        chunk
-        for chunk in chunks
-        if any(f"{chunk.path_in_schema}.".startswith(f"{column}.") for column in columns)
-    ]
+    wanted = chunks.values()
     size = sum(chunk.total_uncompressed_size for chunk in wanted)
     stored = sum(chunk.total_compressed_size for chunk in wanted)
     if size > max(BYTES_PER_BATCH, MOST_DEFLATION * stored):
@@ -286,7 +322,10 @@ def check_nothing_follows(file: Any) -> None:
 
 
 def _column(column: Any, inner: str) -> list[Any]:
-    """Values of a column as bytes: one that is not UTF-8 does not take the others with it."""
+    """Values of a column as bytes: one that is not UTF-8 does not take the others with it.
+
+    Nested ones are empty, as they are no text: decoded, a list may be of any size.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -296,6 +335,9 @@ def _column(column: Any, inner: str) -> list[Any]:
         column = pc.struct_field(column, name)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_nested(column.type):
+        empty: Any = {} if pa.types.is_struct(column.type) else []
+        return [empty if is_there else None for is_there in column.is_valid().to_pylist()]
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if any(is_kind(column.type) for is_kind in kinds):
         column = column.cast(pa.large_binary())

@@ -100,6 +100,8 @@ def test_a_worker_stays_within_2_gb_whatever_it_reads(tmp_path):
     shared = pa.DictionaryArray.from_arrays(rows, pa.array([value], pa.string()))
     write_arrow(tmp_path / "dictionary.arrow", shared, 2)
     write_arrow(tmp_path / "views.arrow", views(value, 256), 2)
+    lists = pa.ListArray.from_arrays(pa.array([0, 256], pa.int32()), shared)
+    pq.write_table(pa.table({"text": lists}), tmp_path / "lists.parquet")
     done = subprocess.run(
         [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True
     )
@@ -111,6 +113,7 @@ def test_a_worker_stays_within_2_gb_whatever_it_reads(tmp_path):
         "endless.jsonl": [1, ["too_large"]],
         "gzip.jsonl.gz": [1, ["too_large"]],
         "header.tar": [0, ["damaged_file"]],
+        "lists.parquet": [0, ["not_a_string"]],
         "member.tar": [0, ["too_large"]],
         "rows.parquet": [0, ["too_large"]],
         "shared.parquet": [50, []],

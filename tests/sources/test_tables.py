@@ -8,10 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.sources import documents, tables
+from data_prep.sources.dialogues import read_talks
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
+from data_prep.sources.records import read_records
 from data_prep.sources.rejects import Rejects
 from data_prep.sources.tables import check_places, row_bytes, slices
+from pipeline.errors import DataError
 from tests.support.arrow import views
 
 SHARED = pa.array(["a" * 1000] * 64).dictionary_encode()
@@ -101,3 +104,49 @@ def test_places_inside_are_none(array):
     """Nor is a text that is not UTF-8: that is a reject of its own row."""
     check_places(array)
     assert len(row_bytes(pa.record_batch([array], ["x"]))) == len(array)
+
+
+def test_lists_that_share_a_large_value_are_measured_before_they_are_decoded(tmp_path):
+    """A row of 5 KB on the disk whose list named one value of 100 KB 2,400 times became 240 MB, and could be any size."""
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 2400 + [1], pa.int32()), pa.array(["a" * 100_000, "b"]))  # fmt: skip
+    lists = pa.ListArray.from_arrays(pa.array([0, 2400, 2401], pa.int32()), words)
+    one = pa.StructArray.from_arrays([pa.array(["user"] * 2401), words], ["role", "content"])
+    talks = pa.ListArray.from_arrays(pa.array([0, 2400, 2401], pa.int32()), one)
+    pq.write_table(pa.table({"text": lists, "messages": talks}), path := tmp_path / "a.parquet")
+    assert path.stat().st_size < 30_000
+    with path.open("rb") as file:
+        _, batches = tables.open_table(documents.Format.parquet, file)
+        sizes = [
+            (pa.total_allocated_bytes(), row_bytes(batch).tolist()) for batch in batches(["text"])
+        ]
+    assert [row for _, rows in sizes for row in rows] == [240_000_000, 1]
+    assert max(taken for taken, _ in sizes) < 10_000_000
+
+    cfg = InputConfig(input=str(path), max_document_mb=2)
+    rejects = Rejects(OnError.quarantine)
+    assert not list(read_documents(find_units(cfg)[0], cfg, rejects))
+    assert [row["detail"] for row in rejects.rows] == ["list", "list"]
+    rejects = Rejects(OnError.quarantine)
+    unit = find_units(cfg)[0]
+    (talk,) = read_talks(unit, cfg, rejects)
+    assert [message["content"] for message in talk.messages] == ["b"]
+    assert [row["reason"] for row in rejects.rows] == ["too_large"]
+    with pytest.raises(DataError, match="a row of .* bytes is no record"):
+        list(read_records(unit.pieces[0]))
+
+
+@pytest.mark.parametrize("kind", ["more values than bits", "values of one length"])
+def test_lists_that_no_dictionary_can_bound_are_damage(tmp_path, monkeypatch, kind):
+    """A run of places takes a few bytes whatever its length; and pyarrow keeps no dictionary of values of one length."""
+    monkeypatch.setattr(tables, "MOST_VALUES", 100)
+    monkeypatch.setattr(tables, "BYTES_PER_BATCH", 5500)
+    is_bits = kind == "more values than bits"
+    values = pa.array(["a"] * 90_000) if is_bits else pa.array([b"y" * 5000] * 90, pa.binary(5000))
+    lists = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+    pq.write_table(pa.table({"text": lists}), tmp_path / "a.parquet", compression="zstd")
+    cfg = InputConfig(input=str(tmp_path / "a.parquet"))
+    rejects = Rejects(OnError.quarantine)
+    assert not list(read_documents(find_units(cfg)[0], cfg, rejects))
+    (row,) = rejects.rows
+    assert row["reason"] == "damaged_file"
+    assert ("90000 values in" if is_bits else "repeats a large value") in row["detail"]
