@@ -124,7 +124,7 @@ def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints
     facts = record.loader["order"]
     data = record.data()
     with tempfile.TemporaryDirectory() as scratch:
-        datasets = open_datasets(data.train, cfg=data, cache_dir=Path(data.cache_dir or scratch))
+        datasets = open_datasets(data.train, cfg=data, cache_dir=Path(scratch))
     sampler = Sampler(data, datasets, seq_len=facts["seq_len"], seed=facts["seed"])
     position = sampler.position(record.loader)
     source = sampler.identities.index(places["dataset"])
@@ -190,7 +190,10 @@ def _step_sizes(training: TrainingConfig, seq_len: int) -> Iterator[tuple[int, i
     """(until_step, samples a step) of every stage of the ramp and of what follows it."""
     for stage in training.ramp:
         batch = stage.global_batch_size or training.global_batch_size
-        yield stage.until_step, batch // (seq_len // (stage.seq_len or seq_len))
+        size = batch // (seq_len // (stage.seq_len or seq_len) or 1)
+        if size < 1:
+            raise CheckpointError(f"its ramp has a stage of {size} samples a step: no run has.")
+        yield stage.until_step, size
     yield 2**40, training.global_batch_size
 
 

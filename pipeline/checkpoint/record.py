@@ -183,12 +183,19 @@ class CheckpointRecord(RunRecord):
         return model
 
     def data(self) -> DataConfig:
-        """What the run read and how, its held-out datasets too.
+        """What the run read and how, its held-out datasets too; not where it kept remote shards.
+
+        A stranger's checkpoint would say where this machine writes, and prunes what is there.
 
         Raises:
             CheckpointError: the data settings are those of another program.
         """
-        return self._section("data", DataConfig)
+        plain = DataConfig()
+        return dataclasses.replace(
+            self._section("data", DataConfig),
+            cache_dir=plain.cache_dir,
+            cache_size_gib=plain.cache_size_gib,
+        )
 
     def finetune(self) -> FinetuneConfig:
         """What was trained; everything, in a record of an older program.

@@ -70,10 +70,8 @@ def held_out_data(cfg: Asked, run_data: DataConfig | None) -> DataConfig:
             )
         # Older runs could give held-out data a share, which had no effect and now is refused.
         held_out = [replace(d, weight=None, max_epochs=None) for d in run_data.validation or []]
-        cache_dir, cache_size_gib = data.cache_dir or run_data.cache_dir, data.cache_size_gib
-        data = replace(
-            run_data, validation=held_out, cache_dir=cache_dir, cache_size_gib=cache_size_gib
-        )
+        ours = {name: getattr(data, name) for name in caches}
+        data = replace(run_data, validation=held_out, **ours)
     elif run_data is not None and run_data.mask_documents and not data.mask_documents:
         log.logger.warning(
             "the run attends inside documents only, this evaluation across them: set "

@@ -8,6 +8,7 @@ A device of your own is a file more in that folder, or a path to one anywhere.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import yaml
 
 from pipeline.cli import CONF_DIR
 from pipeline.errors import ConfigError
+from pipeline.files import read_file
 from pipeline.planning.flops import known_name, peak_tflops
 
 FOLDER = CONF_DIR / "devices"
+MOST_BYTES = 1 << 16
 # Share by which the memory of alike devices may differ: the driver takes some of it. The next
 # larger or smaller model, or a slice of one, is further away.
 SAME_MEMORY = 0.05
@@ -78,24 +81,27 @@ def load_device(name: str) -> Device:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
-        found = yaml.safe_load(path.read_text())
-    except OSError:
+        found = yaml.safe_load(read_file(path, most=MOST_BYTES).decode())
+    except OSError as error:
+        why = "there is no" if isinstance(error, FileNotFoundError) else f"{error.strerror}:"
         raise ConfigError(
-            f"device={name}: there is no {path}. Known: {', '.join(known_devices())}. For another, "
+            f"device={name}: {why} {path}. Known: {', '.join(known_devices())}. For another, "
             f"copy {FOLDER / 'h100.yaml'}, change its numbers and give device=PATH.yaml."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not yaml: {error}") from None
     fields = {f.name: f for f in dataclasses.fields(Device) if f.name != "name"}
     values = found if isinstance(found, dict) else {}
     required = {key for key, f in fields.items() if f.default is dataclasses.MISSING}
     wrong = [f"{key} is missing" for key in sorted(required - set(values))]
-    wrong += [f"{key} is not known" for key in sorted(set(map(str, values)) - set(fields))]
+    wrong += [f"{key} is not known" for key in sorted(set(map(_shown, values)) - set(fields))]
     wrong += [
-        f"{key} ({value}) must be a number above 0"
+        f"{key} ({_shown(value)}) must be a number above 0"
         for key, value in values.items()
         if key in fields and key != "torch_name" and not _is_positive(value)
     ]
+    if not isinstance(values.get("torch_name", ""), str):
+        wrong.append("torch_name must be a text")
     if not wrong and not (values.get("peak_tflops") or peak_tflops(str(values["torch_name"]))):
         wrong = [f"'{values['torch_name']}' is not in flops.py's table: set peak_tflops"]
     if wrong:
@@ -135,6 +141,11 @@ def device_here() -> Device | None:
     if not torch.cuda.is_available():
         return None
     return device_of(torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory)
+
+
+def _shown(value: object) -> str:
+    """A key or value for people; its whole text may be terabytes, of a few lines of yaml."""
+    return value[:80] if isinstance(value, str) else reprlib.repr(value)
 
 
 def _is_positive(value: object) -> bool:

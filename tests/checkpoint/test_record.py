@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.record import CheckpointRecord, read_record
+from pipeline.config.data import DataConfig
 from pipeline.errors import CheckpointError
+from tests.support.checkpoint_runs import record_of
 
 # Written by the release before CheckpointRecord existed, byte for byte but for its paths.
 VERSION_1 = (Path(__file__).parent / "checkpoint_v1.json").read_text()
@@ -103,3 +105,10 @@ def test_a_folder_of_any_name_can_be_evaluated_afterwards():
     content["config"]["data"] = {"train": [{"path": path}], "validation": [{"path": path}]}
     record = CheckpointRecord.from_json(json.dumps(content))
     assert [d.path for d in record.data().validation or []] == [path]
+
+
+def test_a_checkpoint_does_not_say_where_its_shards_are_kept() -> None:
+    """A stranger's record named a folder of this machine, where files were written and old shards deleted."""
+    data = {"cache_dir": "/home/you", "cache_size_gib": 0.001, "lanes": 3}
+    record = dataclasses.replace(record_of(1), config={"data": data})
+    assert record.data() == DataConfig(lanes=3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import ConfigError
@@ -71,3 +74,23 @@ def test_an_unknown_device_is_told_the_known_ones():
 def test_the_device_under_a_run_is_found_by_torchs_name_and_its_memory(torch_name, gib, name):
     found = device_of(torch_name, gib and int(gib * 2**30))
     assert (found.name if found else None) == name
+
+
+def bomb() -> str:
+    """A kilobyte of yaml whose text would have 10^20 characters."""
+    rows = ["a0: &a0 [xxxxxxxxxx]"]
+    rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20)]
+    return "\n".join([*rows, "memory_gib: *a19", "torch_name: *a19", "? [*a19]\n: 1"])
+
+
+@pytest.mark.parametrize("content", [bomb(), "[" * 30_000, b"\xff", "x: 1\n" * 50_000, None])
+def test_a_strangers_device_costs_a_message(tmp_path: Path, content: str | bytes | None) -> None:
+    """It waited for a pipe for ever, ended in tracebacks, or took all memory to say what is wrong."""
+    path = tmp_path / "a.yaml"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_device(str(path))
+    assert "a.yaml" in str(caught.value) and len(str(caught.value)) < 5000
