@@ -4,30 +4,32 @@
          --compose conf/ + schema--> dataclass --> main(cfg)
 
 Every entry point of the project is `cli.run(main, Schema, config="name")`. `--help` prints the
-module's docstring and each field with the line of documentation under it; it imports neither hydra
-nor torch. Nothing else here imports hydra.
+module's docstring and each setting with its composed value and its meaning; it needs no torch.
+Nothing else imports hydra.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
 import os
 import re
+import signal
 import sys
-import textwrap
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from pipeline import log
+from pipeline import log, suggestions
+from pipeline import schema as schemas
 from pipeline.errors import ConfigError, PipelineError, printed
 from pipeline.files import own_compiled_code
+from pipeline.help_page import help_text
 from pipeline.redaction import redact
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 PATHS = set(
     """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
@@ -55,8 +57,8 @@ def run(
     sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(help_text(main, schema, config=config, positional=positional))
-        sys.exit(0)
+        words = [a for a in arguments if a not in ("-h", "--help")]
+        sys.exit(_help(main, schema, words, config=config, positional=positional))
     try:
         show_only = "--cfg" in arguments
         cfg = compose(
@@ -67,9 +69,58 @@ def run(
             sys.exit(0)
         own_compiled_code()
         sys.exit(main(cfg) or 0)
+    except KeyboardInterrupt:  # of a command that has nothing to save; training hears it itself
+        log.say("\ninterrupted")
+        sys.exit(128 + signal.SIGINT)
     except PipelineError as error:
         log.say(printed(error))
         sys.exit(error.exit_code)
+
+
+def _help(
+    main: Callable, schema: type, words: Sequence[str], *, config: str, positional: Sequence[str]
+) -> int:
+    """Print the page with the values that `words` compose; 2 where they compose nothing."""
+    problem = ""
+    try:
+        values = _values(schema, words, config, positional)
+    except ConfigError as error:  # who asks for help next to a mistake still gets the page
+        problem, values = printed(error), _values(schema, [], config, positional)
+    groups = _groups(schema, config)
+    print(help_text(main, schema, groups=groups, values=values, positional=positional))
+    if problem:
+        log.say(problem)
+    return 2 if problem else 0
+
+
+def _values(
+    schema: type, words: Sequence[str], config: str, positional: Sequence[str]
+) -> dict[str, Any]:
+    """Composed values, enums by name; what has none is `???`. Without presets it needs no hydra."""
+    from omegaconf import OmegaConf
+
+    if words or _has_yaml(config):
+        node = _compose(schema, words, config=config, positional=positional)
+    else:
+        node = OmegaConf.structured(schema)
+    return typing.cast(
+        "dict[str, Any]", OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    )
+
+
+def _has_yaml(config: str) -> bool:
+    return (CONF_DIR / f"{config}.yaml").exists()
+
+
+def _groups(schema: type, config: str) -> dict[str, list[str]]:
+    """The presets of a command by group: the folders of conf/ that are its sections or its own."""
+    if not _has_yaml(config):
+        return {}
+    sections = {field.name for field in dataclasses.fields(schema)} | {config}
+    sections |= {"experiment"} if config == "pretrain" else set()
+    folders = sorted(p for p in CONF_DIR.iterdir() if p.name in sections and p.is_dir())
+    found = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in folders}
+    return {group: options for group, options in found.items() if options}
 
 
 def compose(
@@ -80,6 +131,20 @@ def compose(
     Raises:
         ConfigError: unknown key, wrong type, unknown option, or a required value that is not set.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    node = _compose(schema, arguments, config=config, positional=positional)
+    try:
+        return typing.cast(T, OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, schema)) from error
+
+
+def _compose(
+    schema: type, arguments: Sequence[str], *, config: str, positional: Sequence[str]
+) -> DictConfig:
+    """The settings before they become dataclasses; some may still have no value."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -88,13 +153,12 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    overrides, raw = _split(arguments, schema, positional)
+    overrides, raw = _split(arguments, schema, positional, _groups(schema, config))
     for path in CONF_DIR.rglob("*.yaml"):
         if not path.is_file():  # a pipe would be waited for, without end
             raise ConfigError(f"{path} is not an ordinary file; take it out of conf/.")
-    has_yaml = (CONF_DIR / f"{config}.yaml").exists()
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
-    ConfigStore.instance().store(f"{config}_schema" if has_yaml else config, schema)
+    ConfigStore.instance().store(f"{config}_schema" if _has_yaml(config) else config, schema)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             node = hydra_compose(config, overrides)
@@ -106,7 +170,7 @@ def compose(
     try:
         for key, value in raw.items():
             OmegaConf.update(node, key, literal(value))
-        return typing.cast(T, OmegaConf.to_object(node))
+        return node
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
 
@@ -150,23 +214,19 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
-    """(dotted key, field, its dataclass) for every setting, sections before their fields."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        yield prefix + field.name, field, schema
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from keys(hints[field.name], f"{prefix}{field.name}.")
-
-
 def _split(
-    arguments: Sequence[str], schema: type, positional: Sequence[str]
+    arguments: Sequence[str],
+    schema: type,
+    positional: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
 ) -> tuple[list[str], dict[str, str]]:
     """Hydra's overrides, and the values of `str` fields, at whatever depth.
 
     Those are taken as they are: Hydra's grammar would trip over their commas, quotes and braces.
     """
-    hints = {key: typing.get_type_hints(owner)[field.name] for key, field, owner in keys(schema)}
+    hints = {
+        key: typing.get_type_hints(owner)[field.name] for key, field, owner in schemas.keys(schema)
+    }
     texts = {
         key
         for key, hint in hints.items()
@@ -182,10 +242,7 @@ def _split(
             key, equals, value = waiting.pop(0), "=", argument
             argument = f"{key}={value}"
         if argument.startswith("-") or not equals and not argument.startswith("~"):
-            raise ConfigError(
-                f"'{argument}' is not understood. Settings are written key=value; "
-                "--help lists the keys."
-            )
+            raise ConfigError(_not_key_value(argument, schema, groups))
         # `+` adds a key the schema does not know: only a table (dict) takes new keys, and there it
         # may be left out.
         is_open = any(
@@ -199,6 +256,19 @@ def _split(
         else:
             overrides.append(argument)
     return overrides, raw
+
+
+def _not_key_value(argument: str, schema: type, groups: Mapping[str, Sequence[str]]) -> str:
+    """What to say of a word that is no `key=value`: a flag of another program, or a preset."""
+    key, _, value = argument.partition("=")
+    meant = [f"{group}={key}" for group, options in groups.items() if key in options]
+    hint = suggestions.did_you_mean(meant) or suggestions.for_setting(key, schema)
+    if not meant and hint.endswith("?"):
+        hint = f"{hint[:-1]}={value or '...'}?"
+    return (
+        f"'{argument}' is not understood. Settings are written key=value; --help lists the keys."
+        + hint
+    )
 
 
 def _check_path(key: str, value: str) -> None:
@@ -228,7 +298,7 @@ def _explain(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
-        nearest = _nearest(option, error.options)
+        nearest = suggestions.for_option(option, error.options)
         return f"{group}={option}: there is no such option.{nearest} Options: {options}."
     if isinstance(error, OverrideParseException):
         return (
@@ -246,12 +316,8 @@ def _explain(error: Exception, schema: type) -> str:
         known = (
             [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         )
-        elsewhere = [k for k, _, _ in keys(schema) if k.split(".")[-1] == str(cause.key)]
-        hint = (
-            f" Did you mean {elsewhere[0]}?"
-            if elsewhere
-            else _nearest(str(cause.key), known, section)
-        )
+        beside = [section + name for name in known]
+        hint = suggestions.for_setting(str(cause.full_key), schema, section=beside)
         hint = hint or " --help lists the settings."
         return f"{inside}there is no setting '{cause.full_key}'.{hint}"
     if isinstance(cause, MissingMandatoryValue):
@@ -263,63 +329,3 @@ def _explain(error: Exception, schema: type) -> str:
     if cause is not error:
         return f"{str(error).splitlines()[0].replace('Error merging override ', '')}: {first_line}"
     return str(error).strip()
-
-
-def _nearest(word: str, legal: Sequence[str], section: str = "") -> str:
-    near = difflib.get_close_matches(word, legal, n=1, cutoff=0.6)
-    return f" Did you mean {section}{near[0]}?" if near else ""
-
-
-def help_text(main: Callable, schema: type, *, config: str, positional: Sequence[str]) -> str:
-    """Module docstring, groups of conf/, and every field with its default and its documentation."""
-    module = sys.modules[main.__module__]
-    lines = [inspect.cleandoc(module.__doc__ or ""), ""]
-    if (CONF_DIR / f"{config}.yaml").exists() and config == "pretrain":
-        lines.append("Groups (group=option):")
-        sections = {field.name for field in dataclasses.fields(schema)} | {"experiment"}
-        for folder in sorted(
-            p for p in CONF_DIR.iterdir() if p.name in sections and any(p.glob("*.yaml"))
-        ):
-            options = ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
-            lines += textwrap.wrap(
-                f"{folder.name}: {options}", 110, initial_indent="  ", subsequent_indent="      "
-            )
-        lines.append("")
-    lines.append("Settings (key=value); --cfg prints the composed config instead of running.")
-    for key, field, owner in keys(schema):
-        if dataclasses.is_dataclass(typing.get_type_hints(owner)[field.name]):
-            continue
-        mark = " (may be given without its name)" if key in positional else ""
-        lines.append(f"  {key} = {_default(field)}{mark}")
-        if documentation := field_docs(owner).get(field.name):
-            lines += textwrap.wrap(
-                documentation, 110, initial_indent="      ", subsequent_indent="      "
-            )
-    return "\n".join(lines)
-
-
-def _default(field: dataclasses.Field) -> str:
-    """A field's default as --help shows it, with the choices of an enum."""
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    if isinstance(value, Enum):
-        return f"{value.name}   ({' | '.join(m.name for m in type(value))})"
-    if value is dataclasses.MISSING or value == "???":
-        return "(required)"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
-def field_docs(owner: type) -> dict[str, str]:
-    """Field name to the string literal under it in the source of a dataclass."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    assert isinstance(tree.body[0], ast.ClassDef)
-    docs, last = {}, ""
-    for node in tree.body[0].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last:
-            docs[last] = " ".join(str(node.value.value).split())
-    return docs

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from pipeline import cli
+from pipeline import schema as schemas
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 
@@ -40,6 +41,10 @@ def compose(*arguments: str) -> PretrainConfig:
         ("training.precision=bf15", ["training.precision=bf15", "fp32, bf16, fp16"]),
         ("model=gpt2-124", ["model=gpt2-124", "Did you mean gpt2-124m?", "gpt3-175b"]),
         ("experiment=nope", ["experiment=nope", "gpt2-124m"]),
+        ("model=gpt2", ["Did you mean gpt2-124m, gpt2-1558m, gpt2-355m or gpt2-774m?"]),
+        ("learning_rate=1e-3", ["Did you mean optimizer.lr?"]),
+        ("--learning-rate=1e-3", ["Did you mean optimizer.lr=1e-3?"]),
+        ("gpt2-124m", ["Did you mean experiment=gpt2-124m or model=gpt2-124m?"]),
         ("model=tiny,gpt2-124m", ["model=tiny,gpt2-124m", "one value"]),
         ("model.num_layers=[", ["model.num_layers=[", "not understood"]),
         ("--num-layers", ["'--num-layers'", "key=value"]),
@@ -146,9 +151,9 @@ def test_every_setting_that_is_a_path_is_known_as_one():
         if call is None:
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts)
-        for _, field_, owner in cli.keys(getattr(importlib.import_module(module), call[1])):
+        for _, field_, owner in schemas.keys(getattr(importlib.import_module(module), call[1])):
             is_text = field_.type in ("str", "str | None")
-            docs = cli.field_docs(owner).get(field_.name, "")
+            docs = schemas.documentation(field_, owner)
             if is_text and re.search(r"\b(file|folder|path)\b", docs, re.IGNORECASE):
                 found.add(field_.name)
     assert {"page", "device", "domains", "init_from", "cache_dir"} <= found <= cli.PATHS
@@ -179,30 +184,63 @@ def test_required_value_that_is_missing_is_named():
         cli.compose(Job, ["count=3"], config="job_without_yaml", positional=["path"])
 
 
-def test_help_shows_each_field_with_its_documentation():
+def commands() -> dict[str, type]:
+    """Module to the dataclass of its settings, of every command."""
+    root, found = cli.CONF_DIR.parent, {}
+    for path in [*root.glob("pipeline/**/*.py"), *root.glob("data_prep/**/*.py")]:
+        if call := re.search(r"\n    cli\.run\(main, (\w+),", path.read_text()):
+            module = ".".join(path.relative_to(root).with_suffix("").parts)
+            found[module] = getattr(importlib.import_module(module), call[1])
+    return found
+
+
+def test_every_setting_of_every_command_says_what_it_means():
+    """A third of train's had no line, and what tokenize inherits had none at all."""
+    silent = [
+        f"{module}: {key}"
+        for module, schema in commands().items()
+        for key, field_, owner in schemas.settings(schema)
+        if len(schemas.documentation(field_, owner)) < 10
+    ]
+    assert silent == []
+
+
+def test_what_an_entry_of_a_list_has_is_a_setting_too():
+    found = {key for key, _, _ in schemas.settings(PretrainConfig)}
+    assert {"data.train[].weight", "data.validation[].path", "training.ramp[].until_step"} <= found
+
+
+def page_of(capsys, *words: str, main=PretrainConfig, config="pretrain") -> tuple[int, str, str]:
+    """Exit code, page and messages of `--help` beside `words`."""
+    code = cli._help(page_of, main, words, config=config, positional=["path"])
+    return code, *capsys.readouterr()
+
+
+def test_help_shows_each_field_with_its_documentation(capsys):
     """The schema is the manual: nothing to fall out of date."""
-    text = cli.help_text(
-        test_help_shows_each_field_with_its_documentation, Job, config="job", positional=["path"]
-    )
+    code, text, _ = page_of(capsys, main=Job, config="job")
     assert "path = (required) (may be given without its name)" in text
     assert "count = 1\n      How many, in pieces." in text
     assert text.startswith(sys.modules[__name__].__doc__.strip())
+    assert code == 0
 
 
-def test_every_number_is_documented_unless_its_name_says_all():
-    """A knob without a meaning, a unit or the effect of 0 is a guess."""
-    plain_numbers = {
-        "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.norm_eps", "model.init_std",
-        "model.attention_dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
-        "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size",
-    }  # fmt: skip
-    numbers = {"int", "float", "int | None", "float | None"}
-    undocumented = {
-        key
-        for key, field_, owner in cli.keys(PretrainConfig)
-        if field_.type in numbers and field_.name not in cli.field_docs(owner)
-    }
-    assert undocumented == plain_numbers
+def test_help_shows_the_values_that_a_run_would_have(capsys):
+    """It showed the schema's: total_steps null, min_lr 6e-05, where a run has 1000 and the recipe's."""
+    _, text, _ = page_of(capsys)
+    assert "  training.total_steps = 1000\n" in text and "  model.num_layers = 4\n" in text
+    assert "  name = tiny\n" in text
+    _, text, _ = page_of(capsys, "experiment=quickstart", "seed=7")
+    assert "  training.total_steps = 1800\n" in text and "  seed = 7\n" in text
+    assert "  optimizer.lr = 0.004\n" in text
+    assert "  schedule.decay = linear   (cosine | linear | wsd | constant)\n" in text
+
+
+def test_help_beside_a_mistake_shows_the_page_and_the_mistake(capsys):
+    """Whoever is refused adds --help to the same words."""
+    code, text, messages = page_of(capsys, "learning_rate=1")
+    assert code == 2 and "  training.total_steps = 1000\n" in text
+    assert "Did you mean optimizer.lr?" in messages
 
 
 def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
@@ -221,11 +259,11 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
     ids=["train", "tokenize"],
 )
 def test_help_is_lean(command, limit_s):
-    """Help answers at once: no torch, no hydra; the best of three, as this machine may be busy."""
+    """Help answers at once: no torch; the best of three, as this machine may be busy."""
     done, _ = run("-X", "importtime", *command, "--help")
     assert done.returncode == 0, done.stderr[-500:]
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert not {"torch", "hydra", "wandb", "deepspeed", "megatron"} & imported
+    assert not {"torch", "wandb", "deepspeed", "megatron"} & imported
     assert min(run(*command, "--help")[1] for _ in range(3)) < limit_s
 
 

@@ -34,7 +34,19 @@ LAYERS = {
     """,
 }
 LEAVES = {
-    "pipeline": {"cli", "errors", "files", "log", "patching", "redaction", "remote", "shapes"},
+    "pipeline": {
+        "cli",
+        "errors",
+        "files",
+        "help_page",
+        "log",
+        "patching",
+        "redaction",
+        "remote",
+        "schema",
+        "shapes",
+        "suggestions",
+    },  # fmt: skip
     "data_prep": {"jobs"},
 }
 

@@ -46,8 +46,7 @@ class InputConfig:
     `web=crawl/*.jsonl` labels its documents `web`; without a label the last name of the path is
     taken. What exists under a name with commas, brackets or `=` is that file or folder."""
     include: str = ""
-    """Suffixes taken from folders, separated by commas (`.py,.md`); empty: every kind of file that
-    is known.
+    """Suffixes taken from folders, separated by commas (`.py,.md`); empty: all known kinds.
     """
     exclude: str = ""
     """Glob patterns of paths that are left out, separated by commas

@@ -50,6 +50,7 @@ class DataConfig:
     mixture.
     """
     blend_schedule: list[BlendStage] = field(default_factory=list)
+    """Later weights of the mixture, in order of start_step; empty: they stay."""
     lanes: int = 1
     """Independent shard streams; a power of two near the number of nodes keeps a remote shard on
     one node.
@@ -65,6 +66,7 @@ class DataConfig:
     prefetch_steps: int = 2
     """Steps read ahead by the background thread; 0: read in the training loop."""
     on_corrupt: OnCorrupt = OnCorrupt.fail
+    """A sample that cannot be read ends the run (fail), or is left out and counted (skip)."""
     cache_dir: str | None = None
     """Local folder for remote shards; null: runs/<name>/cache."""
     cache_size_gib: float = 64.0

@@ -43,8 +43,11 @@ class ModelConfig:
     name: str = MISSING
     """Preset name, used in run names."""
     num_layers: int = MISSING
+    """Blocks, each of attention and MLP."""
     hidden_size: int = MISSING
+    """Width of what runs from block to block."""
     num_attention_heads: int = MISSING
+    """Heads of queries in each block."""
     num_query_groups: int | None = None
     """Key/value heads (GQA); null: one per attention head; 1: MQA."""
     head_dim: int | None = None
@@ -58,17 +61,23 @@ class ModelConfig:
     max_seq_len: int = 1024
     """Longest sequence in tokens; the size of a learned position table."""
     position: Position = Position.learned
+    """How positions are told apart: a learned table (GPT-2), rotary (arXiv:2104.09864), not."""
     rope_theta: float = 10000.0
     """Rotary base."""
     rope_scaling: RopeScaling = RopeScaling.none
+    """How rotary positions are stretched for longer sequences, as in Hugging Face configs."""
     rope_scaling_factor: float = 1.0
     """Stretch for rope_scaling linear and llama3."""
     rope_original_max_seq_len: int = 8192
     """llama3 scaling: context length before stretching, tokens."""
     normalization: Normalization = Normalization.layernorm
+    """Kind of the norms; rmsnorm: arXiv:1910.07467."""
     norm_placement: NormPlacement = NormPlacement.pre
+    """pre: before attention and MLP; post: after each residual sum (GPT-1)."""
     norm_eps: float = 1e-5
+    """Added to the variance before its root is taken."""
     activation: Activation = Activation.gelu_tanh
+    """Between the matrices of the MLP; gelu_tanh: GPT-2's; swiglu: with a gate."""
     bias: bool = True
     """Biases in the linear layers of attention and MLP."""
     qkv_bias: bool | None = None
@@ -82,8 +91,13 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """After the embedding, attention and MLP."""
     attention_dropout: float = 0.0
+    """Of attention's weights."""
     init: Init = Init.scaled
+    """Initial weights: scaled (GPT-2): residual projections / sqrt(2 num_layers); fixed: the same
+    everywhere; mup: maximal update parametrisation (arXiv:2203.03466).
+    """
     init_std: float = 0.02
+    """Standard deviation of initial weights."""
     mup_base_hidden_size: int = 256
     """Width at which muP equals the standard parametrisation."""
     logit_softcap: float = 0.0

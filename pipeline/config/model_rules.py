@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pipeline.config.choices import NormPlacement, Position, RopeScaling
@@ -41,7 +42,10 @@ def rotary_fits(model: ModelConfig) -> Iterator[str]:
     """Rotary positions turn pairs."""
     width = resolve(model).head_dim
     if model.position is Position.rope and width % 2:
-        yield f"rotary positions need an even head_dim, not {width}."
+        yield (
+            f"rotary positions need an even head_dim, not {width}. Set model.head_dim={width + 1}, "
+            "or model.position=learned."
+        )
 
 
 def groups_fit(model: ModelConfig) -> Iterator[str]:
@@ -50,7 +54,7 @@ def groups_fit(model: ModelConfig) -> Iterator[str]:
     if heads % groups:
         yield (
             f"model.num_attention_heads ({heads}) must be a multiple of model.num_query_groups "
-            f"({groups})."
+            f"({groups}). Set model.num_query_groups={math.gcd(heads, groups)}, or null."
         )
 
 
@@ -71,7 +75,7 @@ def architecture(model: ModelConfig) -> Iterator[str]:
     if moe.num_experts > 0 and not 1 <= moe.top_k <= moe.num_experts:
         yield (
             f"model.moe.top_k ({moe.top_k}) must be between 1 and model.moe.num_experts "
-            f"({moe.num_experts})."
+            f"({moe.num_experts}). Set model.moe.top_k={min(max(moe.top_k, 1), moe.num_experts)}."
         )
     if moe.num_experts > 0 and model.bias:
         yield (

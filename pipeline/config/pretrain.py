@@ -28,6 +28,7 @@ class PretrainConfig:
     name: str = MISSING
     """Run name; the run lives in <runs_dir>/<name>."""
     runs_dir: str = "runs"
+    """Folder that holds the runs."""
     seed: int = 1234
     """Seeds weights, data order and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)

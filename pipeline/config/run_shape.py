@@ -96,7 +96,7 @@ def derive(
         padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=sizes.tensor),
         total_steps=total_steps,
         total_tokens=total_tokens,
-        warmup_steps=warmup_steps(cfg),
+        warmup_steps=warmup_steps(cfg, total_steps),
         ramp=ramp,
     )
 

@@ -12,6 +12,8 @@ from pipeline.config.training import RampStage, TrainingConfig
 Ramp = tuple[tuple[int, "StepShape"], ...]
 """(until_step, shape) in order; the last one has no end."""
 NO_END = 2**62
+WARMUP_STEPS = 100
+"""Of warm-up where none is set and the run is long enough."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,12 @@ def run_length(training: TrainingConfig, ramp: Ramp) -> tuple[int, int]:
     return num_steps, num_tokens
 
 
-def warmup_steps(cfg: PretrainConfig) -> int:
-    """Optimizer steps of linear warm-up; tokens count steps of the full size."""
-    tokens = cfg.schedule.warmup_tokens
-    if tokens is None:
-        return cfg.schedule.warmup_steps
-    return math.ceil(tokens / (cfg.training.global_batch_size * full_seq_len(cfg)))
+def warmup_steps(cfg: PretrainConfig, total_steps: int) -> int:
+    """Optimizer steps of linear warm-up; tokens count steps of the full size.
+
+    Where nothing is set it bends to the run: twenty steps to try something out must simply train.
+    """
+    steps, tokens = cfg.schedule.warmup_steps, cfg.schedule.warmup_tokens
+    if tokens is not None:
+        return math.ceil(tokens / (cfg.training.global_batch_size * full_seq_len(cfg)))
+    return min(WARMUP_STEPS, total_steps // 10) if steps is None else steps

@@ -14,11 +14,15 @@ class OptimizerConfig:
     """Optimizer. Presets: conf/optimizer/."""
 
     name: OptimizerName = OptimizerName.adamw
+    """Which optimizer."""
     lr: float = 6e-4
     """Peak learning rate."""
     beta1: float = 0.9
+    """Decay of the mean of gradients, a step."""
     beta2: float = 0.95
+    """Decay of the mean of their squares, a step."""
     eps: float = 1e-8
+    """Added to the root of that mean before it divides."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are not decayed."""
     decay_embeddings: bool = True
@@ -34,10 +38,13 @@ class ScheduleConfig:
     """Learning rate over steps. Presets: conf/schedule/."""
 
     decay: Decay = Decay.cosine
+    """From the peak to min_lr: by a cosine, by a line, constant then a line (wsd), or not."""
     min_lr: float = 6e-5
     """Final learning rate."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0, optimizer steps."""
+    warmup_steps: int | None = None
+    """Linear warm-up from 0, optimizer steps; null: 100, and in a run of less than 1,000 steps a
+    tenth of them.
+    """
     warmup_tokens: int | None = None
     """Warm-up in tokens; null: warmup_steps counts."""
     decay_steps: int | None = None
@@ -51,12 +58,15 @@ class ParallelConfig:
     """Layout: speed only, never results; data_parallel_size is what remains. conf/parallel/."""
 
     tensor_parallel_size: int = 1
+    """Ranks that share each layer's matrices; at most the devices of a node."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks
     (arXiv:2205.05198).
     """
     pipeline_parallel_size: int = 1
+    """Ranks that share the stack of layers."""
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    """1f1b: one forward, one backward; dualpipev: from both ends, half the bubble (DeepSeek-V3)."""
     zero_stage: int = 1
     """0 nothing, 1 optimizer state, 2 gradients, 3 parameters are partitioned over data-parallel
     ranks.
@@ -94,7 +104,9 @@ class TrainingConfig:
     ramp: list[RampStage] = field(default_factory=list)
     """Batch-size and sequence-length warm-up, in order of until_step."""
     precision: Precision = Precision.bf16
+    """Arithmetic of forward and backward; weights, moments and gradient sums are fp32 in all."""
     recompute: Recompute = Recompute.none
+    """What the backward pass computes again to save memory: nothing, attention, whole blocks."""
     recompute_every: int = 1
     """recompute=full: every n-th block."""
     eval_every: int = 1000

@@ -61,6 +61,7 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)
     """A continuation ends with the first of these strings."""
     seed: int = 1234
+    """Of what is drawn."""
 
 
 class TextSampler(Protocol):

@@ -72,9 +72,17 @@ class StageMemory:
         return self.tensors + self.overhead
 
     def __str__(self) -> str:
-        """Such as `41.2 GiB: weights 12.1, gradients 12.1, optimizer 9.0, ...`."""
-        parts = ", ".join(f"{part} {getattr(self, part) / GIB:.1f}" for part in PARTS)
-        return f"{self.total / GIB:.1f} GiB: {parts}, allocator and CUDA {self.overhead / GIB:.1f}"
+        """Such as `41.2 GiB: weights 12.1 GiB, gradients 12.1 GiB, optimizer 9.0 GiB, ...`."""
+        parts = ", ".join(f"{part} {in_units(getattr(self, part))}" for part in PARTS)
+        return f"{in_units(self.total)}: {parts}, allocator and CUDA {in_units(self.overhead)}"
+
+
+def in_units(num_bytes: float) -> str:
+    """Such as `41.2 GiB`, `17 MiB` or `0.3 MiB`: never a quantity that is there as 0.0."""
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:,.1f} GiB"
+    mib = num_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 or not mib else f"{max(mib, 0.1):.1f} MiB"
 
 
 def memory_of_stages(job: Job) -> list[StageMemory]:

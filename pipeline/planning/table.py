@@ -1,6 +1,6 @@
 """A plan as lines for the terminal, at most 100 columns wide.
 
-Plan --first_lines, memory_lines, time_lines, cost_lines--> text
+Plan --memory_lines, time_lines, cost_lines--> text
 """
 
 from __future__ import annotations
@@ -8,20 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.planning.job import Job
-from pipeline.planning.memory import GIB, PARTS, StageMemory, memory_of_stages, most_loaded
+from pipeline.planning.memory import GIB, PARTS, StageMemory, most_loaded
 from pipeline.planning.plan import FASTEST, PLANT_FACTOR, SLOWEST, Plan
 from pipeline.planning.search import Layout
 
 COLUMNS = 100
 MOST_STAGES = 8
 BAR = 30
-
-
-def first_lines(job: Job) -> list[str]:
-    """What needs no device: the layout, and what the most loaded stage must hold."""
-    worst = most_loaded(memory_of_stages(job))
-    of_stage = f" (stage {worst.stage})" if job.shape.sizes.pipeline > 1 else ""
-    return [layout_line(job), f"estimated need of a device{of_stage} {worst}"]
 
 
 def layout_line(job: Job) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.choices import PipelineSchedule, Precision
+from pipeline.config.choices import Decay, PipelineSchedule, Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import MoeConfig
@@ -67,6 +67,23 @@ def test_ramp_shapes_each_step_and_counts_toward_the_budget() -> None:
     assert shape.total_steps == 6
 
 
+@pytest.mark.parametrize(
+    "length, steps",
+    [
+        ({"total_steps": 20}, 2),
+        ({"total_steps": 5}, 0),
+        ({"total_steps": 999}, 99),
+        ({"total_steps": 5000}, 100),
+        ({"total_tokens": 40.0 * 512 * 32}, 4),
+    ],
+)
+def test_a_warm_up_that_nobody_set_bends_to_a_short_run(length: dict[str, Any], steps: int) -> None:
+    """`training.total_steps=20` is everybody's first command; a preset's 100 steps refused it."""
+    training = TrainingConfig(**length, global_batch_size=512, precision=Precision.fp32)
+    cfg = replace(config(), training=training, schedule=ScheduleConfig(min_lr=1e-4))
+    assert shape_of(cfg).warmup_steps == steps
+
+
 CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("heads by tensor parallel", {"parallel": ParallelConfig(tensor_parallel_size=3)}, 3, r"num_attention_heads \(4\).*tensor_parallel_size \(3\).*fits this model: 2"),
     ("layers by stages", {"parallel": ParallelConfig(pipeline_parallel_size=8)}, 8, r"num_layers \(4\).*stages \(8\).*fits: 4"),
@@ -78,8 +95,11 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("dualpipev micro-batches", {"parallel": ParallelConfig(pipeline_parallel_size=2, pipeline_schedule=PipelineSchedule["dualpipev"]), "training": TrainingConfig(total_steps=1, global_batch_size=2, precision=Precision.fp32)}, 2, r"dualpipev needs at least 4 micro-batches.*global_batch_size=4"),
     ("no length", {"training": TrainingConfig()}, 1, r"exactly one of training.total_steps \(None\) and training.total_tokens \(None\)"),
     ("sequence too long", {"training": TrainingConfig(total_steps=1, seq_len=64)}, 1, r"seq_len \(64\) must not exceed model.max_seq_len \(32\)"),
-    ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps"),
-    ("min_lr above lr", {"schedule": ScheduleConfig(min_lr=1.0)}, 1, r"min_lr \(1.0\) must not exceed optimizer.lr"),
+    ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps. Leave schedule.warmup_steps out"),
+    ("warm-up twice", {"schedule": ScheduleConfig(warmup_steps=1, warmup_tokens=99, min_lr=1e-4)}, 1, r"both set. Set one of them null"),
+    ("descent too long", {"schedule": ScheduleConfig(decay=Decay.wsd, warmup_steps=2, decay_steps=9, min_lr=1e-4)}, 1, r"Set schedule.decay_steps=8 or less, or null"),
+    ("two lengths", {"training": TrainingConfig(total_steps=10, total_tokens=1e9, precision=Precision.fp32)}, 1, r"Add training.total_steps=null, and the tokens count"),
+    ("min_lr above lr", {"schedule": ScheduleConfig(min_lr=1.0)}, 1, r"min_lr \(1.0\) must not exceed optimizer.lr.*Set schedule.min_lr="),
     ("uneven split of a sequence", {"parallel": ParallelConfig(tensor_parallel_size=4, sequence_parallel=True), "training": TrainingConfig(total_steps=1, seq_len=30, precision=Precision.fp32)}, 4, r"training.seq_len \(30\) must be a multiple of parallel.tensor_parallel_size \(4\).*Set training.seq_len=32"),
     ("traced steps after the end", {"training": TrainingConfig(total_steps=10, profile_steps=[9, 11], precision=Precision.fp32)}, 1, r"profile_steps \(\[9, 11\]\) must be a first and a last step.*total_steps \(10\)"),
     ("one traced step", {"training": TrainingConfig(total_steps=10, profile_steps=[3], precision=Precision.fp32)}, 1, r"profile_steps \(\[3\]\).*e.g. \[10,12\]"),

@@ -123,5 +123,7 @@ def test_parts_add_up_and_are_printed():
     assert found.tensors == sum(getattr(found, part) for part in PARTS)
     assert found.total == pytest.approx(found.tensors * 1.03 + 1.5 * 2**30)
     assert str(found).startswith(
-        f"{found.total / 2**30:.1f} GiB: weights {found.weights / 2**30:.1f}, "
+        f"{found.total / 2**30:.1f} GiB: weights {found.weights / 2**30:.1f} GiB, "
     )
+    small = replace(found, weights=5.2 * 2**20, gradients=0, optimizer=40 * 2**20)
+    assert "weights 5.2 MiB, gradients 0 MiB, optimizer 40 MiB" in str(small)
