@@ -1,6 +1,7 @@
 """What is in this dataset?
 
-    python -m data_prep.show DATASET                        totals by source, lengths, histogram
+    python -m data_prep.show DATASET                        totals by source, lengths
+    python -m data_prep.show DATASET histogram=lengths.png  and the lengths as a picture
     python -m data_prep.show DATASET document=41            one document, decoded
     python -m data_prep.show DATASET search='Turing test'   documents that hold a text
     python -m data_prep.show DATASET row=7                  a packed row; what is learned in colour
@@ -49,8 +50,10 @@ class ShowConfig:
     """Stop a search after so many documents."""
     max_chars: int = 2000
     """Print so many characters of a document; 0: all."""
-    histogram: str | None = "document_lengths.png"
-    """Where the histogram of document lengths goes; null: nowhere."""
+    histogram: str | None = None
+    """File that the histogram of document lengths is drawn into, such as lengths.png; null: none is
+    drawn.
+    """
 
 
 def main(cfg: ShowConfig) -> None:

@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 data=data/quickstart run=runs/quickstart
+refuse_settings_of_done $run "$@"
 
 # Real text that every machine has: the source of Python's own standard library.
 stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
@@ -22,3 +23,11 @@ step python -m pipeline.evaluate $run data.path=$data/tokens output=$run/evaluat
 step python -m pipeline.generate checkpoint=$run prompt='def main(' max_new_tokens=120
 step python -m pipeline.report $run
 printf '%-14s %s\n' 'data' "$data/tokens"
+cat << END
+
+What to try next:
+  launch/local.sh 2 experiment=quickstart name=mine optimizer.lr=2e-3        another run, with a setting of yours
+  python -m pipeline.generate checkpoint=$run interactive=true   type prompts
+  python -m pipeline.export checkpoint=$run output=exported      a folder that transformers loads
+  make talk                                                                  teach it to answer
+END

@@ -11,6 +11,15 @@ step() {
   "$@"
 }
 
+# refuse_settings_of_done RUN SETTINGS: settings of a run that is done would change nothing, and are not passed over.
+refuse_settings_of_done() {
+  local run=$1; shift
+  [[ -e $run/DONE ]] && (($#)) || return 0
+  echo "error: $run is done, and $* would change nothing. Train another run beside it with name=mine, as the recipe's line" >&2
+  echo "       'launch/local.sh 2 ...' does it; or begin again: rm -r $run" >&2
+  exit 2
+}
+
 # train RUN SETTINGS: two processes train what SETTINGS say, unless that is done.
 train() {
   local run=$1; shift

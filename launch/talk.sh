@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 base=runs/quickstart data=data/talk run=runs/talk
+refuse_settings_of_done $run "$@"
 
 [[ -e $base/DONE ]] || launch/quickstart.sh
 [[ -e $data/held.jsonl ]] || step python launch/name_dialogues.py $data

@@ -99,7 +99,7 @@ def print_scores(scores: dict[str, dict[str, dict[str, float]]], count: int) -> 
         for row, values in rows.items():
             print(f"{group:<14}{row:<12}" + "".join(f"{values[name]:>10.1f}" for name in names))
     if "chrf" not in names:
-        print("chrF was not computed: pip install 'pretrain[answers]'")
+        print('chrF was not computed: pip install -e ".[answers]"')
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import time
 
 from pipeline.distributed.ranks import RankHost
-from pipeline.errors import MachineError
+from pipeline.errors import PipelineError, printed
 from pipeline.log import logger
 from pipeline.resilience.node_check import check
 
@@ -27,14 +27,14 @@ def main() -> int:
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
-    layout = connect(ranks, ParallelSizes(data=ranks.world_size), timeout_s=120.0)
     try:
+        layout = connect(ranks, ParallelSizes(data=ranks.world_size), timeout_s=120.0)
         found = check(
             RankHost(ranks.global_rank, ranks.node, os.getpid(), time.time()), layout.device
         )
-    except MachineError as error:
+    except PipelineError as error:
         if ranks.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            log.say(printed(error))
         return error.exit_code
     finally:
         disconnect()

@@ -46,8 +46,8 @@ def connect(url: str) -> tuple[Any, str]:
         return file_system, place
     except ImportError:
         raise ConfigError(
-            f"{url} needs the package of its protocol: pip install "
-            f"'pretrain[{EXTRAS.get(protocol, protocol)}]'."
+            f"{url} needs the package of its protocol: pip install -e "
+            f'".[{EXTRAS.get(protocol, protocol)}]" in the folder of this project.'
         ) from None
     except ValueError as error:
         raise ConfigError(f"{url} cannot be opened: {error}") from None

@@ -91,6 +91,15 @@ def test_totals_by_source_and_histogram(
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_looking_leaves_nothing_behind(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left document_lengths.png in whatever folder it was called from."""
+    monkeypatch.chdir(tmp_path)
+    show.main(ShowConfig(dataset=str(output)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_document_is_printed(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show.main(ShowConfig(dataset=str(output), document=61, max_chars=30))
     head, text = capsys.readouterr().out.split("\n", 1)

@@ -67,7 +67,7 @@ def check_packages(recipe: recipes.Recipe) -> None:
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(
                     f"step {step} needs the package {package}, which is not installed. "
-                    "Install the extra: pip install 'pretrain[clean]'."
+                    'Install the extra, in the folder of this project: pip install -e ".[clean]"'
                 )
 
 

@@ -23,8 +23,9 @@ def _all_under(path: Path) -> list[Path]:
 
 def list_all(path: Path) -> int:
     """One line a checkpoint."""
+    found = _all_under(path)  # before the head of a table that would stay empty
     print(f"{'step':>10}  {'tokens':>16}  {'GiB':>8}  {'saved at':20}  folder")
-    for folder in _all_under(path):
+    for folder in found:
         try:
             record = read_record(folder)
         except CheckpointError as error:

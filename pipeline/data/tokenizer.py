@@ -45,6 +45,11 @@ BYTE_TEXTS = [
     "x",
 ]
 
+PUBLISHED = (
+    "fetch GPT-2's: curl -Lo T.json "
+    "https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"
+)
+"""What to say to who asks for `tokenizer=gpt2`; other models have theirs under the same address."""
 MOST_BYTES = 1 << 28
 """Of a tokenizer.json; Gemma's, among the largest, has 33 MB."""
 MOST_IDS = 1 << 24
@@ -111,7 +116,7 @@ class Tokenizer:
         except OSError as error:
             raise DataError(
                 f"{file} cannot be read ({error.strerror}). Give a tokenizer.json; make one with: "
-                "python -m data_prep.train_tokenizer input=... output=..."
+                f"python -m data_prep.train_tokenizer input=... output=T.json, or {PUBLISHED}"
             ) from error
 
     def encode(self, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.distributed.ranks import Ranks, export_to_environment, withdraw_from_environment
-from pipeline.distributed.rendezvous import open_store
+from pipeline.distributed.rendezvous import open_store, rendezvous_errors
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +86,15 @@ def connect(
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
         store = open_store(ranks, timeout=timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            rank=ranks.global_rank,
-            world_size=ranks.world_size,
-            timeout=timeout,
-            device_id=device if on_cuda else None,
-            store=store,  # None: env://
-        )
+        with rendezvous_errors():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                rank=ranks.global_rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+                device_id=device if on_cuda else None,
+                store=store,  # None: env://
+            )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             sizes.tensor,

@@ -114,6 +114,23 @@ def test_a_step_that_is_written_again_is_there_at_every_moment(
     assert deleted_while == [[7]]
 
 
+def test_a_list_of_nothing_says_so_and_where_runs_are(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The head of an empty table was printed, then an error that asked for what had been given."""
+    run = tmp_path / "runs" / "young"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match="the run .*young has no checkpoint yet"):
+        main(ToolConfig("list", str(run)))
+    shutil.copytree(small, tmp_path / "runs" / "old" / "checkpoints")
+    with pytest.raises(CheckpointError, match="nope is no folder.* There are .*runs/old"):
+        main(ToolConfig("list", str(tmp_path / "runs" / "nope")))
+    with pytest.raises(CheckpointError, match="holds none.* There are .*runs/old"):
+        main(ToolConfig("list", str(tmp_path / "runs")))
+    assert capsys.readouterr().out == ""
+
+
 def test_tools_list_verify_show_and_diff(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -129,7 +146,7 @@ def test_tools_list_verify_show_and_diff(
     assert "checkpoint.json: content is not what was written" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="list, verify, show, diff"):
         main(ToolConfig("lst", str(small)))
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere is no folder"):
         main(ToolConfig("show", str(tmp_path / "nowhere")))
     output = subprocess.run(
         [sys.executable, "-m", "pipeline.checkpoint", "list", str(small)],

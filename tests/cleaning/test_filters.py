@@ -114,7 +114,9 @@ def test_a_missing_package_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, step: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"step {step} needs .*{package}.*pretrain\[clean\]"):
+    with pytest.raises(
+        ConfigError, match=rf"step {step} needs .*{package}.*pip install -e \"\.\[clean\]"
+    ):
         check_packages(recipes.Recipe(steps=["exact_dedup", step]))
 
 

@@ -99,6 +99,12 @@ def test_a_file_without_special_tokens_asks_for_eod(path):
         Tokenizer.from_file(path)
 
 
+def test_gpt2_is_no_file_and_is_told_where_one_is():
+    """`tokenizer=gpt2` is what every other program takes."""
+    with pytest.raises(DataError, match=r"^gpt2 cannot be read .*openai-community/gpt2/resolve"):
+        Tokenizer.from_file("gpt2")
+
+
 def test_unreadable_files_end_in_a_message(tmp_path):
     with pytest.raises(DataError, match="nowhere.json cannot be read.*train_tokenizer"):
         Tokenizer.from_file(tmp_path / "nowhere.json")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed.rendezvous import is_one_machine
+from pipeline.distributed.rendezvous import is_one_machine, master_port
+from pipeline.errors import ConfigError, MachineError
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,8 @@ from pipeline.errors import MachineError
 try:
     layout = connect(ranks_from_environment(), ParallelSizes(tensor=2, pipeline=1, data=1))
 except MachineError as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
 own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if
        os.path.islink(f"/proc/self/fd/{name}")}
 for table in ("tcp", "tcp6"):
@@ -44,14 +46,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(rank: int, port: int) -> subprocess.Popen:
+def start(rank: int, port: int, address: str = "127.0.0.1") -> subprocess.Popen:
     environment = {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }
@@ -78,14 +80,24 @@ def test_every_listening_socket_of_a_run_on_one_machine_is_loopback():
     assert {address[-8:] for address in addresses} == {"0100007F"}
 
 
-def test_a_taken_port_is_named_with_the_way_out():
-    with socket.create_server(("127.0.0.1", 0)) as server:
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"], ids=["own store", "torch's"])
+def test_a_taken_port_is_named_with_the_way_out(address):
+    """On several machines it ended in torch's traceback, and in exit code 1 of a bug."""
+    with socket.create_server(("0.0.0.0", 0)) as server:
         port = server.getsockname()[1]
-        process = start(0, port)
+        process = start(0, port, address)
         _, error = process.communicate(timeout=HANG_S)
-    assert process.returncode == 1
+    assert process.returncode == MachineError.exit_code
     assert f"port {port} of this machine cannot be opened" in error
     assert "Set MASTER_PORT to a free one" in error
+
+
+@pytest.mark.parametrize("text", ["", "abc", "0", "70000"])
+def test_what_is_no_port_is_named(text):
+    """It ended in `invalid literal for int()`, and a traceback."""
+    with pytest.raises(ConfigError, match=f"MASTER_PORT={text} must be the number of a free port"):
+        master_port({"MASTER_PORT": text})
+    assert master_port({"MASTER_PORT": "29500"}) == 29500
 
 
 @pytest.mark.parametrize(

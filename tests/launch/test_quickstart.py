@@ -24,7 +24,7 @@ def test_quickstart_makes_a_gpt_and_reuses_it(tmp_path):
         "data_prep.train_tokenizer", "tokenize.py", "data_prep.verify", "local.sh",
         "pipeline.evaluate", "pipeline.generate", "pipeline.report",
     ]  # fmt: skip
-    last_lines = first.stdout.strip().splitlines()[-9:]
+    last_lines = first.stdout.strip().splitlines()[-16:]
     text = "\n".join(last_lines)
     words = (
         "held out",
@@ -34,13 +34,17 @@ def test_quickstart_makes_a_gpt_and_reuses_it(tmp_path):
         "curves.png",
         "checkpoints",
         "data/quickstart/tokens",
+        "What to try next",
     )
     assert [word for word in words if word not in text] == [], text
     run = tmp_path / "runs" / "quickstart"
     assert (run / "report" / "index.html").exists()
     checkpoint = (run / "checkpoints" / "latest").read_text()
 
-    second = run_recipe(tmp_path, "quickstart", *SMALL)
+    refused = run_recipe(tmp_path, "quickstart", "optimizer.lr=1")
+    assert refused.returncode == 2 and "optimizer.lr=1 would change nothing" in refused.stderr
+
+    second = run_recipe(tmp_path, "quickstart")
     assert second.returncode == 0, second.stderr[-2000:]
     assert "local.sh" not in second.stdout
     assert "tokenize.py" not in second.stdout

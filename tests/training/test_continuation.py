@@ -161,7 +161,7 @@ def test_damaged_checkpoints_of_the_fallback_count_too(run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("checkpoint.init_from={}/nowhere", "holds none"),
+        ("checkpoint.init_from={}/nowhere", "nowhere is no folder"),
         ("checkpoint.init_from={}/runs/a", "model.hidden_size="),
     ],
 )
