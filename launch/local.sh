@@ -40,7 +40,7 @@ while ((running)); do
     kill -KILL "${pids[@]}" 2> /dev/null
     wait
     # A shard that shrinks under its reader kills it (SIGBUS), without a word: say which one.
-    ((code > 128)) && "${python[@]}" -m pipeline.preflight shards_only=true "$@"
+    ((code > 128 && code != 130)) && "${python[@]}" -m pipeline.preflight shards_only=true "$@"
     exit "$code"
   fi
 done

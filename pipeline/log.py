@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from types import TracebackType
@@ -23,6 +24,8 @@ from pipeline.errors import visible
 from pipeline.redaction import redact
 
 logger = logging.getLogger("pretrain")
+COLUMNS = 67
+"""Of a message: with the time before it a terminal of 80 columns does not break it."""
 
 
 def setup(*, global_rank: int = 0) -> None:
@@ -36,6 +39,12 @@ def setup(*, global_rank: int = 0) -> None:
     # Advice to developers, repeated by every rank.
     for library in ("torch", "deepspeed", "megatron", "hydra"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
+
+
+def info(text: str) -> None:
+    """Log a message of any length, broken between words."""
+    for line in textwrap.wrap(text, COLUMNS, subsequent_indent="  "):
+        logger.info("%s", line)
 
 
 class _Redacting(logging.Formatter):

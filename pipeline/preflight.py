@@ -28,9 +28,6 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.distributed.ranks import ranks_from_environment
 from pipeline.errors import DataError, MachineError, PipelineError
 from pipeline.files import size_of
-from pipeline.planning.flops import count_parameters
-from pipeline.planning.job import Job
-from pipeline.planning.table import first_lines
 from pipeline.resilience import ownership
 
 WANDB_TIMEOUT_S = 5.0
@@ -54,6 +51,7 @@ def main(cfg: PreflightConfig) -> None:
     """
     from pipeline.checkpoint import folder as folders
     from pipeline.training import startup
+    from pipeline.training.in_words import sentences
 
     if cfg.shards_only:
         check_shards(cfg)
@@ -78,13 +76,9 @@ def main(cfg: PreflightConfig) -> None:
     if problems:
         raise MachineError("\n".join(problems))
     assert start is not None
-    shape = start.shape
-    counts = count_parameters(cfg.model, cfg.finetune, shape.vocab_size)
     lines = [
-        *first_lines(Job.of(start.cfg, shape)),
+        *sentences(start.cfg, start.shape),
         f"the run reads {start.reading}",
-        f"{counts['num_trained_parameters']:,} of {counts['num_parameters']:,} parameters are "
-        "trained",
         "time, cost and other layouts: python -m pipeline.plan, with the same settings",
     ]
     print("\n".join(f"preflight: {line}" for line in lines), file=sys.stderr)

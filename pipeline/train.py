@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import cli, log
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
-from pipeline.distributed.ranks import Ranks, ranks_from_environment
+from pipeline.distributed.ranks import Ranks, crowding_warning, ranks_from_environment
 from pipeline.errors import EXIT_BUG
 from pipeline.resilience import failure, notice
 from pipeline.resilience.clock import Clock
@@ -26,8 +26,8 @@ from pipeline.training import startup
 def main(cfg: PretrainConfig) -> int:
     """Train; among several ranks the first that fails speaks for all."""
     clock = Clock()
-    notice.install_handlers()
     ranks = ranks_from_environment()
+    notice.install_handlers(speaks=ranks.is_main)
     log.setup(global_rank=ranks.global_rank)
     begun: Path | None = None  # the run's folder, once this start may write to it
     try:
@@ -54,6 +54,7 @@ def train(
     cfg: PretrainConfig, shape: RunShape, ranks: Ranks, *, run_dir: Path, clock: Clock
 ) -> None:
     """Connect, build, fit, tear down."""
+    log.logger.info("loading torch, megatron-core and DeepSpeed")
     from pipeline.distributed.layout import connect, disconnect  # from here on torch is needed
 
     layout = connect(ranks, shape.sizes, timeout_s=cfg.resilience.collective_timeout_s)
@@ -63,6 +64,8 @@ def train(
     from pipeline.training.trainer import Trainer
 
     clock.alive()
+    if layout.device.type == "cpu" and (crowded := crowding_warning(ranks)) and ranks.is_main:
+        log.logger.warning(crowded)
     hosts = node_check.check(
         RankHost(ranks.global_rank, ranks.node, os.getpid(), clock.started_at), layout.device
     )

@@ -140,6 +140,7 @@ TESTED_IN = {
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/training/run_metrics.py": ("test_train.py", RUN),
     "pipeline/training/state.py": ("test_train.py", RUN),
+    "pipeline/training/step_extras.py": ("test_train.py", RUN),
 }
 # What is longer and should be: tables.
 LONG_FUNCTIONS: dict[str, str] = {}

@@ -8,6 +8,7 @@
         tokenizer.json                   so that the folder can be exported by itself
         SHA256SUMS                       `sha256sum -c SHA256SUMS` checks every other file
     checkpoints/latest                   name of the newest one, for scripts
+    checkpoints/best                     likewise of the best one, and its held-out loss
 
 A kill at any moment leaves the previous checkpoint, or the new one; never a half of either under a
 final name.
@@ -15,6 +16,7 @@ final name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -28,7 +30,7 @@ from pipeline.files import read_file, sha256_of, sync_folder, write_durably
 from pipeline.resilience.bookkeeping import bookkeeping
 
 SUMS = "SHA256SUMS"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 TOKENIZER = "tokenizer.json"
 INDEX, METADATA = "tensors.json", ".metadata"  # of the tensors: this version's, version 1's
 _NAME = re.compile(r"step-(\d{8,})")
@@ -74,20 +76,44 @@ def list_places(roots: Sequence[Path]) -> list[tuple[int, Path]]:
 def find(path: Path) -> Path:
     """The checkpoint folder that a user means by `path`.
 
-    A checkpoint is itself; a run folder, or a folder of checkpoints, means its newest.
+    A checkpoint is itself; a run folder, or a folder of checkpoints, means its newest; the files
+    `latest` and `best` mean what they name.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path / RECORD).is_file():
         return path
+    if path.name in (LATEST, BEST) and path.is_file():
+        if (named := path.parent / _named(path)) and (named / RECORD).is_file():
+            return named
+        raise CheckpointError(f"{path} names {named}, which is no checkpoint any more.")
     for root in (path / "checkpoints", path):
         if checkpoints := list_checkpoints(root):
             return checkpoints[-1][1]
-    raise CheckpointError(
-        f"{path} is no checkpoint (it has no {RECORD}) and holds none. Give runs/NAME, or one of "
-        f"its checkpoints: runs/NAME/checkpoints/{name_of(1000)}."
+    if (path / "metrics.jsonl").is_file():
+        raise CheckpointError(
+            f"the run {path} has no checkpoint yet: one is written every checkpoint.save_every "
+            "steps, at the end, and on a first Ctrl-C."
+        )
+    what = (
+        f"is no checkpoint (it has no {RECORD}) and holds none" if path.is_dir() else "is no folder"
     )
+    raise CheckpointError(
+        f"{path} {what}. Give runs/NAME, or one of its checkpoints: "
+        f"runs/NAME/checkpoints/{name_of(1000)}.{_runs_near(path)}"
+    )
+
+
+def _runs_near(path: Path) -> str:
+    """The newest runs that `path` may have meant; empty: none is seen."""
+    found: dict[Path, float] = {}
+    for folder in (path, path.parent, Path("runs")):
+        with contextlib.suppress(OSError):
+            runs = [run for run in folder.iterdir() if list_checkpoints(run / "checkpoints")]
+            found |= {run: run.stat().st_mtime for run in runs}
+    newest = sorted(found, key=lambda run: -found[run])[:4]
+    return f" There are {', '.join(map(str, newest))}." if newest else ""
 
 
 def check_new(output: Path) -> None:
@@ -242,11 +268,11 @@ def prune(root: Path, *, written: int, keep_last: int, keep_every: int) -> list[
     """Delete old checkpoints; returns them.
 
     The newest `keep_last` (at least 1) and the multiples of `keep_every` stay, and whatever their
-    number the step that was just `written` and the one that `latest` names: a run that was set back
-    writes steps below others that are still there.
+    number the step that was just `written` and those that `latest` and `best` name: a run that was
+    set back writes steps below others that are still there.
     """
     steps = [step for step, _ in list_checkpoints(root)]
-    kept = {name_of(written), _latest(root)}
+    kept = {name_of(written), _named(root / LATEST), _named(root / BEST)}
     gone = [
         step
         for step in to_prune(steps, keep_last=keep_last, keep_every=keep_every)
@@ -257,12 +283,39 @@ def prune(root: Path, *, written: int, keep_last: int, keep_every: int) -> list[
     return [root / name_of(step) for step in gone]
 
 
-def _latest(root: Path) -> str:
-    """The name in `latest`, '' where none can be read."""
+def _named(file: Path) -> str:
+    """The name that `latest` or `best` begins with, '' where none can be read."""
     try:
-        return read_file(root / LATEST).decode("utf-8", "replace").strip()
+        return read_file(file).decode("utf-8", "replace").partition("\n")[0].strip()
     except OSError:
         return ""
+
+
+def mark_best(places: Sequence[Path], step: int, loss: float) -> None:
+    """Let `best` name the checkpoint of a step, wherever it is; one `best` there is at a time.
+
+    Args:
+        loss: held out, nats per token; what the next one must beat.
+    """
+    for root in places:
+        if (root / name_of(step) / RECORD).is_file():
+            write_durably(root / BEST, f"{name_of(step)}\nloss {loss!r}\n".encode())
+            for other in places:
+                if other != root:
+                    (other / BEST).unlink(missing_ok=True)
+            return
+
+
+def best_loss(places: Sequence[Path]) -> float | None:
+    """Of the checkpoint that `best` names; None where there is none, or it is gone."""
+    for root in places:
+        try:
+            name, _, loss = read_file(root / BEST).decode("utf-8", "replace").partition("\nloss ")
+            if (root / name / RECORD).is_file() and _NAME.fullmatch(name):
+                return float(loss)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def to_prune(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:

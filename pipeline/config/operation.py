@@ -17,6 +17,10 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Also keep those whose step is a multiple; 0: none."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest held-out loss, the mean over data.validation: an
+    evaluation that beats it saves one. checkpoints/best names it.
+    """
     asynchronous: bool = True
     """Write in the background; training stops only for the copy to host memory."""
     resume: bool = True
@@ -52,10 +56,15 @@ class TrackingConfig:
     peak_tflops: float | None = None
     """Datasheet TFLOP/s of one device for MFU; null: from the table in flops.py."""
     wandb: WandbMode = WandbMode.auto
+    """Weights & Biases; auto: online where WANDB_API_KEY is set, offline elsewhere."""
     project: str = "pretrain"
+    """W&B project."""
     entity: str | None = None
+    """W&B user or team; null: W&B's default."""
     group: str | None = None
+    """W&B group, for runs that belong together."""
     tags: list[str] = field(default_factory=list)
+    """W&B tags, by which its pages filter runs."""
 
 
 @dataclass
@@ -71,6 +80,7 @@ class ResilienceConfig:
     max_bad_steps: int = 5
     """Steps in a row with NaN or Inf before training ends; each is skipped and counted."""
     on_spike: OnSpike = OnSpike.none
+    """A loss far above what is normal is let be, its step skipped, or the run rolled back."""
     spike_window: int = 128
     """Steps of loss history that define normal."""
     spike_sigmas: float = 8.0

@@ -93,6 +93,7 @@ def problems(
             lengths, "",
         ),
         (data_rules.ramp_of_rows(training, row_tokens), set(), ""),
+        (keeps_best(cfg), set(), ""),
         (one_length(cfg), set(), "steps"),
         (schedule(cfg), set(), ""),
         (schedule_fits(cfg, world_size), times | {"steps"} | budget, ""),
@@ -193,7 +194,7 @@ def recompute(training: TrainingConfig) -> Iterator[str]:
     if training.recompute is not Recompute.full and training.recompute_every > 1:
         yield (
             f"training.recompute_every ({training.recompute_every}) counts only with "
-            "training.recompute=full."
+            "training.recompute=full. Set that, or training.recompute_every=1."
         )
 
 
@@ -247,27 +248,47 @@ def ramp(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
             )
         if seq_len % length:
             yield (
-                f"{section}.seq_len ({length}) must divide the full sequence length ({seq_len})."
+                f"{section}.seq_len ({length}) must divide the full sequence length ({seq_len}). "
+                f"Set {section}.seq_len={math.gcd(length, seq_len)}."
             )
         elif pieces > 1 and batch % (pieces * sizes.data):
             yield (
                 f"{name} ({batch}) must be a multiple of {pieces} * data_parallel_size "
                 f"({pieces * sizes.data}): each sample of "
-                f"{seq_len} tokens becomes {pieces} sequences of {length}."
+                f"{seq_len} tokens becomes {pieces} sequences of {length}. Set "
+                f"{name}={math.ceil(batch / (pieces * per_pass)) * pieces * per_pass}."
             )
         yield from layout_rules.sequence_splits(cfg.parallel, f"{section}.seq_len", length)
         if stage.until_step <= last:
-            yield f"{section}.until_step ({stage.until_step}) must exceed {last}."
+            yield (
+                f"{section}.until_step ({stage.until_step}) must exceed {last}, where the stage "
+                "before it ends."
+            )
         last = stage.until_step
+
+
+def keeps_best(cfg: PretrainConfig) -> Iterator[str]:
+    """The best checkpoint is the best on something."""
+    if cfg.checkpoint.keep_best and not cfg.data.validation:
+        yield (
+            "checkpoint.keep_best=true has nothing to compare by: no held-out data are named. Set "
+            "data.validation='[{path: OUT/validation}]' (data.path=OUT does so), or "
+            "checkpoint.keep_best=false."
+        )
 
 
 def one_length(cfg: PretrainConfig) -> Iterator[str]:
     """A run ends by steps or by tokens."""
     steps, tokens = cfg.training.total_steps, cfg.training.total_tokens
     if (steps is None) == (tokens is None):
+        way_out = (
+            "Add training.total_steps=null, and the tokens count."
+            if steps is not None
+            else "Set training.total_steps=1000, or training.total_tokens=1e9."
+        )
         yield (
-            f"set exactly one of training.total_steps ({steps}) and training.total_tokens "
-            f"({tokens}); the other is null."
+            f"exactly one of training.total_steps ({steps}) and training.total_tokens ({tokens}) "
+            f"says how long the run is. {way_out}"
         )
 
 
@@ -275,13 +296,19 @@ def schedule(cfg: PretrainConfig) -> Iterator[str]:
     """The learning rate's settings among themselves."""
     schedule = cfg.schedule
     if schedule.warmup_tokens is not None and schedule.warmup_steps:
-        yield "set only one of schedule.warmup_steps and schedule.warmup_tokens."
+        yield (
+            f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.warmup_tokens "
+            f"({schedule.warmup_tokens}) are both set. Set one of them null."
+        )
     if schedule.decay_steps is not None and schedule.decay is Decay.constant:
-        yield "schedule.decay=constant has no schedule.decay_steps; set it null."
+        yield (
+            f"schedule.decay=constant has no schedule.decay_steps ({schedule.decay_steps}). Set it "
+            "null, or schedule=wsd, which descends at the end."
+        )
     if schedule.min_lr > cfg.optimizer.lr:
         yield (
             f"schedule.min_lr ({schedule.min_lr}) must not exceed optimizer.lr "
-            f"({cfg.optimizer.lr})."
+            f"({cfg.optimizer.lr}). Set schedule.min_lr={cfg.optimizer.lr / 10:g} (a tenth)."
         )
 
 
@@ -291,11 +318,16 @@ def schedule_fits(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
     if total_steps is None:
         sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
         total_steps, _ = run_length(cfg.training, ramp_shapes(cfg, sizes))
-    warmup, decay = warmup_steps(cfg), cfg.schedule.decay_steps
+    warmup, decay = warmup_steps(cfg, total_steps), cfg.schedule.decay_steps
     if warmup > total_steps:
-        yield f"schedule.warmup_steps ({warmup}) must not exceed the run's {total_steps} steps."
-    if decay is not None and cfg.schedule.decay is Decay.wsd and warmup + decay > total_steps:
+        unit = "steps" if cfg.schedule.warmup_tokens is None else "tokens"
+        yield (
+            f"schedule.warmup_steps ({warmup}) must not exceed the run's {total_steps} steps. "
+            f"Leave schedule.warmup_{unit} out (null: a tenth of a short run), or set more steps."
+        )
+    elif decay is not None and cfg.schedule.decay is Decay.wsd and warmup + decay > total_steps:
         yield (
             f"schedule.decay_steps ({decay}) plus warm-up ({warmup}) must fit into the run's "
-            f"{total_steps} steps."
+            f"{total_steps} steps. Set schedule.decay_steps={max(1, total_steps - warmup)} or "
+            "less, or null: a fifth of the run."
         )

@@ -92,6 +92,22 @@ _before: dict[str, str | None] = {}
 """What export_to_environment found, until withdraw_from_environment."""
 
 
+def crowding_warning(ranks: Ranks, *, num_cores: int | None = None) -> str | None:
+    """Why ranks that compute on the CPU are too many for it, or None where they are not.
+
+    Args:
+        num_cores: that the ranks of this node may use; None: as the system says.
+    """
+    cores = len(os.sched_getaffinity(0)) if num_cores is None else num_cores
+    if ranks.local_world_size <= cores:
+        return None
+    return (
+        f"{ranks.local_world_size} ranks compute on {cores} CPU core{'' if cores == 1 else 's'} of "
+        f"this machine: in every step they wait for each other. Start {cores} or fewer, e.g. "
+        f"launch/local.sh {cores} ..., with smaller parallel.*_parallel_size."
+    )
+
+
 def export_to_environment(ranks: Ranks, *, local_rank: int) -> None:
     """Set what torch and DeepSpeed read, so that srun, torchrun and one process look alike.
 

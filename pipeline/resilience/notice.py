@@ -12,18 +12,27 @@ step always makes progress. Imports the standard library only.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
 NOTICES = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_NAMES = {signal.SIGINT: "Ctrl-C"}
 _received: list[int] = []
+_speaks = True
 
 
-def install_handlers() -> None:
-    """USR2, TERM, HUP and the first Ctrl-C ask to save and leave; a second Ctrl-C interrupts.
+def install_handlers(*, speaks: bool = True) -> None:
+    """USR2, TERM, HUP and the first Ctrl-C ask to save and leave; a second Ctrl-C leaves at once.
 
     A HUP that was ignored when the process began stays ignored: that is what nohup asks for.
+
+    Args:
+        speaks: say that the first notice was heard; one rank does.
     """
+    global _speaks
+    _speaks = speaks
     for number in NOTICES:
         if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_notice)
@@ -36,8 +45,28 @@ def received() -> signal.Signals | None:
 
 
 def _on_notice(number: int, _: FrameType | None) -> None:
-    # Appending to a list is all that happens here: a handler may run between any two bytecodes, in
-    # any library.
+    # A handler may run between any two bytecodes, in any library: it appends to a list, and writes
+    # without a buffer that somebody may be in the middle of.
+    if not _received:
+        _say(
+            f"{_NAMES.get(number, signal.Signals(number).name)} heard: the run saves after this "
+            "step and ends; the same command goes on. Ctrl-C once more ends it at once."
+        )
     _received.append(number)
     if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """The second Ctrl-C: nothing is waited for, and no stack is of use to who asked for it.
+
+    What the first one began to save is not whole then, and does not count.
+    """
+    _say("ended at once; the same command goes on at the last checkpoint.")
+    os._exit(128 + number)
+
+
+def _say(text: str) -> None:
+    if _speaks:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())

@@ -9,22 +9,19 @@ Scalars stay on the device until a logged step reads them, so only logged steps 
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pipeline import log
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
@@ -34,6 +31,7 @@ from pipeline.planning.plan import Plan
 from pipeline.redaction import redact
 from pipeline.resilience.bookkeeping import bookkeeping, num_failures
 from pipeline.resilience.goodput import Goodput
+from pipeline.tracking.console import Console
 from pipeline.tracking.environment import environment
 from pipeline.tracking.planned import COMPARED_AFTER_STEPS, Planned
 from pipeline.tracking.row_file import RowFile
@@ -87,6 +85,7 @@ class Metrics:
         self.plan, self._num_steps = plan, 0
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
+        self._losses: list[Tensor] = []  # of the steps since the last logged one
         self.restart_clock()
         device = (
             torch.cuda.get_device_name()
@@ -96,7 +95,8 @@ class Metrics:
         self.peak_tflops = cfg.peak_tflops or peak_tflops(device)
         facts = redact({"device": device, **environment(), **facts})
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        logger.info("commit %s on %s; %s", facts["git_commit"] or "unknown", device, versions)
+        commit, _, dirty = (facts["git_commit"] or "unknown").partition("-")
+        log.info(f"commit {commit[:12]}{dirty and ' (changed)'} on {device}; {versions}")
         self._rows = RowFile(run_dir / "metrics.jsonl")
         self._write(
             {"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts}
@@ -104,8 +104,9 @@ class Metrics:
         self._wandb = None
         if cfg.wandb is not WandbMode.disabled:
             self._wandb = WandbRun(cfg, run_dir=run_dir, config={**config, "facts": facts})
-        self._bar: tqdm | None = None
-        self._cleanup = contextlib.ExitStack()
+        self._console = Console(
+            total_steps=shape.total_steps, total_tokens=shape.total_tokens, progress=cfg.progress
+        )
 
     def begin(self, state: State) -> None:
         """Training goes on from `state`."""
@@ -136,6 +137,8 @@ class Metrics:
         self._num_steps += 1
         self._interval_tokens += self.shape.at(state.step - 1).tokens
         self._interval_wait_ms += data_wait_ms
+        # A copy: the engine may sum the next step's in the same place. Nothing waits for it.
+        self._losses.append(torch.as_tensor(result.loss).detach().clone())
         # The first step of a process shows at once whether it works; the last one is what a run has
         # reached.
         is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
@@ -148,12 +151,12 @@ class Metrics:
                     logger.info(planned.beside(values))
                     values |= planned.values()
             self._send(state, values)
-            self._show(state, values)
+            self._console.show_step(state, values)
             self._logged_steps += 1
         now = time.perf_counter()
         self._interval_s, self._mark = self._interval_s + now - self._mark, now
         with bookkeeping("the progress bar"):  # the terminal may be gone
-            self._advance_bar(state)
+            self._console.advance(state)
 
     def record_eval(self, state: State, results: Mapping[str, EvalResult]) -> None:
         """Pass on what the model makes of each validation dataset."""
@@ -165,8 +168,7 @@ class Metrics:
                 **({} if result.exact is None else {"exact": result.exact}),
             }
             self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
-            text = " | ".join(f"{key} {value:.4f}" for key, value in values.items())
-            logger.info("step %d | val/%s | %s", state.step, name, text)
+            self._console.show_evaluation(state, name, values)
         self.restart_clock()
 
     def event(self, state: State, values: Mapping[str, Any]) -> None:
@@ -177,7 +179,7 @@ class Metrics:
     def close(self, exit_code: int = 0) -> None:
         """Finish the bar, the file and the W&B run; waits for W&B a bounded time."""
         with bookkeeping("the progress bar"):
-            self._cleanup.close()
+            self._console.close()
         self._rows.close()
         if self._wandb is not None:
             self._wandb.close(exit_code)
@@ -185,12 +187,16 @@ class Metrics:
     def _values(self, state: State, result: StepResult, extra: Mapping[str, Any]) -> dict[str, Any]:
         """The step's numbers; .item() waits for the device, so the clock is read after it."""
         loss, grad_norm = float(result.loss), float(result.grad_norm)
+        losses = torch.stack(self._losses)
+        mean_loss = float(losses[losses.isfinite()].mean())  # NaN where none is finite
+        self._losses.clear()
         now = time.perf_counter()
         seconds = self._interval_s + now - self._mark
         tokens_per_sec = self._interval_tokens / seconds
         per_device = tokens_per_sec / self.shape.world_size
         values = {
             "train/loss": loss,
+            "train/mean_loss": mean_loss,
             "train/lr": result.lr,
             "train/grad_norm": grad_norm,
             "train/tokens": state.tokens_seen,
@@ -223,39 +229,6 @@ class Metrics:
 
     def _write(self, row: dict[str, Any]) -> None:
         self._rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-
-    def _show(self, state: State, values: dict[str, Any]) -> None:
-        """The console line of a logged step, with the time that is left at this rate."""
-        rate, utilisation = values["throughput/tokens_per_sec"], values["throughput/mfu"]
-        eta = timedelta(seconds=round(max(0, self.shape.total_tokens - state.tokens_seen) / rate))
-        parts = [
-            f"step {state.step}/{self.shape.total_steps}",
-            f"loss {values['train/loss']:.4f}",
-            f"lr {values['train/lr']:.2e}",
-            f"grad_norm {values['train/grad_norm']:.3f}",
-            f"tokens/s {rate:,.0f}",
-            *([] if utilisation is None else [f"mfu {utilisation:.1%}"]),
-            f"tokens_seen {state.tokens_seen:,}",
-            f"eta {eta}",
-        ]
-        logger.info(" | ".join(parts))
-
-    def _advance_bar(self, state: State) -> None:
-        """Move the progress bar, which exists only where somebody looks at the terminal."""
-        if self._bar is None:
-            wanted = self.cfg.progress and sys.stderr.isatty()
-            self._bar = tqdm(
-                total=self.shape.total_steps,
-                initial=state.step,
-                disable=not wanted,
-                unit="step",
-                dynamic_ncols=True,
-            )
-            self._cleanup.callback(self._bar.close)
-            if wanted:  # log lines go above the bar
-                self._cleanup.enter_context(logging_redirect_tqdm([logger]))
-        else:
-            self._bar.update(state.step - self._bar.n)
 
 
 class SilentMetrics(Metrics):

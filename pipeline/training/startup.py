@@ -20,6 +20,7 @@ from pipeline.errors import DataError, MachineError, Problems
 from pipeline.files import check_no_links, sha256_of, size_of, write_durably
 from pipeline.resilience import ownership
 from pipeline.resilience.bookkeeping import bookkeeping
+from pipeline.training.in_words import sentences
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
@@ -155,11 +156,13 @@ def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
     """The main rank, once the folder is its own: write config.yaml, and say what starts."""
     with bookkeeping(str(start.run_dir / "config.yaml")):
         write_durably(start.run_dir / "config.yaml", cli.to_yaml(cfg).encode())
-    log.logger.info("run %s: %s", start.run_dir, start.shape)
+    log.logger.info("run %s", start.run_dir)
+    for sentence in sentences(cfg, start.shape):
+        log.info(sentence)
     if start.reading.used_up:
         log.logger.warning(start.reading.used_up)
     else:
-        log.logger.info("the run reads %s", start.reading)
+        log.info(f"the run reads {start.reading}")
     placement = placement_warning(ranks, tensor_parallel_size=start.shape.sizes.tensor)
     for warning in [*start.reading.warnings(), *([placement] if placement else [])]:
         log.logger.warning(warning)

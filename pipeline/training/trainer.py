@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import Base, as_json, recorded_base
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.record import RunRecord
-from pipeline.config.choices import OnCorrupt, Precision
+from pipeline.config.choices import Precision
 from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
@@ -39,10 +38,12 @@ from pipeline.resilience.step_agreement import StepAgreement, StepSummary
 from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
+from pipeline.training.best import BestCheckpoint
 from pipeline.training.build import build_loader, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
+from pipeline.training.step_extras import StepExtras
 
 
 class Trainer:
@@ -63,6 +64,7 @@ class Trainer:
         self.state = TrainState()
         self.evaluated_step: int | None = None  # the last one, None before the first
         self.base: Base | None = None  # of a run that trains a part
+        logger.info("building the model")
         self.engine = build_watched_engine(cfg, shape, layout, run_dir=run_dir)
         clock.alive()
         cache_dir = Path(cfg.data.cache_dir or run_dir / "cache")
@@ -88,6 +90,8 @@ class Trainer:
         self.stragglers = Stragglers(
             ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
         )
+        self.extras = StepExtras(cfg, loader=self.loader, layout=layout)
+        self.best = BestCheckpoint(places, layout) if cfg.checkpoint.keep_best else None
         self.metrics: Metrics = SilentMetrics()
         if layout.ranks.is_main:
             datasets = self.loader.state()["datasets"]
@@ -97,14 +101,13 @@ class Trainer:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
         self.restore()
         self.metrics.begin(self.state)
+        logger.info("the first step takes longer than the others: memory is allocated in it")
         if self.state.step and self.is_due(self.cfg.training.eval_every) and not self.is_evaluated:
             self.evaluate()  # the start that saved this step ended before it was evaluated
         while self.state.step < self.shape.total_steps:
             batches = self.next_batches()  # num_micro_batches x (micro_batch_size, seq_len)
             result = self.train_step(batches)  # forward, backward, clip, update
-            extras = self.logged_extras()
-            if self.counts_corrupt_samples():
-                extras["data/corrupt_samples"] = self.corrupt_samples()  # collective
+            extras = self.extras.of(self.state.step)  # collective where corrupt samples count
             self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=extras)
             summaries = self.agree_on(result)  # collective
             if any(self.react(summary) is Action.rollback for summary in summaries):
@@ -151,24 +154,6 @@ class Trainer:
         result = self.engine.train_step(batches, step=self.state.step, max_loss=self.guard.max_loss)
         self.state.advance(self.shape.at(self.state.step))
         return result
-
-    def logged_extras(self) -> dict[str, Any]:
-        """What this rank alone knows of a logged step beyond loss and speed."""
-        is_wanted = self.cfg.tracking.sample_hash and self.layout.ranks.is_main
-        if not is_wanted or not self.is_due(self.cfg.tracking.log_every):
-            return {}
-        return {"data/sample_hash": self.loader.sample_hash}
-
-    def counts_corrupt_samples(self) -> bool:
-        """Whether corrupt samples are left out, and counted after this step; alike on all ranks."""
-        skips = self.cfg.data.on_corrupt is OnCorrupt.skip
-        return skips and self.is_due(self.cfg.tracking.log_every)
-
-    def corrupt_samples(self) -> int:
-        """Samples left out so far by data.on_corrupt=skip, all data-parallel ranks. Collective."""
-        count = torch.tensor(self.loader.corrupt_samples, device=self.layout.device)
-        torch.distributed.all_reduce(count, group=self.layout.data.group)
-        return int(count)
 
     def describe_step(self) -> str:
         """Which samples the present step reads, for the watchdog's page."""
@@ -236,7 +221,12 @@ class Trainer:
         """Loss, perplexity and bits per byte on the held-out datasets."""
         self.clock.enter("evaluation", self.state.step)
         self.evaluated_step = self.state.step
-        self.metrics.record_eval(self.state, self.evaluator.run(alive=self.clock.alive))
+        results = self.evaluator.run(alive=self.clock.alive)
+        self.metrics.record_eval(self.state, results)
+        if self.best is not None and self.best.is_beaten(results):
+            self.save_and_wait()
+            if self.is_evaluated:  # else the newest step was bad, and the run is back before it
+                self.best.mark(self.state.step, results)
 
     def report_stragglers(self) -> None:
         """Name the slowest rank, and warn of ranks that stay slow."""

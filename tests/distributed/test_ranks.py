@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.distributed.ranks import (
     Ranks,
+    crowding_warning,
     export_to_environment,
     placement_warning,
     ranks_from_environment,
@@ -60,3 +61,11 @@ def test_tensor_parallel_across_nodes_warns(
 ) -> None:
     warning = placement_warning(Ranks(0, world, 0, local, "n"), tensor_parallel_size=tensor)
     assert (warning is not None) == warns
+
+
+def test_more_ranks_than_cores_are_named() -> None:
+    """Two ranks on one core wait for each other in every layer; nothing said why it was slow."""
+    assert crowding_warning(Ranks(0, 8, 0, 4, "n"), num_cores=4) is None
+    warning = crowding_warning(Ranks(0, 4, 0, 4, "n"), num_cores=2)
+    assert warning is not None and warning.startswith("4 ranks compute on 2 CPU cores")
+    assert "launch/local.sh 2" in warning
