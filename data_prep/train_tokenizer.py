@@ -25,7 +25,7 @@ from data_prep.sources.inputs import InputConfig, find_units
 from data_prep.sources.rejects import Rejects
 from pipeline import cli
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import write_durably
+from pipeline.files import check_writable, write_durably
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,6 +68,7 @@ def main(cfg: TrainTokenizerConfig) -> None:
             f"vocab_size ({cfg.vocab_size}) must be at least {LEAST}: 256 bytes and "
             f"{len(SPECIAL)} special tokens ({', '.join(SPECIAL)})."
         )
+    check_writable(Path(cfg.output), "output=")
     tokenizer = build(_texts(cfg), vocab_size=cfg.vocab_size, pretokenizer=cfg.pretokenizer)
     if tokenizer.get_vocab_size() <= LEAST:
         raise DataError(f"input={cfg.input} holds no text to train on. --help lists what is read.")

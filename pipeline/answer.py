@@ -1,7 +1,7 @@
 """Answers of a model of dialogues to held-out questions, beside what guessing would score.
 
-    python -m pipeline.answer checkpoint=runs/chat data=held.jsonl
-    python -m pipeline.answer checkpoint=FOLDER data=held.jsonl limit=200 output=predictions.jsonl
+    python -m pipeline.answer runs/chat held.jsonl
+    python -m pipeline.answer FOLDER held.jsonl limit=200 output=predictions.jsonl
 
 Data are dialogues as data_prep.conversations takes them, in jsonl; every answer of the assistant is
 a question, with the dialogue before it as it stands there. Decoding is greedy. Exact match, F1 of
@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import cli, log
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError
 from pipeline.evaluation.answers import Question, read_questions, score_all
-from pipeline.files import write_durably
+from pipeline.files import check_writable, write_durably
 from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sampler
 
 
@@ -57,6 +57,8 @@ def main(cfg: AnswerConfig) -> int:
             f"batch_size ({cfg.batch_size}) and max_new_tokens ({cfg.max_new_tokens}) must be at "
             f"least 1, limit ({cfg.limit}) at least 0."
         )
+    output = Path(cfg.output or Path(cfg.checkpoint) / "predictions.jsonl")
+    check_writable(output, "output=")
     questions = read_questions(Path(cfg.data))[: cfg.limit or None]
     generation = GenerateConfig(
         checkpoint=cfg.checkpoint, temperature=0.0, max_new_tokens=cfg.max_new_tokens
@@ -67,11 +69,7 @@ def main(cfg: AnswerConfig) -> int:
         json.dumps(asdict(question) | {"answer": answer}, ensure_ascii=False) + "\n"
         for question, answer in zip(questions, answers, strict=True)
     ]
-    output = Path(cfg.output or Path(cfg.checkpoint) / "predictions.jsonl")
-    try:
-        write_durably(output, "".join(lines).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise MachineError(f"{output} cannot be written: {error.strerror}.") from None
+    write_durably(output, "".join(lines).encode("utf-8", "backslashreplace"))
     print_scores(score_all(answers, questions), len(questions))
     print(f"predictions: {output}")
     return 0
@@ -103,4 +101,4 @@ def print_scores(scores: dict[str, dict[str, dict[str, float]]], count: int) -> 
 
 
 if __name__ == "__main__":
-    cli.run(main, AnswerConfig, config="answer")
+    cli.run(main, AnswerConfig, config="answer", positional=("checkpoint", "data"))

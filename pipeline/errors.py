@@ -19,6 +19,7 @@ a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import re
 
 EXIT_BUG = 1
@@ -53,6 +54,29 @@ class CheckpointError(PipelineError):
 
 class MachineError(PipelineError):
     """This machine or cluster cannot run the job: disk space, permissions, devices, links."""
+
+
+# What a disk or its owner refuses, and the way out; no bug of ours.
+_REFUSED = {
+    errno.ENOSPC: "Free some space there, or choose another place",
+    errno.EDQUOT: "Free some space there, or choose another place",
+    errno.EFBIG: "Choose another place",
+    errno.EROFS: "It is read-only: choose another place",
+    errno.EACCES: "Ask for the right to it, or choose another place",
+    errno.EPERM: "Ask for the right to it, or choose another place",
+    errno.ENOTDIR: "A part of this path is no folder: choose another place",
+    errno.EISDIR: "It is a folder: give the name of a file",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+
+
+def of_the_machine(error: OSError) -> MachineError | None:
+    """A file that cannot be written or opened, as a user's problem; None: it is none."""
+    way_out = _REFUSED.get(error.errno or 0)
+    if way_out is None:
+        return None
+    name = error.filename2 or error.filename
+    return MachineError(f"{name or 'the output'}: {error.strerror}. {way_out}.")
 
 
 class DivergedError(PipelineError):

@@ -20,8 +20,8 @@ from pipeline import cli, log
 from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.training import ParallelConfig
-from pipeline.errors import CheckpointError
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
+from pipeline.files import check_writable, write_durably
 from pipeline.inference.asked_model import evaluation_of, open_asked_model
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def main(cfg: EvaluateConfig) -> int:
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
+    if cfg.output is not None:  # hours of scoring come before it is written
+        check_writable(Path(cfg.output), "output=")
     evaluation, path = evaluation_of(cfg)
     data = describe(evaluation.data)
     evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
@@ -124,10 +126,7 @@ def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> N
             "checkpoint": str(path),
             "results": {name: asdict(result) for name, result in results.items()},
         }
-        try:
-            Path(output).write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{output} cannot be written: {error.strerror}.") from error
+        write_durably(Path(output), (json.dumps(document, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

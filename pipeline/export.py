@@ -1,6 +1,6 @@
 """Turn a checkpoint into a Hugging Face folder that loads without remote code.
 
-    python -m pipeline.export checkpoint=runs/NAME output=FOLDER [dtype=bf16] [adapter=true]
+    python -m pipeline.export runs/NAME FOLDER [dtype=bf16] [adapter=true]
 
     checkpoint --one parameter at a time--> model-00001-of-00003.safetensors ..., config.json,
                                             tokenizer, README.md
@@ -13,12 +13,14 @@ check the model twice.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.files import check_writable
 from pipeline.huggingface.peft import adapter_difference, export_adapter
 from pipeline.huggingface.writer import TOLERANCE, DType, export, logits_difference
 
@@ -50,6 +52,13 @@ def main(cfg: ExportConfig) -> int:
     log.setup()
     checkpoint, output = folders.find(Path(cfg.checkpoint)), Path(cfg.output)
     folders.check_new(output)
+    check_writable(output / "config.json", "output=")
+    library = "peft" if cfg.adapter else "transformers"
+    if cfg.check and importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f'the check needs {library}, which is not installed: pip install -e ".[hf]", or leave '
+            "the check out with check=false."
+        )
     if problems := folders.damage(checkpoint):
         raise CheckpointError(
             f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one."
@@ -64,10 +73,10 @@ def main(cfg: ExportConfig) -> int:
         return 0
     if cfg.adapter:
         difference, moved = adapter_difference(checkpoint, output, dtype=cfg.dtype)
-        library, file = "peft", "adapter_config.json"
+        file = "adapter_config.json"
     else:
         difference = logits_difference(checkpoint, output, dtype=cfg.dtype, base=base)
-        library, file = "transformers", "config.json"
+        file = "config.json"
     if not difference <= TOLERANCE:
         (output / file).rename(output / f"{file}.failed")
         raise CheckpointError(
@@ -84,4 +93,4 @@ def main(cfg: ExportConfig) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, ExportConfig, config="export")
+    cli.run(main, ExportConfig, config="export", positional=("checkpoint", "output"))

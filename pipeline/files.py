@@ -5,6 +5,7 @@
     sha256_of                    of a file in blocks, or of bytes
     regular_file                 no pipe, no device, no link out of its folder
     open_regular, read_file      of a stranger: an ordinary file, of a bounded size
+    check_writable               asked before the work whose result a file is to take
     own_name                     opens for writing: no link, no pipe
     check_no_links               a run folder in which every name is its own
     make_own                     a folder under a name that others could foresee, of this user
@@ -65,6 +66,26 @@ def whole_file(
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def check_writable(path: Path, setting: str) -> None:
+    """Raise MachineError unless a file of this name could be written; asked before the work.
+
+    Folders that are not there yet would be made; the nearest that is takes a file without a name.
+
+    Args:
+        setting: what names another place, such as `output=`.
+    """
+    there = next(p for p in path.absolute().parents if p.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise MachineError(
+            f"{path} cannot be written ({error.strerror}). Choose another place with {setting}..."
+        ) from None
 
 
 def write_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> str:

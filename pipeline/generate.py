@@ -1,9 +1,9 @@
 """Sample text from a checkpoint or an exported folder.
 
-    python -m pipeline.generate checkpoint=runs/NAME prompt="def main():" temperature=0.8 top_k=50
-    python -m pipeline.generate checkpoint=runs/NAME file=prompts.txt num_samples=4
-    python -m pipeline.generate checkpoint=FOLDER interactive=true
-    python -m pipeline.generate checkpoint=runs/chat chat=true temperature=0
+    python -m pipeline.generate runs/NAME "def main():" temperature=0.8 top_k=50
+    python -m pipeline.generate runs/NAME file=prompts.txt num_samples=4
+    python -m pipeline.generate FOLDER interactive=true
+    python -m pipeline.generate runs/chat chat=true temperature=0
 
 A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D,
 and so does a chat.
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pipeline import cli, log
 from pipeline.errors import ConfigError
 from pipeline.files import read_file
-from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sampler
+from pipeline.inference.samplers import GenerateConfig, TextSampler, check_model, open_sampler
 
 
 def main(cfg: GenerateConfig) -> int:
@@ -37,6 +37,8 @@ def main(cfg: GenerateConfig) -> int:
             f"num_samples ({cfg.num_samples}), batch_size ({cfg.batch_size}) and max_new_tokens "
             f"({cfg.max_new_tokens}) must be at least 1."
         )
+    prompts = _prompts(cfg)
+    check_model(cfg)  # before torch is imported and a checkpoint read, which takes seconds
     import torch
 
     with open_sampler(cfg) as sampler:
@@ -48,7 +50,7 @@ def main(cfg: GenerateConfig) -> int:
             for prompt in _typed_prompts():
                 _print_one(sampler, prompt)
             return 0
-        prompts = [prompt for prompt in _prompts(cfg) for _ in range(cfg.num_samples)]
+        prompts = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
         if len(prompts) == 1:
             _print_one(sampler, prompts[0])
             return 0
@@ -102,4 +104,4 @@ def _print_one(sampler: TextSampler, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, GenerateConfig, config="generate")
+    cli.run(main, GenerateConfig, config="generate", positional=("checkpoint", "prompt"))

@@ -9,7 +9,9 @@ import threading
 import pytest
 
 from pipeline import files
+from pipeline.errors import MachineError
 from pipeline.files import (
+    check_writable,
     create_durably,
     parse_json,
     read_file,
@@ -207,3 +209,14 @@ def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(tmp_path, monke
         monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
         files.own_compiled_code()
         assert os.environ["TRITON_CACHE_DIR"] == "mine"
+
+
+def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path):
+    """An hour of scoring was lost to a folder that was read-only."""
+    check_writable(tmp_path / "new" / "folder" / "file", "output=")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MachineError, match="cannot be written .it is a folder.. Choose another"):
+        check_writable(tmp_path, "output=")
+    for place in ("/proc/nothing/here", "/sys/x"):  # for root too, whom no right stops
+        with pytest.raises(MachineError, match=rf"{place} cannot be written .* output="):
+            check_writable(files.Path(place), "output=")

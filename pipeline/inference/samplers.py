@@ -80,6 +80,19 @@ class TextSampler(Protocol):
         """
 
 
+def check_model(cfg: GenerateConfig) -> None:
+    """Raise CheckpointError or ConfigError where no model is there, or none that can chat.
+
+    By names alone: what is in the files is looked at when they are opened.
+    """
+    path = Path(cfg.checkpoint)
+    if (path / "config.json").is_file():
+        return
+    folder = folders.find(path)
+    if cfg.chat and not (folder / CHAT_TEMPLATE).is_file():
+        raise ConfigError(NO_TEMPLATE)
+
+
 @contextlib.contextmanager
 def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
     """The sampler that can compute the model."""
