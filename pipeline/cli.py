@@ -21,9 +21,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from pipeline import log, suggestions
+from pipeline import log, presets, suggestions
 from pipeline import schema as schemas
-from pipeline.errors import ConfigError, PipelineError, printed
+from pipeline.errors import ConfigError, PipelineError, of_the_machine, printed
 from pipeline.files import own_compiled_code
 from pipeline.help_page import help_text
 from pipeline.redaction import redact
@@ -56,10 +56,10 @@ def run(
     log.open_standard_streams()
     sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        words = [a for a in arguments if a not in ("-h", "--help")]
-        sys.exit(_help(main, schema, words, config=config, positional=positional))
     try:
+        if {"-h", "--help"} & set(arguments):
+            words = [a for a in arguments if a not in ("-h", "--help")]
+            sys.exit(_help(main, schema, words, config=config, positional=positional))
         show_only = "--cfg" in arguments
         cfg = compose(
             schema, [a for a in arguments if a != "--cfg"], config=config, positional=positional
@@ -75,18 +75,27 @@ def run(
     except PipelineError as error:
         log.say(printed(error))
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `... | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (refused := of_the_machine(error)) is None:
+            raise
+        log.say(printed(refused))
+        sys.exit(refused.exit_code)
 
 
 def _help(
     main: Callable, schema: type, words: Sequence[str], *, config: str, positional: Sequence[str]
 ) -> int:
     """Print the page with the values that `words` compose; 2 where they compose nothing."""
-    problem = ""
+    problem, own = "", None
     try:
+        own = presets.take_folder(words, CONF_DIR)[1]
         values = _values(schema, words, config, positional)
     except ConfigError as error:  # who asks for help next to a mistake still gets the page
         problem, values = printed(error), _values(schema, [], config, positional)
-    groups = _groups(schema, config)
+    groups = presets.groups(schema, config, _folders(own)) if _has_yaml(config) else {}
     print(help_text(main, schema, groups=groups, values=values, positional=positional))
     if problem:
         log.say(problem)
@@ -108,19 +117,12 @@ def _values(
     )
 
 
+def _folders(own: Path | None) -> list[Path]:
+    return [CONF_DIR, own] if own else [CONF_DIR]
+
+
 def _has_yaml(config: str) -> bool:
     return (CONF_DIR / f"{config}.yaml").exists()
-
-
-def _groups(schema: type, config: str) -> dict[str, list[str]]:
-    """The presets of a command by group: the folders of conf/ that are its sections or its own."""
-    if not _has_yaml(config):
-        return {}
-    sections = {field.name for field in dataclasses.fields(schema)} | {config}
-    sections |= {"experiment"} if config == "pretrain" else set()
-    folders = sorted(p for p in CONF_DIR.iterdir() if p.name in sections and p.is_dir())
-    found = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in folders}
-    return {group: options for group, options in found.items() if options}
 
 
 def compose(
@@ -153,20 +155,27 @@ def _compose(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    overrides, raw = _split(arguments, schema, positional, _groups(schema, config))
-    for path in CONF_DIR.rglob("*.yaml"):
+    groups: dict[str, list[str]] = {}
+    own: Path | None = None
+    if _has_yaml(config):
+        arguments, own = presets.take_folder(arguments, CONF_DIR)
+        groups = presets.groups(schema, config, _folders(own))
+    overrides, raw = _split(arguments, schema, positional, groups)
+    for path in [path for folder in _folders(own) for path in folder.rglob("*.yaml")]:
         if not path.is_file():  # a pipe would be waited for, without end
             raise ConfigError(f"{path} is not an ordinary file; take it out of conf/.")
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
     ConfigStore.instance().store(f"{config}_schema" if _has_yaml(config) else config, schema)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            node = hydra_compose(config, overrides)
+            search = [presets.search_path(own)] if own else []
+            node = hydra_compose(config, [*search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
     except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         # Of a preset in conf/; yaml's own errors name the file and the line.
-        raise ConfigError(f"a file of {CONF_DIR} cannot be read: {error}") from error
+        where = " or ".join(map(str, _folders(own)))
+        raise ConfigError(f"a file of {where} cannot be read: {error}") from error
     try:
         for key, value in raw.items():
             OmegaConf.update(node, key, literal(value))

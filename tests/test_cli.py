@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import os
 import re
@@ -287,3 +288,49 @@ def test_a_command_owns_the_folder_of_compiled_kernels(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.stdout == f"{tmp_path}/pretrain-{os.getuid()}/inductor\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out.json"), 2, "out.json: No space left on device. Free some"),
+        (OSError(errno.EROFS, "Read-only file system", "a", None, "b"), 2, "error: b: Read-only file system"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)  # fmt: skip
+def test_what_is_no_bug_ends_in_a_sentence(error, code, said, monkeypatch, capfd):
+    """A full disk, a reader that left and Ctrl-C ended in tracebacks, in any command that wrote."""
+
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["job", "path=x"])
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest needs its standard output
+    monkeypatch.setattr(cli, "own_compiled_code", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, Job, config="job_4")
+    assert end.value.code == code and said in capfd.readouterr().err
+
+
+def test_what_is_a_bug_keeps_its_traceback(monkeypatch):
+    def main(_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    monkeypatch.setattr(sys, "argv", ["job", "path=x"])
+    monkeypatch.setattr(cli, "own_compiled_code", lambda: None)
+    with pytest.raises(FileNotFoundError):
+        cli.run(main, Job, config="job_4")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["pipeline.generate", "nowhere"], ["pipeline.export", "nowhere", "out"], ["pipeline.evaluate", "nowhere"]],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_wrong_checkpoint_is_named_before_anything_heavy_is_imported(command):
+    """A misspelt name cost the seconds that torch takes."""
+    done, _ = run("-X", "importtime", "-m", *command)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 2 and "nowhere is no folder" in done.stderr, done.stderr[-500:]
+    assert not {"torch", "transformers", "deepspeed"} & imported

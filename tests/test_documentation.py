@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import ConfigError
+from pipeline.pretrain import COMMANDS as FRONT_DOOR
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -39,6 +40,7 @@ PROGRAMS = {
     r"python3? -m (?P<module>(?:pipeline|data_prep)\.\w+)": None,
     rf"torchrun{OPTIONS} -m (?P<module>pipeline\.\w+)": None,
     r"python data_prep/tokenize\.py": "data_prep.tokenize",
+    rf"pretrain (?P<command>{'|'.join(FRONT_DOOR)})(?= )": None,
     r"(?:\S*/)?launch/local\.sh \d+": "pipeline.train",
     rf"sbatch{OPTIONS} launch/pretrain\.slurm": "pipeline.train",
     rf"sbatch{OPTIONS} launch/tokenize\.slurm": "data_prep.tokenize",
@@ -68,8 +70,11 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
             found.append(("pipeline.train", ["data.path=OUT", *words(match["second"])]))
         for program, module in PROGRAMS.items():
             for match in re.finditer(rf"(?<!\S){program}(?P<rest>.*)", line):
-                if "--help" not in match["rest"]:
-                    found.append((module or match["module"], words(match["rest"])))
+                if "--help" in match["rest"]:
+                    continue
+                given = match.groupdict()
+                name, *first = FRONT_DOOR.get(given.get("command", ""), (module,))
+                found.append((name or given["module"], [*first, *words(match["rest"])]))
     return found
 
 
@@ -117,7 +122,11 @@ def test_files_named_on_a_page_exist(page):
     """The six files to read first must be there; so must the test that shows a claim."""
     folders = "pipeline|data_prep|launch|conf|docs|tests|benchmarks"
     named = set(re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\.\w+)", page.read_text()))
-    made_by_the_reader = {"conf/model/mine.yaml", "conf/clean/NAME.yaml"}
+    made_by_the_reader = {
+        "conf/model/mine.yaml",
+        "conf/clean/NAME.yaml",
+        "conf/experiment/mine.yaml",
+    }
     assert [name for name in sorted(named - made_by_the_reader) if not (ROOT / name).exists()] == []
 
 
@@ -152,6 +161,7 @@ def test_commands_are_found_in_every_spelling(tmp_path):
         "    torchrun --nnodes=2 --node-rank 0 -m pipeline.evaluate runs/NAME     four ranks\n"
         "launch/text_to_model.sh --array=0-63 input='a b' -- --nodes=1 \\\n  seed=2\n"
         "python -m pipeline.export checkpoint=runs/NAME [dtype=bf16|fp32]\n"
+        "pretrain chat runs/NAME temperature=0     and who pretrain language models\n"
     )
     assert commands(page) == [
         ("pipeline.train", ["model=tiny"]),
@@ -161,6 +171,7 @@ def test_commands_are_found_in_every_spelling(tmp_path):
         ("data_prep.tokenize", ["input=a b"]),
         ("pipeline.train", ["data.path=OUT", "seed=2"]),
         ("pipeline.export", ["checkpoint=runs/NAME", "dtype=bf16"]),
+        ("pipeline.generate", ["chat=true", "runs/NAME", "temperature=0"]),
     ]
     with pytest.raises(ConfigError, match="model"):
         compose("pipeline.train", ["modle=tiny"])

@@ -41,12 +41,13 @@ LEAVES = {
         "help_page",
         "log",
         "patching",
+        "presets",
         "redaction",
         "remote",
         "schema",
         "shapes",
         "suggestions",
-    },  # fmt: skip
+    },
     "data_prep": {"jobs"},
 }
 

@@ -18,7 +18,7 @@ import signal
 from types import FrameType
 
 NOTICES = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_NAMES = {signal.SIGINT: "Ctrl-C"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}
 _received: list[int] = []
 _speaks = True
 

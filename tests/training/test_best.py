@@ -20,12 +20,12 @@ from tests.support.token_dataset import write_dataset
 
 
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(tmp_path: Path) -> None:
-    """What is held out is noise here: the better the model knows the rest, the worse it does there."""
+    """What is held out is never trained on here: the better the model knows the rest, the worse it does."""
     data = write_data(tmp_path / "data")
-    noise = np.random.default_rng(1).integers(0, 300, 4_000)
+    unknown = np.random.default_rng(1).integers(300, 400, 4_000)
     tokenizer = Tokenizer.from_file(data / "tokenizer.json")
     write_dataset(
-        data / "validation", [noise], block_tokens=16384, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.raw
+        data / "validation", [unknown], block_tokens=16384, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.raw
     )  # fmt: skip
     settings = {
         "training.total_steps": 8, "training.eval_every": 2, "checkpoint.save_every": 0,

@@ -1,0 +1,70 @@
+"""Where presets and recipes come from: this project's conf/, and a folder of the user's own.
+
+--config-dir DIR, or conf/ in the working directory --take_folder--> searched behind ours
+conf/, DIR --groups--> group to names, for --help and suggestions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+FLAG = "--config-dir"
+
+
+def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path | None]:
+    """The words without --config-dir, and the user's folder of presets; None: there is none.
+
+    Raises:
+        ConfigError: it is no folder, or one of its files has the name of one of ours.
+    """
+    rest, own = [], None
+    words = iter(arguments)
+    for word in words:
+        if word.partition("=")[0] != FLAG:
+            rest.append(word)
+            continue
+        named = word.partition("=")[2] if "=" in word else next(words, "")
+        own = Path(named)
+        if not named or not own.is_dir():
+            raise ConfigError(
+                f"{FLAG} {named} is no folder. It holds presets as conf/ does: "
+                f"{FLAG} DIR, DIR/experiment/mine.yaml, and experiment=mine."
+            )
+    own = own or Path("conf")
+    if not own.is_dir() or own.resolve() == ours.resolve():
+        return rest, None
+    for theirs in _clashes(own, ours):
+        raise ConfigError(
+            f"{theirs} has the name of a preset of this program, and one of the two would be "
+            f"passed over. Rename it, or give another folder with {FLAG} DIR."
+        )
+    return rest, own.resolve()
+
+
+def _clashes(own: Path, ours: Path) -> Iterator[Path]:
+    """Files of `own` whose name means another content of ours."""
+    for path in sorted([*ours.glob("*.yaml"), *ours.glob("*/*.yaml")]):
+        theirs = own / path.relative_to(ours)
+        if theirs.is_file() and theirs.read_bytes() != path.read_bytes():
+            yield theirs
+
+
+def groups(schema: type, config: str, folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The presets of a command by group: folders that are its sections, or have its own name."""
+    sections = {field.name for field in dataclasses.fields(schema)} | {config}
+    sections |= {"experiment"} if config == "pretrain" else set()
+    found = {
+        section: sorted({f.stem for folder in folders for f in folder.glob(f"{section}/*.yaml")})
+        for section in sorted(sections)
+    }
+    return {group: options for group, options in found.items() if options}
+
+
+def search_path(own: Path) -> str:
+    """Hydra's override that searches a folder too."""
+    quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.searchpath=['file://{quoted}']"

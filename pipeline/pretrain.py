@@ -1,0 +1,105 @@
+"""One front door for every command: `pretrain train`, `pretrain generate`, ...
+
+    pretrain                                   the commands, a line each
+    pretrain tokenize corpus.jsonl data/corpus tokenizer=T.json
+    pretrain train model=tiny data.path=data/corpus
+    pretrain chat runs/chat
+    pretrain train --help                      what a command is, and its settings
+
+Each of them is a module too: `pretrain train` is `python -m pipeline.train`, which launchers start
+many times.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+from pipeline import log, suggestions
+from pipeline.errors import ConfigError, printed
+
+# name -> its module, and words that it begins with; in the order in which one uses them
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "train-tokenizer": ("data_prep.train_tokenizer",),
+    "clean": ("data_prep.clean",),
+    "tokenize": ("data_prep.tokenize",),
+    "conversations": ("data_prep.conversations",),
+    "import-tokens": ("data_prep.import_tokens",),
+    "finalize": ("data_prep.finalize",),
+    "verify": ("data_prep.verify",),
+    "show": ("data_prep.show",),
+    "find-documents": ("data_prep.trace",),
+    "plan": ("pipeline.plan",),
+    "preflight": ("pipeline.preflight",),
+    "train": ("pipeline.train",),
+    "report": ("pipeline.report",),
+    "evaluate": ("pipeline.evaluate",),
+    "generate": ("pipeline.generate",),
+    "chat": ("pipeline.generate", "chat=true"),
+    "answer": ("pipeline.answer",),
+    "probe": ("pipeline.probe",),
+    "checkpoint": ("pipeline.checkpoint.__main__",),
+    "export": ("pipeline.export",),
+    "hf-import": ("pipeline.hf_import",),
+    "trace": ("pipeline.trace",),
+    "order-audit": ("pipeline.order_audit",),
+    "node-check": ("pipeline.node_check",),
+}
+SAID = {
+    "chat": "Talk to a model of dialogues on the terminal: generate chat=true.",
+    "tokenize": "Text to training shards: OUT/train and OUT/validation.",
+}
+KNOWN_AS = {
+    "prepare": "tokenize", "pretrain": "train", "finetune": "train", "sample": "generate",
+    "eval": "evaluate", "inspect": "show", "convert": "export", "import": "hf-import",
+    "serve": "export", "tokenizer": "train-tokenizer", "download": "hf-import",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the command that the first word names, with the words behind it."""
+    log.open_standard_streams()
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(commands_page())
+        sys.exit(0)
+    name = name.replace("_", "-")
+    if name not in COMMANDS:
+        log.say(printed(ConfigError(_no_command(name))))
+        sys.exit(ConfigError.exit_code)
+    module, *first = COMMANDS[name]
+    sys.argv[1:] = [*first, *words]
+    # As `python -m module` does it: processes that the command starts find its name.
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def commands_page() -> str:
+    """The docstring, and a line for each command."""
+    lines = [(__doc__ or "").strip(), "", "Commands:"]
+    lines += [f"  {name:16} {summary(name)}" for name in COMMANDS]
+    return "\n".join(lines)
+
+
+def summary(name: str) -> str:
+    """The first line of a command's module, which is read and not imported."""
+    if name in SAID:
+        return SAID[name]
+    spec = importlib.util.find_spec(COMMANDS[name][0])
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return text.partition("\n")[0]
+
+
+def _no_command(name: str) -> str:
+    """What to say of a first word that is none."""
+    known = KNOWN_AS.get(name)
+    near = suggestions.did_you_mean([known]) if known else suggestions.for_option(name, [*COMMANDS])
+    setting = " Settings come behind the command: pretrain train key=value." if "=" in name else ""
+    return f"there is no command '{name}'.{near}{setting} Commands: {', '.join(COMMANDS)}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Presets of one's own: beside the run, or in a named folder; never instead of ours without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli, presets
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.errors import ConfigError
+
+MINE = """# @package _global_
+defaults:
+  - override /model: my-model
+
+training:
+  total_steps: 77
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory outside the clone, with a recipe and a model in its conf/."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("experiment/mine", MINE), ("model/my-model", "name: my-model\nnum_layers: 3\nhidden_size: 64\nnum_attention_heads: 2\n")):  # fmt: skip
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def compose(*words: str) -> PretrainConfig:
+    return cli.compose(PretrainConfig, words, config="pretrain")
+
+
+def test_a_recipe_in_the_working_directory_is_one_of_ours(folder: Path) -> None:
+    """An installation is not the place for a user's files."""
+    cfg = compose("experiment=mine")
+    assert (cfg.training.total_steps, cfg.model.num_layers, cfg.name) == (77, 3, "my-model")
+    assert compose("model=tiny").model.num_layers == 4
+    with pytest.raises(ConfigError, match=r"model=my-modle: .*Did you mean my-model\?"):
+        compose("model=my-modle")
+
+
+def test_a_named_folder_takes_the_place_of_the_working_directorys(folder: Path) -> None:
+    other = folder / "with 'quotes' and, commas"
+    (folder / "conf").rename(other)
+    with pytest.raises(ConfigError, match="experiment=mine: there is no such option"):
+        compose("experiment=mine")
+    assert compose("--config-dir", str(other), "experiment=mine").training.total_steps == 77
+    assert compose(f"--config-dir={other}", "experiment=mine").training.total_steps == 77
+    with pytest.raises(ConfigError, match="--config-dir nowhere is no folder"):
+        compose("--config-dir", "nowhere")
+
+
+def test_a_name_of_ours_is_refused_unless_it_is_the_same_file(folder: Path) -> None:
+    """One of the two would be passed over, and nobody would know which."""
+    copy = folder / "conf" / "model" / "tiny.yaml"
+    copy.write_bytes((cli.CONF_DIR / "model" / "tiny.yaml").read_bytes())
+    compose("experiment=mine")
+    copy.write_text("name: tiny\n")
+    with pytest.raises(ConfigError, match="conf/model/tiny.yaml has the name of a preset"):
+        compose("experiment=mine")
+
+
+def test_help_lists_both(folder: Path) -> None:
+    found = presets.groups(PretrainConfig, "pretrain", [cli.CONF_DIR, folder / "conf"])
+    assert "mine" in found["experiment"] and "quickstart" in found["experiment"]
+    assert {"my-model", "tiny"} <= set(found["model"])
