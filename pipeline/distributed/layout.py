@@ -85,7 +85,6 @@ def connect(
     # Collectives that a group remembers, for the hang page (resilience/flight_recorder.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
-        store = open_store(ranks, timeout=timeout)
         with rendezvous_errors():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -93,7 +92,7 @@ def connect(
                 world_size=ranks.world_size,
                 timeout=timeout,
                 device_id=device if on_cuda else None,
-                store=store,  # None: env://
+                store=open_store(ranks, timeout=timeout),  # None: env://
             )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

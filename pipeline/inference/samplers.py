@@ -81,10 +81,7 @@ class TextSampler(Protocol):
 
 
 def check_model(cfg: GenerateConfig) -> None:
-    """Raise CheckpointError or ConfigError where no model is there, or none that can chat.
-
-    By names alone: what is in the files is looked at when they are opened.
-    """
+    """Raise CheckpointError or ConfigError where, by its files' names, no such model is there."""
     path = Path(cfg.checkpoint)
     if (path / "config.json").is_file():
         return

@@ -45,8 +45,11 @@ def received() -> signal.Signals | None:
 
 
 def _on_notice(number: int, _: FrameType | None) -> None:
-    # A handler may run between any two bytecodes, in any library: it appends to a list, and writes
-    # without a buffer that somebody may be in the middle of.
+    """Note the signal, and answer the first.
+
+    A handler may run between any two bytecodes, in any library: it appends to a list, and writes
+    without a buffer that somebody may be in the middle of.
+    """
     if not _received:
         _say(
             f"{_NAMES.get(number, signal.Signals(number).name)} heard: the run saves after this "
