@@ -104,6 +104,7 @@ TESTED_IN = {
     "pipeline/engine/deepspeed/settings.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/deepspeed/slots.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/engine/deepspeed/staged.py": ("engine/test_equivalence.py", LAYOUTS),
+    "pipeline/engine/home_ranks.py": ("engine/test_muon.py", "the work it shares out"),
     "pipeline/engine/runner.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/state.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/engine/weights.py": ("engine/test_forward_only.py", "both holders of weights"),

@@ -30,9 +30,12 @@ def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
             "the weights only, give another name=... and checkpoint.init_from=..."
         )
     state.create_state(engine, tensors.optimizer_keys, optimizer_step=record.optimizer_step)
-    keys = ["weight", *tensors.optimizer_keys]
     tensors.read_into(
-        chunk for fragment in state.fragments(engine) for chunk in chunks_of(fragment, keys)
+        chunk
+        for fragment in state.fragments(engine)
+        for chunk in chunks_of(
+            fragment, ["weight", *state.keys_of(engine, fragment.name, tensors.optimizer_keys)]
+        )
     )
     if engine.loss_scale and record.loss_scale:
         engine.loss_scale.restore(record.loss_scale)

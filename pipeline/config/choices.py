@@ -22,7 +22,9 @@ Recompute = Enum("Recompute", ["none", "selective", "full"])
 PipelineSchedule = Enum("PipelineSchedule", ["1f1b", "dualpipev"])
 # wsd: constant, then linear to min_lr (arXiv:2404.06395).
 Decay = Enum("Decay", ["cosine", "linear", "wsd", "constant"])
-OptimizerName = Enum("OptimizerName", ["adamw"])
+# muon: orthogonalised momentum for the matrices of the blocks (kellerjordan.github.io/posts/muon),
+# AdamW for the rest
+OptimizerName = Enum("OptimizerName", ["adamw", "muon"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])  # auto: online with a key
 OnCorrupt = Enum("OnCorrupt", ["fail", "skip"])
 OnSpike = Enum("OnSpike", ["none", "skip", "rollback"])

@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from pipeline.config.choices import Init, PipelineSchedule
+from pipeline.config.choices import Init, OptimizerName, PipelineSchedule
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.parameter_names import (
     counted_from_0,
+    is_linear_weight,
     is_lora,
     linear_shapes,
     lora_stems,
@@ -30,6 +31,7 @@ def names(cfg: PretrainConfig) -> Iterator[str]:
     yield from lr_scale(cfg.optimizer, cfg.model, cfg.finetune)
     yield from trained(cfg.finetune, cfg.model)
     yield from lora(cfg.finetune, cfg.model)
+    yield from muon(cfg)
 
 
 def unknown_patterns(
@@ -96,6 +98,25 @@ def lora(finetune: FinetuneConfig, model: ModelConfig) -> Iterator[str]:
             f"finetune.lora_rank ({finetune.lora_rank}) adds matrices that finetune.train "
             f"({', '.join(finetune.train)}) leaves frozen at a product of 0. "
             "Add '*.lora_?' to finetune.train, or set finetune.lora_rank=0."
+        )
+
+
+def muon(cfg: PretrainConfig) -> Iterator[str]:
+    """Muon has a matrix to update, and a device to do it on."""
+    if cfg.optimizer.name is not OptimizerName.muon:
+        return
+    names = parameter_names(cfg.model, cfg.finetune)
+    if not any(map(is_linear_weight, trained_names(names, cfg.model, cfg.finetune))):
+        yield (
+            "optimizer.name=muon would update nothing: it is for the weights of the blocks' "
+            f"linears, and finetune.train ({', '.join(cfg.finetune.train)}) trains none of them "
+            "(low-rank matrices have AdamW). Set optimizer=adamw."
+        )
+    if cfg.parallel.offload_optimizer:
+        yield (
+            "optimizer.name=muon does not work with parallel.offload_optimizer=true: its products "
+            "are the device's, where only gradients would be. Set parallel.offload_optimizer=false "
+            "(Muon's state is 4 bytes a weight instead of 8), or optimizer=adamw."
         )
 
 

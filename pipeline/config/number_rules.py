@@ -24,7 +24,7 @@ LEAST = {
         model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
         model.z_loss_coeff model.moe.z_loss_coeff model.moe.aux_loss_coeff
         finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad
-        optimizer.beta1 optimizer.beta2 schedule.min_lr
+        optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
         training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
         checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
@@ -32,7 +32,10 @@ LEAST = {
 }
 ABOVE_0 = """model.rope_theta model.rope_scaling_factor resilience.collective_timeout_s
     tracking.peak_tflops"""
-BELOW_1 = "model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2"
+BELOW_1 = (
+    "model.hidden_dropout model.attention_dropout optimizer.beta1 optimizer.beta2 "
+    "optimizer.momentum"
+)
 
 
 def broken_numbers(

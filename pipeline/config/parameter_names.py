@@ -17,6 +17,8 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 
 Shape = tuple[int, ...]
+Rows = tuple[int, int]
+"""First row, and the one behind the last."""
 
 
 def parameter_shapes(
@@ -71,6 +73,36 @@ def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
             shapes[f"{at}.{mlp}.linear_fc1"] = (inner * (2 if sizes.is_gated else 1), hidden)
             shapes[f"{at}.{mlp}.linear_fc2"] = (hidden, inner)
     return shapes
+
+
+def is_linear_weight(name: str) -> bool:
+    """Whether a canonical name is that of the weight of a linear of a block."""
+    return re.fullmatch(r"layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight", name) is not None
+
+
+def matrices_of(name: str, rows: int, model: ModelConfig) -> list[list[Rows]]:
+    """The matrices that lie in the weight of a linear: queries, keys, values; gate, up; or one.
+
+    What is said of a matrix, such as its singular values, is said of each of them.
+
+    Args:
+        name: canonical, of the weight.
+        rows: of the whole weight.
+
+    Returns:
+        Of each matrix the runs of rows of the whole weight that it is made of, in order.
+    """
+    sizes = resolve(model)
+    if name.endswith("linear_qkv.weight"):
+        # Rows are [group][queries of the group, key, value][head_dim] (model/attention.py).
+        width, groups = sizes.head_dim, sizes.num_query_groups
+        queries = model.num_attention_heads // groups * width
+        cuts = [(0, queries), (queries, queries + width), (queries + width, queries + 2 * width)]
+        starts = range(0, rows, queries + 2 * width)
+        return [[(start + a, start + b) for start in starts] for a, b in cuts]
+    if name.endswith("linear_fc1.weight") and sizes.is_gated:
+        return [[(0, rows // 2)], [(rows // 2, rows)]]
+    return [[(0, rows)]]
 
 
 def lora_stems(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:

@@ -23,6 +23,8 @@ class OptimizerConfig:
     """Decay of the mean of their squares, a step."""
     eps: float = 1e-8
     """Added to the root of that mean before it divides."""
+    momentum: float = 0.95
+    """muon: of the matrices of the blocks (Nesterov's)."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are not decayed."""
     decay_embeddings: bool = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.parallel_sizes import ParallelSizes
 from pipeline.distributed.ranks import Ranks, export_to_environment, withdraw_from_environment
@@ -45,6 +45,8 @@ class ParallelLayout:
     """Ranks that share the stack of layers."""
     data: Axis
     """Copies of the model."""
+    stage: Axis
+    """Ranks that share this rank's layers, in whatever way: tensor-parallel peers and copies."""
     host_group: dist.ProcessGroup
     """All ranks over gloo: for flags and facts that must not wait for the device."""
     device: torch.device
@@ -102,14 +104,22 @@ def connect(
         )
     return ParallelLayout(
         ranks=ranks,
-        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
-        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
-        data=_axis(parallel_state.get_data_parallel_group()),
+        **_axes(parallel_state),
         host_group=dist.new_group(backend="gloo", timeout=timeout)
         if on_cuda
         else dist.distributed_c10d._get_default_group(),
         device=device,
     )
+
+
+def _axes(groups: Any) -> dict[str, Axis]:
+    """By their names in ParallelLayout, of megatron-core's parallel_state."""
+    return {
+        "tensor": _axis(groups.get_tensor_model_parallel_group()),
+        "pipeline": _axis(groups.get_pipeline_model_parallel_group()),
+        "data": _axis(groups.get_data_parallel_group()),
+        "stage": _axis(groups.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+    }
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

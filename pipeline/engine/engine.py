@@ -30,6 +30,7 @@ from pipeline.engine.deepspeed.runners import choose_runner
 from pipeline.engine.forward_only import Scores, count_all, loss_masks
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.lr_schedule import lr_at
+from pipeline.engine.muon import Muon
 from pipeline.engine.optimizer import parameter_groups, set_lr
 from pipeline.engine.runner import Runner
 from pipeline.engine.verdict import Verdict, decide_update
@@ -105,6 +106,14 @@ class Engine:
             layout=layout,
             loss_scale=self.loss_scale,
         )
+        if isinstance(self.runner.optimizer, Muon):
+            # At ZeRO-0 every copy of the model has all gradients, and works for itself.
+            self.runner.optimizer.join(
+                state.linear_runs(self),
+                layout.tensor if self.runner.is_unsharded else layout.stage,
+                flats=[flat for flat, _ in self.runner.flats()],
+                model=self.model,
+            )
         self.runner.optimizer.register_step_pre_hook(self._before_update)
 
     @property

@@ -77,6 +77,13 @@ class Runner(Protocol):
     def slots(self) -> Iterator[Slot]:
         """Where this rank's share of the trained fp32 weights lies."""
 
+    def flats(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """The flat fp32 tensors that the optimizer knows, each with the parameters it is cut from.
+
+        In an order that is the same on all ranks of a stage; a rank may hold nothing of a
+        parameter.
+        """
+
     def frozen_slots(self) -> Iterator[Slot]:
         """Where this rank's share of the frozen weights lies: the model's own memory."""
 

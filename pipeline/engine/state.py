@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.config.parameter_names import is_linear_weight
+from pipeline.engine.home_ranks import Run
+from pipeline.engine.muon import MOMENTUM, Muon
 from pipeline.engine.runner import Runner, Slot
 from pipeline.engine.weights import Weights
 from pipeline.model.fragments import WEIGHT, Fragment
@@ -26,12 +29,17 @@ class Trained(Weights, Protocol):
     runner: Runner
 
 
-def fragments(engine: Trained) -> list[Fragment]:
-    """Views of this rank's trained weights and optimizer state, tied copies included."""
-    named = {
+def by_identity(engine: Trained) -> dict[int, tuple[str, Partition]]:
+    """The id of a parameter of this stage -> its canonical name and partition."""
+    return {
         id(parameter): (name, partition)
         for name, (parameter, partition) in engine.all_parameters().items()
     }
+
+
+def fragments(engine: Trained) -> list[Fragment]:
+    """Views of this rank's trained weights and optimizer state, tied copies included."""
+    named = by_identity(engine)
     state = engine.runner.optimizer.state
     found = []
     for index, slot in enumerate(engine.runner.slots()):
@@ -51,10 +59,7 @@ def frozen_fragments(engine: Trained) -> list[Fragment]:
 
     No checkpoint holds them: they are read from the base, whenever a run starts.
     """
-    named = {
-        id(parameter): (name, partition)
-        for name, (parameter, partition) in engine.all_parameters().items()
-    }
+    named = by_identity(engine)
     return [
         Fragment(*named[id(slot.parameter)], slot.start, {WEIGHT: slot.flat}, False)
         for slot in engine.runner.frozen_slots()
@@ -73,6 +78,18 @@ def _is_owned(engine: Trained, slot: Slot, partition: Partition, index: int) -> 
     )
 
 
+def linear_runs(engine: Trained) -> list[Run]:
+    """Where this rank's share of the trained weights of linears lies."""
+    named = by_identity(engine)
+    number = {id(flat): i for i, (flat, _) in enumerate(engine.runner.flats())}
+    return [
+        Run(name, partition, slot.start, slot.numel, number[id(slot.flat)], slot.offset)
+        for slot in engine.runner.slots()
+        for name, partition in [named[id(slot.parameter)]]
+        if is_linear_weight(name)
+    ]
+
+
 def create_state(engine: Trained, keys: list[str], *, optimizer_step: int) -> None:
     """Give an optimizer its step count, and state under `keys` to read a checkpoint into.
 
@@ -80,16 +97,23 @@ def create_state(engine: Trained, keys: list[str], *, optimizer_step: int) -> No
     read a damaged checkpoint, keeps nothing that the checkpoint does not replace: a checkpoint from
     before the first update has no state, which is zeros.
     """
-    optimizer = engine.runner.optimizer
-    for flat in {id(slot.flat): slot.flat for slot in engine.runner.slots()}.values():
+    optimizer, named = engine.runner.optimizer, by_identity(engine)
+    for slot in {id(slot.flat): slot for slot in engine.runner.slots()}.values():
+        flat, kept = slot.flat, keys_of(engine, named[id(slot.parameter)][0], keys)
         state = optimizer.state[flat]
-        for key in keys:
+        for key in kept:
             if key not in state:
                 state[key] = torch.zeros_like(flat.data)
         for key, value in state.items():
-            if key not in keys and isinstance(value, Tensor):
+            if key not in kept and isinstance(value, Tensor):
                 value.zero_()
         state["step"] = _step_count(optimizer, flat, optimizer_step)
+
+
+def keys_of(engine: Trained, name: str, keys: list[str]) -> list[str]:
+    """Those kinds of state that the optimizer keeps of the parameter called `name`."""
+    is_muon = isinstance(engine.runner.optimizer, Muon) and is_linear_weight(name)
+    return [key for key in keys if (key == MOMENTUM) == is_muon]
 
 
 def optimizer_step(engine: Trained) -> int:

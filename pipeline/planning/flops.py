@@ -17,6 +17,7 @@ from pipeline.config.model_shape import resolve
 from pipeline.config.parameter_names import (
     linear_shapes,
     matches,
+    matrices_of,
     parameter_names,
     trained_names,
 )
@@ -26,6 +27,8 @@ from pipeline.planning.trained import (
     num_trained_parameters,
 )
 
+# Of Muon's update of a matrix.
+NEWTON_SCHULZ_STEPS = 5
 # Dense (not sparse) bf16 TFLOP/s of one device, from the makers' datasheets. The first key that the
 # device's name contains as whole words counts, so longer names come first.
 PEAK_TFLOPS = {
@@ -134,6 +137,23 @@ def _trained_shares(model: ModelConfig, finetune: FinetuneConfig) -> list[float]
         count[0] += math.prod(shape) * matches(f"{stem}.weight", finetune.train, model)
         count[1] += math.prod(shape)
     return [trained / whole for trained, whole in counts]
+
+
+def orthogonalization_flops(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
+    """Floating-point operations of Muon's update of a linear's weight (engine/muon.py).
+
+    Of each of its matrices, (n, m) with n <= m: NEWTON_SCHULZ_STEPS times two products of 2 n^2 m
+    and one of 2 n^3.
+
+    Args:
+        name: canonical.
+        shape: whole.
+    """
+    total = 0.0
+    for runs in matrices_of(name, shape[0], model):
+        small, large = sorted((sum(stop - start for start, stop in runs), shape[1]))
+        total += NEWTON_SCHULZ_STEPS * (4 * small**2 * large + 2 * small**3)
+    return total
 
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:

@@ -7,6 +7,7 @@ Pure functions of the config; imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,12 @@ from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.layout_rules import is_dual
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import ModelShape, resolve
-from pipeline.config.parameter_names import parameter_names, parameter_shapes, trained_names
+from pipeline.config.parameter_names import (
+    is_linear_weight,
+    parameter_names,
+    parameter_shapes,
+    trained_names,
+)
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.stages import partition, pipeline_costs, places_of
@@ -40,6 +46,8 @@ class Stage:
     """Numbers on a tensor-parallel rank, low-rank matrices included."""
     trained: float
     """Of them, those that are trained."""
+    by_muon: float
+    """Of the trained, those that Muon updates; AdamW has the others."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,18 @@ class Job:
             has_head=last in places,
             parameters=held,
             trained=held if self.trains_all else self._numbers(places, trained_only=True),
+            by_muon=self._numbers(places, trained_only=True, counts=is_linear_weight)
+            if self.optimizer is OptimizerName.muon
+            else 0.0,
         )
 
-    def _numbers(self, places: set[int], *, trained_only: bool = False) -> float:
+    def _numbers(
+        self,
+        places: set[int],
+        *,
+        trained_only: bool = False,
+        counts: Callable[[str], bool] = lambda _: True,
+    ) -> float:
         """Numbers of the parameters at these places on a tensor-parallel rank.
 
         All blocks are alike: one of them is counted, and no name of the others is made, unless it
@@ -153,6 +170,8 @@ class Job:
         blocks = sum(1 for place in places if 1 <= place <= self.model.num_layers)
         total = 0.0
         for name, shape in shapes.items():
+            if not counts(name):
+                continue
             size = size_on_a_rank(name, shape, tensor=tensor)
             if self.trains_all and name.startswith("layers."):
                 total += blocks * size

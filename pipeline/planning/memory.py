@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config.choices import OptimizerName, Position, Precision, Recompute
+from pipeline.config.choices import Position, Precision, Recompute
 from pipeline.config.parameter_names import linear_shapes
 from pipeline.planning.job import Job, Stage
 from pipeline.planning.kept import (
@@ -28,7 +28,7 @@ from pipeline.planning.kept import (
 
 GIB = 2**30
 # Bytes of element-wise optimizer state per parameter, fp32.
-STATE_BYTES = {OptimizerName.adamw: 8}
+ADAMW_BYTES, MUON_BYTES = 8, 4
 # What torch's allocator cannot give out again, of what it holds: some 3 % where blocks have few
 # sizes, as here. With CUDA's context, kernels and NCCL's buffers: 1.5 GiB. Neither is measured yet.
 FRAGMENTATION = 0.03
@@ -116,13 +116,14 @@ def _states(job: Job, stage: Stage) -> tuple[float, float, float]:
     Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     """
     zero, shards = job.shape.zero_stage, job.shape.sizes.data
-    state = STATE_BYTES[job.optimizer] + (4 if zero > 0 else 0)
+    state = stage.trained * ADAMW_BYTES - stage.by_muon * (ADAMW_BYTES - MUON_BYTES)
+    copy = stage.trained * 4 if zero > 0 else 0.0
     weights = stage.parameters * job.width / (shards if zero == 3 else 1)
     gradients = stage.trained * 4 / (shards if zero >= 2 else 1)
     if job.training.precision is not Precision.bf16 and zero == 1:
         # DeepSpeed's stage 1 beside its BF16_Optimizer sums in the model's own gradients.
         gradients = stage.trained * job.width
-    optimizer = stage.trained * state / (shards if zero > 0 else 1)
+    optimizer = (state + copy) / (shards if zero > 0 else 1)
     return weights, gradients, 0.0 if job.parallel.offload_optimizer else optimizer
 
 

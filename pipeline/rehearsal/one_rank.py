@@ -184,6 +184,8 @@ def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     with (
         mock.patch(f"{dispatcher}.sort_chunks_by_idxs", sort_experts),
+        # Nobody else is there to say what it holds: as much as this rank.
+        mock.patch("pipeline.engine.home_ranks.gather", lambda runs, peers: [runs] * peers.size),
         mock.patch("pipeline.engine.engine.initialize", lambda *_, **__: None),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", receive),
     ):

@@ -193,8 +193,10 @@ def test_state_that_a_checkpoint_lacks_is_zero_again() -> None:
     optimizer = torch.optim.AdamW([flat])
     flat.grad = torch.full((3,), 1e30)
     optimizer.step()
+    slot = SimpleNamespace(flat=flat, parameter=flat)
     engine: Any = SimpleNamespace(
-        runner=SimpleNamespace(optimizer=optimizer, slots=lambda: [SimpleNamespace(flat=flat)])
+        runner=SimpleNamespace(optimizer=optimizer, slots=lambda: [slot]),
+        all_parameters=lambda: {"final_norm.weight": (flat, Partition.of((3,)))},
     )
     state.create_state(engine, ["exp_avg"], optimizer_step=0)
     kept, gone = (optimizer.state[flat][key] for key in ("exp_avg", "exp_avg_sq"))

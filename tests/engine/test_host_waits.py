@@ -98,6 +98,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         dict(zero=3, precision="bf16"),
         dict(pp=2, precision="bf16"),
         dict(model="modern", pp=2, schedule="dualpipev"),
+        dict(model="modern", tp=2, precision="bf16", optimizer="muon"),
     ],
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pipeline.config.choices import Init
+from pipeline.config.choices import Init, OptimizerName, Precision
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import OptimizerConfig
 from pipeline.engine.optimizer import build, parameter_groups, set_lr
@@ -58,6 +58,19 @@ def test_mup_slows_hidden_matrices_by_their_width():
     assert set(scales.values()) == {1.0}
 
 
+def test_muon_has_the_linears_of_the_blocks_and_mup_slows_them_by_the_root():
+    """An update whose singular values are equal is larger by the root of the width (arXiv:2310.17813)."""
+    model = ModelConfig(hidden_size=512, init=Init.mup, mup_base_hidden_size=128)
+    named = {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+    named["layers.0.mlp.router.weight"] = nn.Parameter(torch.ones(4, 4))
+    cfg = OptimizerConfig(name=OptimizerName.muon)
+    (muon,) = [g for g in parameter_groups(named.items(), cfg, model) if g["is_matrix"]]
+    assert muon["params"] == [named["layers.0.self_attention.linear_qkv.weight"]]
+    assert (muon["lr_scale"], muon["weight_decay"]) == (0.5, 0.1)
+    adamw = parameter_groups(named.items(), OptimizerConfig(), model)
+    assert not any(group["is_matrix"] for group in adamw)
+
+
 def test_a_pattern_sets_the_learning_rate_of_what_it_names():
     scales = groups(OptimizerConfig(lr_scale={"embedding.*": 0.1}))
     assert [name for name, (_, scale) in scales.items() if scale == 0.1] == [
@@ -79,6 +92,7 @@ def test_learning_rates_of_groups_move_together():
             for p, s in zip(parameters, (1.0, 0.5))
         ],
         OptimizerConfig(),
+        Precision.fp32,
     )
     set_lr(optimizer, 0.02)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.01]

@@ -24,7 +24,7 @@ def record(sizes: dict[str, float], key: str) -> Callable[..., None]:
     return hook
 
 
-def activation_sizes(init: str) -> list[dict[str, float]]:
+def activation_sizes(init: str, optimizer: str) -> list[dict[str, float]]:
     """For each width, the mean size of every block's attention and MLP output after five steps at one learning rate."""
     from pipeline.config.run_shape import derive
     from pipeline.distributed.layout import connect
@@ -33,7 +33,7 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
 
     sizes: list[dict[str, float]] = []
     for width in WIDTHS:
-        cfg = config("gpt2-untied", micro_batch_size=16)
+        cfg = config("gpt2-untied", micro_batch_size=16, optimizer=optimizer)
         model = replace(
             cfg.model,
             hidden_size=width,
@@ -61,11 +61,17 @@ def activation_sizes(init: str) -> list[dict[str, float]]:
     return sizes
 
 
-def growth(init: str) -> list[float]:
-    narrow, wide = run_on_ranks(activation_sizes, 1, init)[0]
+def growth(init: str, optimizer: str) -> list[float]:
+    narrow, wide = run_on_ranks(activation_sizes, 1, init, optimizer)[0]
     return [wide[key] / narrow[key] for key in narrow]
 
 
 def test_activations_keep_their_size_with_width_under_mup_and_explode_without() -> None:
-    assert all(0.25 < ratio < 2 for ratio in growth("mup"))
-    assert all(ratio > 4 for ratio in growth("scaled"))
+    assert all(0.25 < ratio < 2 for ratio in growth("mup", "adamw"))
+    assert all(ratio > 4 for ratio in growth("scaled", "adamw"))
+
+
+def test_activations_keep_their_size_with_width_under_mup_and_muon() -> None:
+    """Its updates grow with the root of the width, so that muP divides by the root."""
+    found = growth("mup", "muon")
+    assert all(0.25 < ratio < 2 for ratio in found), found

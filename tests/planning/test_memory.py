@@ -109,6 +109,17 @@ def test_one_fp32_rank_needs_no_second_copy_whatever_stage_is_set():
     assert found.optimizer == 12 * parameters / 2
 
 
+def test_muon_keeps_one_number_of_a_matrix_and_adamw_two_of_the_rest():
+    """12 H^2 a block in matrices: fp32 copy and momentum, 8 bytes; the others 12; over 8 ranks."""
+    matrices = 32 * 12 * 4096**2
+    rest = 32 * 13 * 4096 + 50304 * 4096 + 2048 * 4096 + 2 * 4096
+    (found,) = memory_of("training.micro_batch_size=1", "optimizer=muon")
+    assert found.optimizer == (8 * matrices + 12 * rest) / 8
+    stages = memory_of("parallel.pipeline_parallel_size=4", "optimizer=muon")
+    middle = 8 * (8 * 12 * 4096**2 + 12 * 13 * 4096)  # of eight blocks
+    assert stages[1].optimizer == middle / 2
+
+
 def test_zero_2_keeps_large_gradients_until_the_end_of_a_backward_pass():
     """Of 6.7B, qkv, fc1 and fc2 are above a bucket of 40 M numbers; rehearsed: 5.7 % too low without them."""
     words = ["training.micro_batch_size=1", "training.recompute=full", "parallel.zero_stage=2"]

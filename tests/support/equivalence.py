@@ -24,7 +24,7 @@ def check(world_size: int, cases: list[Case]) -> None:
         )
     expected: dict[str, Any] = {}
     for case, kind, cfg, got in zip(cases, kinds, configs, results[0]):
-        key = f"{case['model']} {kind} {cfg.optimizer.clip_grad} {cfg.finetune}"
+        key = f"{case['model']} {kind} {cfg.optimizer} {cfg.finetune}"
         expected.setdefault(key, None)
         if expected[key] is None:
             expected[key] = reference(cfg, **kind)

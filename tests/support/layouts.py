@@ -15,6 +15,7 @@ from pipeline.config.choices import (
     Init,
     Normalization,
     NormPlacement,
+    OptimizerName,
     PipelineSchedule,
     Position,
     Precision,
@@ -92,13 +93,14 @@ def config(
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
     lanes: int = 1, batch_size: int = BATCH, train: str = "*", lora_rank: int = 0,
+    optimizer: str = "adamw",
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
         name="test",
         model=replace(ModelConfig(**MODELS[model]), hidden_dropout=dropout, attention_dropout=dropout),
         data=DataConfig(mask_documents=documents, reset_positions=positions, lanes=lanes),
-        optimizer=OptimizerConfig(lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
+        optimizer=OptimizerConfig(name=OptimizerName[optimizer], lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
         schedule=ScheduleConfig(min_lr=3e-4, warmup_steps=2),
         parallel=ParallelConfig(
             tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero, sequence_parallel=sp,

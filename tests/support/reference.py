@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.choices import Activation, Normalization, NormPlacement, Position
+from pipeline.config.choices import (
+    Activation,
+    Normalization,
+    NormPlacement,
+    OptimizerName,
+    Position,
+)
 from pipeline.config.model_shape import resolve
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
@@ -73,8 +80,58 @@ def parameter_shapes(cfg: PretrainConfig, vocab_size: int) -> dict[str, tuple[in
     return shapes
 
 
+class Muon:
+    """Of the linears' weights, as its author and Moonlight write it (see pipeline/engine/muon.py), a matrix at a time."""
+
+    def __init__(self, weights: dict[str, Tensor], cfg: PretrainConfig) -> None:
+        self.cfg, self.sizes = cfg, resolve(cfg.model)
+        self.weights = {
+            n: w for n, w in weights.items()
+            if re.search(r"linear_\w+\.weight$", n) and w.requires_grad
+        }  # fmt: skip
+        self.momenta = {n: torch.zeros_like(w) for n, w in self.weights.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every matrix from its gradient."""
+        cfg = self.cfg.optimizer
+        for name, weight in self.weights.items():
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            self.momenta[name] = cfg.momentum * self.momenta[name] + gradient
+            update = gradient + cfg.momentum * self.momenta[name]
+            weight.mul_(1 - lr * cfg.weight_decay)
+            weight.sub_(lr * self._orthogonal(name, update))
+
+    def _orthogonal(self, name: str, update: Tensor) -> Tensor:
+        """Query, key, value and gate, up by themselves; the others whole."""
+        if name.endswith("linear_qkv.weight"):
+            groups, width = self.sizes.num_query_groups, self.sizes.head_dim
+            heads = update.view(groups, -1, width, update.shape[1])
+            parts = [heads[:, :-2], heads[:, -2], heads[:, -1]]
+            q, k, v = (
+                newton_schulz(part.reshape(-1, update.shape[1])).view_as(part) for part in parts
+            )
+            return torch.cat([q, k[:, None], v[:, None]], dim=1).view_as(update)
+        if name.endswith("linear_fc1.weight") and self.sizes.is_gated:
+            return torch.cat([newton_schulz(part) for part in update.chunk(2)])
+        return newton_schulz(update)
+
+
+def newton_schulz(g: Tensor) -> Tensor:
+    """zeropower_via_newtonschulz5 of kellerjordan.github.io/posts/muon, times 0.2 sqrt(max(m, n)) of arXiv:2502.16982."""
+    x = g / (g.norm() + 1e-7)
+    if g.shape[0] > g.shape[1]:
+        x = x.T
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    if g.shape[0] > g.shape[1]:
+        x = x.T
+    return 0.2 * math.sqrt(max(g.shape)) * x
+
+
 class ReferenceGPT:
-    """Forward pass and AdamW training of a PretrainConfig in plain torch."""
+    """Forward pass and training of a PretrainConfig in plain torch."""
 
     def __init__(self, cfg: PretrainConfig, vocab_size: int) -> None:
         self.cfg, self.model = cfg, cfg.model
@@ -238,12 +295,14 @@ class ReferenceGPT:
     def train(
         self, steps: list[dict[str, Tensor]], shape: RunShape, micro_batch: int
     ) -> list[tuple[float, float]]:
-        """[(loss, gradient norm)] of AdamW over steps; each step holds whole-batch tokens, labels, optional ids, mask."""
+        """[(loss, gradient norm)] over steps; each step holds whole-batch tokens, labels, optional ids, mask."""
         from pipeline.engine.lr_schedule import lr_at
 
         cfg = self.cfg.optimizer
         trained = [w for w in self.weights.values() if w.requires_grad]
-        decayed = [w for w in trained if w.dim() > 1]
+        muon = Muon(self.weights, self.cfg) if cfg.name is OptimizerName.muon else None
+        matrices = {id(w) for w in muon.weights.values()} if muon else set()
+        decayed = [w for w in trained if w.dim() > 1 and id(w) not in matrices]
         plain = [w for w in trained if w.dim() == 1]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}],
@@ -261,10 +320,13 @@ class ReferenceGPT:
                 )
             optional = (step.get(key) for key in ("document_ids", "mask", "positions"))
             loss = self.loss(step["tokens"], step["labels"], *optional)
-            optimizer.zero_grad()
+            for w in trained:
+                w.grad = None
             sum(self.router_losses, loss).backward()
             limit = cfg.clip_grad or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(trained, limit)
             optimizer.step()
+            if muon:
+                muon.step(optimizer.param_groups[0]["lr"])
             history.append((float(loss.detach()), float(norm)))
         return history

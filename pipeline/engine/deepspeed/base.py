@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from pipeline.config.choices import Precision
 from pipeline.config.run_shape import RunShape
 from pipeline.config.training import OptimizerConfig
 from pipeline.distributed.layout import ParallelLayout
@@ -66,7 +67,7 @@ class DeepSpeedRunner:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 model_parameters=groups,
-                optimizer=_optimizer(optimizer, self.is_offloaded),
+                optimizer=_optimizer(optimizer, architecture.precision, self.is_offloaded),
                 config=settings,
                 mpu=self.mpu,
             )
@@ -157,6 +158,10 @@ class DeepSpeedRunner:
         """Where this rank's share of the trained fp32 weights lies."""
         return slots.find_slots(self.wrapper, self.parameters)
 
+    def flats(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """The flat fp32 tensors that the optimizer knows, each with its parameters."""
+        return slots.find_flats(self.wrapper, self.parameters)
+
     def frozen_slots(self) -> Iterator[Slot]:
         """Where this rank's share of the frozen weights lies: the model's own memory."""
         return slots.find_frozen_slots(self.parameters)
@@ -167,10 +172,10 @@ class DeepSpeedRunner:
         slots.publish_weights(self.wrapper)
 
 
-def _optimizer(cfg: OptimizerConfig, is_offloaded: bool) -> Any:
+def _optimizer(cfg: OptimizerConfig, precision: Precision, is_offloaded: bool) -> Any:
     if is_offloaded:
         load_host_adam()
         return lambda groups: HostAdam(
             groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, adamw_mode=True
         )
-    return lambda groups: optimizer_module.build(groups, cfg)
+    return lambda groups: optimizer_module.build(groups, cfg, precision)

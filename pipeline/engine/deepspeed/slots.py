@@ -19,21 +19,12 @@ def find_slots(wrapper: Any, parameters: list[nn.Parameter]) -> Iterator[Slot]:
         wrapper: DeepSpeed's optimizer of any stage; torch's own at ZeRO-0.
         parameters: of the model.
     """
-    if isinstance(wrapper, torch.optim.Optimizer):
-        for parameter in parameters:
-            if parameter.requires_grad:
-                yield Slot(parameter, parameter, 0, 0, parameter.numel())
-    elif _is_stage_3(wrapper):
-        yield from _stage_3_slots(wrapper)
-    else:
-        is_bf16 = hasattr(wrapper, "bf16_groups")
-        groups = wrapper.bf16_groups if is_bf16 else wrapper.bit16_groups
-        flats = (
-            wrapper.fp32_groups_flat_partition
-            if is_bf16
-            else wrapper.single_partition_of_fp32_groups
-        )
-        for group, flat in zip(groups, flats, strict=True):
+    for flat, group in find_flats(wrapper, parameters):
+        if isinstance(wrapper, torch.optim.Optimizer):
+            yield Slot(group[0], flat, 0, 0, flat.numel())
+        elif _is_stage_3(wrapper):
+            yield from _stage_3_slots(flat, group)
+        else:
             for parameter in group:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # None: no element of it is updated here
@@ -41,15 +32,30 @@ def find_slots(wrapper: Any, parameters: list[nn.Parameter]) -> Iterator[Slot]:
                     yield Slot(parameter, flat, here.start, there.start, here.numel)
 
 
-def _stage_3_slots(wrapper: Any) -> Iterator[Slot]:
+def find_flats(wrapper: Any, parameters: list[nn.Parameter]) -> list[tuple[Any, list[Any]]]:
+    """The flat tensors that the optimizer knows, with the parameters each is cut from.
+
+    At ZeRO-0 a parameter is its own; else a group of parameters has one, at stage 3 several.
+    """
+    if isinstance(wrapper, torch.optim.Optimizer):
+        return [(parameter, [parameter]) for parameter in parameters if parameter.requires_grad]
+    if _is_stage_3(wrapper):
+        groups, flats = wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat
+    elif hasattr(wrapper, "bf16_groups"):
+        groups, flats = wrapper.bf16_groups, wrapper.fp32_groups_flat_partition
+    else:
+        groups, flats = wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups
+    return list(zip(flats, groups, strict=True))
+
+
+def _stage_3_slots(flat: Any, group: list[Any]) -> Iterator[Slot]:
     """Each parameter is cut into equal parts, the last one padded."""
-    for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
-        offset = 0
-        for parameter in group:
-            start, stop = _stage_3_run(parameter)
-            if start < stop:
-                yield Slot(parameter, flat, offset, start, stop - start)
-            offset += parameter.partition_numel()
+    offset = 0
+    for parameter in group:
+        start, stop = _stage_3_run(parameter)
+        if start < stop:
+            yield Slot(parameter, flat, offset, start, stop - start)
+        offset += parameter.partition_numel()
 
 
 def _stage_3_run(parameter: Any) -> tuple[int, int]:
