@@ -15,12 +15,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 
+from pipeline.data.chat_sandbox import MARK, TooLong, bounded, sandbox
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 Messages = list[dict[str, Any]]
-MARK = "\0"  # around what is learned; no text of a dialogue may hold it
 PROBE: Messages = [
     {"role": "user", "content": "How does one say cat in German?"},
     {"role": "assistant", "content": "Katze."},
@@ -63,41 +59,6 @@ class Encoded(NamedTuple):
     """(n,) uint8: 1 where the token is to be predicted."""
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks its text as what the assistant says."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_mark")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{MARK}{caller()}{MARK}"
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What transformers gives to templates, but for the clock: it would change the bytes daily."""
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda _: refuse(
-        "it asks for the date, and its text would differ from day to day"
-    )
-    return environment
-
-
 class ChatTemplate:
     """One template with the tokenizer whose tokens it spells."""
 
@@ -109,9 +70,19 @@ class ChatTemplate:
         """
         self.source, self.tokenizer, self.name = source, tokenizer, name
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"{name} is not a Jinja template: {error}.") from None
+            with bounded():  # constants are computed here already
+                self._template = sandbox().from_string(source)
+        except (
+            jinja2.TemplateError,
+            SyntaxError,
+            ValueError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+            TooLong,
+        ) as error:
+            kind = type(error).__name__
+            raise ConfigError(f"{name} is not a Jinja template ({kind}: {error}).") from None
         self.end_of_turn = self._check()
 
     def render(
@@ -129,14 +100,15 @@ class ChatTemplate:
         """
         end = self.tokenizer.eod_token or ""
         try:
-            marked = self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                bos_token=end,
-                eos_token=end,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with bounded():
+                marked = self._template.render(
+                    messages=messages,
+                    tools=tools,
+                    documents=None,
+                    bos_token=end,
+                    eos_token=end,
+                    add_generation_prompt=add_generation_prompt,
+                )
         except (
             jinja2.TemplateError,
             TypeError,
@@ -145,6 +117,8 @@ class ChatTemplate:
             LookupError,
             ArithmeticError,
             RecursionError,
+            MemoryError,
+            TooLong,
         ) as error:
             # What the sandbox's Python raises on a field that is missing or of another type.
             raise Rejected("template_error", f"{type(error).__name__}: {error}") from None
@@ -272,8 +246,6 @@ class ChatTemplate:
             raise ConfigError(
                 f"{self.name} cannot render a dialogue of user and assistant: {error.detail}."
             ) from None
-        except MemoryError:  # of four short messages
-            raise ConfigError(f"{self.name} takes all memory for a short dialogue.") from None
 
     def _find_end(self, whole: Rendered, answers: list[str]) -> int:
         """The special token that ends every learned part: without it a model never stops."""
