@@ -21,6 +21,7 @@ BENCHMARKS = {
     "loader": [],
     "train_step": ["--rounds", "4"],
     "finetune": ["--rounds", "4"],
+    "parallel": [],
     "checkpoint": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }
