@@ -12,10 +12,12 @@ Face folders are probed too: checkpoint=FOLDER. What the numbers mean: docs/prob
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli, log
+from pipeline.checkpoint.folder import list_checkpoints
 from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
@@ -53,6 +55,10 @@ class ProbeConfig:
     ablate: bool = False
     """Also the loss without each head, attention layer and MLP: for each of them the text is read
     once more.
+    """
+    curve: bool = False
+    """Also lens losses and head scores of every checkpoint of a run, by step; which are there is
+    checkpoint.keep_last and checkpoint.keep_every of the run.
     """
     output: str | None = None
     """Folder of the results; null: probe/ in the folder of the run, checkpoint or model."""
@@ -101,10 +107,17 @@ def look_into(cfg: ProbeConfig, ranks: Ranks) -> dict[str, Any]:
     from pipeline.distributed.layout import connect  # from here on torch is needed
 
     layout = connect(ranks, shape.sizes)
+    from pipeline.checkpoint.agreement import Agreement
     from pipeline.probing.probe import probe
+    from pipeline.training.initial_weights import load_weights
 
     model, path = open_asked_model(request.evaluation, shape, layout, path=path)
-    return probe(model, request, shape=shape) | {"checkpoint": str(path)}
+    earlier = []
+    if cfg.curve:
+        # The main rank's list: a run that goes on saves and prunes while ranks look.
+        found = Agreement(layout.host_group).on_main(lambda: _checkpoints(cfg))
+        earlier = [(step, partial(load_weights, model, folder)) for step, folder in found]
+    return probe(model, request, shape=shape, earlier=earlier) | {"checkpoint": str(path)}
 
 
 def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
@@ -142,8 +155,25 @@ def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
     return path, request if cfg.prompt is None else _with_prompts(request, cfg), data
 
 
+def _checkpoints(cfg: ProbeConfig) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run, oldest first.
+
+    Raises:
+        ConfigError: the setting names no run.
+    """
+    for root in (Path(cfg.checkpoint) / "checkpoints", Path(cfg.checkpoint)):
+        if found := list_checkpoints(root):
+            return found
+    raise ConfigError(
+        f"curve=true needs a run with its checkpoints, and {cfg.checkpoint} holds none: give the "
+        "run's folder, runs/NAME, or leave curve out."
+    )
+
+
 def _check(cfg: ProbeConfig) -> None:
     """Refuse settings that would have no effect beside each other."""
+    if cfg.curve:
+        _checkpoints(cfg)
     if cfg.prompt is None and (cfg.patch_into is not None or cfg.answer is not None):
         raise ConfigError("patch_into and answer go with a prompt: set prompt='...' too.")
     if cfg.prompt is not None and (cfg.data != DataConfig() or cfg.seq_len is not None):

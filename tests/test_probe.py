@@ -18,6 +18,7 @@ from pipeline.probing.findings import strongest
         (dict(answer=" B"), "patch_into and answer go with a prompt"),
         (dict(prompt="A B", data=DataConfig(path="OUT")), r"data\.\* and seq_len would have no effect"),
         (dict(prompt="A B", seq_len=8), r"data\.\* and seq_len would have no effect"),
+        (dict(curve=True), "curve=true needs a run with its checkpoints, and x holds none"),
         (dict(micro_batch_size=0), r"micro_batch_size \(0\) must be at least 1"),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from pipeline.errors import DataUsedUp, PipelineError
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import (
     STEPS,
+    heads,
     history,
     overrides,
     train_on_ranks,
@@ -36,8 +37,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_four_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
     """Tensor and pipeline parallel through the whole trainer: same samples, losses, norms, held-out loss."""
-    layout = {"parallel.tensor_parallel_size": 2, "parallel.pipeline_parallel_size": 2}
-    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "one"))
+    looks = {"training.probe_every": 4}
+    layout = looks | {f"parallel.{name}_parallel_size": 2 for name in ("tensor", "pipeline")}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "one", **looks))
     run_on_ranks(train_on_ranks, 4, overrides(data, tmp_path, "four", **layout))
     one, four = history(tmp_path / "one"), history(tmp_path / "four")
     assert list(one) == list(four) == list(range(1, STEPS + 1))
@@ -46,6 +48,7 @@ def test_four_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
         assert four[step][:2] == pytest.approx(one[step][:2], rel=1e-5)
     assert validation(tmp_path / "four") == pytest.approx(validation(tmp_path / "one"), rel=1e-5)
     assert list(validation(tmp_path / "one")) == [5, 10]
+    assert heads(tmp_path / "four") == pytest.approx(heads(tmp_path / "one"), abs=1e-5)
 
 
 def train_and_adapt(base: list[str], adapter: list[str]) -> None:

@@ -26,9 +26,10 @@ LEAST = {
         finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad
         optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
-        training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
-        checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
-        resilience.max_bad_steps resilience.spike_sigmas resilience.straggler_ratio sequences""",
+        training.probe_every training.gc_every data.prefetch_steps checkpoint.save_every
+        checkpoint.keep_last checkpoint.keep_every resilience.hang_timeout_s
+        resilience.straggler_every resilience.max_bad_steps resilience.spike_sigmas
+        resilience.straggler_ratio sequences""",
 }
 ABOVE_0 = """model.rope_theta model.rope_scaling_factor resilience.collective_timeout_s
     tracking.peak_tflops"""

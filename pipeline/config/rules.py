@@ -81,6 +81,7 @@ def problems(
         (layout_rules.zero(parallel, training.precision), SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),
         (recompute(training), set(), ""),
+        (heads_are_seen(cfg), set(), ""),
         (profile_steps(training), {"training.total_steps"}, ""),
         (
             model_rules.sequence_length(model, "training.seq_len", training.seq_len),
@@ -195,6 +196,16 @@ def recompute(training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.recompute_every ({training.recompute_every}) counts only with "
             "training.recompute=full. Set that, or training.recompute_every=1."
+        )
+
+
+def heads_are_seen(cfg: PretrainConfig) -> Iterator[str]:
+    """Hooks find queries and keys where Python calls attention."""
+    if cfg.training.probe_every > 0 and cfg.model.compile:
+        yield (
+            f"training.probe_every ({cfg.training.probe_every}) needs model.compile=false: a "
+            "compiled block calls no hooks. `python -m pipeline.probe runs/NAME curve=true` looks "
+            "at the checkpoints afterwards."
         )
 
 

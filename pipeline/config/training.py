@@ -115,6 +115,8 @@ class TrainingConfig:
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: int = 1024
     """Sequences per validation dataset and evaluation; 0: all of it."""
+    probe_every: int = 0
+    """Steps between looks at the attention heads (docs/probing.md); 0: never."""
     profile_steps: list[int] | None = None
     """[a, b]: trace steps a to b (as logged) of every rank into runs/<name>/profiles/; null: none.
     """

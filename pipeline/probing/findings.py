@@ -50,6 +50,8 @@ def print_summary(findings: dict[str, Any]) -> None:
         without, loss = findings["ablation"], findings["ablation"]["none"][0]
         added = [[value - loss for value in row] for row in without["heads"]]
         print(f"{'ablation':<12}" + "  ".join(strongest(added)) + "  (loss added)")
+    if "curve" in findings:
+        _print_curve(findings["curve"], list(kinds))
     if "patching" in findings:
         _print_patching(findings["patching"])
 
@@ -59,6 +61,14 @@ def strongest(table: Sequence[Sequence[float]]) -> list[str]:
     found = [(v, f"{i}.{head}") for i, row in enumerate(table) for head, v in enumerate(row)]
     found.sort(key=lambda pair: -pair[0])
     return [f"{place} {value:.3f}" for value, place in found[:STRONGEST]]
+
+
+def _print_curve(curve: dict[str, Any], kinds: list[str]) -> None:
+    """The model's loss and the strongest head of each kind, by checkpoint."""
+    print(f"\n{'step':<12}{'loss':>8}" + "".join(f"{name:>18}" for name in kinds))
+    for number, step in enumerate(curve["steps"]):
+        best = "".join(f"{strongest(curve[name][number])[0]:>18}" for name in kinds)
+        print(f"{step:<12}{curve['lens_loss'][number][-1]:>8.4f}{best}")
 
 
 def _print_patching(found: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from pipeline.probing.passage import Passage, blocks_of, heads_here, look
 from pipeline.probing.readout import Readout
 
 if TYPE_CHECKING:
+    from pipeline.distributed.layout import ParallelLayout
     from pipeline.engine.forward_only import ForwardOnly
 
 Sums = dict[str, Tensor]
@@ -66,7 +67,7 @@ class Measures:
             for name, value in self._sums(passage, batch, mask).items():
                 totals[name] = totals[name] + value if name in totals else value
             alive()
-        totals = self._over_ranks(totals)
+        totals = over_ranks(totals, self.layout)
         tokens, later = totals.pop("tokens"), totals.pop("later")
         means = {n: (v / (later if n == "sink" else tokens)).tolist() for n, v in totals.items()}
         adds = {n.partition(".")[2]: means.pop(n) for n in list(means) if n.startswith("adds.")}
@@ -81,7 +82,7 @@ class Measures:
         passage = look(self.model, self.batch_of(ids))
         found = self._of_heads(passage, partial(kinds, half=ids.shape[1] // 2), KINDS)
         copies = self.layout.data.size  # every data-parallel rank reads the same
-        return {n: (v / copies).tolist() for n, v in self._over_ranks(found).items()}
+        return {n: (v / copies).tolist() for n, v in over_ranks(found, self.layout).items()}
 
     def view(self, batch: Batch, *, count: int) -> dict[str, Any]:
         """Of a text: attention [L][N][S][S]; lens: ids, probabilities [L][S][TOP], losses [L][S].
@@ -112,7 +113,7 @@ class Measures:
         values = {"attention": maps, "ids": ids, "chances": chances, "losses": losses}
         if self.layout.data.rank > 0:
             values = {name: torch.zeros_like(value) for name, value in values.items()}
-        whole = self._over_ranks(values)
+        whole = over_ranks(values, self.layout)
         return {
             "attention": whole["attention"].tolist(),
             "lens": {
@@ -225,12 +226,13 @@ class Measures:
         """Of what every tensor-parallel rank has alike the first one's counts."""
         return self.layout.tensor.rank == 0
 
-    def _over_ranks(self, values: Sums) -> Sums:
-        """The sums over all ranks, in the order of their names."""
-        found = {}
-        for name in sorted(values):
-            found[name] = values[name].contiguous()
-            for axis in (self.layout.tensor, self.layout.pipeline, self.layout.data):
-                if axis.size > 1:
-                    dist.all_reduce(found[name], group=axis.group)
-        return found
+
+def over_ranks(values: Sums, layout: ParallelLayout) -> Sums:
+    """The sums over all ranks, in the order of their names. Collective: call on every rank."""
+    found = {}
+    for name in sorted(values):
+        found[name] = values[name].contiguous()
+        for axis in (layout.tensor, layout.pipeline, layout.data):
+            if axis.size > 1:
+                dist.all_reduce(found[name], group=axis.group)
+    return found

@@ -51,7 +51,7 @@ function lens() {
   }
 }
 
-function map(name, values, { columns, labels, low = 0, high = null, note = "" }) {
+function map(name, values, { columns, labels, rows, low = 0, high = null, note = "" }) {
   const box = make("div", document.getElementById("maps"));
   box.className = "map";
   make("h3", box, name);
@@ -59,15 +59,16 @@ function map(name, values, { columns, labels, low = 0, high = null, note = "" })
   const flat = values.flat();
   const most = high ?? Math.max(...flat), least = low ?? Math.min(...flat);
   const table = make("table", box), top = make("tr", table);
-  make("th", top, "block");
+  make("th", top, rows ? "head" : "block");
   (labels ?? values[0].map((_, k) => k)).forEach(label => make("th", top, label));
   for (let i = values.length - 1; i >= 0; i--) {
     const row = make("tr", table);
-    make("th", row, i);
+    make("th", row, rows ? rows[i] : i);
     values[i].forEach((value, k) => {
       const cell = make("td", row);
       cell.style.background = shade((value - least) / ((most - least) || 1));
-      cell.title = `${columns} ${i}.${k}: ${value.toFixed(4)}`;
+      const where = rows ? `${rows[i]} at ${labels[k]}` : `${i}.${k}`;
+      cell.title = `${columns} ${where}: ${value.toFixed(4)}`;
       if (columns === "head") {
         cell.dataset.head = `${i}.${k}`;
         cell.onclick = () => { block = i; head = k; draw(); };
@@ -104,6 +105,14 @@ if (data.ablation) {
   const loss = data.ablation.none[0];
   map("ablation", data.ablation.heads.map(row => row.map(v => v - loss)),
     { columns: "head", low: null, note: "loss added without the head" });
+}
+if (data.curve) {
+  const heads = data.kinds.induction.flatMap((row, i) => row.map((_, k) => [i, k]));
+  for (const name of Object.keys(data.kinds)) {
+    const values = heads.map(([i, k]) => data.curve[name].map(table => table[i][k]));
+    const rows = heads.map(([i, k]) => `${i}.${k}`);
+    map(`${name} by step`, values, { columns: "step", labels: data.curve.steps, rows, high: 1 });
+  }
 }
 if (data.patching) {
   const found = data.patching, note = "log-probability of " + JSON.stringify(found.answer);

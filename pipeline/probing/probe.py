@@ -7,7 +7,7 @@ Findings are plain values; docs/probing.md says what each of them is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.engine.forward_only import ForwardOnly
 
 Findings = dict[str, Any]
+CURVES = ("lens_loss", "entropy", "sink")
+"""Means that the curve over checkpoints has, beside the kinds of heads."""
 SHOWN = 64
 """First tokens of a text whose attention and lens are shown."""
 
@@ -32,11 +34,14 @@ def probe(
     request: Request,
     *,
     shape: ForwardShape,
+    earlier: Sequence[tuple[int, Callable[[], Any]]] = (),
     alive: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Everything that was asked for, the same on every rank. Collective: call on every rank.
 
-    alive: called between forward passes.
+    Args:
+        earlier: (step, what loads its weights into the model), for the curve; they stay there.
+        alive: called between forward passes.
     """
     measures = Measures(model)
     prompt = request.prompt
@@ -68,7 +73,27 @@ def probe(
         findings["ablation"] = ablate(model, batches, alive=alive)
     if request.patching is not None:
         findings["patching"] = _patch(model, request, shape, shown, measures)
+    if earlier:
+        findings["curve"] = _curve(measures, batches, earlier, longest=request.longest)
     return findings
+
+
+def _curve(
+    measures: Measures,
+    batches: Sequence[Batch],
+    earlier: Sequence[tuple[int, Callable[[], Any]]],
+    *,
+    longest: int,
+) -> Findings:
+    """Means and head kinds by checkpoint: each a list as long as `steps`."""
+    curve: Findings = {"steps": [step for step, _ in earlier]}
+    for _, load in earlier:
+        load()
+        means = measures.averages(batches, alive=lambda: None)
+        found = {name: means[name] for name in CURVES} | measures.kinds(seq_len=longest)
+        for name, value in found.items():
+            curve.setdefault(name, []).append(value)
+    return curve
 
 
 def _patch(

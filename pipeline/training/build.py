@@ -13,6 +13,7 @@ from pipeline.distributed.timeouts import step_timeout_s
 from pipeline.engine.engine import Engine
 from pipeline.model.architecture import Architecture
 from pipeline.model.stage_io import StageSchema
+from pipeline.probing.while_training import HeadProbe
 from pipeline.training.profile import StepProfile
 from pipeline.training.watched_engine import WatchedEngine
 
@@ -72,6 +73,11 @@ def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
         "finetune": cfg.finetune,
         "seed": cfg.seed,
     }
+
+
+def build_head_probe(cfg: PretrainConfig, engine: Engine) -> HeadProbe:
+    """What looks at the attention heads of a run."""
+    return HeadProbe(engine, StageSchema.of(cfg.data, cfg.parallel))
 
 
 def build_loader(

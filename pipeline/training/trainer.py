@@ -39,7 +39,7 @@ from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.best import BestCheckpoint
-from pipeline.training.build import build_loader, build_watched_engine
+from pipeline.training.build import build_head_probe, build_loader, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState
@@ -76,6 +76,7 @@ class Trainer:
             sequences=cfg.training.eval_sequences,
             cache_dir=cache_dir,
         )
+        self.head_probe = build_head_probe(cfg, self.engine)
         places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,
@@ -119,6 +120,9 @@ class Trainer:
                 break
             if self.is_due(self.cfg.training.eval_every):  # after the save: whatever it meets
                 self.evaluate()
+            if self.is_due(self.cfg.training.probe_every):
+                self.clock.enter("evaluation", self.state.step)
+                self.metrics.event(self.state, self.head_probe.run())  # collective
             if self.is_due(self.cfg.resilience.straggler_every):
                 self.report_stragglers()
             self.collect_garbage()
@@ -210,11 +214,9 @@ class Trainer:
         self.guard.restore(record.guard, keep_ledger=True)
         self.state = TrainState.of(record.state)
         self.loader.restore(record.loader)
-        self.loader.skip_samples(reached - self.state.samples_seen)
-        self.warn(
-            f"rolled back to step {self.state.step}; "
-            f"{reached - self.state.samples_seen} samples are skipped"
-        )
+        skipped = reached - self.state.samples_seen
+        self.loader.skip_samples(skipped)
+        self.warn(f"rolled back to step {self.state.step}; {skipped} samples are skipped")
         self.state.samples_seen = reached
 
     def evaluate(self) -> None:

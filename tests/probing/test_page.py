@@ -30,6 +30,7 @@ def findings() -> dict[str, Any]:
             "attention": maps,
             "lens": {"tokens": [[["x", "y"]] * 3] * 2, "probabilities": [[[0.9, 0.1]] * 3] * 2},
         },
+        "curve": {"steps": [0, 10], "previous": [table] * 2, "duplicate": [table] * 2, "induction": [table] * 2},
         "patching": {
             "answer": " z", "tokens": ["a", "b", "c"], "of_prompt": -0.1, "of_other": -5.0,
             "streams": [[-5.0, -4.0, -0.2]] * 2, "heads": table,

@@ -72,7 +72,7 @@ def found(layouts: list[dict[str, Any]], root: Path) -> list[Any]:
             pair = []
             for more in (
                 dict(**prompts, ablate=True),
-                dict(data=held_out, sequences=SEQUENCES, seq_len=SEQ_LEN),
+                dict(data=held_out, sequences=SEQUENCES, seq_len=SEQ_LEN, curve=True),
             ):
                 cfg = ProbeConfig(**common, **more)  # type: ignore[arg-type]
                 pair.append(look_into(cfg, ranks_from_environment()))
@@ -142,6 +142,14 @@ def compare(pair: list[Any], wanted: list[Any], case: Any) -> None:
         wanted[1]["averages"],
         f"{case} on data",
     )
+    curve = held_out["curve"]
+    newest = {name: curve[name][-1] for name in curve if name != "steps"}
+    close(
+        newest,
+        {n: {**wanted[0]["kinds"], **wanted[1]["averages"]}[n] for n in newest},
+        f"{case} curve",
+    )
+    assert curve["steps"] == [1] and {"induction", "lens_loss"} < newest.keys()
     parts, logit = held_out["averages"]["attribution"], held_out["averages"]["logit"]
     assert sum(np.sum(value) for value in parts.values()) == pytest.approx(logit, abs=1e-5)
 

@@ -75,3 +75,13 @@ def validation(run: Path) -> dict[int, float]:
     """Step -> held-out loss."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: r["val/validation/loss"] for r in rows if "val/validation/loss" in r}
+
+
+def heads(run: Path) -> dict[tuple[int, str], float]:
+    """(step, name) -> what training.probe_every=4 logged, five scores at a time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        (row["step"], name): row[name] for row in rows for name in row if name.startswith("probe/")
+    }
+    assert [step for step, _ in found] == [4] * 5 + [8] * 5
+    return found

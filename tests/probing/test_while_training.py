@@ -1,0 +1,88 @@
+"""Heads are seen alike at every layout while they are trained, as in the checkpoint afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config.choices import Precision
+from pipeline.config.run_shape import derive
+from pipeline.errors import ConfigError
+from tests.support.checkpoint_runs import Run
+from tests.support.exported import tokenizer_file
+from tests.support.layouts import VOCAB, config, reset_parallel_state
+from tests.support.ranks import run_on_ranks
+
+Case = dict[str, Any]
+LAYOUTS: dict[int, list[Case]] = {
+    2: [dict(pp=2), dict(pp=2, schedule="dualpipev"), dict(zero=3), dict(tp=2, zero=2)],
+    4: [dict(tp=2, pp=2, sp=True), dict(pp=4), dict(tp=2, sp=True, zero=3)],
+}
+FAST: dict[int, list[Case]] = {2: [dict(tp=2, sp=True, zero=3)]}
+
+
+def seen(cases: list[Case], folder: Path) -> list[Any]:
+    """After two steps: scores by head, what is logged, and the losses of the next two steps."""
+    from pipeline.model.stage_io import StageSchema
+    from pipeline.probing.while_training import HeadProbe
+
+    found = []
+    for number, case in enumerate(cases):
+        cfg = config("modern", **case)
+        run = Run(cfg, folder / str(number))
+        run.train(0, 2)
+        probe = HeadProbe(run.engine, StageSchema.of(cfg.data, cfg.parallel))
+        tables = {name: table.tolist() for name, table in probe.scores().items()}
+        found.append((tables, probe.run(), run.train(2, 4)))
+        run.close()
+    return found
+
+
+def afterwards(folder: Path) -> Any:
+    """The same scores from a checkpoint of the second step, and the next two steps unseen."""
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.probe import ProbeConfig, look_into
+
+    tokenizer = tokenizer_file(folder).read_bytes()
+    run = Run(config("modern"), folder / "run", attachments={"tokenizer.json": tokenizer})
+    run.train(0, 2)
+    run.save(2)
+    losses = run.train(2, 4)
+    run.close()
+    asked = ProbeConfig(checkpoint=str(folder / "run"), prompt="t1 t2", precision=Precision.fp32)
+    tables = look_into(asked, ranks_from_environment())["kinds"]
+    reset_parallel_state()
+    return tables, losses
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        *FAST.items(),
+        *(pytest.param(size, cases, marks=pytest.mark.slow) for size, cases in LAYOUTS.items()),
+    ],
+)
+def test_heads_in_training_are_those_of_the_checkpoint(
+    world_size: int, layouts: list[Case], tmp_path: Path
+) -> None:
+    """Partitioned weights, stages and heads; and training goes on as if nobody had looked."""
+    [(kinds, losses)] = run_on_ranks(afterwards, 1, tmp_path)
+    for ranks in run_on_ranks(seen, world_size, layouts, tmp_path):
+        for case, (tables, logged, later) in zip(layouts, ranks, strict=True):
+            for name, table in kinds.items():
+                np.testing.assert_allclose(tables[name], table, atol=1e-5, err_msg=str(case))
+                assert logged[f"probe/{name}"] == np.max(tables[name])
+            assert np.shape(tables["entropy"]) == (4, 4)
+            assert logged["probe/entropy"] == pytest.approx(np.mean(tables["entropy"]))
+            np.testing.assert_allclose(later, losses, rtol=1e-5, err_msg=str(case))
+
+
+def test_compiled_blocks_are_not_looked_into() -> None:
+    """Their hooks would not be called, and every score would be 0."""
+    cfg = config("modern")
+    cfg.training.probe_every, cfg.model.compile = 10, True
+    with pytest.raises(ConfigError, match=r"training.probe_every \(10\) needs model.compile=false"):
+        derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
