@@ -117,6 +117,7 @@ TESTED_IN = {
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
+    "pipeline/engine/deepspeed/experts.py": ("model/test_moe.py", "the layer that has them"),
     "pipeline/model/experts.py": ("model/test_moe.py", "the layer that holds them"),
     "pipeline/model/fragments.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/model/gpt.py": ("engine/test_equivalence.py", LAYOUTS),

@@ -62,6 +62,29 @@ def sequence_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         )
 
 
+def experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """Experts are whole on the ranks of whole tensor-parallel groups, as many on each."""
+    expert, count = parallel.expert_parallel_size, model.moe.num_experts
+    name = f"parallel.expert_parallel_size ({expert})"
+    if expert > 1 and not count:
+        yield f"{name} shares out experts; model.moe.num_experts is 0. Set it 1."
+    if expert == 1 or not count:
+        return
+    sizes = ParallelSizes.filling(parallel, world_size=world_size)
+    ranks = sizes.tensor * sizes.data
+    fitting = [
+        e for e in range(sizes.tensor, ranks + 1, sizes.tensor) if not (count % e or ranks % e)
+    ]
+    if expert not in fitting:
+        fitting = sorted({1, *fitting})
+        yield (
+            f"{name} must be 1, or a multiple of parallel.tensor_parallel_size ({sizes.tensor}) "
+            f"that divides both model.moe.num_experts ({count}) and the ranks that share a layer's "
+            f"tokens (tensor_parallel_size * data_parallel_size = {ranks}). "
+            f"Legal here: {', '.join(map(str, fitting))}."
+        )
+
+
 def sequence_splits(parallel: ParallelConfig, name: str, seq_len: int) -> Iterator[str]:
     """Under sequence parallelism every rank has as many tokens of a sequence.
 
@@ -101,6 +124,22 @@ def zero(parallel: ParallelConfig, precision: Precision) -> Iterator[str]:
         yield "parallel.offload_optimizer=true needs parallel.zero_stage of 1 to 3."
     if parallel.offload_optimizer and pipeline > 1:
         yield "parallel.offload_optimizer=true needs parallel.pipeline_parallel_size=1."
+
+
+def experts_train(parallel: ParallelConfig) -> Iterator[str]:
+    """What DeepSpeed can train of experts on ranks of their own."""
+    expert, tensor = parallel.expert_parallel_size, parallel.tensor_parallel_size
+    if parallel.zero_stage == 3 and expert > tensor:
+        yield (
+            f"parallel.zero_stage=3 works with parallel.expert_parallel_size ({expert}) up to "
+            f"parallel.tensor_parallel_size ({tensor}): beyond it data-parallel ranks hold "
+            "different experts, which DeepSpeed does not partition. Set parallel.zero_stage=2."
+        )
+    if parallel.offload_optimizer and expert > 1:
+        yield (
+            "parallel.offload_optimizer=true needs parallel.expert_parallel_size=1: DeepSpeed "
+            "takes the gradient norm of offloaded experts wrongly."
+        )
 
 
 def dual_schedule(parallel: ParallelConfig) -> Iterator[str]:

@@ -118,6 +118,12 @@ def muon(cfg: PretrainConfig) -> Iterator[str]:
             "are the device's, where only gradients would be. Set parallel.offload_optimizer=false "
             "(Muon's state is 4 bytes a weight instead of 8), or optimizer=adamw."
         )
+    if (expert := cfg.parallel.expert_parallel_size) > 1:
+        yield (
+            f"optimizer.name=muon does not work with parallel.expert_parallel_size ({expert}): its "
+            "ranks take each matrix to be on all of them, or split over the tensor-parallel ones. "
+            "Set parallel.expert_parallel_size=1, or optimizer=adamw."
+        )
 
 
 def stages_train(cfg: PretrainConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:

@@ -20,11 +20,20 @@ class ParallelSizes:
     """Ranks that share the stack of layers."""
     data: int = 1
     """Copies of the model, each with its own part of the batch."""
+    expert: int = 1
+    """Ranks, of those along tensor and data, that share each layer's experts; no axis of its own.
+    1: there are none, or every expert is split as any other matrix.
+    """
 
     @classmethod
     def of(cls, parallel: ParallelConfig, *, data: int = 1) -> ParallelSizes:
         """The sizes that are set, with `data` copies of the model."""
-        return cls(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, data)
+        return cls(
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            data,
+            parallel.expert_parallel_size,
+        )
 
     @classmethod
     def filling(cls, parallel: ParallelConfig, *, world_size: int) -> ParallelSizes:

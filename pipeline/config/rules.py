@@ -42,6 +42,7 @@ MOST_NAME_BYTES = 255
 HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
 WIDTHS = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
+EXPERTS = {"parallel.expert_parallel_size", "model.moe.num_experts"}
 SIZES = {"parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"}
 
 
@@ -79,6 +80,7 @@ def problems(
         ),
         (name_rules.names(cfg), named, ""),
         (layout_rules.zero(parallel, training.precision), SIZES, ""),
+        (layout_rules.experts_train(parallel), EXPERTS | SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),
         (recompute(training), set(), ""),
         (heads_are_seen(cfg), set(), ""),
@@ -174,6 +176,7 @@ def _rules_of_a_model(
         (data_rules.positions(data), set(), ""),
         (data_rules.held_out(data), set(), ""),
         (layout_rules.whole_copies(parallel, world_size), SIZES, "data"),
+        (layout_rules.experts(model, parallel, world_size), EXPERTS | SIZES | {"data"}, ""),
     ]
 
 

@@ -65,6 +65,10 @@ class ParallelConfig:
     """Split norms and dropout along the sequence over the tensor-parallel ranks
     (arXiv:2205.05198).
     """
+    expert_parallel_size: int = 1
+    """Ranks that share each layer's experts, whole ones on each: 1, or tensor_parallel_size times
+    some of the data-parallel ranks; 1 splits every expert over the tensor-parallel ranks.
+    """
     pipeline_parallel_size: int = 1
     """Ranks that share the stack of layers."""
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]

@@ -47,9 +47,18 @@ class ParallelLayout:
     """Copies of the model."""
     stage: Axis
     """Ranks that share this rank's layers, in whatever way: tensor-parallel peers and copies."""
+    expert: Axis
+    """Ranks that share each layer's experts, of those along tensor and data; alone: no sharing."""
+    expert_data: Axis
+    """Copies of the same experts; the same ranks as `data` unless experts span it."""
     host_group: dist.ProcessGroup
     """All ranks over gloo: for flags and facts that must not wait for the device."""
     device: torch.device
+
+    @property
+    def experts_span_data(self) -> bool:
+        """Whether data-parallel ranks hold different experts, and so reduce them among fewer."""
+        return self.expert.size > self.tensor.size
 
 
 def connect(
@@ -100,6 +109,8 @@ def connect(
         parallel_state.initialize_model_parallel(
             sizes.tensor,
             sizes.pipeline,
+            expert_model_parallel_size=sizes.expert,
+            expert_tensor_parallel_size=1 if sizes.expert > 1 else None,  # None: as the others
             distributed_timeout_minutes=max(1, int(timeout_s / 60)),
         )
     return ParallelLayout(
@@ -118,6 +129,8 @@ def _axes(groups: Any) -> dict[str, Axis]:
         "tensor": _axis(groups.get_tensor_model_parallel_group()),
         "pipeline": _axis(groups.get_pipeline_model_parallel_group()),
         "data": _axis(groups.get_data_parallel_group()),
+        "expert": _axis(groups.get_expert_model_parallel_group()),
+        "expert_data": _axis(groups.get_expert_data_parallel_group()),
         "stage": _axis(groups.get_tensor_and_data_parallel_group(with_context_parallel=True)),
     }
 

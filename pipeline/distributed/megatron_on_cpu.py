@@ -63,6 +63,35 @@ def _use_the_cpu() -> None:
         _cpu_tracker(random),
         why="dropout streams are kept in CUDA generators",
     )
+    _dispatch_tokens_on_the_cpu()
+
+
+def _dispatch_tokens_on_the_cpu() -> None:
+    """Let the dispatcher that CUDA uses, all-to-all, run where there are no CUDA streams."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    change = partial(
+        replace,
+        MoEAlltoAllTokenDispatcher,
+        upstream="not reported",
+        proof="tests/model/test_moe.py::test_experts_match_plain_torch[2]",
+    )
+    change("cuda_dtoh_stream", object(), why="makes a CUDA stream, if there is none yet")
+    change(
+        "_maybe_dtoh_and_synchronize",
+        _splits_as_numbers,
+        why="copies the numbers of tokens to the host on a CUDA stream",
+    )
+
+
+def _splits_as_numbers(
+    dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """megatron-core's, for numbers that are on the host: torch's all-to-all takes no tensors."""
+    for name in ("input_splits", "output_splits", "output_splits_tp"):
+        if isinstance(splits := getattr(dispatcher, name), torch.Tensor):
+            setattr(dispatcher, name, splits.numpy())
+    return tokens_per_expert
 
 
 def _cpu_tracker(random: Any) -> type:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config.choices import Precision
@@ -37,7 +38,7 @@ from pipeline.engine.verdict import Verdict, decide_update
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
-from pipeline.model.experts import set_moe_loss_scale
+from pipeline.model.experts import set_moe_loss_scale, take_tallies
 from pipeline.model.fragments import Fragment
 from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.lora import adapt, freeze
@@ -188,6 +189,21 @@ class Engine:
         )
         set_moe_loss_scale(one / count)
         self.runner.set_micro_batches(count)
+
+    def routing(self) -> Tensor:
+        """(num_layers, num_experts + 2) fp64 sums of all ranks since the last call, in training.
+
+        Tokens that each expert was sent, entropy of the tokens' choices in nats, tokens.
+        """
+        sums = take_tallies(
+            self.runner.module,
+            num_layers=self.model.num_layers,
+            num_experts=self.model.moe.num_experts,
+            device=self.layout.device,
+        )
+        # Every rank routes tokens of its own: under tensor parallelism the sequence is split.
+        dist.all_reduce(sums)
+        return sums
 
     # ---- evaluation ------------------------------------------------------------------------------
 

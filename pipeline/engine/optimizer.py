@@ -14,6 +14,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.parameter_names import is_linear_weight, matches
 from pipeline.config.training import OptimizerConfig
 from pipeline.engine.muon import Muon
+from pipeline.model.partition import EXPERTS, spans_data
 
 
 def parameter_groups(
@@ -31,7 +32,7 @@ def parameter_groups(
     stage of a pipeline need not hold every name: that each pattern names a parameter was checked
     before (config/name_rules.py).
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         matching = [pattern for pattern in cfg.lr_scale if matches(name, [pattern], model)]
         scale = cfg.lr_scale[matching[0]] if matching else 1.0
@@ -42,11 +43,13 @@ def parameter_groups(
             scale /= math.sqrt(growth) if is_muon else growth
         is_embedding = name.startswith(("embedding.", "head."))
         decays = is_matrix and (cfg.decay_embeddings or not is_embedding)
-        key = (cfg.weight_decay if decays else 0.0, scale, is_muon)
+        key = (cfg.weight_decay if decays else 0.0, scale, is_muon, spans_data(parameter))
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_scale": scale, "is_matrix": is_muon}
-        for (decay, scale, is_muon), members in sorted(groups.items(), key=lambda g: g[0])
+        # DeepSpeed's words: reduced and partitioned over the copies of the same experts alone.
+        | ({"moe": True, "name": EXPERTS} if experts else {})
+        for (decay, scale, is_muon, experts), members in sorted(groups.items(), key=lambda g: g[0])
     ]
 
 

@@ -20,7 +20,7 @@ from pipeline.engine.muon import MOMENTUM, Muon
 from pipeline.engine.runner import Runner, Slot
 from pipeline.engine.weights import Weights
 from pipeline.model.fragments import WEIGHT, Fragment
-from pipeline.model.partition import Partition
+from pipeline.model.partition import Partition, is_expert, is_shared
 
 
 class Trained(Weights, Protocol):
@@ -48,9 +48,7 @@ def fragments(engine: Trained) -> list[Fragment]:
         for key, value in state.get(slot.flat, {}).items():
             if isinstance(value, Tensor) and value.numel() == slot.flat.numel() and value.dim() > 0:
                 views[key] = value.view(-1).narrow(0, slot.offset, slot.numel)
-        found.append(
-            Fragment(name, partition, slot.start, views, _is_owned(engine, slot, partition, index))
-        )
+        found.append(Fragment(name, partition, slot.start, views, _is_owned(engine, slot, index)))
     return found
 
 
@@ -66,16 +64,14 @@ def frozen_fragments(engine: Trained) -> list[Fragment]:
     ]
 
 
-def _is_owned(engine: Trained, slot: Slot, partition: Partition, index: int) -> bool:
+def _is_owned(engine: Trained, slot: Slot, index: int) -> bool:
     if getattr(slot.parameter, "ds_pipe_replicated", False):
         return False
-    if not partition.is_split and engine.layout.tensor.rank:
+    if is_shared(slot.parameter) and engine.layout.tensor.rank:
         return False
-    # ZeRO-0: every data-parallel rank holds everything, so they take turns. Otherwise each holds
-    # runs of its own.
-    return (
-        not engine.runner.is_unsharded or index % engine.layout.data.size == engine.layout.data.rank
-    )
+    # ZeRO-0: all copies hold everything, so they take turns. Otherwise each holds runs of its own.
+    copies = engine.layout.expert_data if is_expert(slot.parameter) else engine.layout.data
+    return not engine.runner.is_unsharded or index % copies.size == copies.rank
 
 
 def linear_runs(engine: Trained) -> list[Run]:

@@ -11,19 +11,47 @@ sequences is the same at every layout. The z-loss is a mean over tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from pipeline.model.partition import mark_expert
+from pipeline.model.recompute import is_replay
 from pipeline.model.tensor_parallel import ColumnLinear, RowLinear
 
 
 class Router(TopKRouter):
-    """megatron-core's router for hidden states of either layout."""
+    """megatron-core's router for hidden states of either layout; it counts what it does."""
+
+    tally: Tensor | None = None
+    """(experts + 2,) fp64 sums since they were taken: tokens sent to each expert, entropy of the
+    tokens' distributions over experts in nats, tokens. None: nothing yet.
+    """
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weights, choice) of each token, (tokens, experts); logits: (..., experts) fp32."""
+        weights, choice = super().routing(logits, padding_mask)
+        if self.training and not is_replay():
+            self._count(logits.detach().flatten(0, -2), choice)
+        return weights, choice
+
+    @torch.no_grad()
+    def _count(self, logits: Tensor, choice: Tensor) -> None:
+        """Add a micro-batch to the sums, on the device: the host reads them on logging steps."""
+        surprise = -logits.log_softmax(-1)
+        entropy = (surprise.neg().exp() * surprise).sum()
+        rows = entropy.new_full((), len(choice))
+        sums = torch.cat([choice.sum(0).double(), torch.stack([entropy, rows]).double()])
+        self.tally = sums if self.tally is None else self.tally.add_(sums)
 
     def _apply_seq_aux_loss(
         self,
@@ -51,15 +79,74 @@ class Router(TopKRouter):
         )
 
 
+class Experts(SequentialMLP):
+    """This rank's experts, by their numbers among all of the layer."""
+
+    local_experts: nn.Module
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        """As SequentialMLP."""
+        super().__init__(num_local_experts, config, *args, **kwargs)
+        # Names say which experts these are: initial weights, checkpoints and exports go by name.
+        first = self.ep_group.rank() * num_local_experts
+        built = enumerate(self.local_experts.children(), start=first)
+        self.local_experts = nn.ModuleDict({str(number): expert for number, expert in built})
+        if (size := self.ep_group.size()) > 1:
+            for parameter in self.parameters():
+                mark_expert(parameter, spans_data=size > config.tensor_model_parallel_size)
+
+    def forward(self, tokens: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """(outputs, None) of tokens sorted by expert.
+
+        Args:
+            tokens: (N, H).
+            counts: of the tokens of each expert, on the host; they add up to N.
+            weights: (N,), of the tokens in their sums.
+        """
+        sizes = counts.tolist()
+        parts = zip(tokens.split(sizes), weights.split(sizes), strict=True)
+        experts = self.local_experts.children()
+        outputs = [expert(*part)[0] for expert, part in zip(experts, parts, strict=True)]
+        return torch.cat(outputs), None
+
+
+class MixtureLayer(MoELayer):
+    """megatron-core's layer as DeepSpeed looks for it (engine/deepspeed/experts.py)."""
+
+    @property
+    def num_experts(self) -> int:
+        """Of the whole layer."""
+        return self.config.num_moe_experts
+
+
 def build_experts(config: TransformerConfig, *, layer: int) -> nn.Module:
     """megatron-core's MoE layer in place of block `layer`'s MLP; its output is (hidden, None)."""
     spec = get_mlp_module_spec(use_te=False, num_experts=config.num_moe_experts)
-    spec.submodules.router = Router
+    spec.module, spec.submodules.router, spec.submodules.experts.module = (
+        MixtureLayer,
+        Router,
+        Experts,
+    )
     linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     spec.submodules.experts.submodules = spec.submodules.shared_experts.submodules = linears
     moe = build_module(spec, config=config)
     moe.set_layer_number(layer + 1)
     return moe
+
+
+def take_tallies(module: nn.Module, *, num_layers: int, num_experts: int, device: Any) -> Tensor:
+    """(num_layers, num_experts + 2) fp64: what this rank's routers counted since the last time.
+
+    Rows of layers on other ranks are 0.
+    """
+    found = torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=device)
+    for part in module.modules():
+        if isinstance(part, Router) and part.tally is not None:
+            found[part.layer_number - 1] = part.tally
+            part.tally = None
+    return found
 
 
 def set_moe_loss_scale(scale: Tensor) -> None:

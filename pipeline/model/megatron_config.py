@@ -35,8 +35,11 @@ ACTIVATIONS = {
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """megatron-core's configuration of one block; model/initial_values.py fills the weights."""
     on_cpu, sizes = not torch.cuda.is_available(), resolve(model)
+    tensor, expert = parallel.tensor_parallel_size, parallel.expert_parallel_size
     moe: dict[str, Any] = {}
     if model.moe.num_experts:
+        # Experts that are split gather tokens in unequal parts, for which gloo waits for ever.
+        gathers = on_cpu and tensor > 1 and expert == 1
         moe = {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
@@ -48,7 +51,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             "moe_router_load_balancing_type": PER_SEQUENCE if model.moe.aux_loss_coeff else "none",
             "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
             "moe_z_loss_coeff": model.moe.z_loss_coeff or None,
-            "moe_token_dispatcher_type": "allgather" if on_cpu else "alltoall",
+            "moe_token_dispatcher_type": "allgather" if gathers else "alltoall",
             "moe_router_dtype": "fp32",
         }
     with warnings.catch_warnings():
@@ -73,7 +76,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
             softmax_scale=1.0 / sizes.head_dim if model.init is Init.mup else None,
-            tensor_model_parallel_size=parallel.tensor_parallel_size,
+            tensor_model_parallel_size=tensor,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1 if expert > 1 else tensor,
             sequence_parallel=parallel.sequence_parallel,
             use_cpu_initialization=on_cpu,
             perform_initialization=False,

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+EXPERTS = "experts"
+"""What DeepSpeed calls the parameters that data-parallel ranks hold different ones of."""
 Slices = tuple[slice, ...]
 Shape = tuple[int, ...]
 
@@ -154,6 +156,36 @@ def mark_split(parameter: Any, dim: int, stride: int) -> None:
         vars(parameter).update(
             tensor_model_parallel=True, partition_dim=dim, partition_stride=stride
         )
+
+
+def mark_expert(parameter: Any, *, spans_data: bool) -> None:
+    """Say that the parameter belongs to an expert that this rank holds whole, and not all ranks.
+
+    Args:
+        spans_data: data-parallel ranks hold different ones too. `allreduce` and `group_name` are
+            DeepSpeed's words for that (engine/deepspeed/experts.py).
+    """
+    vars(parameter).update(
+        is_expert=True,
+        tensor_model_parallel=False,
+        allreduce=not spans_data,
+        group_name=EXPERTS,
+    )
+
+
+def is_expert(parameter: Any) -> bool:
+    """Whether expert-parallel ranks hold different experts, this parameter's among them."""
+    return getattr(parameter, "is_expert", False)
+
+
+def spans_data(parameter: Any) -> bool:
+    """Whether data-parallel ranks hold other experts, so that it is reduced among fewer ranks."""
+    return is_expert(parameter) and not parameter.allreduce
+
+
+def is_shared(parameter: Any) -> bool:
+    """Whether all tensor-parallel ranks hold the same numbers, of which one of them speaks."""
+    return not (is_split(parameter) or is_expert(parameter))
 
 
 def _product(shape: Sequence[int]) -> int:

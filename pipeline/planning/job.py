@@ -26,7 +26,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.stages import partition, pipeline_costs, places_of
 from pipeline.config.training import ParallelConfig, TrainingConfig
-from pipeline.planning.trained import first_trained_layer, size_on_a_rank
+from pipeline.planning.trained import first_trained_layer, is_of_expert, size_on_a_rank
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Stage:
     """Of them, those that are trained."""
     by_muon: float
     """Of the trained, those that Muon updates; AdamW has the others."""
+    trained_experts: float
+    """Of these, those of experts."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ class Job:
         return "*" in self.finetune.train and not self.finetune.lora_rank
 
     @property
+    def expert_copies(self) -> float:
+        """Ranks that hold the same experts and share their optimizer state."""
+        sizes = self.shape.sizes
+        return sizes.data if sizes.expert == 1 else sizes.tensor * sizes.data / sizes.expert
+
+    def copies(self, stage: Stage) -> float:
+        """Ranks that ZeRO shares a trained number's state out to; of a mixture, in the mean."""
+        data, experts = self.shape.sizes.data, stage.trained_experts
+        if not experts:
+            return data
+        return stage.trained / ((stage.trained - experts) / data + experts / self.expert_copies)
+
+    @property
     def table(self) -> float:
         """Numbers of the word embedding on a tensor-parallel rank, padding included."""
         return self.shape.padded_vocab_size * self.model.hidden_size / self.shape.sizes.tensor
@@ -146,6 +161,9 @@ class Job:
             by_muon=self._numbers(places, trained_only=True, counts=is_linear_weight)
             if self.optimizer is OptimizerName.muon
             else 0.0,
+            trained_experts=self._numbers(places, trained_only=True, counts=is_of_expert)
+            if self.model.moe.num_experts
+            else 0.0,
         )
 
     def _numbers(
@@ -160,7 +178,7 @@ class Job:
         All blocks are alike: one of them is counted, and no name of the others is made, unless it
         matters which are trained. A search asks this thousands of times.
         """
-        model, finetune, tensor = self.model, self.finetune, self.shape.sizes.tensor
+        model, finetune, ranks = self.model, self.finetune, self.shape.sizes
         if not self.trains_all:
             names = parameter_names(model, finetune)
             wanted = set(trained_names(names, model, finetune)) if trained_only else set(names)
@@ -172,7 +190,7 @@ class Job:
         for name, shape in shapes.items():
             if not counts(name):
                 continue
-            size = size_on_a_rank(name, shape, tensor=tensor)
+            size = size_on_a_rank(name, shape, tensor=ranks.tensor, expert=ranks.expert)
             if self.trains_all and name.startswith("layers."):
                 total += blocks * size
             elif self.trains_all or name in wanted:

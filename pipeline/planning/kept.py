@@ -117,7 +117,9 @@ def backward_bytes(job: Job) -> float:
     tensor, inner = job.shape.sizes.tensor, job.sizes.ffn_hidden_size
     experts = job.model.moe.top_k if job.model.moe.num_experts else 1
     of_inner = job.micro_tokens * job.width * inner * experts / tensor
-    of_weight = weight_gradient_bytes(job, inner * job.model.hidden_size / tensor)
+    # Experts on ranks of their own are whole there.
+    cuts = 1 if job.shape.sizes.expert > 1 else tensor
+    of_weight = weight_gradient_bytes(job, inner * job.model.hidden_size / cuts)
     gathered = whole_hidden_bytes(job) if job.sequence_ranks > 1 else 0.0
     return hidden_bytes(job) + gathered + max(of_inner + of_weight, of_inner * _gates(job))
 

@@ -115,15 +115,15 @@ def _states(job: Job, stage: Stage) -> tuple[float, float, float]:
 
     Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     """
-    zero, shards = job.shape.zero_stage, job.shape.sizes.data
+    zero, shards, copies = job.shape.zero_stage, job.shape.sizes.data, job.copies(stage)
     state = stage.trained * ADAMW_BYTES - stage.by_muon * (ADAMW_BYTES - MUON_BYTES)
     copy = stage.trained * 4 if zero > 0 else 0.0
     weights = stage.parameters * job.width / (shards if zero == 3 else 1)
-    gradients = stage.trained * 4 / (shards if zero >= 2 else 1)
+    gradients = stage.trained * 4 / (copies if zero >= 2 else 1)
     if job.training.precision is not Precision.bf16 and zero == 1:
         # DeepSpeed's stage 1 beside its BF16_Optimizer sums in the model's own gradients.
         gradients = stage.trained * job.width
-    optimizer = (state + copy) / (shards if zero > 0 else 1)
+    optimizer = (state + copy) / (copies if zero > 0 else 1)
     return weights, gradients, 0.0 if job.parallel.offload_optimizer else optimizer
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from pipeline.config.choices import PipelineSchedule, Recompute
+from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.errors import ConfigError
@@ -75,16 +76,18 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
     for tensor, pipeline, size, recompute in product(tensors, stages, micro, again):
         if world_size % (tensor * pipeline):
             continue
+        experts = _expert_sizes(cfg.model, tensor=tensor, ranks=world_size // pipeline)
         is_staged = pipeline > 1
         ways = (
             [(1, schedule) for schedule in PipelineSchedule]
             if is_staged
             else [(zero, ONE_FORWARD_ONE_BACKWARD) for zero in (1, 2, 3)]
         )
-        for zero, schedule in ways:
+        for (zero, schedule), expert in product(ways, experts):
             parallel = replace(
                 cfg.parallel,
                 tensor_parallel_size=tensor,
+                expert_parallel_size=expert,
                 sequence_parallel=tensor > 1,
                 pipeline_parallel_size=pipeline,
                 pipeline_schedule=schedule,
@@ -96,6 +99,13 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
             changed = replace(cfg, parallel=parallel, training=changed_training)
             if changed.parallel != cfg.parallel or changed.training != cfg.training:
                 yield changed
+
+
+def _expert_sizes(model: ModelConfig, *, tensor: int, ranks: int) -> list[int]:
+    """Ranks that may share a layer's experts, of those that share its tokens."""
+    count = model.moe.num_experts
+    spread = range(tensor, min(count, ranks) + 1, tensor)
+    return [1] + [n for n in spread if n > 1 and count % n == 0 and ranks % n == 0]
 
 
 def legal_shape(

@@ -65,6 +65,8 @@ class StepTime:
     recomputed: float
     """What the backward pass computes again."""
     tensor_parallel: float
+    expert_parallel: float
+    """Tokens on their way to experts on other ranks and back."""
     bubble: float
     """Ranks of the pipeline that wait for the first and the last micro-batch."""
     between_stages: float
@@ -102,6 +104,7 @@ class _Block:
     again: float
     """Recomputed."""
     tensor_parallel: float
+    expert_parallel: float
     launches: float
 
     @property
@@ -114,7 +117,8 @@ class _Block:
     def total(self) -> float:
         """Forward and backward."""
         forward = self.matrices + self.attention + self.element_wise
-        return forward + self.backward + self.again + self.tensor_parallel + self.launches
+        sent = self.tensor_parallel + self.expert_parallel
+        return forward + self.backward + self.again + sent + self.launches
 
 
 def step_time(job: Job, device: Device, practice: Practice = Practice()) -> StepTime:
@@ -132,6 +136,7 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
         element_wise=m * layers * 3 * block.element_wise,
         recomputed=m * layers * block.again,
         tensor_parallel=m * layers * block.tensor_parallel,
+        expert_parallel=m * layers * block.expert_parallel,
         bubble=bubble,
         between_stages=_between_stages(job, device, practice),
         data_parallel=_data_parallel(job, device, stage, hides=layers * block.backward),
@@ -185,9 +190,10 @@ def _block(job: Job, device: Device, practice: Practice) -> _Block:
         products_back=_products_back(job),
         again=again,
         tensor_parallel=_tensor_parallel(job, device),
+        expert_parallel=_expert_parallel(job, device),
         launches=0.0,
     )
-    device_s = block.total - block.tensor_parallel
+    device_s = block.total - block.tensor_parallel - block.expert_parallel
     host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
     return replace(block, launches=max(0.0, host_s - device_s))
 
@@ -229,6 +235,22 @@ def _tensor_parallel(job: Job, device: Device) -> float:
     return count * volume / link
 
 
+def _expert_parallel(job: Job, device: Device) -> float:
+    """Seconds of a block's all-to-alls, none of which is hidden; every expert takes as many tokens.
+
+    Each of a rank's tokens is sent to top_k experts and back, forward and backward: 4 times, and
+    twice more where the forward pass is computed again. An EP-th of them stays on the rank.
+    """
+    expert = job.shape.sizes.expert
+    if expert == 1:
+        return 0.0
+    link = device.link_bytes_s(spans_nodes=expert > device.per_node) * LINK_SHARE
+    tokens = job.model.moe.top_k * job.micro_tokens / job.sequence_ranks
+    volume = tokens * job.model.hidden_size * job.width * (expert - 1) / expert
+    again = job.training.recompute is Recompute.full
+    return (4 + (2 / job.training.recompute_every if again else 0)) * volume / link
+
+
 def _head_seconds(job: Job, device: Device) -> float:
     """Output projection and loss of a micro-batch: three products, and passes over the logits."""
     tensor, tokens = job.shape.sizes.tensor, job.micro_tokens
@@ -264,13 +286,14 @@ def _data_parallel(job: Job, device: Device, stage: Stage, *, hides: float) -> f
         return 0.0
     link = _ring_bytes_s(job, device) * LINK_SHARE * data / (data - 1)
     m, weights = job.num_micro_batches, stage.parameters * job.width / link
+    # Numbers that travel as far as all data-parallel ranks: of n copies' ring (n - 1) / n is sent.
+    copies, experts = job.expert_copies, stage.trained_experts
+    trained = stage.trained - experts + experts * (1 - 1 / copies) * data / (data - 1)
     if zero == 3:  # two gathers and a reduction of each block; nine tenths are hidden
-        return max(
-            0.0, m * (2 * weights + stage.trained * job.width / link) - 0.9 * m * 1.5 * hides
-        )
-    sums = 2 * stage.trained * 4 / link * (m if zero == 2 else 1)
+        return max(0.0, m * (2 * weights + trained * job.width / link) - 0.9 * m * 1.5 * hides)
+    sums = 2 * trained * 4 / link * (m if zero == 2 else 1)
     hidden = 0.0 if pipeline > 1 else hides * (m if zero == 2 else 1)
-    return max(0.0, sums - hidden) + (stage.trained * job.width / link if zero else 0.0)
+    return max(0.0, sums - hidden) + (trained * job.width / link if zero else 0.0)
 
 
 def _ring_bytes_s(job: Job, device: Device) -> float:
@@ -289,13 +312,13 @@ def _ring_bytes_s(job: Job, device: Device) -> float:
 
 def _update_seconds(job: Job, device: Device, stage: Stage) -> float:
     """The optimizer's pass over the part of the state that a rank owns, and Muon's products."""
-    copies = job.shape.sizes.data if job.shape.zero_stage else 1
+    copies = job.copies(stage) if job.shape.zero_stage else 1
     bytes_ = (stage.trained - stage.by_muon) * UPDATE_BYTES + stage.by_muon * MUON_UPDATE_BYTES
     seconds = bytes_ / copies / (device.memory_gb_s * 1e9 * MEMORY_SHARE)
     return seconds + (_muon_seconds(job, device, stage, copies=copies) if stage.by_muon else 0.0)
 
 
-def _muon_seconds(job: Job, device: Device, stage: Stage, *, copies: int) -> float:
+def _muon_seconds(job: Job, device: Device, stage: Stage, *, copies: float) -> float:
     """Products on whole matrices, each on one of the ranks that share it; the way there and back.
 
     The dearest weight is the least a step takes, however many ranks there are.

@@ -34,8 +34,13 @@ def first_trained_layer(model: ModelConfig, finetune: FinetuneConfig) -> int:
     return min(max(first - 1, 0), model.num_layers)
 
 
-def size_on_a_rank(name: str, shape: tuple[int, ...], *, tensor: int) -> float:
-    """Numbers of a parameter that a tensor-parallel rank holds.
+def is_of_expert(name: str) -> bool:
+    """Whether the parameter of this canonical name belongs to one of a layer's experts."""
+    return ".local_experts." in name
+
+
+def size_on_a_rank(name: str, shape: tuple[int, ...], *, tensor: int, expert: int = 1) -> float:
+    """Numbers of a parameter that a tensor-parallel rank holds; of an expert's, in the mean.
 
     Matrices and the biases of column-parallel ones are split; norms, positions, a router and the
     biases of row-parallel ones are whole on every rank, and so is one of two low-rank matrices.
@@ -44,7 +49,10 @@ def size_on_a_rank(name: str, shape: tuple[int, ...], *, tensor: int) -> float:
         name: canonical.
         shape: whole.
         tensor: tensor_parallel_size.
+        expert: expert_parallel_size.
     """
+    if expert > 1 and is_of_expert(name):
+        return math.prod(shape) / expert
     stem, _, kind = name.rpartition(".")
     is_column = stem.endswith(("linear_qkv", "linear_fc1"))
     is_linear = is_column or stem.endswith(("linear_proj", "linear_fc2"))

@@ -130,6 +130,12 @@ def _problems(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:
     """Why a run cannot be rehearsed although it can be run."""
     if shape.zero_stage == 3:
         yield "parallel.zero_stage=3 cannot be rehearsed: it decides by numbers. Rehearse 2."
+    if cfg.parallel.expert_parallel_size > 1:
+        yield (
+            f"parallel.expert_parallel_size={cfg.parallel.expert_parallel_size} cannot be "
+            "rehearsed: how many tokens a rank sends to which expert is decided by numbers. "
+            "Rehearse 1."
+        )
     if cfg.parallel.offload_optimizer:
         yield (
             "parallel.offload_optimizer=true cannot be rehearsed: the update runs on the host. "

@@ -91,7 +91,7 @@ class Trainer:
         self.stragglers = Stragglers(
             ratio=cfg.resilience.straggler_ratio, device=layout.device, group=layout.host_group
         )
-        self.extras = StepExtras(cfg, loader=self.loader, layout=layout)
+        self.extras = StepExtras(cfg, loader=self.loader, engine=self.engine, layout=layout)
         self.best = BestCheckpoint(places, layout) if cfg.checkpoint.keep_best else None
         self.metrics: Metrics = SilentMetrics()
         if layout.ranks.is_main:
@@ -108,7 +108,7 @@ class Trainer:
         while self.state.step < self.shape.total_steps:
             batches = self.next_batches()  # num_micro_batches x (micro_batch_size, seq_len)
             result = self.train_step(batches)  # forward, backward, clip, update
-            extras = self.extras.of(self.state.step)  # collective where corrupt samples count
+            extras = self.extras.of(self.state.step)  # collective where all ranks count
             self.metrics.record(self.state, result, data_wait_ms=self.loader.wait_ms, extra=extras)
             summaries = self.agree_on(result)  # collective
             if any(self.react(summary) is Action.rollback for summary in summaries):

@@ -85,6 +85,47 @@ def test_every_layout_resumes_a_checkpoint_of_every_other(model: str, tmp_path: 
         assert main(ToolConfig("diff", str(original), str(tmp_path / copy))) == 0
 
 
+def experts_on_four_ranks(folder: Path) -> dict[str, list]:
+    """Save with experts on ranks of their own, across tensor and data ranks; at ZeRO-0 copies of them."""
+    spread = config("moe-whole", ep=4, tp=2, sp=True)
+    histories = {"source": train_and_save(spread, folder, [SAVED], LAST)[SAVED:]}
+    return histories | {
+        "ep2 dp4 zero0": resume(
+            config("moe-whole", ep=2, zero=0), folder, LAST, save_to=folder / "copies"
+        ),
+        "tp2 dp2": resume(config("moe-whole", tp=2, sp=True), folder, LAST),
+    }
+
+
+def experts_on_one_rank(folder: Path) -> dict[str, list]:
+    return {"one": resume(config("moe-whole"), folder, LAST, save_to=folder / "one")}
+
+
+def experts_on_two_ranks(folder: Path) -> dict[str, list]:
+    return {
+        "ep2 zero2": resume(config("moe-whole", ep=2, zero=2), folder / "one", LAST),
+        "ep2 tp2 zero3": resume(
+            config("moe-whole", ep=2, tp=2, sp=True, zero=3), folder / "copies", LAST
+        ),
+    }
+
+
+@pytest.mark.slow
+def test_experts_move_between_ranks_of_their_own_and_one_process(tmp_path: Path) -> None:
+    """A checkpoint names experts as the model does, whichever ranks held them."""
+    found = run_on_ranks(experts_on_four_ranks, 4, tmp_path)[0]
+    found |= run_on_ranks(experts_on_one_rank, 1, tmp_path)[0]
+    found |= run_on_ranks(experts_on_two_ranks, 2, tmp_path)[0]
+    expected = found.pop("source")
+    for layout, history in found.items():
+        assert history[0][0] == pytest.approx(expected[0][0], rel=2e-7), layout
+        for got, want in zip(history, expected, strict=True):
+            assert got == pytest.approx(want, rel=1e-5), layout
+    original = folders.find(tmp_path)
+    for copy in ("copies", "one"):
+        assert main(ToolConfig("diff", str(original), str(tmp_path / copy))) == 0
+
+
 @pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "modern"])
 def test_same_layout_resumes_bitwise_in_bf16_with_dropout(model: str, tmp_path: Path) -> None:
     """A restart must not show: master weights, moments and dropout streams continue exactly."""

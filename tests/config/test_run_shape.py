@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.choices import Decay, PipelineSchedule, Precision
+from pipeline.config.choices import Decay, OptimizerName, PipelineSchedule, Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import MoeConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import ForwardShape, derive, derive_evaluation
 from pipeline.config.training import (
+    OptimizerConfig,
     ParallelConfig,
     RampStage,
     ScheduleConfig,
@@ -138,6 +139,38 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism() -> None:
         shape_of(config("moe", tp=2), 2)
 
 
+SPREAD: list[tuple[str, PretrainConfig, int, str]] = [
+    ("no experts", config("modern", ep=2), 2, r"expert_parallel_size \(2\) shares out experts; model.moe.num_experts is 0"),
+    ("more than experts", config("moe", ep=8), 8, r"\(8\) must be 1, or .*num_experts \(4\).*Legal here: 1, 2, 4"),
+    ("more than ranks", config("moe", ep=4), 2, r"tensor_parallel_size \* data_parallel_size = 2\)\. Legal here: 1, 2\."),
+    ("ranks of other stages", config("moe", ep=4, pp=2), 4, r"= 2\)\. Legal here: 1, 2\."),
+    ("part of a tensor-parallel group", config("moe", ep=2, tp=4, sp=True), 4, r"multiple of parallel.tensor_parallel_size \(4\).*Legal here: 1, 4\."),
+    ("weights partitioned", config("moe", ep=4, tp=2, sp=True, zero=3), 4, r"zero_stage=3 works with .* \(4\) up to .*\(2\).*Set parallel.zero_stage=2"),
+    ("on the host", config("moe", ep=2, offload=True), 2, r"offload_optimizer=true needs parallel.expert_parallel_size=1"),
+    ("Muon", replace(config("moe", ep=2), optimizer=OptimizerConfig(name=OptimizerName.muon)), 2, r"muon does not work with parallel.expert_parallel_size \(2\)"),
+    ("nobody", config("moe", ep=0), 1, r"^parallel.expert_parallel_size \(0\) must be at least 1\.$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cfg, world_size, message", [case[1:] for case in SPREAD], ids=[case[0] for case in SPREAD]
+)
+def test_experts_that_fit_no_ranks_are_refused(
+    cfg: PretrainConfig, world_size: int, message: str
+) -> None:
+    """Before processes form: megatron-core's assertion names no setting, DeepSpeed's comes after the model is built."""
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        shape_of(cfg, world_size)
+
+
+def test_experts_spread_over_tensor_and_data_ranks() -> None:
+    for cfg, world_size in (
+        (config("moe", ep=4, tp=2, sp=True, zero=2), 4),
+        (config("moe", ep=2, tp=2, sp=True, zero=3), 8),
+    ):
+        assert shape_of(cfg, world_size).sizes.expert == cfg.parallel.expert_parallel_size
+
+
 def test_every_broken_rule_is_named_at_once() -> None:
     """One start, one list: five starts for five mistakes cost an hour in a queue."""
     cfg = replace(
@@ -247,6 +280,7 @@ ASKED_IN_VAIN: list[tuple[str, Evaluation, int, str]] = [
     ("micro-batch", asked(micro_batch_size=0), 1, r"^micro_batch_size \(0\) must be at least 1\.$"),
     ("sequences", asked(sequences=-1), 1, r"^sequences \(-1\) must be at least 0\.$"),
     ("experts", asked("moe", tp=2), 2, r"need parallel.sequence_parallel=true"),
+    ("spread experts", asked("moe", parallel=ParallelConfig(expert_parallel_size=3)), 3, r"expert_parallel_size \(3\) must be 1, or"),
     ("uneven split", asked(tp=2, seq_len=31, parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=True)), 2, r"^seq_len \(31\) must be a multiple.*Set seq_len=32"),
     ("positions", asked(data=DataConfig(reset_positions=True)), 1, r"needs data.mask_documents=true"),
     ("vocabulary", asked(model=replace(config().model, vocab_size=100)), 1, r"vocab_size \(100\) is smaller"),

@@ -29,6 +29,7 @@ CASES: list[dict[str, Any]] = [
     dict(pp=2, precision="bf16"),
     dict(pp=2),
     dict(tp=2, zero=1, precision="bf16"),
+    dict(model="moe", ep=2, precision="bf16"),
 ]
 # Made on CUDA only; its proof stands in for a device.
 ON_CUDA = {"independent_gradient_partition_epilogue", "synchronize"}

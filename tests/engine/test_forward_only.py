@@ -187,6 +187,20 @@ def asked(case: Case) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
+def test_spread_experts_answer_like_those_of_one_process() -> None:
+    """At the trainer and where a model is only asked; every rank takes as many batches, or the others would wait."""
+    [alone] = run_on_ranks(asked, 1, dict(model="moe-whole"))
+    for case, world_size in (
+        (dict(ep=2), 2),
+        (dict(ep=2, pp=2), 4),
+        (dict(ep=4, tp=2, sp=True), 4),
+    ):
+        for rank in run_on_ranks(asked, world_size, dict(model="moe-whole", **case)):
+            assert rank["answer"] == pytest.approx(rank["trainer"], rel=1e-6), case
+            assert rank["answer"] == pytest.approx(alone["answer"], rel=1e-6), case
+
+
 def living_bytes() -> int:
     """Bytes of all floating-point tensors of this process, each memory once."""
     gc.collect()

@@ -17,7 +17,13 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface import writer
 from pipeline.huggingface.writer import DType, export, write_tokenizer
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
-from tests.support.exported import EXPORTED, TOLERANCE, export_and_compare
+from tests.support.exported import (
+    EXPORTED,
+    TOLERANCE,
+    export_and_compare,
+    save_models,
+    tokenizer_file,
+)
 from tests.support.layouts import VOCAB
 from tests.support.ranks import run_on_ranks
 from tests.support.tokenizers import EXACT, FORGETFUL, build
@@ -27,6 +33,17 @@ from tests.support.tokenizers import EXACT, FORGETFUL, build
 def test_exported_model_has_our_logits(name: str, exported: tuple[Path, dict[str, float]]) -> None:
     """Against transformers' own classes, in fp32."""
     assert exported[1][name] <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_experts_that_were_spread_over_ranks_are_exported_like_others(tmp_path: Path) -> None:
+    """A checkpoint does not tell which rank held an expert."""
+    mixtures = {name: EXPORTED[name] for name in ("mixtral", "qwen3-moe")}
+    root, output = tmp_path / "runs", tmp_path / "exported"
+    root.mkdir()
+    run_on_ranks(save_models, 2, mixtures, root, tokenizer_file(root), 2)
+    found = run_on_ranks(export_and_compare, 1, list(mixtures), root, output, DType.fp32)[0]
+    assert max(found.values()) <= TOLERANCE
 
 
 def test_bf16_export_has_our_logits_with_the_same_rounding(

@@ -2,13 +2,111 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from tests.engine.test_equivalence import compare
-from tests.support.layouts import config, reference, train_all
+from tests.support.equivalence import check, compare
+from tests.support.layouts import (
+    BATCH,
+    SEQ_LEN,
+    STEPS,
+    batches,
+    config,
+    reference,
+    train,
+    train_all,
+)
 from tests.support.ranks import run_on_ranks
+
+SPREAD: dict[int, list[dict[str, Any]]] = {
+    2: [
+        dict(ep=2, zero=0),
+        dict(ep=2),
+        dict(ep=2, zero=2),
+        dict(ep=2, precision="bf16"),
+        dict(ep=2, zero=2, precision="fp16"),
+        dict(ep=2, recompute="full", micro_batch_size=4),
+        dict(ep=2, tp=2, sp=True, zero=3),
+        dict(ep=2, tp=2, sp=True, precision="bf16"),
+    ],
+    4: [
+        dict(ep=4),
+        dict(ep=4, zero=0, tp=2, sp=True),
+        dict(ep=4, zero=2, tp=2, sp=True),
+        dict(ep=4, tp=2, sp=True, precision="bf16"),
+        dict(ep=2, zero=0),
+        dict(ep=2, zero=2),
+        dict(ep=2, precision="bf16"),
+        dict(ep=2, tp=2, sp=True),
+        dict(ep=2, pp=2),
+        dict(ep=2, pp=2, schedule="dualpipev"),
+        dict(ep=2, pp=2, precision="bf16"),
+    ],
+}
+"""World size to layouts of experts on ranks of their own: EP2 x DP4 has two copies of each, EP4 over
+TP2 x DP2 experts of tensor rank 1 that data-parallel ranks hold different ones of."""
+
+
+def check_spread(world_size: int, layouts: list[dict[str, Any]]) -> None:
+    """Router losses on, a shared expert, clipping: against one process of plain torch; ranks agree bitwise.
+
+    Every token of every layer was counted once, evaluated or recomputed ones not, and sent to two experts.
+    """
+    found = check(world_size, [dict(model="moe-whole", **layout) for layout in layouts])
+    tokens = STEPS * BATCH * SEQ_LEN
+    for layout, got in zip(layouts, found):
+        for *counts, entropy, rows in got["routing"]:
+            assert (sum(counts), rows) == (2 * tokens, tokens), layout
+            assert 0 < entropy / tokens <= math.log(4) + 1e-6, layout
+
+
+def test_expert_parallelism_matches_plain_torch() -> None:
+    """Four experts on four ranks of two tensor-parallel groups: what each of DeepSpeed's norms and means leaves out."""
+    check_spread(4, [dict(ep=4, tp=2, sp=True, precision="bf16"), dict(ep=2, zero=2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", SPREAD)
+def test_every_expert_parallel_layout_matches_plain_torch(world_size: int) -> None:
+    """The promise of the project, of experts."""
+    check_spread(world_size, SPREAD[world_size])
+
+
+SABOTAGES = {
+    "a norm without the experts of tensor ranks above 0": dict(ep=4, tp=2, sp=True),
+    "a mean over the copies of an expert": dict(ep=2, precision="bf16"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_sabotaged_experts_turn_the_comparison_red(sabotage: str) -> None:
+    """Each is seen by one layout alone: the first not without tensor ranks, the second not without several copies."""
+    layout = SABOTAGES[sabotage]
+    got = run_on_ranks(train_sabotaged, 4, config("moe-whole", **layout), sabotage)[0]
+    with pytest.raises(AssertionError, match="grad_norm of step 0 differs"):
+        compare(got, reference(config("moe-whole")), layout.get("precision", "fp32"), sabotage)
+
+
+def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
+    """A run with one part of the engine broken."""
+    from pipeline.engine.deepspeed import changes, plain
+    from pipeline.model.partition import is_split
+
+    class MeanOverCopies(plain.Reduction):
+        def finish(self) -> None:
+            super().finish()
+            for bucket in self.buckets:
+                bucket.sums.mul_(self.group.size() / bucket.copies.size())
+
+    if sabotage == "a mean over the copies of an expert":
+        plain.Reduction = MeanOverCopies
+    else:
+        changes._counts_here = lambda parameter, rank: rank == 0 or is_split(parameter)
+    return train(cfg, batches())
+
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [dict(), dict(zero=3)],

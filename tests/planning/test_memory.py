@@ -27,6 +27,20 @@ def test_weights_gradients_and_optimizer_of_a_known_model():
     assert found.optimizer == 12 * parameters / 8
 
 
+def test_spread_experts_are_whole_on_fewer_ranks():
+    """Mixtral on 16 ranks: an expert a layer on each of 8, two copies, which share its fp32 state; the rest in 16."""
+    words = ["model=mixtral-8x7b", "training.micro_batch_size=1", "parallel=ep8"]
+    (found,) = memory_of(*words, world_size=16)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    rest = 32 * (4096 * (4096 + 2 * 1024) + 4096**2 + 2 * 4096 + 8 * 4096) + 2 * 50304 * 4096 + 4096
+    assert found.weights == 2 * (rest + experts / 8)
+    assert found.gradients == 4 * (rest + experts / 8)
+    assert found.optimizer == 12 * (rest / 16 + experts / 8 / 2)
+    (alone,) = memory_of(*words, "parallel.expert_parallel_size=1", world_size=16)
+    assert alone.weights == 2 * (rest + experts)
+    assert alone.optimizer == 12 * (rest + experts) / 16
+
+
 def test_what_a_gpt_block_keeps_is_the_papers_count_without_masks():
     """16 H numbers a token: input, sum, two norms' outputs (4), q, k, v, context (4), around GELU (8): the paper's 34
     bytes of H (arXiv:2205.05198, section 4) less dropout masks. And fp32: 4 statistics, log-sum-exp of 32 heads."""

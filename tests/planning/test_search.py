@@ -55,6 +55,16 @@ def test_a_thousand_devices_take_seconds():
     assert len(sizes) > 5 and (8, 16) in sizes
 
 
+def test_experts_are_offered_the_ranks_that_fit_them():
+    words = ["model=mixtral-8x7b", "training.micro_batch_size=1", "training.global_batch_size=128"]
+    cfg, shape = run_of(*words, world_size=16)
+    found = [layout.plan.job.shape.sizes for layout in found_by(cfg, shape)[0]]
+    assert {sizes.expert for sizes in found} == {1, 2, 4, 8}
+    for sizes in found:
+        assert sizes.expert == 1 or sizes.expert % sizes.tensor == 0
+        assert (sizes.tensor * sizes.data) % sizes.expert == 0
+
+
 def test_every_axis_is_tried():
     words = ["training.micro_batch_size=8", "training.global_batch_size=512"]
     cfg, shape = run_of(*words, world_size=64)

@@ -40,6 +40,26 @@ def test_large_products_run_at_the_devices_share_of_its_peak():
     assert at_full_share < found.matrices < 1.1 * at_full_share  # sides of 4,096 fill the tiles
 
 
+def test_tokens_travel_to_their_experts_and_back():
+    """Two choices of 2 x 4,096 tokens of 4,096 numbers, four times; an eighth stays, and the link gives three quarters."""
+    words = ["model=mixtral-8x7b", "parallel=ep8"]
+    found = step_time(job_of(*words), H100)
+    sent = 4 * (2 * 2 * 4096) * 4096 * 2 * 7 / 8
+    link = 0.75 * H100.link_bytes_s(spans_nodes=False)
+    assert found.expert_parallel == pytest.approx(4 * 32 * sent / link)
+    again = step_time(job_of(*words, "training.recompute=full"), H100)
+    assert again.expert_parallel == pytest.approx(1.5 * found.expert_parallel)
+    assert step_time(job_of("model=mixtral-8x7b"), H100).expert_parallel == 0.0
+
+
+def test_experts_with_one_copy_have_nothing_to_reduce():
+    """Their gradients are whole where they are: what is left is the rest of the model's."""
+    words = ["model=mixtral-8x7b", "parallel.pipeline_parallel_size=2"]
+    spread = step_time(job_of(*words, "parallel.expert_parallel_size=4"), H100).data_parallel
+    alike = step_time(job_of(*words), H100).data_parallel
+    assert spread < alike / 10
+
+
 def test_full_recompute_costs_a_forward_pass_and_one_schedule_waits_less():
     plain, again = step_time(job_of(), H100), step_time(job_of("training.recompute=full"), H100)
     forward = plain.matrices / 3 + plain.attention / 3.5 + plain.element_wise / 3

@@ -13,8 +13,8 @@ Case = dict[str, Any]
 KINDS = ("documents", "masked", "positions", "batch_size")  # of the data
 
 
-def check(world_size: int, cases: list[Case]) -> None:
-    """Run all cases of one world size in one set of processes and compare each."""
+def check(world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """Run all cases of one world size in one set of processes and compare each; what rank 0 found."""
     kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
     configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
     results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
@@ -29,6 +29,7 @@ def check(world_size: int, cases: list[Case]) -> None:
         if expected[key] is None:
             expected[key] = reference(cfg, **kind)
         compare(got, expected[key], case.get("precision", "fp32"), str(case))
+    return results[0]
 
 
 def compare(

@@ -52,10 +52,12 @@ def tokenizer_file(folder: Path) -> Path:
     return path
 
 
-def save_models(models: dict[str, dict[str, Any]], root: Path, tokenizer: Path) -> None:
+def save_models(
+    models: dict[str, dict[str, Any]], root: Path, tokenizer: Path, ep: int = 1
+) -> None:
     """A checkpoint of each model, trained for a step so that biases and norms are not 0 and 1. Collective."""
     for name, settings in models.items():
-        cfg = config()
+        cfg = config(ep=ep)
         cfg.model = ModelConfig(**settings)
         cfg.optimizer.lr = 0.03
         cfg.schedule.warmup_steps = 0

@@ -69,6 +69,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "moe-switch": {**MODERN, "moe": MoeConfig(num_experts=4, top_k=1, aux_loss_coeff=0.0)},
     "moe-aux": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01)},
+    "moe-whole": {
+        **MODERN,
+        "moe": MoeConfig(
+            num_experts=4, aux_loss_coeff=0.1, z_loss_coeff=0.01, shared_expert_ffn_hidden_size=32
+        ),
+    },
     "moe-unbalanced": {**MODERN, "moe": MoeConfig(num_experts=4, aux_loss_coeff=0.0)},
     "odd": {
         **MODERN,
@@ -91,7 +97,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def config(
     model: str = "gpt2", *, tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, schedule: str = "1f1b",
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
-    clip_grad: float = 1.0, documents: bool = False, positions: bool = False,
+    clip_grad: float = 1.0, ep: int = 1, documents: bool = False, positions: bool = False,
     lanes: int = 1, batch_size: int = BATCH, train: str = "*", lora_rank: int = 0,
     optimizer: str = "adamw",
 ) -> PretrainConfig:  # fmt: skip
@@ -103,7 +109,8 @@ def config(
         optimizer=OptimizerConfig(name=OptimizerName[optimizer], lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
         schedule=ScheduleConfig(min_lr=3e-4, warmup_steps=2),
         parallel=ParallelConfig(
-            tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero, sequence_parallel=sp,
+            tensor_parallel_size=tp, expert_parallel_size=ep, pipeline_parallel_size=pp, zero_stage=zero,
+            sequence_parallel=sp,
             pipeline_schedule=PipelineSchedule[schedule], offload_optimizer=offload,
         ),
         training=TrainingConfig(
@@ -167,7 +174,8 @@ def rank_batches(
 
 
 def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """{"history": [(loss, gradient norm)], "eval": mean loss of the last batch after training}. Collective."""
+    """{"history": [(loss, gradient norm)], "eval": mean loss of the last batch after training, "routing": of a mixture,
+    what Engine.routing counted}. Collective."""
     from pipeline.training.build import build_engine
 
     if cfg.training.precision is Precision.fp16:
@@ -181,8 +189,13 @@ def train(cfg: PretrainConfig, steps: list[dict[str, Tensor]]) -> dict[str, Any]
         result = engine.train_step(rank_batches(step, shape, layout, lanes=lanes), step=number)
         history.append((float(result.loss), float(result.grad_norm)))
     scores = engine.evaluate(rank_batches(steps[-1], shape, layout, lanes=lanes))
+    routing = engine.routing().tolist() if cfg.model.moe.num_experts else []
     reset_parallel_state()
-    return {"history": history, "eval": float(scores.nats / scores.tokens)}
+    return {
+        "history": history,
+        "eval": float(scores.nats / scores.tokens),
+        "routing": routing,
+    }
 
 
 def allow_fp16_on_the_cpu() -> None:

@@ -22,6 +22,7 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine import optimizer as optimizer_module
 from pipeline.engine.deepspeed import slots
 from pipeline.engine.deepspeed.changes import HostAdam, keep_decisions_on_device
+from pipeline.engine.deepspeed.experts import announce_experts
 from pipeline.engine.deepspeed.operators import load_host_adam
 from pipeline.engine.deepspeed.settings import deepspeed_config
 from pipeline.engine.loss_scale import LossScale
@@ -63,6 +64,7 @@ class DeepSpeedRunner:
         self.is_offloaded = architecture.parallel.offload_optimizer
         self._num_micro_batches = settings["gradient_accumulation_steps"]
         self._loss: Tensor | None = None
+        announce_experts(module, layout)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory, line upon line
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
@@ -77,7 +79,9 @@ class DeepSpeedRunner:
             self.wrapper if self.is_unsharded else self.wrapper.optimizer
         )
         self.parameters = list(module.parameters())
-        keep_decisions_on_device(self.wrapper, loss_scale, is_offloaded=self.is_offloaded)
+        keep_decisions_on_device(
+            self.wrapper, loss_scale, layout=layout, is_offloaded=self.is_offloaded
+        )
         self._partial = partial_parameters(module) if layout.tensor.size > 1 else []
         if not (self.is_unsharded or isinstance(self.wrapper, BF16_Optimizer)):
             # ZeRO takes gradients apart as they come.

@@ -89,6 +89,8 @@ class _Bucket:
     first: int
     """Position in the model of its first parameter, whose gradient comes last."""
     num_missing: int
+    copies: dist.ProcessGroup
+    """Ranks that hold the same parameters: all data-parallel ones, or fewer of experts."""
 
     def take_one(self) -> None:
         """One more gradient is there."""
@@ -116,16 +118,25 @@ class Reduction:
         """
         place = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.group = group
-        # NCCL divides on the way; gloo does not.
-        self.averages = optimizer.fp32_groups_gradients_flat[0].is_cuda
+        # NCCL divides on the way, by the size of the bucket's own group; gloo does not.
+        self.can_average = optimizer.fp32_groups_gradients_flat[0].is_cuda
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         for i, members in enumerate(optimizer.bf16_groups):
-            self._cut(i, members, optimizer.fp32_groups_gradients_flat[i], place)
+            copies = optimizer.real_dp_process_group[i]
+            copies = group if copies.size() == group.size() else copies
+            self._cut(i, members, optimizer.fp32_groups_gradients_flat[i], place, copies)
         unique = {id(bucket): bucket for bucket in self._bucket_of.values()}
         self.buckets = sorted(unique.values(), key=lambda bucket: -bucket.first)
         self._reset()
 
-    def _cut(self, group: int, members: list[Any], flat: Tensor, place: dict[int, int]) -> None:
+    def _cut(
+        self,
+        group: int,
+        members: list[Any],
+        flat: Tensor,
+        place: dict[int, int],
+        copies: dist.ProcessGroup,
+    ) -> None:
         """Cut a group's flat sum into buckets from its end: the last layers are ready first."""
         stop = end = sum(member.numel() for member in members)
         indices: list[int] = []
@@ -134,7 +145,8 @@ class Reduction:
             end -= members[index].numel()
             if stop - end >= BUCKET_ELEMENTS or index == 0:
                 first = min(place[id(members[i])] for i in indices)
-                bucket = _Bucket(flat[end:stop], len(indices), first, len(indices))
+                count = len(indices)
+                bucket = _Bucket(flat[end:stop], count, first, count, copies)
                 self._bucket_of |= {(group, i): bucket for i in indices}
                 stop, indices = end, []
 
@@ -150,14 +162,21 @@ class Reduction:
             self._launch()
         for work, bucket in zip(self._works, self.buckets, strict=True):
             work.wait()
-            if not self.averages:
+            # Of an expert's tokens each of its copies has seen its own: those of all data-parallel
+            # ranks in the end, by whose number a mean divides.
+            if not self._averages(bucket):
                 bucket.sums.mul_(1.0 / self.group.size())
         self._reset()
 
+    def _averages(self, bucket: _Bucket) -> bool:
+        """Whether the reduction of a bucket divides by the number of data-parallel ranks."""
+        return self.can_average and bucket.copies is self.group
+
     def _launch(self) -> None:
-        operation = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
-        sums = self.buckets[self._next].sums
-        self._works.append(dist.all_reduce(sums, operation, group=self.group, async_op=True))
+        bucket = self.buckets[self._next]
+        operation = dist.ReduceOp.AVG if self._averages(bucket) else dist.ReduceOp.SUM
+        work = dist.all_reduce(bucket.sums, operation, group=bucket.copies, async_op=True)
+        self._works.append(work)
         self._next += 1
 
     def _reset(self) -> None:

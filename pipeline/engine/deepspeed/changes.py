@@ -18,27 +18,35 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.loss_scale import LossScale
-from pipeline.model.partition import is_split
+from pipeline.model.partition import is_shared, spans_data
 from pipeline.patching import replace
 
 NOT_REPORTED = "not reported"
+EXPERTS_MATCH = "tests/model/test_moe.py::test_expert_parallelism_matches_plain_torch"
 HOST_WAITS = "tests/engine/test_host_waits.py::test_a_step_reads_nothing_back"
 
 
 def keep_decisions_on_device(
-    optimizer: Any, loss_scale: LossScale | None, *, is_offloaded: bool
+    optimizer: Any,
+    loss_scale: LossScale | None,
+    *,
+    layout: ParallelLayout,
+    is_offloaded: bool,
 ) -> None:
     """Let one of DeepSpeed's optimizers leave every decision to engine/verdict.py.
 
     Args:
         optimizer: of an initialised engine, any stage.
         loss_scale: of fp16; None: there is none.
+        layout: of this run.
         is_offloaded: gradients, norm and update are the host's, which therefore waits for the
             gradients.
     """
@@ -50,12 +58,8 @@ def keep_decisions_on_device(
             lambda _: False,
             why="reads the norm; the optimizer's kernel leaves a step with bad gradients out",
         )
-    waits(
-        bf16_optimizer,
-        "get_global_norm_of_tensors",
-        _norm_over_model_parallel_ranks,
-        why="copies constants to the device one by one",
-    )
+    if isinstance(optimizer, BF16_Optimizer):
+        _norm_of_sums(optimizer, layout)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         return
     waits(optimizer, "check_overflow", lambda *_, **__: None, why="reads whether fp16 overflowed")
@@ -138,14 +142,59 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).float()
 
 
-def _norm_over_model_parallel_ranks(
-    input_tensors: Any, norm_type: float = 2, mpu: Any = None
-) -> Tensor:
-    """BF16_Optimizer's: every data-parallel rank has all gradients of its model-parallel rank."""
-    total = _total_norm(list(input_tensors)).square()
-    if mpu is not None:
-        dist.all_reduce(total, group=mpu.get_model_parallel_group())
+def _norm_of_sums(optimizer: BF16_Optimizer, layout: ParallelLayout) -> None:
+    """Let BF16_Optimizer's norm be ours: the gradients it takes it of are then the norm itself."""
+    change = partial(replace, upstream=NOT_REPORTED, proof=f"{HOST_WAITS}[1]")
+    change(
+        optimizer,
+        "get_grads_for_norm",
+        lambda: (_norm_over_model_parallel_ranks(optimizer, layout), {}),
+        why="leaves out the experts of tensor ranks above 0",
+        proof=EXPERTS_MATCH,
+    )
+    change(
+        bf16_optimizer,
+        "get_global_norm_of_tensors",
+        lambda input_tensors, **_: input_tensors,
+        why="copies constants to the device one by one",
+    )
+    change(
+        bf16_optimizer,
+        "get_norm_with_moe_layers",
+        lambda non_expert_norm, **_: non_expert_norm,
+        why="reads the norms, and adds those of experts a second time",
+        proof=EXPERTS_MATCH,
+    )
+
+
+def _norm_over_model_parallel_ranks(optimizer: Any, layout: ParallelLayout) -> Tensor:
+    """BF16_Optimizer's: every data-parallel rank has all gradients of its model-parallel rank.
+
+    Of experts that span the data-parallel ranks each has its own, and expert_data ranks the same.
+    """
+    alike: list[Tensor] = []
+    spanning: list[Tensor] = []
+    for members, gradients in zip(
+        optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True
+    ):
+        for parameter, gradient in zip(members, gradients, strict=True):
+            if _counts_here(parameter, layout.tensor.rank):
+                (spanning if spans_data(parameter) else alike).append(gradient)
+    total = _total_norm(alike).square()
+    if layout.experts_span_data:
+        # Over all ranks, of which `data` count the same gradient, and `expert_data` the same
+        # expert's: divided by that many, each counts once.
+        total = total / layout.data.size + _total_norm(spanning).square() / layout.expert_data.size
+        dist.all_reduce(total)
+    elif optimizer.mpu is not None:
+        dist.all_reduce(total, group=optimizer.mpu.get_model_parallel_group())
     return total.sqrt()
+
+
+def _counts_here(parameter: Any, tensor_rank: int) -> bool:
+    """Whether this rank counts a parameter that ranks of tensor and pipeline may hold whole."""
+    is_first = not getattr(parameter, "ds_pipe_replicated", False)
+    return is_first and (tensor_rank == 0 or not is_shared(parameter))
 
 
 def _norm_over_all_ranks(optimizer: Any, groups: Any) -> Tensor:
@@ -161,8 +210,7 @@ def _norm_over_all_ranks(optimizer: Any, groups: Any) -> Tensor:
         counted += [
             gradient
             for gradient, parameter in zip(real, parameters)
-            if (is_split(parameter) or optimizer.model_parallel_rank == 0)
-            and not getattr(parameter, "ds_pipe_replicated", False)
+            if _counts_here(parameter, optimizer.model_parallel_rank)
         ]
     # |g|^2 is a sum over all elements, whichever group, rank or stage they belong to. One sum a
     # step: a middle stage has no embedding, hence under muP a group fewer, and with a sum for each

@@ -18,7 +18,7 @@ from pipeline.engine.deepspeed.mpu import Mpu
 from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import GPT, Loss, LossFunction
-from pipeline.model.partition import is_split
+from pipeline.model.partition import is_expert, is_split
 from pipeline.model.stage_io import StageSchema
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ class PlainRunner(DeepSpeedRunner):
         """As DeepSpeedRunner."""
         super().__init__(*args, **kwargs)
         has_peers = self.layout.tensor.size > 1
+        self._experts = [p for p in self.parameters if is_expert(p)]
         self._split = [p for p in self.parameters if has_peers and is_split(p)]
-        self._whole = [p for p in self.parameters if not (has_peers and is_split(p))]
+        apart = set(map(id, self._experts + self._split))
+        self._whole = [p for p in self.parameters if id(p) not in apart]
         if isinstance(self.wrapper, BF16_Optimizer):
             self._sum_in_place(self.wrapper)
 
@@ -89,14 +91,18 @@ class PlainRunner(DeepSpeedRunner):
         """0-dim fp32 norm; ours at ZeRO-0, where every data-parallel rank has all gradients."""
         if not self.is_unsharded:
             return super().grad_norm()
-        norm = _total_norm(self._whole)
-        if not self._split:
-            return norm
-        # |g|^2 = |whole parameters|^2, which every tensor-parallel rank has alike and counts once,
-        # + the sum over ranks of |its parts|^2.
-        split = _total_norm(self._split).square()
-        dist.all_reduce(split, group=self.layout.tensor.group)
-        return (split + norm.square()).sqrt()
+        # |g|^2 = |whole parameters|^2, which every rank has alike and counts once, + the sums over
+        # tensor-parallel ranks of |its parts|^2, and over expert-parallel ones of |its experts|^2.
+        square = _total_norm(self._whole).square()
+        for apart, axis in (
+            (self._split, self.layout.tensor),
+            (self._experts, self.layout.expert),
+        ):
+            if apart:
+                part = _total_norm(apart).square()
+                dist.all_reduce(part, group=axis.group)
+                square += part
+        return square.sqrt()
 
     def evaluate(
         self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
