@@ -30,7 +30,9 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where torch sees no device."""
+    """The order of the files, and no tests marked gpu where torch sees no device."""
+    # Slurm's mostly wait, for minutes: at the end nothing else is left to be done meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not has_device():
         for item in gpu_tests:

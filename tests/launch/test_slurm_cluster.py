@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import slurm_cluster
 from tests.support.slurm_cluster import REPO, SlurmCluster
+from tests.support.slurm_lab import NEEDS_SLURM
 from tests.support.waiting import HANG_S
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(
-        bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
-    ),
-]
+pytestmark = NEEDS_SLURM
 
 
 def processes_mentioning(text: str) -> list[str]:

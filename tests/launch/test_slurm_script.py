@@ -4,15 +4,10 @@ import sys
 
 import pytest
 
-from tests.support import slurm_cluster
 from tests.support.slurm_cluster import Job, SlurmCluster
+from tests.support.slurm_lab import NEEDS_SLURM
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(
-        bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "a cluster can start"
-    ),
-]
+pytestmark = NEEDS_SLURM
 
 # Called as `PYTHON -m pipeline.preflight ...` and `PYTHON -m pipeline.train ...`.
 STAND_IN = """#!/bin/bash

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.slurm_cluster import REPO, Job, SlurmCluster
+from tests.support.slurm_cluster import REPO, Job, SlurmCluster, missing
 from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
 
+NEEDS_SLURM = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "a cluster can start"),
+]
 STEPS = 40
 SETTINGS = [
     "data.validation=[]", "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32",

@@ -1,0 +1,24 @@
+"""The cluster that the tests of a file share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.slurm_cluster import SlurmCluster
+from tests.support.slurm_lab import Lab
+
+
+@pytest.fixture(scope="module")
+def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("slurm")
+    with SlurmCluster(folder / "box", num_nodes=3, kill_wait_s=20, grace_s=30) as cluster:
+        yield Lab(cluster, folder)
+
+
+@pytest.fixture
+def lab(one_lab: Lab) -> Lab:
+    """A cluster on which nothing runs, all nodes up."""
+    one_lab.cluster.reset()
+    return one_lab
