@@ -2,7 +2,7 @@
 # talk        the quickstart's model learns to answer: dialogues, training, answers with base rates, a chat
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
-# soak        hours of faults and restarts (cut off, it goes on), the table of tests/campaign.py into campaign.md
+# soak        hours of faults and restarts (cut off, it goes on), and 20,000 steps in one go: campaign.md, soak.md
 PYTHON ?= python3
 # In the order of tests/conftest.py: two workers begin with Slurm, and wait most of the time, so that there is a third.
 PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -35,6 +35,7 @@ bench: .venv/dev
 
 soak: .venv/dev
 	.venv/bin/python -m tests.campaign --faults 300 --report campaign.md
+	.venv/bin/python -m tests.soak --report soak.md
 	$(PYTEST) -m slow -k soak
 
 .venv/core: pyproject.toml constraints.txt
