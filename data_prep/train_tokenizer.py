@@ -49,7 +49,7 @@ class TrainTokenizerConfig(InputConfig):
     output: str = MISSING
     """The tokenizer.json to write."""
     vocab_size: int = 32768
-    """Ids in all, with the 256 bytes and the nine special tokens."""
+    """Ids in all, with the 256 bytes and the nine special tokens; 265: a token is a byte."""
     pretokenizer: Pretokenizer = Pretokenizer.llama3
     """Rule that cuts text into pieces before merging: gpt2, llama3."""
     sample_mb: float = 1000.0
@@ -70,7 +70,7 @@ def main(cfg: TrainTokenizerConfig) -> None:
         )
     check_writable(Path(cfg.output), "output=")
     tokenizer = build(_texts(cfg), vocab_size=cfg.vocab_size, pretokenizer=cfg.pretokenizer)
-    if tokenizer.get_vocab_size() <= LEAST:
+    if tokenizer.get_vocab_size() <= LEAST < cfg.vocab_size:
         raise DataError(f"input={cfg.input} holds no text to train on. --help lists what is read.")
     output = Path(cfg.output)
     write_durably(output, tokenizer.to_str(pretty=True).encode())

@@ -30,4 +30,5 @@ What to try next:
   python -m pipeline.generate checkpoint=$run interactive=true   type prompts
   python -m pipeline.export checkpoint=$run output=exported      a folder that transformers loads
   make talk                                                                  teach it to answer
+  docs/your-text.md                                                          the same with your own text
 END

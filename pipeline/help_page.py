@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 import sys
 import textwrap
 import typing
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline import schema as schemas
 
-COLUMNS = 100
+MOST_COLUMNS = 100
 
 
 def help_text(
@@ -91,4 +92,5 @@ def _choices(hint: Any) -> str:
 
 
 def _wrapped(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=rest)
+    columns = max(40, min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
+    return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=rest)

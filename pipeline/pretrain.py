@@ -16,6 +16,7 @@ import ast
 import importlib.util
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 from pipeline import log, suggestions
@@ -79,7 +80,9 @@ def main() -> None:
 def commands_page() -> str:
     """The docstring, and a line for each command."""
     lines = [(__doc__ or "").strip(), "", "Commands:"]
-    lines += [f"  {name:16} {summary(name)}" for name in COMMANDS]
+    for name in COMMANDS:
+        first, rest = f"  {name:16} ", 19 * " "
+        lines += textwrap.wrap(summary(name), 78, initial_indent=first, subsequent_indent=rest)
     return "\n".join(lines)
 
 

@@ -60,7 +60,6 @@ TESTED_IN = {
     "data_prep/tokens/import_job.py": ("test_import_tokens.py", JOB),
     "data_prep/tokens/split.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/tokenize_job.py": ("test_tokenize.py", "tokenize.py is its entry point"),
-    "data_prep/train_tokenizer.py": ("launch/test_quickstart.py", "the quickstart's first step"),
     "pipeline/checkpoint/__main__.py": ("checkpoint/test_folder.py", SAVED),
     "pipeline/checkpoint/restore.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/checkpoint/tools.py": ("checkpoint/test_folder.py", SAVED),

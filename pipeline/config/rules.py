@@ -283,7 +283,7 @@ def ramp(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
 
 def keeps_best(cfg: PretrainConfig) -> Iterator[str]:
     """The best checkpoint is the best on something."""
-    if cfg.checkpoint.keep_best and not cfg.data.validation:
+    if cfg.checkpoint.keep_best and cfg.data.train and not cfg.data.validation:
         yield (
             "checkpoint.keep_best=true has nothing to compare by: no held-out data are named. Set "
             "data.validation='[{path: OUT/validation}]' (data.path=OUT does so), or "
@@ -337,7 +337,7 @@ def schedule_fits(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
         unit = "steps" if cfg.schedule.warmup_tokens is None else "tokens"
         yield (
             f"schedule.warmup_steps ({warmup}) must not exceed the run's {total_steps} steps. "
-            f"Leave schedule.warmup_{unit} out (null: a tenth of a short run), or set more steps."
+            f"Set schedule.warmup_{unit}=null (a tenth of a short run), or more steps."
         )
     elif decay is not None and cfg.schedule.decay is Decay.wsd and warmup + decay > total_steps:
         yield (

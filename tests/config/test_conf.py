@@ -28,6 +28,8 @@ SECTIONS = [path for path in OPTIONS if path.parent.name != "experiment"]
 RECIPE_WORLD_SIZE = {
     "quickstart": 1,
     "talk": 1,
+    "your-text": 1,
+    "chars": 1,
     "gpt2-124m": 8,
     "modern-1.3b": 8,
     "gpt3-6.7b": 64,

@@ -96,7 +96,7 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("dualpipev micro-batches", {"parallel": ParallelConfig(pipeline_parallel_size=2, pipeline_schedule=PipelineSchedule["dualpipev"]), "training": TrainingConfig(total_steps=1, global_batch_size=2, precision=Precision.fp32)}, 2, r"dualpipev needs at least 4 micro-batches.*global_batch_size=4"),
     ("no length", {"training": TrainingConfig()}, 1, r"exactly one of training.total_steps \(None\) and training.total_tokens \(None\)"),
     ("sequence too long", {"training": TrainingConfig(total_steps=1, seq_len=64)}, 1, r"seq_len \(64\) must not exceed model.max_seq_len \(32\)"),
-    ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps. Leave schedule.warmup_steps out"),
+    ("warm-up too long", {"schedule": ScheduleConfig(warmup_steps=11, min_lr=1e-4)}, 1, r"warmup_steps \(11\) must not exceed the run's 10 steps. Set schedule.warmup_steps=null"),
     ("warm-up twice", {"schedule": ScheduleConfig(warmup_steps=1, warmup_tokens=99, min_lr=1e-4)}, 1, r"both set. Set one of them null"),
     ("descent too long", {"schedule": ScheduleConfig(decay=Decay.wsd, warmup_steps=2, decay_steps=9, min_lr=1e-4)}, 1, r"Set schedule.decay_steps=8 or less, or null"),
     ("two lengths", {"training": TrainingConfig(total_steps=10, total_tokens=1e9, precision=Precision.fp32)}, 1, r"Add training.total_steps=null, and the tokens count"),
