@@ -74,7 +74,7 @@ def _dispatch_tokens_on_the_cpu() -> None:
         replace,
         MoEAlltoAllTokenDispatcher,
         upstream="not reported",
-        proof="tests/model/test_moe.py::test_experts_match_plain_torch[2]",
+        proof="tests/model/test_moe.py::test_expert_parallelism_matches_plain_torch",
     )
     change("cuda_dtoh_stream", object(), why="makes a CUDA stream, if there is none yet")
     change(

@@ -133,6 +133,13 @@ def test_a_step_reads_nothing_back(world_size: int) -> None:
             assert not stacks, f"{case}: {len(stacks)} waits, the first\n{stacks[0]}"
 
 
+def test_what_routers_do_is_counted_without_a_read() -> None:
+    """Experts need the number of their tokens on the host; the metrics' sums wait for a logging step."""
+    [[found]] = run_on_ranks(reads_of, 1, [dict(model="moe-aux", zero=0)])
+    assert found, "the watch sees the experts' reads"
+    assert not [stack for stack in found if "in _count" in stack or "in take_tallies" in stack]
+
+
 def strictly_on_cuda(case: dict[str, Any]) -> None:
     engine = engine_of(config(**case))
     steps = [rank_batches(step, engine.shape, engine.layout) for step in batches(masked=True)[:4]]
