@@ -6,6 +6,8 @@ weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.checkpoint.adapters import ModelTensors
@@ -17,6 +19,9 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.model.fragments import chunks_of
+
+Sources = Callable[[str], str | None]
+"""Canonical name -> what a parameter is called where it is read; None: it keeps its values."""
 
 
 def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
@@ -42,15 +47,20 @@ def read_state(engine: Engine, folder: Path) -> CheckpointRecord:
     return record
 
 
-def read_weights(weights: Weights, tensors: ModelTensors) -> None:
-    """Fill this rank's views of the weights; low-rank matrices keep their initial values."""
-    names = {name for name in weights.all_parameters() if not is_lora(name)}
-    _check_parameters(names, tensors.parameters, tensors.folder)
+def read_weights(weights: Weights, tensors: ModelTensors, sources: Sources = str) -> None:
+    """Fill this rank's views of the weights; low-rank matrices keep their initial values.
+
+    Args:
+        sources: of the tensors; as it stands, names are the same.
+    """
+    names = {name: sources(name) for name in weights.all_parameters() if not is_lora(name)}
+    wanted = {name: source for name, source in names.items() if source is not None}
+    _check_parameters(set(wanted.values()), tensors.parameters, tensors.folder)
     tensors.read_into(
         chunk
         for fragment in weights.fragments()
-        if fragment.name in names
-        for chunk in chunks_of(fragment, ["weight"])
+        if fragment.name in wanted
+        for chunk in chunks_of(replace(fragment, name=wanted[fragment.name]), ["weight"])
     )
 
 

@@ -37,6 +37,9 @@ class CheckpointConfig:
     """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing
     is resumed.
     """
+    upcycle: bool = False
+    """init_from is a dense model: each expert begins as a copy of its MLP, the routers at random.
+    """
     init_adapter: str | None = None
     """Start of the low-rank matrices (finetune=lora): a folder of peft, or of pipeline.export
     adapter=true, whose base is init_from; null: A random and B 0. Used when nothing is resumed.

@@ -32,6 +32,7 @@ from pipeline.config.step_shape import (
     warmup_steps,
 )
 from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.upcycling import upcycling
 from pipeline.errors import ConfigError
 
 Rule = tuple[Iterator[str], set[str], str]
@@ -79,6 +80,7 @@ def problems(
             tokenizer_vocab_size=tokenizer_vocab_size,
         ),
         (name_rules.names(cfg), named, ""),
+        (upcycling(cfg), named, ""),
         (layout_rules.zero(parallel, training.precision), SIZES, ""),
         (layout_rules.experts_train(parallel), EXPERTS | SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),

@@ -23,6 +23,7 @@ from pipeline.config.parameter_names import freezes
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.same_model import ROTARY, another_model, differing
+from pipeline.config.upcycling import dense_model
 from pipeline.errors import CheckpointError, ConfigError, Problems
 from pipeline.log import logger
 
@@ -86,7 +87,8 @@ def _check_beginning(
             "Repair one and rename it back, or begin again under another name=..."
         )
     if cfg.checkpoint.init_from:
-        _check_initial_weights(Path(cfg.checkpoint.init_from), cfg.model, shape.vocab_size)
+        model = dense_model(cfg.model) if cfg.checkpoint.upcycle else cfg.model
+        _check_initial_weights(Path(cfg.checkpoint.init_from), model, shape.vocab_size)
     if cfg.checkpoint.init_adapter:
         from pipeline.huggingface.peft_reader import PeftMatrices
 
@@ -137,7 +139,9 @@ def _check_same_model(path: Path, theirs: ModelConfig, ours: ModelConfig) -> Non
         if here > there or here != there and not is_foreign:
             differ.append(key)
     if differ:
-        raise CheckpointError(another_model(path, theirs, differ))
+        is_dense = ours.moe.num_experts and not theirs.moe.num_experts
+        hint = ". To begin with copies of its MLPs as experts, set checkpoint.upcycle=true"
+        raise CheckpointError(another_model(path, theirs, differ) + (hint if is_dense else ""))
 
 
 def _differences(

@@ -13,6 +13,7 @@ from pipeline.checkpoint.record import read_record
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.operation import CheckpointConfig
 from pipeline.config.parameter_names import is_lora
+from pipeline.config.upcycling import dense_model, dense_name
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.peft_reader import PeftMatrices
@@ -38,27 +39,33 @@ def begin(
         base = base or load_base(weights, Path(cfg.init_from))
         load_adapter(weights, Path(cfg.init_adapter), finetune, base=base)
     elif cfg.init_from and base is None:
-        load_weights(weights, Path(cfg.init_from))
+        load_weights(weights, Path(cfg.init_from), upcycle=cfg.upcycle)
 
 
-def load_weights(weights: Weights, path: Path) -> Path:
+def load_weights(weights: Weights, path: Path, *, upcycle: bool = False) -> Path:
     """Start from the weights of a run, a checkpoint or a Hugging Face folder; the folder read.
 
     Collective: call on every rank.
+
+    Args:
+        upcycle: they are dense, and each expert is a copy of their MLP.
 
     Raises:
         CheckpointError: the folder is neither, is damaged, or its model is not this one.
     """
     ranks = Agreement(weights.layout.host_group)
+    sources: restore.Sources = dense_name if upcycle else str
     if (path / "config.json").is_file():
-        ranks.agree(lambda: import_weights(weights, path))
+        ranks.agree(lambda: import_weights(weights, path, sources))
     else:
         path = ranks.on_main(lambda: folders.find(path))
         if problems := ranks.damage(path):
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
         known = _known_bases(path, ranks)
         ranks.agree(
-            lambda: restore.read_weights(weights, open_model(path, identify=known.__getitem__))
+            lambda: restore.read_weights(
+                weights, open_model(path, identify=known.__getitem__), sources
+            )
         )
     weights.publish_weights()
     return path
@@ -131,13 +138,15 @@ def _recorded_base(checkpoint: Path) -> Base | None:
     return recorded_base(read_record(checkpoint))
 
 
-def import_weights(weights: Weights, folder: Path) -> None:
+def import_weights(weights: Weights, folder: Path, sources: restore.Sources = str) -> None:
     """Fill this rank's weights from a Hugging Face folder, one whole parameter at a time."""
-    source = HuggingFaceWeights(folder, weights.model)
+    theirs = weights.model if sources is str else dense_model(weights.model)
+    source = HuggingFaceWeights(folder, theirs)
     for fragment in weights.fragments():
-        if is_lora(fragment.name):
+        name = None if is_lora(fragment.name) else sources(fragment.name)
+        if name is None:
             continue
-        whole = source.tensor(fragment.name, fragment.partition.global_shape)
+        whole = source.tensor(name, fragment.partition.global_shape)
         for chunk in chunks_of(fragment, ["weight"]):
             place = tuple(
                 slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape, strict=True)
