@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.choices import Precision
+from pipeline.config.choices import Init, Precision
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.training import ParallelConfig
 from tests.support.exported import EXPORTED, save_models, tokenizer_file
+from tests.support.layouts import MODELS as KINDS_OF_MODELS
 from tests.support.layouts import SEQ_LEN, VOCAB, reset_parallel_state
 from tests.support.probed import Theirs, ablation, head_kinds, means, patching
 from tests.support.ranks import run_on_ranks
@@ -173,6 +174,40 @@ def test_findings_equal_transformers_on_the_exported_folder(runs: Path, wanted: 
     for ranks in run_on_ranks(found, 2, FAST, runs):
         for pair, theirs, name in zip(ranks, wanted, MODELS, strict=True):
             compare(pair, theirs, name)
+
+
+OTHERS = {
+    **{name: KINDS_OF_MODELS[name] for name in ("moe", "capped", "parallel", "mqa")},
+    "mup": {**KINDS_OF_MODELS["modern"], "init": Init.mup, "mup_base_hidden_size": 32},
+}
+
+
+def others(root: Path) -> dict[str, dict[str, Any]]:
+    """Findings on the prompt of models that transformers does not compute."""
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.probe import ProbeConfig, look_into
+
+    answers = {}
+    save_models(OTHERS, root, tokenizer_file(root))
+    for name in OTHERS:
+        cfg = ProbeConfig(checkpoint=str(root / name), prompt=text(PROMPT), ablate=True)
+        cfg.precision = Precision.fp32
+        answers[name] = look_into(cfg, ranks_from_environment())
+        reset_parallel_state()
+    return answers
+
+
+def test_parts_add_up_to_the_logit_and_the_last_lens_is_the_loss(tmp_path: Path) -> None:
+    """Experts, parallel residuals, soft-capped and scaled logits: none of them is left out."""
+    [found_of] = run_on_ranks(others, 1, tmp_path)
+    for name, findings in found_of.items():
+        averages = findings["averages"]
+        added = sum(np.sum(value) for value in averages["attribution"].values())
+        assert added == pytest.approx(averages["logit"], rel=1e-4, abs=1e-4), name
+        loss = findings["ablation"]["none"][0]
+        assert averages["lens_loss"][-1] == pytest.approx(loss, rel=1e-5), name
+        changed = [findings["ablation"][part] for part in ("attention", "mlp", "heads")]
+        assert all(np.all(np.asarray(part) != loss) for part in changed), name
 
 
 @pytest.mark.slow
