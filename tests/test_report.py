@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import DataError, MachineError
 from pipeline.report import ReportConfig, main
-from pipeline.tracking.history import History
+from pipeline.tracking.history import HEADS, History
 
 
 def step_row(step: int, loss: float | None) -> dict:
@@ -59,6 +59,21 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     assert "Goodput 87 %, 3 steps done twice." in page
     assert "&lt;cpu&gt;" in page
     assert "name: &lt;x&gt;" in page
+
+
+def test_heads_are_shown_where_somebody_looked(tmp_path: Path, capsys) -> None:
+    """A restart repeats a step: its later scores count."""
+    seen = [(10, 0.25), (20, 0.75), (20, 0.875)]
+    rows = [step_row(step, 4.0) for step in (10, 20)]
+    main(ReportConfig(run=str(write(tmp_path, rows))))
+    assert "Attention heads" not in (tmp_path / "report" / "index.html").read_text()
+    rows += [
+        {"step": step, "tokens": 64, **{f"probe/{name}": score for name in HEADS}}
+        for step, score in seen
+    ]
+    main(ReportConfig(run=str(write(tmp_path, rows))))
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count(">0.2500<") == page.count(">0.8750<") == len(HEADS) and ">0.7500<" not in page
 
 
 def test_traces_are_linked_and_stay_where_they_are(tmp_path, capsys):

@@ -15,6 +15,8 @@ from pipeline.shapes import COUNT, misfits
 MOST_BYTES = 1 << 30
 """Of metrics.jsonl: a million logged steps."""
 _NUMBER, _SCORES = (float, None), ("loss", "ppl", "bits_per_byte")
+HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
+"""What training.probe_every logs of attention heads, as probe/NAME."""
 # What is read of a row and of evaluation.json; `?`: may be missing.
 ROW = {
     "event?": str,
@@ -27,6 +29,7 @@ ROW = {
     "throughput/tokens_per_sec?": _NUMBER,
     "goodput/goodput?": _NUMBER,
     "goodput/lost_steps?": _NUMBER,
+    **{f"probe/{name}?": _NUMBER for name in HEADS},
 }
 _RESULT = {"tokens": COUNT, **dict.fromkeys(_SCORES, _NUMBER), "exact?": _NUMBER}
 EVALUATION = {"results": {str: _RESULT}}
@@ -42,6 +45,8 @@ class History:
     """Validation dataset to rows with step, tokens, loss, ppl, bits_per_byte; of dialogues exact,
     percent of answers.
     """
+    heads: list[dict[str, Any]] = field(default_factory=list)
+    """Rows with step and HEADS, ascending, where training.probe_every looked."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the last start recorded."""
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,7 +62,7 @@ class History:
         path = run_dir / "metrics.jsonl"
         if not path.exists():
             raise DataError(f"there is no {path}. Give the folder of a run, runs/NAME.")
-        history, steps, evaluations = cls(), {}, {}
+        history, steps, evaluations, heads = cls(), {}, {}, {}
         for row in _rows(path):
             if wrong := next(misfits(row, ROW), None):
                 raise DataError(f"{path} has a row that is of no run: {wrong}.")
@@ -67,6 +72,9 @@ class History:
                 continue
             if "train/loss" in row:
                 steps[row["step"]] = row
+            if f"probe/{HEADS[0]}" in row:
+                scores = {name: _number(row.get(f"probe/{name}")) for name in HEADS}
+                heads[row["step"]] = {"step": row["step"], **scores}
             for key in row:
                 if key.startswith("val/") and key.endswith("/loss"):
                     name = key.removeprefix("val/").removesuffix("/loss")
@@ -78,6 +86,7 @@ class History:
         if not steps:
             raise DataError(f"{path} holds no logged step yet.")
         history.steps = [steps[step] for step in sorted(steps)]
+        history.heads = [heads[step] for step in sorted(heads)]
         if (run_dir / "evaluation.json").exists():
             history.final = _final(run_dir / "evaluation.json")
         for name, step in sorted(evaluations):

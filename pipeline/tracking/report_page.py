@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from pipeline.errors import visible
 from pipeline.files import read_file
-from pipeline.tracking.history import History
+from pipeline.tracking.history import HEADS, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
      src="data:image/png;base64,{picture}">
 <h2>Held-out data</h2>
 {evaluations}
-<h2>Run</h2>
+{heads}<h2>Run</h2>
 {facts}
 {profiles}<h2>Configuration</h2>
 <pre>{config}</pre>
@@ -113,10 +113,23 @@ def page(history: History, run_dir: Path, picture: bytes) -> str:
         summary=html.escape(summary),
         picture=base64.b64encode(picture).decode(),
         evaluations=_table(["dataset", "step", *columns.values()], rows),
+        heads=_heads(history),
         facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
         profiles=_profiles(run_dir),
         config=html.escape(config),
     )
+
+
+def _heads(history: History) -> str:
+    """What was seen of attention heads, where somebody looked; nothing elsewhere."""
+    if not history.heads:
+        return ""
+    rows = [[row["step"], *(row[name] for name in HEADS)] for row in history.heads]
+    note = (
+        "The strongest head's attention to the token before, to the same token earlier and to what "
+        "came after it, and means over all heads, on random tokens that repeat (docs/probing.md)."
+    )
+    return f"<h2>Attention heads</h2>\n<p>{note}</p>\n{_table(['step', *HEADS], rows)}\n"
 
 
 def _profiles(run_dir: Path) -> str:
