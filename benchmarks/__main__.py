@@ -23,6 +23,7 @@ BENCHMARKS = {
     "finetune": ["--rounds", "4"],
     "parallel": [],
     "checkpoint": [],
+    "muon": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }
 TITLE = "# Benchmarks\n\nRatios compare contenders of one run; absolute numbers belong to the machine named with them.\n"

@@ -16,6 +16,8 @@ Activation = Enum("Activation", ["gelu", "gelu_tanh", "swiglu", "squared_relu"])
 Init = Enum("Init", ["scaled", "fixed", "mup"])
 # Arithmetic of forward and backward; weights, moments and gradient sums are fp32 in all three.
 Precision = Enum("Precision", ["fp32", "bf16", "fp16"])
+# Products of the blocks' linears in float8 numbers: none; rowwise, a factor for each row (e4m3)
+Float8 = Enum("Float8", ["none", "rowwise"])
 # What the backward pass computes again: nothing, the attention core, every n-th block.
 Recompute = Enum("Recompute", ["none", "selective", "full"])
 # 1f1b: one forward, one backward; dualpipev: two directions, half the bubble (DeepSeek-V3).

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from pipeline.config.choices import NormPlacement, Position, RopeScaling
+from pipeline.config.choices import Float8, NormPlacement, Position, Precision, RopeScaling
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.number_rules import broken_numbers
-from pipeline.config.training import ParallelConfig
+from pipeline.config.parameter_names import linear_shapes
+from pipeline.config.training import ParallelConfig, TrainingConfig
 
+# Of CUDA's kernel of float8 products.
+FLOAT8_SIDES = 16
 MOST = 2**31
 """No size of a model is larger: it would not fit the 32-bit counts of the kernels."""
 
@@ -124,4 +128,30 @@ def tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
             yield (
                 f"model.{name} ({value}) must be divisible by parallel.tensor_parallel_size "
                 f"({size}). Largest size that fits this model: {max(fits, default=1)}."
+            )
+
+
+def float8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[str]:
+    """Products of float8 numbers stand in for those of bf16, of sides that fit the kernel."""
+    if training.fp8 is Float8.none:
+        return
+    if training.precision is not Precision.bf16:
+        yield (
+            f"training.fp8={training.fp8.name} needs training.precision=bf16 (not "
+            f"{training.precision.name}): its products come out in bf16. Set training.fp8=none."
+        )
+    if model.compile:
+        yield (
+            f"training.fp8={training.fp8.name} does not work with model.compile=true: "
+            "torch.compile was not tried on its products. Set model.compile=false."
+        )
+    tensor = parallel.tensor_parallel_size
+    for name, (rows, columns) in linear_shapes(replace(model, num_layers=1)).items():
+        is_column = name.endswith(("linear_qkv", "linear_fc1"))
+        sides = (rows / tensor, columns) if is_column else (rows, columns / tensor)
+        if ".local_experts." not in name and any(side % FLOAT8_SIDES for side in sides):
+            yield (
+                f"training.fp8={training.fp8.name} needs sides that are multiples of "
+                f"{FLOAT8_SIDES}, and a rank's {name.rpartition('.')[2]} is {sides[0]:g} x "
+                f"{sides[1]:g}. Choose other widths, or set training.fp8=none."
             )

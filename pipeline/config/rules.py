@@ -86,6 +86,7 @@ def problems(
         (layout_rules.dual_schedule(parallel), SIZES, ""),
         (recompute(training), set(), ""),
         (heads_are_seen(cfg), set(), ""),
+        (model_rules.float8(model, parallel, training), named | SIZES, ""),
         (profile_steps(training), {"training.total_steps"}, ""),
         (
             model_rules.sequence_length(model, "training.seq_len", training.seq_len),

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from pipeline.config.choices import Decay, OptimizerName, PipelineSchedule, Precision, Recompute
+from pipeline.config.choices import (
+    Decay,
+    Float8,
+    OptimizerName,
+    PipelineSchedule,
+    Precision,
+    Recompute,
+)
 
 
 @dataclass
@@ -111,6 +118,8 @@ class TrainingConfig:
     """Batch-size and sequence-length warm-up, in order of until_step."""
     precision: Precision = Precision.bf16
     """Arithmetic of forward and backward; weights, moments and gradient sums are fp32 in all."""
+    fp8: Float8 = Float8.none
+    """Arithmetic of the blocks' linears forward and of their input's gradient (bf16 runs)."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes again to save memory: nothing, attention, whole blocks."""
     recompute_every: int = 1

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config.choices import Precision
+from pipeline.config.choices import Float8, Precision
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.training import OptimizerConfig, ScheduleConfig
@@ -44,6 +44,7 @@ from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.lora import adapt, freeze
 from pipeline.model.partition import Partition
 from pipeline.model.stage_io import StageSchema
+from pipeline.model.tensor_parallel import use_float8
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
@@ -93,6 +94,8 @@ class Engine:
         pin_attention_kernels()
         module = runner_class.build_module(architecture, schema, shape, layout)
         adapt(module, self.model, finetune)
+        if architecture.fp8 is Float8.rowwise:
+            use_float8(module)
         module.to(layout.device)
         self.partitions = self._initial_weights(module)
         trained = list(freeze(named_parameters(module, self.model), self.model, finetune))

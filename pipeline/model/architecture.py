@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pipeline.config.choices import Precision, Recompute
+from pipeline.config.choices import Float8, Precision, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.model.megatron_config import transformer_config
@@ -26,6 +26,8 @@ class Architecture:
     """What a backward pass computes again."""
     recompute_every: int = 1
     """recompute=full: every n-th block."""
+    fp8: Float8 = Float8.none
+    """Arithmetic of the blocks' linears."""
 
     @property
     def transformer(self) -> TransformerConfig:

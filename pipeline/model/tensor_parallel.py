@@ -7,6 +7,7 @@ nothing to communicate, and the bias is fused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,11 +18,33 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from pipeline.model.float8 import check_device
+from pipeline.model.linear import LateProducts, multiply
 from pipeline.model.lora import LowRankColumn, LowRankRow
 from pipeline.model.partition import mark_split
 
 
-class ColumnLinear(LowRankColumn, tensor_parallel.ColumnParallelLinear):
+class OwnProducts:
+    """What a parallel linear, an nn.Module, computes by linear.py; nothing unless it is said."""
+
+    weight: Any
+    late: LateProducts | None = None
+    is_float8 = False
+
+    @property
+    def has_own_products(self) -> bool:
+        """Whether it was said."""
+        return self.late is not None or self.is_float8
+
+    def product(
+        self, x: Tensor, *, group: dist.ProcessGroup | None = None, gathers: bool = False
+    ) -> Tensor:
+        """X W^T; arguments as in `multiply`."""
+        how: dict[str, Any] = {"late": self.late, "is_float8": self.is_float8}
+        return multiply(x, self.weight, group=group, gathers=gathers, **how)
+
+
+class ColumnLinear(OwnProducts, LowRankColumn, tensor_parallel.ColumnParallelLinear):
     """Rows of the weight are split over the tensor-parallel ranks; bias is added here."""
 
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
@@ -33,7 +56,11 @@ class ColumnLinear(LowRankColumn, tensor_parallel.ColumnParallelLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(output of this rank's rows, None)."""
-        if self.tp_group.size() == 1:
+        if self.has_own_products:
+            group = self.tp_group if self.tp_group.size() > 1 else None
+            out = self.product(x, group=group, gathers=self.sequence_parallel)
+            out = out if self.bias is None else out + self.bias
+        elif self.tp_group.size() == 1:
             out = F.linear(x, self.weight, self.bias)
         else:
             out, bias = super().forward(x, *args, **kwargs)
@@ -41,7 +68,7 @@ class ColumnLinear(LowRankColumn, tensor_parallel.ColumnParallelLinear):
         return self.plus_low_rank(out, x) if self.lora_scale else out, None
 
 
-class RowLinear(LowRankRow, tensor_parallel.RowParallelLinear):
+class RowLinear(OwnProducts, LowRankRow, tensor_parallel.RowParallelLinear):
     """The weight's columns are split over tensor-parallel ranks; the bias joins after the sum."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,11 +79,41 @@ class RowLinear(LowRankRow, tensor_parallel.RowParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(sum over ranks, None)."""
-        if self.tp_group.size() == 1:
+        if self.has_own_products:
+            out = _sum_over_ranks(self.product(x), self)
+            out = out if self.bias is None else out + self.bias
+        elif self.tp_group.size() == 1:
             out = F.linear(x, self.weight, self.bias)
         else:
             out = super().forward(x)[0]
         return self.plus_low_rank(out, x) if self.lora_scale else out, None
+
+
+def _sum_over_ranks(part: Tensor, linear: RowLinear) -> Tensor:
+    """The ranks' sum, whole or this rank's slice of the sequence."""
+    if linear.tp_group.size() == 1:
+        return part
+    if linear.sequence_parallel:
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(part)
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(part)
+
+
+def own_linears(module: nn.Module) -> Iterator[ColumnLinear | RowLinear]:
+    """The linears of attention and of MLPs that every token passes; not those of routed experts."""
+    for part in module.modules():
+        if isinstance(part, ColumnLinear | RowLinear) and not part.is_expert:
+            yield part
+
+
+def use_float8(module: nn.Module) -> None:
+    """Let the linears of a rank's part of a model multiply in float8.
+
+    Raises:
+        ConfigError: the device cannot.
+    """
+    check_device()
+    for linear in own_linears(module):
+        linear.is_float8 = True
 
 
 class VocabEmbedding(tensor_parallel.VocabParallelEmbedding):

@@ -24,6 +24,9 @@ MOST_BYTES = 1 << 16
 # Share by which the memory of alike devices may differ: the driver takes some of it. The next
 # larger or smaller model, or a slice of one, is further away.
 SAME_MEMORY = 0.05
+# Share of a link's bandwidth that a large collective or copy reaches.
+LINK_SHARE = 0.75
+MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,20 @@ with, and says which of them a constant was fitted on. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, replace
 
-from pipeline.config.choices import Recompute
+from pipeline.config.choices import Precision, Recompute
 from pipeline.config.finetune import FinetuneConfig
-from pipeline.config.parameter_names import linear_shapes
-from pipeline.planning.devices import Device
-from pipeline.planning.flops import flops_per_token, orthogonalization_flops
+from pipeline.planning.devices import LINK_SHARE, MEMORY_SHARE, Device
+from pipeline.planning.flops import flops_per_token
 from pipeline.planning.job import Job, Stage
+from pipeline.planning.update_time import update_seconds
 
 # A matrix product with a side of this many rows runs at 1 / sqrt(2) of the share of a large one.
 SHORT_SIDE = 160.0
 # How often the element-wise work of a block reads or writes (tokens, H) forward and backward:
 # norms, residual sums, activation, rotation, as separate kernels.
 PASSES = 60.0
-# Share of a link's bandwidth that a large collective or copy reaches.
-LINK_SHARE = 0.75
-MEMORY_SHARE = 0.8
 # Of a step, what nothing here explains: stragglers, data, jitter.
 UNEXPLAINED = 0.04
 # Backward over forward of flash attention: five products instead of two.
@@ -35,9 +31,6 @@ ATTENTION_BACKWARD = 2.5
 # Kernels of a block, forward and backward, and what the host takes to launch one: Python and
 # autograd. Not measured on a device.
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD, LAUNCH_S = 20, 40, 5e-6
-# Bytes a parameter's update reads and writes: gradient, three fp32 states both ways, the weight;
-# under Muon two states, and what becomes the update leaves and comes back in bf16.
-UPDATE_BYTES, MUON_UPDATE_BYTES = 30, 26
 # Bytes each score costs where attention is not fused: written, masked, normalised, dropped out and
 # read, in both directions.
 SCORE_BYTES = 42
@@ -50,6 +43,10 @@ class Practice:
     chunks_per_stage: int = 1
     """Interleaved schedule: a rank's pieces of the pipeline (arXiv:2104.04473)."""
     fused_attention: bool = True
+    gradient_first: bool = True
+    """Stages send their input's gradient before they compute those of their weights
+    (engine/deepspeed/gradient_first.py).
+    """
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,8 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
     layers = job.model.num_layers / pipeline if practice.chunks_per_stage > 1 else stage.layers
     has_head = stage.has_head
     per_pass = layers * block.total + has_head * head
-    bubble = (pipeline - 1) * per_pass / practice.chunks_per_stage * (0.5 if job.is_dual else 1.0)
+    waited = per_pass - layers * _late_seconds(job, block, practice)
+    bubble = (pipeline - 1) * waited / practice.chunks_per_stage * (0.5 if job.is_dual else 1.0)
     seconds = StepTime(
         matrices=m * (layers * (1 + block.products_back) * block.matrices + has_head * head),
         attention=m * layers * (1 + ATTENTION_BACKWARD) * block.attention,
@@ -140,7 +138,7 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
         bubble=bubble,
         between_stages=_between_stages(job, device, practice),
         data_parallel=_data_parallel(job, device, stage, hides=layers * block.backward),
-        optimizer=_update_seconds(job, device, stage),
+        optimizer=update_seconds(job, device, stage),
         launches=m * layers * block.launches,
         unexplained=0.0,
     )
@@ -209,6 +207,18 @@ def _products_back(job: Job) -> float:
     model, nothing = job.model, {"vocab_size": 0, "seq_len": 0}
     whole = flops_per_token(model, FinetuneConfig(), **nothing)
     return 3 * flops_per_token(model, job.finetune, **nothing) / whole - 1
+
+
+def _late_seconds(job: Job, block: _Block, practice: Practice) -> float:
+    """Of a block's backward pass, what no other stage waits for: its weights' gradients.
+
+    With forward, input's and weights' gradients a second each, a pipeline of p stages then idles
+    2 (p - 1) seconds of a step instead of 3 (p - 1) under 1F1B, p - 1 under DualPipeV.
+    """
+    is_first = practice.gradient_first and not job.model.compile
+    if not is_first or job.training.precision is Precision.fp16:
+        return 0.0
+    return max(0.0, block.products_back - 1) * block.matrices
 
 
 def _product_flops(job: Job) -> float:
@@ -308,31 +318,3 @@ def _ring_bytes_s(job: Job, device: Device) -> float:
         return inside
     members = max(1, device.per_node // tensor)
     return min(inside, members * device.link_bytes_s(spans_nodes=True))
-
-
-def _update_seconds(job: Job, device: Device, stage: Stage) -> float:
-    """The optimizer's pass over the part of the state that a rank owns, and Muon's products."""
-    copies = job.copies(stage) if job.shape.zero_stage else 1
-    bytes_ = (stage.trained - stage.by_muon) * UPDATE_BYTES + stage.by_muon * MUON_UPDATE_BYTES
-    seconds = bytes_ / copies / (device.memory_gb_s * 1e9 * MEMORY_SHARE)
-    return seconds + (_muon_seconds(job, device, stage, copies=copies) if stage.by_muon else 0.0)
-
-
-def _muon_seconds(job: Job, device: Device, stage: Stage, *, copies: float) -> float:
-    """Products on whole matrices, each on one of the ranks that share it; the way there and back.
-
-    The dearest weight is the least a step takes, however many ranks there are.
-    """
-    one = replace(job.model, num_layers=1)
-    costs = {
-        name: orthogonalization_flops(f"{name}.weight", shape, one)
-        for name, shape in linear_shapes(one).items()
-    }
-    numbers = sum(math.prod(shape) for shape in linear_shapes(one).values())
-    ranks = job.shape.sizes.tensor * copies
-    whole = stage.by_muon * job.shape.sizes.tensor / numbers * sum(costs.values())
-    products = max(max(costs.values()), whole / ranks) / (device.peak * device.matrix_share)
-    if ranks == 1:
-        return products
-    link = device.link_bytes_s(spans_nodes=ranks > device.per_node) * LINK_SHARE
-    return products + 2 * stage.by_muon / copies * job.width / link

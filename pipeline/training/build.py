@@ -60,6 +60,7 @@ def _parts(
         padded_vocab_size=shape.padded_vocab_size,
         recompute=cfg.training.recompute,
         recompute_every=cfg.training.recompute_every,
+        fp8=cfg.training.fp8,
     )
     return architecture, StageSchema.of(cfg.data, cfg.parallel), layout
 

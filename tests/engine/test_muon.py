@@ -28,9 +28,7 @@ MUON: Case = dict(optimizer="muon")
 FAST: dict[int, list[Case]] = {
     2: [
         dict(model="modern", tp=2, sp=True, **MUON),
-        dict(model="modern", zero=2, **MUON),
         dict(model="gpt2", zero=3, **MUON),
-        dict(model="modern", pp=2, precision="bf16", **MUON),
     ],
 }
 ALL: dict[int, list[Case]] = {
@@ -38,7 +36,8 @@ ALL: dict[int, list[Case]] = {
     + [dict(model="modern", zero=z, precision="bf16", **MUON) for z in (1, 3)]
     + [dict(model="modern", zero=2, precision="fp16", **MUON)],
     2: [dict(model="modern", tp=2, zero=z, **MUON) for z in (0, 3)]
-    + [dict(model="modern", zero=z, **MUON) for z in (0, 1)]
+    + [dict(model="modern", zero=z, **MUON) for z in (0, 1, 2)]
+    + [dict(model="modern", pp=2, precision="bf16", **MUON)]
     + [dict(model="moe", tp=2, sp=True, **MUON), dict(model="mqa", pp=2, **MUON)]
     + [dict(model="modern", zero=1, precision=p, **MUON) for p in ("bf16", "fp16")],
     3: [dict(model="odd", tp=3, **MUON), dict(model="odd", zero=2, batch_size=12, **MUON)],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.config.choices import (
     Activation,
+    Float8,
     Init,
     Normalization,
     NormPlacement,
@@ -99,7 +100,7 @@ def config(
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, ep: int = 1, documents: bool = False, positions: bool = False,
     lanes: int = 1, batch_size: int = BATCH, train: str = "*", lora_rank: int = 0,
-    optimizer: str = "adamw",
+    optimizer: str = "adamw", fp8: str = "none",
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
@@ -115,7 +116,7 @@ def config(
         ),
         training=TrainingConfig(
             total_steps=STEPS, global_batch_size=batch_size, micro_batch_size=micro_batch_size, precision=Precision[precision],
-            recompute=Recompute[recompute],
+            recompute=Recompute[recompute], fp8=Float8[fp8],
         ),
         finetune=FinetuneConfig(
             train=train.split(), lora_rank=lora_rank, lora_alpha=8.0,

@@ -28,9 +28,11 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
+from pipeline.engine.deepspeed.gradient_first import send_gradients_first
 from pipeline.engine.forward_only import Stage, asking, sum_scores
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss, LossFunction
+from pipeline.model.linear import LateProducts
 from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageInput, StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
@@ -64,8 +66,11 @@ class StagedRunner(DeepSpeedRunner):
             # 6 more bytes a parameter at the end of a step.
             reduction = Reduction(self.wrapper, self.layout.data.group, self.parameters)
             self._reduce_by(reduction.finish, why="reduces a flattened copy of the sums")
+        self.late = LateProducts()
         if kwargs["loss_scale"]:
             reduce_tied_sums(self.deepspeed)
+        elif not kwargs["architecture"].model.compile:
+            send_gradients_first(self.deepspeed, self.module, self.late)
         if not self.deepspeed.is_last_stage():
             replace(
                 self.deepspeed,

@@ -1,0 +1,94 @@
+"""A pipeline that sends the gradient of a stage's input before it computes those of its weights.
+
+The stage before waits for the one and nobody for the others. DeepSpeed's schedules have one
+backward instruction for both; here a stage's linears leave their weight gradients on a list
+(model/linear.py), which is worked off where the schedule has just sent something. No micro-batch is
+held longer.
+Counted on the schedules' own instructions, forward, dx and dW a unit each, messages free: with 4 x
+PP micro-batches at PP 8, 1F1B waits 12.7 % of a step instead of 17.9, DualPipeV 6.8 instead of
+12.3.
+"""
+
+from __future__ import annotations
+
+import pipeline.engine.deepspeed.environment  # noqa: F401
+
+# isort: split
+from typing import Any
+
+from deepspeed.runtime.pipe import dualpipev, schedule
+from torch import nn
+
+from pipeline.model.linear import LateProducts
+from pipeline.model.tensor_parallel import own_linears
+from pipeline.patching import replace
+
+
+def send_gradients_first(engine: Any, module: nn.Module, late: LateProducts) -> None:
+    """Let the linears of a stage leave their weight gradients to `late`, and work that off in time.
+
+    Args:
+        engine: of a pipeline, not of fp16: there DeepSpeed takes a micro-batch's gradients over
+            into its sums at the end of the backward pass.
+        module: its stage.
+    """
+    for linear in own_linears(module):
+        linear.late = late
+    is_dual = isinstance(engine, dualpipev.DualPipeVEngine)
+    own = _dual_instructions(late) if is_dual else _instructions(engine, late)
+    own[schedule.ReduceTiedGrads] = _after(late, engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads])
+    replace(
+        engine,
+        "_INSTRUCTION_MAP",
+        {**engine._INSTRUCTION_MAP, **own},
+        why="computes the weights' gradients while the stage before waits for the input's",
+        upstream="not reported",
+        proof="tests/engine/deepspeed/test_gradient_first.py::test_no_product_waits_after_a_step",
+    )
+
+
+def _instructions(engine: Any, late: LateProducts) -> dict[Any, Any]:
+    """Of 1F1B: behind the send; on the first stage, which sends nothing, at once.
+
+    The first stage receives the next gradient into the buffer that its products still read: left to
+    the end of the step, the gradient norm was 11 % wrong and the first loss right.
+    """
+    send, backward = (
+        engine._INSTRUCTION_MAP[kind] for kind in (schedule.SendGrad, schedule.BackwardPass)
+    )
+    if engine.is_first_stage():
+        return {schedule.BackwardPass: _before(late, backward)}
+    return {schedule.SendGrad: _before(late, send)}
+
+
+def _dual_instructions(late: LateProducts) -> dict[Any, Any]:
+    """Of DualPipeV: while the messages of an instruction are on their way."""
+
+    def commit(engine: Any) -> None:
+        works = dualpipev.dist.batch_isend_irecv(engine._p2p_ops) if engine._p2p_ops else []
+        late.work_off()
+        for work in works:
+            work.wait()
+        engine._p2p_ops = []
+
+    return {schedule.CommitP2P: commit}
+
+
+def _before(late: LateProducts, instruction: Any) -> Any:
+    """The instruction, then what waits."""
+
+    def run(engine: Any, **kwargs: Any) -> None:
+        instruction(engine, **kwargs)
+        late.work_off()
+
+    return run
+
+
+def _after(late: LateProducts, instruction: Any) -> Any:
+    """What waits, then the instruction."""
+
+    def run(engine: Any, **kwargs: Any) -> None:
+        late.work_off()
+        instruction(engine, **kwargs)
+
+    return run

@@ -1,0 +1,57 @@
+"""FP8 runs: within their tolerance of plain torch in fp32 at every layout, and refused where they cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.run_shape import derive
+from pipeline.errors import ConfigError
+from pipeline.model import float8
+from tests.support.equivalence import Case, check
+from tests.support.layouts import VOCAB, config
+
+FP8: Case = dict(precision="bf16", fp8="rowwise")
+CASES: dict[int, list[Case]] = {
+    1: [dict(model="modern", zero=1, **FP8)],
+    2: [
+        dict(model="modern", tp=2, sp=True, **FP8),
+        dict(model="gpt2", tp=2, **FP8),
+        dict(model="gpt2", pp=2, **FP8),
+        dict(model="gpt2", zero=3, recompute="full", **FP8),
+        dict(model="modern", zero=2, optimizer="muon", **FP8),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_layouts_match_plain_torch(world_size: int) -> None:
+    check(world_size, CASES[world_size])
+
+
+def refused(message: str, **settings: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        derive(config("modern", **settings), world_size=1, tokenizer_vocab_size=VOCAB)
+
+
+def test_what_float8_cannot_do_is_refused() -> None:
+    refused("training.fp8=rowwise needs training.precision=bf16", fp8="rowwise")
+    cfg = config("modern", **FP8)
+    for given, message in (
+        (dict(compile=True), "does not work with model.compile=true"),
+        (dict(ffn_hidden_size=100), "multiples of 16, and a rank's linear_fc1 is 200 x 64"),
+    ):
+        model = replace(cfg.model, **given)
+        with pytest.raises(ConfigError, match=message):
+            derive(replace(cfg, model=model), world_size=1, tokenizer_vocab_size=VOCAB)
+
+
+def test_a_device_without_such_products_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="capability 9.0.*NVIDIA A100 has 8.0. Set training.fp8"):
+        float8.check_device()
