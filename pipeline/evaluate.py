@@ -12,7 +12,7 @@ checkpoint=FOLDER.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,24 +57,19 @@ class EvaluateConfig:
 def main(cfg: EvaluateConfig) -> int:
     """Build the model on this layout, load the weights, score every dataset."""
     from pipeline.config.run_shape import derive_evaluation
-    from pipeline.data.datasets import describe, follow_data
     from pipeline.distributed.ranks import ranks_from_environment
-    from pipeline.training.startup import check_same_tokenizer
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
     if cfg.output is not None:  # hours of scoring come before it is written
         check_writable(Path(cfg.output), "output=")
-    evaluation, path = evaluation_of(cfg)
-    data = describe(evaluation.data)
-    evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
+    evaluation, path, data = evaluation_of(cfg)
     shape = derive_evaluation(
         evaluation,
         world_size=ranks.world_size,
         tokenizer_vocab_size=data.vocab_size,
         row_tokens=data.row_tokens,
     )
-    check_same_tokenizer(data, path)
     for dataset in data.train:
         log.logger.info("evaluating on %s", _described(dataset, shape.seq_len, cfg.sequences))
 

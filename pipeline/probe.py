@@ -126,18 +126,12 @@ def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
     Raises:
         ConfigError: settings contradict each other, or the model is of a kind that is not probed.
     """
-    from pipeline.data.datasets import describe, follow_data
-    from pipeline.training.startup import check_same_tokenizer
-
     _check(cfg)
     model, path, training, _ = model_of(Path(cfg.checkpoint))
     check_model(model)
     data = None
     if cfg.prompt is None:
-        evaluation, path = evaluation_of(cfg)
-        data = describe(evaluation.data)
-        evaluation = replace(evaluation, data=follow_data(evaluation.data, data))
-        check_same_tokenizer(data, path)
+        evaluation, path, data = evaluation_of(cfg)
     else:
         evaluation = Evaluation(
             model, DataConfig(), cfg.parallel, cfg.precision or training.precision, seq_len=0,

@@ -21,6 +21,7 @@ from pipeline.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config.run_shape import ForwardShape
+    from pipeline.data.datasets import DataSummary
     from pipeline.data.tokenizer import Tokenizer
     from pipeline.distributed.layout import ParallelLayout
     from pipeline.engine.forward_only import ForwardOnly
@@ -38,19 +39,33 @@ class Asked(Protocol):
     parallel: ParallelConfig
 
 
-def evaluation_of(cfg: Asked) -> tuple[Evaluation, Path]:
-    """What is asked, its nulls filled from the checkpoint; and the folder with the weights."""
+def evaluation_of(cfg: Asked) -> tuple[Evaluation, Path, DataSummary]:
+    """What is asked, its nulls filled from the checkpoint; the folder with the weights; the data.
+
+    Raises:
+        ConfigError: no held-out data are named, or settings would have no effect.
+        DataError: the data are missing, or their tokenizer is another than the weights'.
+    """
+    from pipeline.data.datasets import describe, follow_data
+    from pipeline.training.startup import check_same_tokenizer
+
     model, path, training, run_data = model_of(Path(cfg.checkpoint))
     lengths = (cfg.seq_len, training.seq_len, model.max_seq_len)
-    return Evaluation(
+    data = held_out_data(cfg, run_data)
+    summary = describe(data)
+    data = follow_data(data, summary)
+    say_if_masks_differ(data, run_data)
+    check_same_tokenizer(summary, path)
+    evaluation = Evaluation(
         model=model,
-        data=held_out_data(cfg, run_data),
+        data=data,
         parallel=cfg.parallel,
         precision=cfg.precision or training.precision,
         seq_len=next(length for length in lengths if length is not None),
         micro_batch_size=cfg.micro_batch_size,
         sequences=cfg.sequences,
-    ), path
+    )
+    return evaluation, path, summary
 
 
 def held_out_data(cfg: Asked, run_data: DataConfig | None) -> DataConfig:
@@ -72,18 +87,27 @@ def held_out_data(cfg: Asked, run_data: DataConfig | None) -> DataConfig:
         held_out = [replace(d, weight=None, max_epochs=None) for d in run_data.validation or []]
         ours = {name: getattr(data, name) for name in caches}
         data = replace(run_data, validation=held_out, **ours)
-    elif run_data is not None and run_data.mask_documents and not data.mask_documents:
-        log.logger.warning(
-            "the run attends inside documents only, this evaluation across them: set "
-            "data.mask_documents=true data.reset_positions=%s to score it as it was trained",
-            str(run_data.reset_positions).lower(),
-        )
     if not data.validation:
         raise ConfigError(
             f"nothing to evaluate: {cfg.checkpoint} names no held-out data. "
             "Set data.path=OUT (its validation split), or list data.validation."
         )
     return replace(data, train=data.validation)
+
+
+def say_if_masks_differ(data: DataConfig, run_data: DataConfig | None) -> None:
+    """Warn where a run of masked documents reads others without masks.
+
+    Args:
+        data: as they are read; packed rows are masked whatever was typed.
+        run_data: of the run; None: there is none.
+    """
+    if run_data is not None and run_data.mask_documents and not data.mask_documents:
+        log.logger.warning(
+            "the run attends inside documents only, this evaluation across them: set "
+            "data.mask_documents=true data.reset_positions=%s to score it as it was trained",
+            str(run_data.reset_positions).lower(),
+        )
 
 
 def model_of(path: Path) -> tuple[ModelConfig, Path, TrainingConfig, DataConfig | None]:
