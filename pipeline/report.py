@@ -6,20 +6,24 @@
 
 Works on a running or killed run too: it reads what is there. An evaluation that pipeline.evaluate
 left in the run (output=runs/NAME/evaluation.json) is shown beside the evaluations of the training.
+What pipeline.scaling predicted of the run (runs/NAME/prediction.json) is drawn under its loss, and
+leaving it is a warning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
-from pipeline import cli
+from pipeline import cli, log
 from pipeline.errors import MachineError
 from pipeline.files import write_durably
+from pipeline.scaling.prediction import Prediction
 from pipeline.tracking.history import History
-from pipeline.tracking.report_page import PROFILES, draw, page
+from pipeline.tracking.report_page import PROFILES, Band, draw, page
 
 
 @dataclass
@@ -45,9 +49,14 @@ def main(cfg: ReportConfig) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise MachineError(f"{folder} cannot be made: {error.strerror}.") from None
-    picture = draw(history, title=run_dir.resolve().name)
+    prediction = Prediction.load(run_dir)
+    remarks = [*_remarks(prediction, history)] if prediction else []
+    for remark in remarks:
+        log.say(remark)
+    band = _band(prediction, history) if prediction else None
+    picture = draw(history, title=run_dir.resolve().name, band=band)
     write_durably(folder / "curves.png", picture)
-    text = page(history, run_dir, picture)
+    text = page(history, run_dir, picture, remarks=remarks)
     write_durably(folder / "index.html", text.encode(errors="backslashreplace"))
     # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all
     # of it.
@@ -70,6 +79,29 @@ def main(cfg: ReportConfig) -> None:
     for what, place in places.items():
         if place.exists():
             print(f"{what:14} {place}")
+
+
+def _remarks(prediction: Prediction, history: History) -> Iterator[str]:
+    """What was predicted, and where the run is outside of it."""
+    yield (
+        f"Predicted by {prediction.ladder}: held-out loss {prediction.loss:.4f} "
+        f"({prediction.low:.4f} to {prediction.high:.4f}, {prediction.level:.0%})"
+    )
+    yield from (f"warning: {miss}" for miss in prediction.misses(history))
+
+
+def _band(prediction: Prediction, history: History) -> Band:
+    """The prediction by step: what is logged says how many tokens a step has."""
+    per_token = history.steps[-1]["step"] / max(1, history.steps[-1]["tokens"])
+    end = per_token * prediction.tokens
+    return Band(
+        steps=[row["part"] * end for row in prediction.course],
+        low=[row["low"] for row in prediction.course],
+        high=[row["high"] for row in prediction.course],
+        end=end,
+        loss=prediction.loss,
+        interval=(prediction.low, prediction.high),
+    )
 
 
 if __name__ == "__main__":

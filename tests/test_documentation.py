@@ -43,6 +43,7 @@ PROGRAMS = {
     rf"pretrain (?P<command>{'|'.join(FRONT_DOOR)})(?= )": None,
     r"(?:\S*/)?launch/local\.sh \d+": "pipeline.train",
     rf"sbatch{OPTIONS} launch/pretrain\.slurm": "pipeline.train",
+    rf"sbatch{OPTIONS} launch/ladder\.slurm": "pipeline.scaling",
     rf"sbatch{OPTIONS} launch/tokenize\.slurm": "data_prep.tokenize",
     rf"sbatch{OPTIONS} launch/clean\.slurm": "data_prep.clean",
 }

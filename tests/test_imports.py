@@ -16,7 +16,7 @@ SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py"
 LAYERS = {
     "pipeline": """
         commands
-        rehearsal
+        rehearsal | scaling
         training, inference
         huggingface, tracking
         probing
@@ -81,7 +81,8 @@ SHARED = {
 # who may take all settings of a run: who parses, judges or wires them; the others get their sections
 TAKERS_OF_ALL_SETTINGS = {
     "pipeline.config", "pipeline.planning.job", "pipeline.planning.advice",
-    "pipeline.planning.search", "pipeline.planning.page", "pipeline.rehearsal", "pipeline.training",
+    "pipeline.planning.search", "pipeline.planning.page", "pipeline.rehearsal", "pipeline.scaling",
+    "pipeline.training",
     "pipeline.train",
     "pipeline.preflight", "pipeline.plan", "pipeline.order_audit",
 }  # fmt: skip

@@ -127,6 +127,7 @@ TESTED_IN = {
     "pipeline/planning/job.py": ("planning/test_memory.py", "what memory is counted from"),
     "pipeline/planning/kept.py": ("planning/test_memory.py", "what memory is counted from"),
     "pipeline/planning/table.py": ("test_plan.py", "the command prints it"),
+    "pipeline/scaling/card.py": ("scaling/test_scaling.py", "the command writes it"),
     "pipeline/node_check.py": ("resilience/test_node_check.py", "the command prints its result"),
     "pipeline/probing/findings.py": ("test_probe.py", "the command writes and prints them"),
     "pipeline/probing/interventions.py": ("probing/test_probe.py", PROBED),

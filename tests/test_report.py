@@ -151,6 +151,37 @@ def test_a_report_goes_into_the_run_and_nowhere_else(tmp_path):
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["secret"]
 
 
+def test_a_prediction_is_drawn_under_the_run_and_leaving_it_is_a_warning(tmp_path, capsys):
+    """A run that goes another way than its ladder said is worth a look before it has ended."""
+    rows = [step_row(s, 5 - s / 100) for s in range(10, 110, 10)]
+    prediction = {
+        "ladder": "small", "target": "run", "num_parameters": 1234, "parameters": 1000, "tokens": 12800,
+        "flops": 1e9, "times_largest": 9.0, "loss": 3.0, "low": 2.9, "high": 3.1, "level": 0.9,
+        "course": [{"part": 0.25, "low": 4.0, "high": 5.0}, {"part": 0.5, "low": 3.0, "high": 3.9}], "datasets": [],
+    }  # fmt: skip
+    run = write(tmp_path / "run", rows)
+    main(ReportConfig(run=str(run)))
+    without, said = (run / "report" / "curves.png").read_bytes(), capsys.readouterr()
+    assert "Predicted" not in said.err
+    (run / "prediction.json").write_text(json.dumps(prediction))
+    main(ReportConfig(run=str(run)))
+    said, page = capsys.readouterr().err, (run / "report" / "index.html").read_text()
+    assert "Predicted by small: held-out loss 3.0000 (2.9000 to 3.1000, 90%)" in said
+    assert (
+        "warning: at 50% of its tokens the training loss, 4.0000, is above the predicted 3.0000"
+        in said
+    )
+    assert "at 25%" not in said and "at 25%" not in page
+    assert (run / "report" / "curves.png").read_bytes() != without
+    held_out = {"val/wiki/loss": 3.4, "val/wiki/ppl": 30.0, "val/wiki/bits_per_byte": 1.0}
+    rows += [step_row(200, 3.0), {"step": 200, "tokens": 12800, **held_out}]
+    write(run, rows)
+    main(ReportConfig(run=str(run)))
+    said, page = capsys.readouterr().err, (run / "report" / "index.html").read_text()
+    wanted = "warning: the last held-out loss (wiki), 3.4000, is not within the predicted 2.9000 to 3.1000"
+    assert wanted in said and wanted in page
+
+
 @pytest.mark.parametrize("rows", [None, []])
 def test_folder_without_steps_is_named(tmp_path, rows):
     """A typed wrong name is the likely cause."""

@@ -5,6 +5,7 @@ Plan, the terminal's lines --render--> HTML: memory by stage, seconds by cause, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,10 +23,12 @@ COLOURS = (
 )  # fmt: skip
 WIDTH, LEFT, HEIGHT = 860, 70, 260
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em;
+color: #222 }
 h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12.5px }
-svg { width: 100%; height: auto } text { font: 12px system-ui, sans-serif; fill: #333 }
+svg { width: 100%; min-width: 600px; height: auto } .picture { overflow-x: auto }
+text { font: 12px system-ui, sans-serif; fill: #333 }
 .key span { white-space: nowrap; margin-right: 1.2em } .key i { display: inline-block; width: .9em;
 height: .9em; margin-right: .4em; vertical-align: -1px }
 """
@@ -65,6 +68,7 @@ def render(cfg: PretrainConfig, plan: Plan, lines: Sequence[str]) -> str:
     ]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
@@ -97,7 +101,7 @@ def _memory_picture(plan: Plan) -> str:
     """A stacked bar a stage, under the line of what the device has."""
     top = max(plan.device.memory_gib, plan.worst.total / GIB) * 1.05
     step = (WIDTH - LEFT) / len(plan.memory)
-    parts = [_axis(top, "GiB")]
+    parts = [_axis(top)]
     for memory in plan.memory:
         values = [*(getattr(memory, part) for part in PARTS), memory.overhead]
         left, bottom = LEFT + memory.stage * step + 0.1 * step, float(HEIGHT)
@@ -129,19 +133,22 @@ def _speed_picture(found: Sequence[Speed], plan: Plan) -> str:
         return "<p>No other number of devices goes with these settings.</p>"
     least, most = found[0], found[-1]
     top = max(speed.tokens_per_s for speed in found) * FASTEST * 1.05
-    doublings = (most.devices // least.devices).bit_length() - 1
+    doublings = math.log2(most.devices / least.devices)
 
-    def place(devices: int, rate: float) -> tuple[float, float]:
-        along = ((devices // least.devices).bit_length() - 1) / doublings
-        return LEFT + 20 + along * (WIDTH - LEFT - 40), HEIGHT * (1 - rate / top)
+    def place(devices: float, rate: float) -> tuple[float, float]:
+        along = math.log2(devices / least.devices) / doublings
+        return LEFT + 30 + along * (WIDTH - LEFT - 60), HEIGHT * (1 - rate / top)
 
     upper = [place(s.devices, s.tokens_per_s * FASTEST) for s in found]
     lower = [place(s.devices, s.tokens_per_s * SLOWEST) for s in found]
     band = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
     one = plan.tokens_per_s / plan.job.shape.world_size
-    ideal = [place(s.devices, min(top, one * s.devices)) for s in found]
+    # Up to the height of the picture, or the last number of devices.
+    end = min(top / one, most.devices)
+    along = [*(float(s.devices) for s in found if s.devices < end), end]
+    ideal = [place(devices, one * devices) for devices in along]
     parts = [
-        _axis(top, "tokens/s"),
+        _axis(top),
         f"<polygon points='{band}' fill='{COLOURS[1]}' opacity='.35'/>",
         _line(ideal, "#777", dashed=True),
         _line([place(s.devices, s.tokens_per_s) for s in found], COLOURS[0]),
@@ -156,15 +163,18 @@ def _speed_picture(found: Sequence[Speed], plan: Plan) -> str:
     return _svg(parts, HEIGHT + 24)
 
 
-def _axis(top: float, unit: str) -> str:
-    """Lines at quarters of the height, with their values."""
+def _axis(top: float) -> str:
+    """Lines at round values up to the height, three to seven of them; the heading has the unit."""
+    scale = 10.0 ** math.floor(math.log10(top / 3))
+    step = scale * next(factor for factor in (5, 2, 1) if factor * scale <= top / 3)
     parts = []
-    for quarter in range(5):
-        y, value = HEIGHT * (1 - quarter / 4), top * quarter / 4
-        label = f"{value:,.0f}" if top >= 10 else f"{value:.2g}"
+    for number in range(int(top / step) + 1):
+        value = number * step
+        y = HEIGHT * (1 - value / top)
         parts.append(_line([(LEFT, y), (WIDTH, y)], "#ddd"))
-        parts.append(_text(LEFT - 8, min(HEIGHT, y + 12), label, "end"))
-    return "".join([*parts, _text(LEFT + 6, 12, unit, "start")])
+        label = f"{value:,.0f}" if step >= 1 else f"{value:.2g}"
+        parts.append(_text(LEFT - 8, y + 4, label, "end"))
+    return "".join(parts)
 
 
 def _bar(x: float, y: float, width: float, height: float, colour: str) -> str:
@@ -185,4 +195,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _svg(parts: Sequence[str], height: float) -> str:
-    return f"<svg viewBox='0 0 {WIDTH} {height}' role='img'>{''.join(parts)}</svg>"
+    picture = f"<svg viewBox='0 -10 {WIDTH} {height + 10}' role='img'>{''.join(parts)}</svg>"
+    return f"<div class='picture'>{picture}</div>"

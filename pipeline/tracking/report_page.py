@@ -7,6 +7,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -23,6 +24,7 @@ PROFILES = "profiles"
 MAX_PROFILES = 32  # that the page names; the folder has all
 # Told apart by everyone.
 TRAIN_COLOR = "#4477aa"
+PREDICTED_COLOR = "#ee7733"
 VAL_COLORS = ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -48,8 +50,29 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 """
 
 
-def draw(history: History, *, title: str) -> bytes:
-    """The four curves as a PNG."""
+@dataclass(frozen=True)
+class Band:
+    """What was predicted of a run's loss, by step."""
+
+    steps: list[float]
+    low: list[float]
+    high: list[float]
+    """Least and most training loss at each of `steps`."""
+    end: float
+    """The last step."""
+    loss: float
+    interval: tuple[float, float]
+    """Held-out loss after the last step: the likeliest, and between which it lies."""
+
+
+def draw(history: History, *, title: str, band: Band | None = None) -> bytes:
+    """The four curves as a PNG.
+
+    Args:
+        history: the run's.
+        title: of the picture.
+        band: drawn under the loss; None: nothing was predicted.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,6 +87,8 @@ def draw(history: History, *, title: str) -> bytes:
     ):
         held_out = [row["step"] for row in rows], [row["loss"] for row in rows]
         loss.plot(*held_out, "o-", color=color, markersize=4, label=_plain(f"held out: {name}"))
+    if band is not None:
+        _predicted(loss, band)
     loss.legend(frameon=False)
     _limit(loss, history.column("train/loss"))
     _curve(
@@ -78,13 +103,39 @@ def draw(history: History, *, title: str) -> bytes:
     return picture.getvalue()
 
 
+def _predicted(axes: Axes, band: Band) -> None:
+    """The predicted course and end, under the run's own curve."""
+    label = "predicted course"
+    axes.fill_between(
+        band.steps, band.low, band.high, color=PREDICTED_COLOR, alpha=0.2, label=label
+    )
+    height = [[band.loss - band.interval[0]], [band.interval[1] - band.loss]]
+    axes.errorbar(
+        [band.end],
+        [band.loss],
+        yerr=height,
+        fmt="D",
+        markersize=4,
+        capsize=4,
+        color=PREDICTED_COLOR,
+        label="predicted, held out",
+    )
+
+
 def _plain(text: str) -> str:
     """A name in a picture: matplotlib would set what stands between dollars as a formula."""
     return visible(text).replace("$", r"\$")
 
 
-def page(history: History, run_dir: Path, picture: bytes) -> str:
-    """The web page; needs no other file."""
+def page(history: History, run_dir: Path, picture: bytes, *, remarks: Sequence[str] = ()) -> str:
+    """The web page; needs no other file.
+
+    Args:
+        history: the run's.
+        run_dir: its folder.
+        picture: what draw gave.
+        remarks: lines under the summary.
+    """
     last, facts = history.steps[-1], history.facts
     summary = (
         f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} "
@@ -110,7 +161,7 @@ def page(history: History, run_dir: Path, picture: bytes) -> str:
         config = f"config.yaml cannot be read: {error.strerror}"
     return PAGE.format(
         title=html.escape(run_dir.resolve().name),
-        summary=html.escape(summary),
+        summary="<br>\n".join(map(html.escape, [summary, *remarks])),
         picture=base64.b64encode(picture).decode(),
         evaluations=_table(["dataset", "step", *columns.values()], rows),
         heads=_heads(history),

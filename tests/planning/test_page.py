@@ -24,6 +24,14 @@ def test_the_page_has_its_three_pictures_and_needs_no_other_file():
     assert len(memory.findall("rect")) == 4 * (len(PARTS) + 1)
     assert len(time.findall("rect")) == sum(s > 0 for s in plan.time.by_cause.values())
     assert len(speed.findall("circle")) == len(list(speeds(cfg, plan)))
+    # What a reader would object to: values on the axes that are not round, and lines drawn on words.
+    values = [text.text for text in memory.findall("text") if text.attrib["text-anchor"] == "end"]
+    assert values == ["0", "20", "40", "60", "80"]
+    for svg in (memory, speed):
+        places = [(text.attrib["x"], text.attrib["y"]) for text in svg.findall("text")]
+        assert len(set(places)) == len(places)
+    dashes = speed.findall("polyline")[-2].attrib["points"].split()
+    assert len({point.split(",")[1] for point in dashes}) == len(dashes), "it does not lie down"
     assert len(plan.time.by_cause) <= len(COLOURS)
     for rect in [*memory.findall("rect"), *time.findall("rect")]:
         x, y, width, height = (float(rect.attrib[k]) for k in ("x", "y", "width", "height"))
