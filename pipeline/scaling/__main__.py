@@ -3,7 +3,7 @@
     python -m pipeline.scaling ladder=quickstart                 make its runs, fit, predict
     python -m pipeline.scaling ladder=quickstart target=large    then make that run
     python -m pipeline.scaling ladder=quickstart run=false       fit the runs that are done
-    sbatch --array=0-11 launch/ladder.slurm ladder=quickstart    the runs as a Slurm array
+    sbatch --array=0-10 launch/ladder.slurm ladder=quickstart    the runs as a Slurm array
 
     conf/ladder/NAME.yaml -> runs/NAME/SIZE-TOKENS/ -> L(N, D) -> card.md, curves.png, and
     prediction.json in the folder of each target, which pipeline.report draws its run over

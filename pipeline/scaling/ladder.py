@@ -64,7 +64,7 @@ class LrRule:
 class LadderConfig:
     """Runs that differ in size and tokens alone. Ladders: conf/ladder/."""
 
-    name: str = MISSING
+    name: str = ""
     """The runs live in <runs_dir>/<name>/<size>-<tokens>."""
     runs_dir: str = "runs"
     settings: list[str] = field(default_factory=list)
@@ -174,8 +174,11 @@ def settings_of(ladder: LadderConfig) -> PretrainConfig:
     Raises:
         ConfigError: no size, or a setting that pipeline.train does not know.
     """
-    if not ladder.sizes:
-        raise ConfigError(f"the ladder {ladder.name} has no sizes; conf/ladder/ has examples.")
+    if not ladder.name or not ladder.sizes:
+        raise ConfigError(
+            "there is no ladder: it needs a name and sizes. Choose one with ladder=NAME "
+            "(conf/ladder/NAME.yaml; ladder=quickstart is an example)."
+        )
     first = next(iter(ladder.sizes.values()))
     words = [*ladder.settings, *first.settings, f"name={ladder.name}"]
     return cli.compose(PretrainConfig, words, config="pretrain")

@@ -14,6 +14,7 @@ from pipeline.scaling.ladder import (
     lay_out,
     lay_out_targets,
     num_active,
+    settings_of,
 )
 from tests.support.ladders import VOCAB, ladder, size
 
@@ -79,6 +80,11 @@ def test_a_rule_gives_each_run_its_learning_rate():
 def test_runs_that_lie_on_no_curve_are_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         runs_of(ladder(**changes))
+
+
+def test_a_command_without_a_ladder_says_how_to_choose_one():
+    with pytest.raises(ConfigError, match="there is no ladder.*ladder=quickstart is an example"):
+        settings_of(LadderConfig())
 
 
 def test_a_target_differs_from_the_ladder_in_size_and_length_alone():
