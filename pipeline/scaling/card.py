@@ -51,6 +51,12 @@ def lines(
     yield from _law_lines(fit, level)
     if budget is not None:
         yield from _budget_lines(fit, budget, level)
+    yield from _run_lines(fit, runs)
+    yield from _caveats(runs, seq_len)
+
+
+def _run_lines(fit: Fit, runs: Sequence[Run]) -> Iterator[str]:
+    """Every run, and how far it is from the law."""
     yield ""
     yield f"## From {len(runs)} runs"
     yield ""
@@ -61,6 +67,10 @@ def lines(
             f"| {run.name} | {run.parameters:,} | {run.tokens:,} | {run.flops:.3g} | "
             f"{run.loss:.4f} | {np.expm1(residual):+.2%} |"
         )
+
+
+def _caveats(runs: Sequence[Run], seq_len: int) -> Iterator[str]:
+    """What was counted, and what the prediction does not say."""
     yield ""
     yield "## What this is, and is not"
     yield ""
