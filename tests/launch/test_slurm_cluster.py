@@ -36,9 +36,7 @@ def test_nodes_are_machines_of_their_own(tmp_path):
         options = ["--array=0-5", "--cpus-per-task=1", f"--output={tmp_path}/out-%a"]
         cluster.run("sbatch", *options, str(script))
         outputs = [tmp_path / f"out-{i}" for i in range(6)]
-        cluster.wait_for(
-            lambda: all(p.exists() and p.read_text() for p in outputs), "six outputs", 30
-        )
+        cluster.wait_for(lambda: all(p.exists() and p.read_text() for p in outputs), "six outputs")
         assert {p.read_text().strip() for p in outputs} == {"n1", "n2", "n3"}
 
         reach = ["timeout", "2", "bash", "-c", "</dev/tcp/n3/6818"]

@@ -17,7 +17,6 @@ import pytest
 from pipeline.resilience.ownership import BEAT_S, SILENCE_S
 from tests.support.slurm_cluster import Job
 from tests.support.slurm_lab import NEEDS_SLURM, STEPS
-from tests.support.waiting import HANG_S
 
 pytestmark = NEEDS_SLURM
 
@@ -30,7 +29,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     node = job.nodes()[1]
     (rank,) = lab.cluster.tasks(job, node)
     lab.cluster.run("kill", "-9", rank, node=node)
-    lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", 60, job=job)
+    lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", job=job)
     assert (
         len(job.log().split("requeued (start 2 comes)")[0].split("step 12/")[1].splitlines()) < 40
     )  # one screen
@@ -38,13 +37,13 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     dead = job.nodes()[1]
     lab.cluster.power_off(dead)
     lab.cluster.wait_for(
-        lambda: int(job.fact("Restarts")) == 2, "a requeue after the node's end", 90, job=job
+        lambda: int(job.fact("Restarts")) == 2, "a requeue after the node's end", job=job
     )
     lab.wait_for_step(job, "breaks", 32)
     assert dead not in job.nodes() and len(job.nodes()) == 2
     cut = next(node for node in job.nodes() if node != job.fact("BatchHost"))
     lab.cluster.cut(cut)
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
     assert len(job.nodes()) == 1
     lab.expect_undisturbed("breaks", repeated=True)
     assert int(job.fact("Restarts")) == 3
@@ -70,7 +69,7 @@ def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
     last_beat = time.time() - SILENCE_S + 2 * BEAT_S
     os.utime(owner / "00000002.json", (last_beat, last_beat))
     another = lab.submit("power", options=("--nodes=1",), plant="step_s=0.5")
-    assert another.wait_for_end(HANG_S) == "COMPLETED", another.log()
+    assert another.wait_for_end() == "COMPLETED", another.log()
     assert json.loads((owner / "00000003.json").read_text())["job_id"] == another.id
     lab.expect_undisturbed("power", repeated=True)
 
@@ -82,8 +81,8 @@ def test_stopped_rank_is_named_with_its_node(lab):
     (pid,) = lab.cluster.tasks(job, node)
     lab.cluster.run("kill", "-STOP", pid, node=node)
     logs = lab.run_dir("hang") / "logs"
-    lab.cluster.wait_for(lambda: bool(list(logs.glob("hang-*.md"))), "a hang report", 60, job=job)
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()  # requeued: step 10 was saved
+    lab.cluster.wait_for(lambda: bool(list(logs.glob("hang-*.md"))), "a hang report", job=job)
+    assert job.wait_for_end() == "COMPLETED", job.log()  # requeued: step 10 was saved
     page = next(logs.glob("hang-*.md")).read_text()
     assert f"rank 1 on {node}**: silent" in page and "Sample hash of the step" in page
     assert re.search(r"\| 0 \| n\d \| \d+ \| train \| collective \(\w+\)", page), page
@@ -93,7 +92,7 @@ def test_stopped_rank_is_named_with_its_node(lab):
 
 def test_crash_before_any_checkpoint_stops_the_job_with_a_short_log(lab):
     job = lab.submit("crash", plant="crash=3", options=("--nodes=2", "--ntasks-per-node=2"))
-    assert job.wait_for_end(HANG_S) == "FAILED", job.log()
+    assert job.wait_for_end() == "FAILED", job.log()
     assert job.fact("Restarts") == "0"
     failure = [line for line in job.log().splitlines() if "planted crash" in line]
     assert len(failure) == 1 and failure[0].startswith("error: rank 1 on n"), job.log()
@@ -138,12 +137,12 @@ def test_soak_twenty_random_kills_leave_no_trace(lab):
             lab.cluster.run("scontrol", "requeue", job.id)
         else:
             lab.cluster.power_off(node)
-        lab.cluster.wait_for(partial(is_over, job, restarts), "the end of this start", 120, job=job)
+        lab.cluster.wait_for(partial(is_over, job, restarts), "the end of this start", job=job)
         if kind == "power off":
             lab.cluster.boot(node)
         if (
             job.fact("JobState") == "FAILED"
         ):  # killed before the first save of this start: a person submits it again
             job = submit()
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
     lab.expect_undisturbed("soak", repeated=True)

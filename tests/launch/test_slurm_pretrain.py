@@ -24,9 +24,9 @@ def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     first = lab.submit("twice", options=("--nodes=1",), plant="step_s=1")
     lab.wait_for_step(first, "twice", 3)
     second = lab.submit("twice", options=("--nodes=1",))
-    assert second.wait_for_end(HANG_S) == "FAILED", second.log()
+    assert second.wait_for_end() == "FAILED", second.log()
     assert "is in use by process" in second.log() and f"Slurm job {first.id}" in second.log()
-    assert first.wait_for_end(HANG_S) == "COMPLETED", first.log()
+    assert first.wait_for_end() == "COMPLETED", first.log()
     lab.expect_undisturbed("twice")
 
 
@@ -35,7 +35,7 @@ def test_tensor_and_pipeline_parallel_over_two_nodes_equals_one_machine(lab):
         "layout", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "tracking.wandb=disabled",
         options=("--nodes=2", "--ntasks-per-node=2"), plant="",
     )  # fmt: skip
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
     lab.expect_undisturbed("layout")
 
 
@@ -45,10 +45,10 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
     lab.wait_for_step(job, "notice", 5)
     lab.cluster.run("scancel", "-s", "USR2", job.id)
     lab.cluster.run("scancel", "-s", "USR2", job.id)  # a second one does no harm
-    lab.cluster.wait_for(lambda: "leaving on notice" in job.log(), "leaving", 60, job=job)
+    lab.cluster.wait_for(lambda: "leaving on notice" in job.log(), "leaving", job=job)
     lab.wait_for_step(job, "notice", lab.rows("notice")[-1]["step"] + 3)
     lab.cluster.run("scontrol", "requeue", job.id)
-    lab.cluster.wait_for(lambda: job.log().count("leaving on notice") == 2, "leaving", 60, job=job)
+    lab.cluster.wait_for(lambda: job.log().count("leaving on notice") == 2, "leaving", job=job)
     lab.wait_for_step(job, "notice", lab.rows("notice")[-1]["step"] + 3)
     (lab.folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     lab.cluster.run(
@@ -59,7 +59,7 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
         "--output=/dev/null",
         str(lab.folder / "urgent.sh"),
     )
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.log().count("leaving on notice") == 3
     lab.expect_undisturbed("notice")
     lab.expect_one_wandb_run("notice", starts=4)
@@ -71,10 +71,10 @@ def test_time_limit_resumes_without_losing_a_step(lab):
         "limit", options=("--nodes=1", "--time=2", "--signal=USR2@75"), plant="step_s=1.0"
     )
     lab.cluster.wait_for(
-        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", HANG_S, job=job
+        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", job=job
     )
     lab.cluster.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")  # once is enough
-    assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.fact("Restarts") == "1"
     lab.expect_undisturbed("limit")
     lab.expect_one_wandb_run("limit", starts=2)
@@ -87,7 +87,7 @@ def test_planted_nan_and_spike_are_handled_the_same_way_twice(lab):
             "tracking.wandb=disabled",
             plant=f"nan={8 * 14 + 3} spike={8 * 26 + 5}",
         )  # fmt: skip
-        assert job.wait_for_end(HANG_S) == "COMPLETED", job.log()
+        assert job.wait_for_end() == "COMPLETED", job.log()
         newest = (lab.run_dir(name) / "checkpoints" / "latest").read_text().strip()
         record = json.loads(
             (lab.run_dir(name) / "checkpoints" / newest / "checkpoint.json").read_text()
@@ -159,7 +159,7 @@ def test_from_text_to_model_in_one_command(lab):
     first, second = re.fullmatch(r"tokenize (\d+), pretrain (\d+)\n", printed).groups()
     pretrain = Job(lab.cluster, second, lab.folder / f"slurm-{second}.out")
     assert pretrain.fact("Reason") == "Dependency"
-    assert pretrain.wait_for_end(HANG_S) == "COMPLETED", pretrain.log()
+    assert pretrain.wait_for_end() == "COMPLETED", pretrain.log()
     tasks = [
         lab.cluster.run("scontrol", "-o", "show", "job", f"{first}_{task}") for task in range(3)
     ]

@@ -71,7 +71,7 @@ def test_a_job_without_progress_stops_after_one_try(cluster, tmp_path):
 def test_a_rank_that_is_killed_makes_the_job_look_at_its_shards(cluster, tmp_path):
     """A shard that shrinks under its reader kills it without a word (SIGBUS)."""
     job = submit(cluster, tmp_path, "bus")
-    cluster.wait_for(lambda: "requeued (start 2" in job.log(), "the end of a start", 60, job=job)
+    cluster.wait_for(lambda: "requeued (start 2" in job.log(), "the end of a start", job=job)
     cluster.run("scancel", job.id)
     assert "error: shard 7 is truncated" in job.log()
 
@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_makes_the_job_look_at_its_shards(cluster, tmp_pat
 def test_a_job_that_fails_after_progress_goes_on_until_progress_ends(cluster, tmp_path):
     """The stand-in saves something in each start before it fails."""
     job = submit(cluster, tmp_path, "crash")
-    cluster.wait_for(lambda: job.log().count("requeued (start") == 2, "two requeues", 60, job=job)
+    cluster.wait_for(lambda: job.log().count("requeued (start") == 2, "two requeues", job=job)
     (tmp_path / "run" / "DONE").touch()
     assert job.wait_for_end() == "COMPLETED"
     assert job.fact("Restarts") == "2"
@@ -88,7 +88,7 @@ def test_a_job_that_fails_after_progress_goes_on_until_progress_ends(cluster, tm
 def test_notice_is_requeued_and_the_log_has_both_starts(cluster, tmp_path):
     job = submit(cluster, tmp_path, "wait")
     cluster.wait_for(
-        lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), "a step", 30, job=job
+        lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), "a step", job=job
     )
     cluster.run("scancel", "-s", "USR2", job.id)
     assert job.wait_for_end() == "COMPLETED", job.log()

@@ -77,11 +77,17 @@ def test_the_second_start_is_refused_with_who_where_and_since_when(owner, tmp_pa
 
 
 def test_of_starts_at_the_same_moment_one_owns(tmp_path):
-    """Two sbatch of the same line start in the same second."""
+    """Two sbatch of the same line start in the same second; the owner stays until all have spoken."""
     at = time.time() + 2.0
-    starts = [start(tmp_path, f"n{n % 3}", at=at, stay=4.0) for n in range(6)]
-    said = [process.communicate()[0] for process in starts]
-    assert sorted(process.returncode for process in starts) == [0, 2, 2, 2, 2, 2], said
+    starts = [start(tmp_path, f"n{n % 3}", at=at, stay=HANG_S) for n in range(6)]
+    said = [process.stdout.readline() for process in starts]
+    for process, line in zip(starts, said):
+        if line == "owns\n":
+            process.terminate()
+        process.communicate()
+    assert sorted(process.returncode for process in starts) == [-signal.SIGTERM, 2, 2, 2, 2, 2], (
+        said
+    )
     assert said.count("owns\n") == 1
 
 

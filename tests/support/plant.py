@@ -3,6 +3,7 @@
     PLANT="step_s=0.2"            every step takes so much longer: something can happen in the meantime
     PLANT="nan=17 spike=41"       the batch that holds the global sample has NaN in its loss mask, or labels made up
     PLANT="crash=12"              rank 1 raises in step 12
+    PLANT="halt=6"                step 6 never comes: what is to happen amid the run has all the time it needs
 
 Samples, not steps, carry faults: after a rollback that jumps over them they do not come again.
 """
@@ -29,8 +30,11 @@ def install(faults: dict[str, float]) -> None:
 
         def faulty_next_step(self: Any) -> list[Any]:
             time.sleep(faults.get("step_s", 0.0))
-            if next(steps) == faults.get("crash") and layout.ranks.global_rank == 1:
+            step = next(steps)
+            if step == faults.get("crash") and layout.ranks.global_rank == 1:
                 raise RuntimeError("a planted crash")
+            while step == faults.get("halt"):
+                time.sleep(60)
             batches = next_step(self)
             return (
                 [spoilt(batch, faults) for batch in batches]

@@ -105,7 +105,7 @@ class Job:
         """Names of the nodes the job runs on."""
         return self.cluster.run("scontrol", "show", "hostnames", self.fact("NodeList")).split()
 
-    def wait_for_end(self, timeout_s: float = 120.0) -> str:
+    def wait_for_end(self, timeout_s: float = HANG_S) -> str:
         """The final state: COMPLETED, FAILED, CANCELLED, TIMEOUT, ..."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"}
         self.cluster.wait_for(
@@ -152,9 +152,7 @@ class SlurmCluster:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
-            self.wait_for(
-                lambda: self._idle() == self.num_nodes, f"{self.num_nodes} idle nodes", 60
-            )
+            self.wait_for(lambda: self._idle() == self.num_nodes, f"{self.num_nodes} idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -240,7 +238,7 @@ class SlurmCluster:
                 self.run("scontrol", "update", f"nodename={node}", "state=resume")
             return state == "idle"
 
-        self.wait_for(idle, f"idle {node}", 60)
+        self.wait_for(idle, f"idle {node}")
 
     def reset(self) -> None:
         """No jobs, all links up, all nodes idle: whatever the test before left behind."""
