@@ -180,6 +180,11 @@ def _check(cfg: ProbeConfig) -> None:
             f"micro_batch_size ({cfg.micro_batch_size}) must be at least 1, sequences "
             f"({cfg.sequences}) at least 0 (all)."
         )
+    if (ranks := cfg.parallel.context_parallel_size) != 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size ({ranks}) must be 1: what a probe looks at are whole "
+            "sequences. Share the model by parallel.tensor_parallel_size instead."
+        )
 
 
 def _with_prompts(request: Request, cfg: ProbeConfig) -> Request:

@@ -293,6 +293,7 @@ def _layout_facts(layout: ParallelLayout) -> dict[str, int]:
     return {
         "world_size": layout.ranks.world_size,
         "tensor_parallel_size": layout.tensor.size,
+        "context_parallel_size": layout.context.size,
         "pipeline_parallel_size": layout.pipeline.size,
         "data_parallel_size": layout.data.size,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pipeline.config.choices import PipelineSchedule, Precision
 from pipeline.config.model import ModelConfig
@@ -17,9 +17,10 @@ def whole_copies(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     if sizes.world_size != world_size:
         yield (
             f"the number of ranks ({world_size}) must be a multiple of "
-            "parallel.tensor_parallel_size * parallel.pipeline_parallel_size "
-            f"({sizes.tensor} * {sizes.pipeline} = {sizes.ranks_per_copy}). Start "
-            f"{more.world_size} ranks, or choose sizes that divide {world_size}."
+            "parallel.tensor_parallel_size * parallel.context_parallel_size * "
+            "parallel.pipeline_parallel_size "
+            f"({sizes.tensor} * {sizes.context} * {sizes.pipeline} = {sizes.ranks_per_part}). "
+            f"Start {more.world_size} ranks, or choose sizes that divide {world_size}."
         )
 
 
@@ -68,7 +69,12 @@ def experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> It
     name = f"parallel.expert_parallel_size ({expert})"
     if expert > 1 and not count:
         yield f"{name} shares out experts; model.moe.num_experts is 0. Set it 1."
-    if expert == 1 or not count:
+    if expert > 1 and parallel.context_parallel_size > 1:
+        yield (
+            f"{name} and parallel.context_parallel_size ({parallel.context_parallel_size}) have "
+            "not been trained together: set one of them 1."
+        )
+    if expert == 1 or not count or parallel.context_parallel_size > 1:
         return
     sizes = ParallelSizes.filling(parallel, world_size=world_size)
     ranks = sizes.tensor * sizes.data
@@ -85,17 +91,60 @@ def experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> It
         )
 
 
+def heads_are_seen(model: ModelConfig, parallel: ParallelConfig, probe_every: int) -> Iterator[str]:
+    """Hooks find queries and keys where Python calls attention, of heads where they were cut."""
+    if probe_every > 0 and model.compile:
+        yield (
+            f"training.probe_every ({probe_every}) needs model.compile=false: a "
+            "compiled block calls no hooks. `python -m pipeline.probe runs/NAME curve=true` looks "
+            "at the checkpoints afterwards."
+        )
+    if probe_every > 0 and parallel.context_parallel_size > 1:
+        yield (
+            f"training.probe_every ({probe_every}) needs parallel.context_parallel_size=1: where "
+            "ranks share sequences each attends with other heads. `python -m pipeline.probe "
+            "runs/NAME curve=true` looks at the checkpoints afterwards."
+        )
+
+
+def context_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """In attention every rank has whole sequences of as many heads."""
+    tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+    heads = model.num_attention_heads
+    here = heads // tensor  # where that is no whole number another rule says so
+    if not heads % tensor and here % context:
+        fits = largest_context(model, parallel, ())
+        yield (
+            f"model.num_attention_heads / parallel.tensor_parallel_size ({heads} / {tensor} = "
+            f"{here}) must be a multiple of parallel.context_parallel_size ({context}): in "
+            "attention each rank has whole sequences of some heads. Largest size that fits this "
+            f"model: {fits}."
+        )
+
+
+def largest_context(model: ModelConfig, parallel: ParallelConfig, lengths: Iterable[int]) -> int:
+    """The largest context_parallel_size that goes with a model's heads and sequences so long."""
+    here = model.num_attention_heads // parallel.tensor_parallel_size
+    tensor = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    parts = [here, *(length // tensor for length in lengths)]
+    return max(size for size in range(1, here + 1) if not any(part % size for part in parts))
+
+
 def sequence_splits(parallel: ParallelConfig, name: str, seq_len: int) -> Iterator[str]:
-    """Under sequence parallelism every rank has as many tokens of a sequence.
+    """Every rank that shares a sequence has as many tokens of it.
 
     Args:
         name: of the setting that seq_len comes from.
     """
-    tensor = parallel.tensor_parallel_size
-    if parallel.sequence_parallel and seq_len % tensor:
+    tensor = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    ranks = tensor * parallel.context_parallel_size
+    if seq_len % ranks:
+        words = ["parallel.context_parallel_size"] if parallel.context_parallel_size > 1 else []
+        words += ["parallel.tensor_parallel_size"] if tensor > 1 else []
+        given = " with parallel.sequence_parallel=true" if tensor > 1 else ""
         yield (
-            f"{name} ({seq_len}) must be a multiple of parallel.tensor_parallel_size ({tensor}) "
-            f"with parallel.sequence_parallel=true. Set {name}={-(-seq_len // tensor) * tensor}."
+            f"{name} ({seq_len}) must be a multiple of {' * '.join(words)} ({ranks}){given}. "
+            f"Set {name}={-(-seq_len // ranks) * ranks}."
         )
 
 

@@ -15,10 +15,10 @@ LEAST = {
     1: """model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups
         model.head_dim model.ffn_hidden_size model.vocab_size model.max_seq_len
         model.moe.ffn_hidden_size model.rope_original_max_seq_len model.mup_base_hidden_size
-        parallel.tensor_parallel_size parallel.pipeline_parallel_size
-        parallel.expert_parallel_size training.total_steps training.total_tokens
-        training.seq_len training.global_batch_size training.micro_batch_size
-        training.recompute_every schedule.decay_steps
+        parallel.tensor_parallel_size parallel.context_parallel_size
+        parallel.pipeline_parallel_size parallel.expert_parallel_size training.total_steps
+        training.total_tokens training.seq_len training.global_batch_size
+        training.micro_batch_size training.recompute_every schedule.decay_steps
         tracking.log_every checkpoint.max_failed_saves resilience.spike_window seq_len
         micro_batch_size""",
     0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps

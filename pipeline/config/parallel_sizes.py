@@ -19,7 +19,9 @@ class ParallelSizes:
     pipeline: int = 1
     """Ranks that share the stack of layers."""
     data: int = 1
-    """Copies of the model, each with its own part of the batch."""
+    """Parts of the batch."""
+    context: int = 1
+    """Ranks that share each sequence of a part."""
     expert: int = 1
     """Ranks, of those along tensor and data, that share each layer's experts; no axis of its own.
     1: there are none, or every expert is split as any other matrix.
@@ -27,21 +29,22 @@ class ParallelSizes:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, *, data: int = 1) -> ParallelSizes:
-        """The sizes that are set, with `data` copies of the model."""
+        """The sizes that are set, with `data` parts of the batch."""
         return cls(
-            parallel.tensor_parallel_size,
-            parallel.pipeline_parallel_size,
-            data,
-            parallel.expert_parallel_size,
+            tensor=parallel.tensor_parallel_size,
+            pipeline=parallel.pipeline_parallel_size,
+            data=data,
+            expert=parallel.expert_parallel_size,
+            context=parallel.context_parallel_size,
         )
 
     @classmethod
     def filling(cls, parallel: ParallelConfig, *, world_size: int) -> ParallelSizes:
-        """The sizes that are set, with as many copies of the model as `world_size` ranks hold.
+        """The sizes that are set, with as many parts of the batch as `world_size` ranks hold.
 
-        Some ranks are left over where it is no multiple of `ranks_per_copy`.
+        Some ranks are left over where it is no multiple of `ranks_per_part`.
         """
-        return cls.of(parallel, data=world_size // cls.of(parallel).ranks_per_copy)
+        return cls.of(parallel, data=world_size // cls.of(parallel).ranks_per_part)
 
     @property
     def ranks_per_copy(self) -> int:
@@ -49,6 +52,16 @@ class ParallelSizes:
         return self.tensor * self.pipeline
 
     @property
+    def replicas(self) -> int:
+        """Copies of the model, each of which computes other tokens."""
+        return self.data * self.context
+
+    @property
+    def ranks_per_part(self) -> int:
+        """Ranks that compute one part of the batch."""
+        return self.ranks_per_copy * self.context
+
+    @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.ranks_per_copy * self.data
+        return self.ranks_per_part * self.data

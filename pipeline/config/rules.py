@@ -44,7 +44,7 @@ HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
 WIDTHS = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
 EXPERTS = {"parallel.expert_parallel_size", "model.moe.num_experts"}
-SIZES = {"parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"}
+SIZES = {f"parallel.{kind}_parallel_size" for kind in ("tensor", "context", "pipeline")}
 
 
 def problems(
@@ -85,7 +85,7 @@ def problems(
         (layout_rules.experts_train(parallel), EXPERTS | SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),
         (recompute(training), set(), ""),
-        (heads_are_seen(cfg), set(), ""),
+        (layout_rules.heads_are_seen(model, parallel, training.probe_every), set(), ""),
         (model_rules.float8(model, parallel, training), named | SIZES, ""),
         (profile_steps(training), {"training.total_steps"}, ""),
         (
@@ -176,6 +176,7 @@ def _rules_of_a_model(
         (model_rules.tensor_parallel(model, parallel), WIDTHS | SIZES | {"groups"}, ""),
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),
         (layout_rules.sequence_parallel(model, parallel), SIZES, ""),
+        (layout_rules.context_parallel(model, parallel), SIZES | HEADS | {"groups"}, ""),
         (data_rules.positions(data), set(), ""),
         (data_rules.held_out(data), set(), ""),
         (layout_rules.whole_copies(parallel, world_size), SIZES, "data"),
@@ -202,16 +203,6 @@ def recompute(training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.recompute_every ({training.recompute_every}) counts only with "
             "training.recompute=full. Set that, or training.recompute_every=1."
-        )
-
-
-def heads_are_seen(cfg: PretrainConfig) -> Iterator[str]:
-    """Hooks find queries and keys where Python calls attention."""
-    if cfg.training.probe_every > 0 and cfg.model.compile:
-        yield (
-            f"training.probe_every ({cfg.training.probe_every}) needs model.compile=false: a "
-            "compiled block calls no hooks. `python -m pipeline.probe runs/NAME curve=true` looks "
-            "at the checkpoints afterwards."
         )
 
 

@@ -48,7 +48,7 @@ class RunShape(ForwardShape):
     """Derived numbers of a run; frozen."""
 
     zero_stage: int
-    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 data-parallel rank."""
+    """The ZeRO stage that runs: parallel.zero_stage, or 0 on one fp32 copy of the model."""
     global_batch_size: int
     total_steps: int
     total_tokens: int
@@ -137,6 +137,6 @@ def _zero_stage(cfg: PretrainConfig, sizes: ParallelSizes) -> int:
 
     It computes the same without copying gradients and weights through flat buffers.
     """
-    is_alone = sizes.data == sizes.pipeline == 1 and not cfg.parallel.offload_optimizer
+    is_alone = sizes.replicas == sizes.pipeline == 1 and not cfg.parallel.offload_optimizer
     is_fp32 = cfg.training.precision is Precision.fp32
     return 0 if is_alone and is_fp32 else cfg.parallel.zero_stage

@@ -76,6 +76,10 @@ class ParallelConfig:
     """Ranks that share each layer's experts, whole ones on each: 1, or tensor_parallel_size times
     some of the data-parallel ranks; 1 splits every expert over the tensor-parallel ranks.
     """
+    context_parallel_size: int = 1
+    """Ranks that share each sequence, for long ones: in attention each has whole sequences of some
+    heads (arXiv:2309.14509).
+    """
     pipeline_parallel_size: int = 1
     """Ranks that share the stack of layers."""
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]

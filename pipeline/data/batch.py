@@ -35,6 +35,8 @@ class Batch:
     """(micro_batch_size, seq_len) int64; None: 0..seq_len-1."""
     sample_ids: np.ndarray
     """(micro_batch_size,) int64 global sample numbers."""
+    num_documents: int = 0
+    """How many `document_ids` tells apart in all rows, as the host knows; 0: nobody has counted."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def make_batches(
         starts = np.concatenate([places + row * full for row, places in enumerate(windows.starts)])
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None
-
+    counts = _counts(document_ids, len(tokens))
     # The whole step at once: large arrays come back from the allocator without page faults, small
     # ones do not.
     moved = [
@@ -112,9 +114,15 @@ def make_batches(
             document_ids=rows(moved[2], at),
             positions=rows(moved[3], at),
             sample_ids=sample_ids[at : at + micro_batch_size],
+            num_documents=int(counts[at : at + micro_batch_size].sum()),
         )
         for at in range(0, len(tokens), micro_batch_size)
     ]
+
+
+def _counts(document_ids: np.ndarray | None, rows: int) -> Ints:
+    """(rows,) documents in each row; 0 where they are not told apart."""
+    return np.zeros(rows, np.int64) if document_ids is None else document_ids[:, -1] + 1
 
 
 def _learned_labels(windows: Windows) -> np.ndarray:

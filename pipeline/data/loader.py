@@ -68,8 +68,8 @@ class Loader:
             device: where the tensors go.
             cache_dir: for remote shards.
             reads_tokens: false on ranks that only pass activations on (middle pipeline stages):
-                they get batches of zeros in the right shape and read no shard. Loss masks are real
-                everywhere.
+                they get batches of zeros in the right shape and read no shard. Loss masks and
+                documents are real everywhere.
 
         Raises:
             ConfigError, DataError: settings and datasets do not fit together.
@@ -85,7 +85,7 @@ class Loader:
         skips = cfg.on_corrupt is OnCorrupt.skip
         self.reader = Reader(self.sampler.datasets, seq_len=shape.seq_len, skip_corrupt=skips)
         self.masks = Masks.of(cfg, packed=self.reader.is_packed)
-        self.reads_tokens = reads_tokens or self.masks.loss
+        self.reads_tokens = reads_tokens or self.masks.loss or self.masks.documents
         self.wait_ms = 0.0
         self.corrupt_samples = 0
         self._position = self.sampler.start()

@@ -2,8 +2,8 @@
 
     Ranks -> connect() -> ParallelLayout
 
-Ranks are laid out tensor fastest, then data, then pipeline: tensor-parallel peers are neighbours
-and so share a node.
+Ranks are laid out tensor fastest, then context, then data, then pipeline: tensor-parallel peers are
+neighbours and so share a node.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ class ParallelLayout:
     """Ranks that share each layer's matrices."""
     pipeline: Axis
     """Ranks that share the stack of layers."""
+    context: Axis
+    """Ranks that share each sequence."""
     data: Axis
-    """Copies of the model."""
+    """Parts of the batch; the loader knows no other axis."""
+    replica: Axis
+    """Copies of the model, context x data: ranks with the same weights and other tokens. Gradients
+    are summed over them, and ZeRO splits what it splits among them.
+    """
     stage: Axis
     """Ranks that share this rank's layers, in whatever way: tensor-parallel peers and copies."""
     expert: Axis
     """Ranks that share each layer's experts, of those along tensor and data; alone: no sharing."""
     expert_data: Axis
-    """Copies of the same experts; the same ranks as `data` unless experts span it."""
+    """Copies of the same experts; the same ranks as `replica` unless experts span it."""
     host_group: dist.ProcessGroup
     """All ranks over gloo: for flags and facts that must not wait for the device."""
     device: torch.device
@@ -93,8 +99,7 @@ def connect(
         # DeepSpeed takes LOCAL_RANK for the device's number: with one visible device a rank
         # (--gpus-per-task=1) every rank but 0 would ask for a device that is not there.
         export_to_environment(ranks, local_rank=device.index if on_cuda else ranks.local_rank)
-    # Collectives that a group remembers, for the hang page (resilience/flight_recorder.py).
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # for resilience/flight_recorder.py
     if not dist.is_initialized():
         with rendezvous_errors():
             dist.init_process_group(
@@ -109,6 +114,7 @@ def connect(
         parallel_state.initialize_model_parallel(
             sizes.tensor,
             sizes.pipeline,
+            context_parallel_size=sizes.context,
             expert_model_parallel_size=sizes.expert,
             expert_tensor_parallel_size=1 if sizes.expert > 1 else None,  # None: as the others
             distributed_timeout_minutes=max(1, int(timeout_s / 60)),
@@ -128,7 +134,9 @@ def _axes(groups: Any) -> dict[str, Axis]:
     return {
         "tensor": _axis(groups.get_tensor_model_parallel_group()),
         "pipeline": _axis(groups.get_pipeline_model_parallel_group()),
+        "context": _axis(groups.get_context_parallel_group()),
         "data": _axis(groups.get_data_parallel_group()),
+        "replica": _axis(groups.get_data_parallel_group(with_context_parallel=True)),
         "expert": _axis(groups.get_expert_model_parallel_group()),
         "expert_data": _axis(groups.get_expert_data_parallel_group()),
         "stage": _axis(groups.get_tensor_and_data_parallel_group(with_context_parallel=True)),

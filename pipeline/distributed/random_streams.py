@@ -10,13 +10,14 @@ from pipeline.distributed.layout import ParallelLayout
 def seed_step(seed: int, step: int, layout: ParallelLayout, *, micro_batch: int = 0) -> None:
     """Set the dropout streams for one optimizer step.
 
-    Tensor-parallel peers share the default stream (they hold the same activations) and differ in
+    Copies of the model compute other tokens and draw other masks; of one copy, tensor-parallel
+    peers share the default stream (they hold the same activations) and differ in
     the tracked one (their heads, or their slice of the sequence, are different ones).
     """
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    place = (seed, step, micro_batch, layout.data.rank, layout.pipeline.rank)
+    place = (seed, step, micro_batch, layout.replica.rank, layout.pipeline.rank)
     torch.default_generator.manual_seed(_hash(*place))  # torch.manual_seed costs a stack trace here
     if layout.device.type == "cuda":
         torch.cuda.manual_seed(_hash(*place))

@@ -70,22 +70,31 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     return Ranks(rank, world_size, local_rank, local_world_size, node)
 
 
-def placement_warning(ranks: Ranks, *, tensor_parallel_size: int) -> str | None:
-    """Why tensor-parallel peers do not share a node, or None where they do.
+def placement_warning(
+    ranks: Ranks, *, tensor_parallel_size: int, context_parallel_size: int = 1
+) -> str | None:
+    """Why tensor-parallel peers, or the ranks that share a sequence, do not share a node, or None.
 
     Peers are neighbours in rank order, and launchers fill one node before the next.
     """
-    if (
-        ranks.local_world_size >= ranks.world_size
-        or ranks.local_world_size % tensor_parallel_size == 0
-    ):
+    local = ranks.local_world_size
+    if local >= ranks.world_size:
         return None
-    return (
-        f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the "
-        f"{ranks.local_world_size} ranks of a node: tensor-parallel peers on different nodes "
-        "exchange activations in every block over the network. Use a divisor of "
-        f"{ranks.local_world_size}, and parallel.pipeline_parallel_size between nodes."
-    )
+    if local % tensor_parallel_size:
+        return (
+            f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the "
+            f"{local} ranks of a node: tensor-parallel peers on different nodes "
+            "exchange activations in every block over the network. Use a divisor of "
+            f"{local}, and parallel.pipeline_parallel_size between nodes."
+        )
+    sharing = tensor_parallel_size * context_parallel_size
+    if local % sharing and sharing % local:  # whole nodes that share sequences are meant to
+        return (
+            f"parallel.tensor_parallel_size * parallel.context_parallel_size ({sharing}) neither "
+            f"divides the {local} ranks of a node nor is a multiple: some of the ranks that share "
+            "a sequence exchange queries, keys and values over the network, and the others wait."
+        )
+    return None
 
 
 _before: dict[str, str | None] = {}

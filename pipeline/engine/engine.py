@@ -27,17 +27,20 @@ from pipeline.config.training import OptimizerConfig, ScheduleConfig
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
 from pipeline.engine import state
+from pipeline.engine.counting import count_all, count_documents, loss_masks
 from pipeline.engine.deepspeed.runners import choose_runner
-from pipeline.engine.forward_only import Scores, count_all, loss_masks
+from pipeline.engine.forward_only import Scores
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.lr_schedule import lr_at
 from pipeline.engine.muon import Muon
 from pipeline.engine.optimizer import parameter_groups, set_lr
+from pipeline.engine.own_runs import own_runs
 from pipeline.engine.runner import Runner
 from pipeline.engine.verdict import Verdict, decide_update
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
+from pipeline.model.documents import expect_documents
 from pipeline.model.experts import set_moe_loss_scale, take_tallies
 from pipeline.model.fragments import Fragment
 from pipeline.model.initial_values import initialize, threads_for
@@ -140,6 +143,8 @@ class Engine:
         self._max_loss = max_loss
         self._verdict: Verdict | None = None
         self._set_micro_batches(len(batches))
+        expect_documents(count_documents(batches))
+        batches = own_runs(batches, self.layout.context)
         seed_step(self._seed, step, self.layout)
         lr = lr_at(
             step,
@@ -174,14 +179,13 @@ class Engine:
     def _token_weights(self, batches: Sequence[Batch]) -> list[Tensor | None]:
         """Weights that make the runner's mean over micro-batches and ranks the mean over tokens.
 
-        A micro-batch's loss is sum(w * ce), the runner averages num_micro_batches *
-        data_parallel_size of them: w = mask * num_micro_batches * data_parallel_size / (unmasked
-        tokens of the global batch).
+        A micro-batch's loss is sum(w * ce), the runner averages num_micro_batches * replicas of
+        them: w = mask * num_micro_batches * replicas / (unmasked tokens of the global batch).
         """
         if all(batch.loss_mask is None for batch in batches):
             return [None] * len(batches)
         masks, count = loss_masks(batches, self.layout)
-        scale = len(batches) * self.layout.data.size / count.clamp(min=1.0)
+        scale = len(batches) * self.layout.replica.size / count.clamp(min=1.0)
         return [mask * scale for mask in masks]
 
     def _set_micro_batches(self, count: int) -> None:
@@ -190,7 +194,7 @@ class Engine:
             if self.loss_scale is None
             else self.loss_scale.cur_scale
         )
-        set_moe_loss_scale(one / count)
+        set_moe_loss_scale(one / count, context_ranks=self.layout.context.size)
         self.runner.set_micro_batches(count)
 
     def routing(self) -> Tensor:
@@ -213,9 +217,11 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch], *, answers: bool = False) -> Scores:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""
+        expect_documents(count_documents(batches))
+        count = count_all(batches, self.layout) if answers else None
+        batches = own_runs(batches, self.layout.context)
         masks, tokens = loss_masks(batches, self.layout)
-        sums = self.runner.evaluate(batches, masks, answers=answers)
-        return Scores.of(sums, tokens, count_all(masks, self.layout) if answers else None)
+        return Scores.of(self.runner.evaluate(batches, masks, answers=answers), tokens, count)
 
     # ---- parameters ------------------------------------------------------------------------------
 

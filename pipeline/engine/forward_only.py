@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from pipeline.config.choices import Precision
 from pipeline.config.stages import layer_costs, partition
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.engine.counting import count_all, count_documents, loss_masks
+from pipeline.engine.own_runs import own_runs
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import pin_attention_kernels
-from pipeline.model.exact import count_answers
+from pipeline.model.context_parallel import gather_run
+from pipeline.model.documents import expect_documents
 from pipeline.model.fragments import WEIGHT, Fragment
 from pipeline.model.gpt import Loss
 from pipeline.model.initial_values import initialize, threads_for
@@ -55,24 +58,6 @@ class Stage:
     """Pipeline rank of the stage before; None: this one takes the batch."""
     next: int | None
     """Pipeline rank of the stage after; None: this one's hidden goes into the loss."""
-
-
-def loss_masks(batches: Sequence[Batch], layout: ParallelLayout) -> tuple[list[Tensor], Tensor]:
-    """([(B, S) fp32 loss mask], 0-dim sum of them over all data-parallel ranks). Collective."""
-    masks = [
-        torch.ones_like(b.labels, dtype=torch.float32) if b.loss_mask is None else b.loss_mask
-        for b in batches
-    ]
-    count = torch.stack([mask.sum() for mask in masks]).sum()
-    dist.all_reduce(count, group=layout.data.group)
-    return masks, count
-
-
-def count_all(masks: Sequence[Tensor], layout: ParallelLayout) -> Tensor:
-    """0-dim fp32: answers in these masks over all data-parallel ranks. Collective."""
-    count = torch.stack([count_answers(mask) for mask in masks]).sum()
-    dist.all_reduce(count, group=layout.data.group)
-    return count
 
 
 @dataclass(frozen=True)
@@ -127,7 +112,7 @@ def sum_scores(
     Args:
         stages: of this rank, in the order of the model.
         sums: (hidden, (labels, mask)) to the sums of a micro-batch.
-        batches: this data-parallel rank's micro-batches, the same on every pipeline rank.
+        batches: this copy's micro-batches, the same on every pipeline rank.
         masks: (B, S) fp32 each.
         schema: what travels between stages; here only hidden does, all ranks have the batch.
         hidden_size, dtype: of hidden.
@@ -164,8 +149,8 @@ def sum_scores(
                 sends.append((dist.isend(after, group=group, group_dst=stage.next), after))
         for work, _ in sends:
             work.wait()
-    # One stage has the sums, the others have 0; data-parallel ranks have sums of their own.
-    for axis in (layout.pipeline, layout.data):
+    # One stage has the sums, the others have 0; copies of the model have sums of their own.
+    for axis in (layout.pipeline, layout.replica):
         if axis.size > 1:
             dist.all_reduce(total, group=axis.group)
     return total
@@ -238,7 +223,7 @@ class ForwardOnly:
     """A model that is only asked: one copy of its weights, in the precision it computes in.
 
     No optimizer, no moments, no gradients, no fp32 copy; at any tensor and pipeline parallelism,
-    with a copy of the model on each data-parallel rank. Methods are collective.
+    with a copy of the model for each part of the batch. Methods are collective.
     """
 
     def __init__(
@@ -277,6 +262,9 @@ class ForwardOnly:
 
     def evaluate(self, batches: Sequence[Batch], *, answers: bool = False) -> Scores:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""
+        expect_documents(count_documents(batches))
+        count = count_all(batches, self.layout) if answers else None
+        batches = own_runs(batches, self.layout.context)
         masks, tokens = loss_masks(batches, self.layout)
         loss = self.module.cross_entropy
         measure = loss.sums_and_exact if answers else loss.sums
@@ -293,7 +281,7 @@ class ForwardOnly:
                 dtype=self.dtype,
                 layout=self.layout,
             )
-        return Scores.of(total, tokens, count_all(masks, self.layout) if answers else None)
+        return Scores.of(total, tokens, count)
 
     def hidden_states(self, batches: Sequence[Batch], *, layer: int) -> list[Tensor]:
         """(B, S, H) of each micro-batch after block `layer`; [] on ranks of other stages."""
@@ -304,6 +292,8 @@ class ForwardOnly:
             assert hidden is not None
             if self.schema.sequence_ranks > 1:
                 hidden = gather_sequence(hidden)
+            if self.layout.context.size > 1:
+                hidden = gather_run(hidden, self.layout.context.group, dim=1)
             found.append(hidden)
 
         blocks = self.module.layers

@@ -5,7 +5,7 @@
 
 `engine/deepspeed/plain.py` runs one stage (ZeRO 0 to 3), `engine/deepspeed/staged.py` a pipeline.
 What DeepSpeed still does behind them: it partitions parameters, gradients and optimizer state over
-the data-parallel ranks, gathers and reduces them, and runs the pipeline's schedules. Norm,
+the copies of the model, gathers and reduces them, and runs the pipeline's schedules. Norm,
 clipping, the verdict on a step, the loss scale and the sums of gradients are ours.
 """
 
@@ -45,7 +45,7 @@ class Runner(Protocol):
     grad_scale and found_inf (engine/verdict.py). Its param_groups hold the learning rates.
     """
     is_unsharded: bool
-    """Whether every data-parallel rank holds and updates everything."""
+    """Whether every copy of the model holds and updates everything."""
 
     def set_micro_batches(self, count: int) -> None:
         """Steps from here on have `count` micro-batches."""

@@ -70,7 +70,7 @@ def _is_owned(engine: Trained, slot: Slot, index: int) -> bool:
     if is_shared(slot.parameter) and engine.layout.tensor.rank:
         return False
     # ZeRO-0: all copies hold everything, so they take turns. Otherwise each holds runs of its own.
-    copies = engine.layout.expert_data if is_expert(slot.parameter) else engine.layout.data
+    copies = engine.layout.expert_data if is_expert(slot.parameter) else engine.layout.replica
     return not engine.runner.is_unsharded or index % copies.size == copies.rank
 
 

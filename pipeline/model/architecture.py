@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -10,6 +11,7 @@ from pipeline.config.choices import Float8, Precision, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.model.megatron_config import transformer_config
+from pipeline.model.rope import RopeTable, rope_table
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,11 @@ class Architecture:
     def transformer(self) -> TransformerConfig:
         """megatron-core's view of a block."""
         return transformer_config(self.model, self.parallel)
+
+    @cached_property
+    def rope(self) -> RopeTable:
+        """The rotary tables that all blocks share.
+
+        Each block's own were 2 GiB in 32 blocks of 128 wide heads, for sequences of 131,072 tokens.
+        """
+        return rope_table(self.model)

@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.model import cpu_attention
+from pipeline.model import block_attention, documents
+from pipeline.model.context_parallel import exchange, spread_groups
 from pipeline.model.recompute import recompute
 from pipeline.model.rope import apply_rope
 
@@ -25,7 +26,7 @@ from pipeline.model.rope import apply_rope
 # attention, which holds all S x S scores, comes last, for what no other kernel takes.
 ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,  # document masks
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,  # fp32
     SDPBackend.MATH,
 ]
@@ -36,13 +37,6 @@ def pin_attention_kernels() -> None:
     """Fix the order of attention kernels for the life of this process."""
     _pinned.close()
     _pinned.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, 1, S, S) bool: a query sees keys of its own document that are not later."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    size = document_ids.shape[1]
-    return same & torch.ones(size, size, dtype=torch.bool, device=document_ids.device).tril()
 
 
 def one_key_head_per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,37 +52,35 @@ def one_key_head_per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v, by torch or, where it is faster, by cpu_attention."""
+    """softmax(q k^T / sqrt(D)) v, by torch or, where it is faster, by block_attention."""
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
         self.scale = config.softmax_scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
         """(B, G * Q, S, D).
 
         Args:
             q: (B, G * Q, S, D). k, v: (B, G, S, D).
-            mask: (B, 1, S, S) bool, true where a query may look; None is causal.
+            starts: (B, S) int64, the first key each query sees; None: all that are not later.
         """
-        if q.is_cuda and q.dtype is torch.float32:
-            k, v = one_key_head_per_query_head(q, k, v)
-        drops = self.dropout and self.training
-        if mask is None and not drops and cpu_attention.is_faster(q):
-            return cpu_attention.causal_attention(q, k, v, self.scale or q.shape[-1] ** -0.5)
-        attend = partial(
-            F.scaled_dot_product_attention,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        if drops:
-            # Heads are split: every tensor-parallel rank its own stream.
-            with get_cuda_rng_tracker().fork():
-                return attend(q, k, v, dropout_p=self.dropout)
-        return attend(q, k, v)
+        dropout = self.dropout if self.training else 0.0
+        # Heads are split: every tensor-parallel rank its own stream.
+        stream = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
+        scale = self.scale or q.shape[-1] ** -0.5
+        with stream:
+            if starts is not None:
+                return documents.attend(q, k, v, starts, scale=scale, dropout=dropout)
+            if not dropout and block_attention.is_faster(q):
+                return block_attention.causal_attention(q, k, v, scale)
+            if q.is_cuda and q.dtype is torch.float32:
+                k, v = one_key_head_per_query_head(q, k, v)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
 
 
 class Attention(McoreSelfAttention):
@@ -97,9 +89,10 @@ class Attention(McoreSelfAttention):
     def __init__(self, *args: Any, recompute_core: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recompute_core = recompute_core
+        self.context_group = self.pg_collection.cp
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None
+        self, hidden: Tensor, starts: Tensor | None, rope: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """Attention output, laid out as `hidden`.
 
@@ -111,10 +104,15 @@ class Attention(McoreSelfAttention):
             self.hidden_size_per_attention_head,
         )
         sequence_first = self.config.sequence_parallel
+        along, shared = 0 if sequence_first else 1, self.context_group.size() > 1
         qkv = self.linear_qkv(hidden)[0]
         # Megatron's rows: for each group its query heads, then its key, then its value, so that
         # tensor parallelism cuts between groups.
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2, width)
+        if shared:  # whole sequences of this rank's groups, before what depends on positions
+            qkv = spread_groups(qkv, self.context_group.size())
+            queries = qkv.shape[3] - 2
+            qkv = exchange(qkv, self.context_group, gather=along, split=2)
         # Splits, not slices: their backward pass is one concatenation instead of zeros and sums.
         if queries == 1 and (rope is None or self.q_layernorm is not None):
             q, k, v = qkv.unbind(3)
@@ -136,5 +134,7 @@ class Attention(McoreSelfAttention):
         core = (
             partial(recompute, self.core_attention) if self.recompute_core else self.core_attention
         )
-        context = core(q, k, v, mask).permute((2, 0, 1, 3) if sequence_first else (0, 2, 1, 3))
+        context = core(q, k, v, starts).permute((2, 0, 1, 3) if sequence_first else (0, 2, 1, 3))
+        if shared:  # all heads of this rank's run of the sequences
+            context = exchange(context, self.context_group, gather=2, split=along)
         return self.linear_proj(context.reshape(*context.shape[:2], -1))[0]

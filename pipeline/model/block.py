@@ -3,7 +3,8 @@
     tokens (B, S) -> Embedding -> hidden -> Block x num_layers -> Head -> hidden
 
 hidden is (S / tensor_parallel_size, B, H) under sequence parallelism, as megatron-core's
-collectives want it, and (B, S, H) otherwise, which spares every block its transposes.
+collectives want it, and (B, S, H) otherwise, which spares every block its transposes. Under context
+parallelism S is the rank's run of the sequences, in all but attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.attention import Attention, CoreAttention
 from pipeline.model.experts import build_experts
 from pipeline.model.recompute import recompute
-from pipeline.model.rope import rope_table
 from pipeline.model.tensor_parallel import ColumnLinear, Norm, RowLinear, dropout
 
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.recompute = again is Recompute.full and layer % architecture.recompute_every == 0
         self.uses_rope = model.position is Position.rope
         if self.uses_rope:
-            self.rope = rope_table(model)
+            self.rope = architecture.rope
         groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         norm = Norm if config.qk_layernorm else None
         self.input_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
@@ -74,13 +74,13 @@ class Block(nn.Module):
         if model.compile:
             self.compile()
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden after the block, in the same layout; mask as in CoreAttention."""
+    def forward(self, hidden: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Hidden after the block, in the same layout; starts as in CoreAttention."""
         if self.recompute and self.training:
-            return recompute(self._run, hidden, mask)
-        return self._run(hidden, mask)
+            return recompute(self._run, hidden, starts)
+        return self._run(hidden, starts)
 
-    def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, hidden: Tensor, starts: Tensor | None) -> Tensor:
         """The block's arithmetic, which full recomputation runs a second time."""
         rope = None
         if self.uses_rope:
@@ -88,14 +88,14 @@ class Block(nn.Module):
                 hidden.shape[0] * self.config.tensor_model_parallel_size
                 if self.config.sequence_parallel
                 else hidden.shape[1]
-            )
+            ) * self.config.context_parallel_size
             rope = self.rope.tables(sequence, hidden, sequence_first=self.config.sequence_parallel)
         if self.is_post_norm:  # GPT-1: the norms stand behind the sums, under the same names
             hidden = self.input_layernorm(
-                hidden + self._dropout(self.self_attention(hidden, mask, rope))
+                hidden + self._dropout(self.self_attention(hidden, starts, rope))
             )
             return self.pre_mlp_layernorm(hidden + self._dropout(self._mlp(hidden)))
-        attended = self._dropout(self.self_attention(self.input_layernorm(hidden), mask, rope))
+        attended = self._dropout(self.self_attention(self.input_layernorm(hidden), starts, rope))
         if self.is_parallel:
             return hidden + attended + self._dropout(self._mlp(self.pre_mlp_layernorm(hidden)))
         hidden = hidden + attended

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import NormPlacement, Position
 from pipeline.model.architecture import Architecture
+from pipeline.model.context_parallel import context_group
 from pipeline.model.tensor_parallel import Norm, VocabEmbedding, dropout
 
 
@@ -19,6 +20,7 @@ class Embedding(nn.Module):
         self.word = VocabEmbedding(
             architecture.padded_vocab_size, model.hidden_size, config=self.config
         )
+        self.context_rank = context_group().rank()
         self.position = None
         if with_positions and model.position is Position.learned:
             self.position = nn.Embedding(model.max_seq_len, model.hidden_size)
@@ -26,12 +28,14 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden of `tokens` (B, S), laid out as the module says.
 
-        positions: (B, S), None counts from 0.
+        positions: (B, S), None counts from where this rank's run of the sequences begins.
         """
         hidden = self.word(tokens)
         if self.position is not None:
+            size = tokens.shape[1]
+            begin = self.context_rank * size
             rows = (
-                self.position.weight[: tokens.shape[1]]
+                self.position.weight[begin : begin + size]
                 if positions is None
                 else self.position(positions)
             )

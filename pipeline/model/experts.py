@@ -149,6 +149,15 @@ def take_tallies(module: nn.Module, *, num_layers: int, num_experts: int, device
     return found
 
 
-def set_moe_loss_scale(scale: Tensor) -> None:
-    """0-dim weight of the router losses in the backward pass, which bypass the engine's scaling."""
-    MoEAuxLossAutoScaler.set_loss_scale(scale)
+def set_moe_loss_scale(scale: Tensor, *, context_ranks: int) -> None:
+    """Weigh the router losses in the backward pass, where they bypass the engine's scaling.
+
+    megatron-core computes them of all ranks that share a sequence, so that those ranks' parts add
+    up to the gradient; the engine takes the mean over these ranks, as over all copies of the model.
+    Without the factor the loss of a run's first step is right and every gradient is not.
+
+    Args:
+        scale: 0-dim, of the micro-batch's own loss.
+        context_ranks: that share a sequence.
+    """
+    MoEAuxLossAutoScaler.set_loss_scale(scale * context_ranks)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import Init
 from pipeline.model.architecture import Architecture
-from pipeline.model.attention import document_mask
 from pipeline.model.block import Block
+from pipeline.model.context_parallel import context_group, gather_run
+from pipeline.model.documents import document_starts
 from pipeline.model.embedding import Embedding, Head
 from pipeline.model.exact import count_exact
 from pipeline.model.loss import Projection, linear_cross_entropy, score_labels
@@ -58,7 +59,11 @@ class Loss:
         """(2,) fp32 [as in `sums`, answers that a greedy decoder would give word for word]."""
         hidden = enter_output_projection(hidden, self.config)
         nats, hits = score_labels(hidden, weight, labels, mask, self.projection)
-        return torch.stack([nats, count_exact(hits, mask)])
+        if (group := context_group()).size() == 1:
+            return torch.stack([nats, count_exact(hits, mask)])
+        # An answer may begin in one rank's run and end in another's: the first one counts for all.
+        hits, mask = (gather_run(x.to(mask.dtype), group, dim=1) for x in (hits, mask))
+        return torch.stack([nats, count_exact(hits > 0, mask) * (group.rank() == 0)])
 
 
 class GPT(nn.Module):
@@ -88,9 +93,9 @@ class GPT(nn.Module):
         loss: what is computed from hidden in its place, such as `self.loss.sums`.
         """
         hidden = self.embedding(tokens, positions)
-        mask = None if document_ids is None else document_mask(document_ids)
+        starts = None if document_ids is None else document_starts(document_ids)
         for layer in self.layers:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, starts)
         hidden = self.head(hidden)
         return (loss or self.loss)(hidden, self.output_weight, labels, token_weights)
 

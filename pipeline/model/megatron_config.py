@@ -77,6 +77,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
             attention_dropout=model.attention_dropout,
             softmax_scale=1.0 / sizes.head_dim if model.init is Init.mup else None,
             tensor_model_parallel_size=tensor,
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=1 if expert > 1 else tensor,
             sequence_parallel=parallel.sequence_parallel,

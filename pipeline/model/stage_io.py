@@ -6,7 +6,8 @@
 DeepSpeed's pipeline carries a tensor, or a tuple of tensors without names and without gaps. Which
 fields it holds follows from the config, in which order is said once, here.
 
-B micro-batch, S sequence, H hidden; under sequence parallelism hidden is (S / ranks, B, H).
+B micro-batch, S a rank's run of the sequences, H hidden; under sequence parallelism hidden is
+(S / ranks, B, H).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class StageInput:
     hidden: Tensor | None = None
     """In the model's layout; reaches every layer but the embedding."""
     document_ids: Tensor | None = None
-    """(B, S) int64; every block masks by it."""
+    """(B, S * context ranks) int64, whole sequences; every block's attention keeps to them."""
     positions: Tensor | None = None
     """(B, S) int64; reaches the embedding only."""
 
@@ -42,6 +43,8 @@ class Packing:
     names: tuple[str, ...]
     sequence_ranks: int = 1
     """Tensor-parallel ranks that share hidden's sequence; 1: none do."""
+    context_ranks: int = 1
+    """Ranks that share each sequence, all but its document ids; 1: none do."""
 
     def pack(self, given: StageInput) -> Packed:
         """The fields as DeepSpeed takes them: a lone tensor as it is.
@@ -91,6 +94,8 @@ class Packing:
             batch, size = tensor.shape[0], tensor.shape[1]
             if is_hidden and self.sequence_ranks > 1:
                 batch, size = tensor.shape[1], tensor.shape[0] * self.sequence_ranks
+            if name == "document_ids" and not size % self.context_ranks:
+                size //= self.context_ranks
             if expected is None:
                 expected = (batch, size)
             elif (batch, size) != expected:
@@ -110,22 +115,24 @@ class StageSchema:
     """Whether positions are given, not counted."""
     sequence_ranks: int = 1
     """As in Packing."""
+    context_ranks: int = 1
+    """As in Packing."""
 
     @classmethod
     def of(cls, data: DataConfig, parallel: ParallelConfig) -> StageSchema:
         """The fields a config asks for."""
         ranks = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
-        return cls(data.mask_documents, data.reset_positions, ranks)
+        return cls(data.mask_documents, data.reset_positions, ranks, parallel.context_parallel_size)
 
     @property
     def first(self) -> Packing:
         """From the batch into the first stage."""
         optional = {"document_ids": self.documents, "positions": self.positions}
-        return Packing(("tokens", *(name for name, is_on in optional.items() if is_on)))
+        names = ("tokens", *(name for name, is_on in optional.items() if is_on))
+        return Packing(names, context_ranks=self.context_ranks)
 
     @property
     def between(self) -> Packing:
         """From layer to layer, within a stage and between stages."""
-        return Packing(
-            ("hidden", *(["document_ids"] if self.documents else [])), self.sequence_ranks
-        )
+        names = ("hidden", *(["document_ids"] if self.documents else []))
+        return Packing(names, self.sequence_ranks, self.context_ranks)

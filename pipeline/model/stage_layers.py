@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.model.architecture import Architecture
-from pipeline.model.attention import document_mask
 from pipeline.model.block import Block
+from pipeline.model.documents import document_starts
 from pipeline.model.embedding import Embedding, Head
 from pipeline.model.stage_io import Packed, StageInput, StageSchema
 
@@ -46,7 +46,7 @@ class StageBlock(Block):
         given = self.packing.unpack(packed)
         ids = given.document_ids
         assert given.hidden is not None
-        hidden = super().forward(given.hidden, None if ids is None else document_mask(ids))
+        hidden = super().forward(given.hidden, None if ids is None else document_starts(ids))
         return self.packing.pack(StageInput(hidden=hidden, document_ids=ids))
 
 

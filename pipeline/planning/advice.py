@@ -17,7 +17,7 @@ from pipeline.planning.devices import Device, load_device
 from pipeline.planning.job import Job
 from pipeline.planning.memory import GIB
 from pipeline.planning.plan import Plan
-from pipeline.planning.search import Layout, legal_shape
+from pipeline.planning.search import Layout, contexts, legal_shape
 
 MOST_CHANGES = 5
 # Stands in for a device that is not known: neither its memory nor its speed is said then.
@@ -95,6 +95,10 @@ def _changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> Iterator[L
     in_parallel[f"parallel.tensor_parallel_size={2 * tensor}"] = {
         "tensor_parallel_size": 2 * tensor
     }
+    if 2 * (context := parallel.context_parallel_size) in contexts(cfg):
+        in_parallel[f"parallel.context_parallel_size={2 * context}"] = {
+            "context_parallel_size": 2 * context
+        }
     in_parallel[f"parallel.pipeline_parallel_size={2 * pipeline}"] = {
         "pipeline_parallel_size": 2 * pipeline
     }

@@ -7,6 +7,7 @@ Pure functions of the config; imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,7 +62,6 @@ class Job:
     training: TrainingConfig
     finetune: FinetuneConfig
     optimizer: OptimizerName
-    masks_documents: bool
     shape: RunShape
 
     @classmethod
@@ -73,7 +73,6 @@ class Job:
             training=cfg.training,
             finetune=cfg.finetune,
             optimizer=cfg.optimizer.name,
-            masks_documents=cfg.data.mask_documents,
             shape=shape,
         )
 
@@ -89,8 +88,15 @@ class Job:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a micro-batch, before any rank shares them."""
-        return self.shape.micro_batch_size * self.shape.seq_len
+        """Tokens of a micro-batch on a copy of the model, before its ranks share them."""
+        return self.shape.micro_batch_size * self.shape.seq_len // self.shape.sizes.context
+
+    @property
+    def key_copies(self) -> int:
+        """How often each key/value head stands in attention (model/context_parallel.py)."""
+        context = self.shape.sizes.context
+        groups = self.sizes.num_query_groups // self.shape.sizes.tensor
+        return context // math.gcd(groups, context)
 
     @property
     def num_micro_batches(self) -> int:
@@ -116,11 +122,11 @@ class Job:
     def expert_copies(self) -> float:
         """Ranks that hold the same experts and share their optimizer state."""
         sizes = self.shape.sizes
-        return sizes.data if sizes.expert == 1 else sizes.tensor * sizes.data / sizes.expert
+        return sizes.replicas if sizes.expert == 1 else sizes.tensor * sizes.replicas / sizes.expert
 
     def copies(self, stage: Stage) -> float:
         """Ranks that ZeRO shares a trained number's state out to; of a mixture, in the mean."""
-        data, experts = self.shape.sizes.data, stage.trained_experts
+        data, experts = self.shape.sizes.replicas, stage.trained_experts
         if not experts:
             return data
         return stage.trained / ((stage.trained - experts) / data + experts / self.expert_copies)

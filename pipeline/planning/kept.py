@@ -44,7 +44,7 @@ def block_bytes(job: Job) -> float:
         masks = 2 * model.hidden_size / job.sequence_ranks  # a byte each, behind both halves
     per_token = statistics + masks
     kept = (2 + sums) * hidden_bytes(job) + job.micro_tokens * per_token
-    return kept + _attention_bytes(job) + _mlp_bytes(job) + _document_mask_bytes(job)
+    return kept + _attention_bytes(job) + _mlp_bytes(job)
 
 
 def _statistics(job: Job) -> int:
@@ -58,11 +58,15 @@ def _attention_bytes(job: Job) -> float:
     The values keep the whole projection alive, of which they are a view. Where several query heads
     share a key, the queries are copied out of it, and in fp32 keys and values are repeated for each
     of them (model/attention.py); rotation makes new queries and keys; norms of heads keep their
-    input.
+    input. Where ranks share sequences, keys and values may stand several times, and the context
+    twice: whole sequences of some heads, and all heads of a run.
     """
     model, sizes = job.model, job.sizes
-    heads, groups, width = model.num_attention_heads, sizes.num_query_groups, sizes.head_dim
+    heads, width = model.num_attention_heads, sizes.head_dim
+    groups = sizes.num_query_groups * job.key_copies
     numbers = (heads + 2 * groups) * width + heads * width
+    if job.shape.sizes.context > 1:
+        numbers += heads * width
     if heads > groups:
         numbers += heads * width
     if heads > groups and job.width == 4:
@@ -89,16 +93,6 @@ def _mlp_bytes(job: Job) -> float:
         numbers += moe.shared_expert_ffn_hidden_size * copies / job.shape.sizes.tensor
         numbers += 2 * moe.top_k * model.hidden_size / job.sequence_ranks
     return job.micro_tokens * job.width * numbers
-
-
-def _document_mask_bytes(job: Job) -> float:
-    """The mask of each block as cuDNN's kernel keeps it: a bias of S x S a sequence.
-
-    Read in its source and not measured.
-    """
-    if not job.masks_documents:
-        return 0.0
-    return job.shape.micro_batch_size * job.shape.seq_len**2 * job.width
 
 
 def recomputed_block_bytes(job: Job) -> float:

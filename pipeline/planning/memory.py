@@ -115,7 +115,7 @@ def _states(job: Job, stage: Stage) -> tuple[float, float, float]:
 
     Stage 0 updates the weights themselves; the others keep an fp32 copy of the part they own.
     """
-    zero, shards, copies = job.shape.zero_stage, job.shape.sizes.data, job.copies(stage)
+    zero, shards, copies = job.shape.zero_stage, job.shape.sizes.replicas, job.copies(stage)
     state = stage.trained * ADAMW_BYTES - stage.by_muon * (ADAMW_BYTES - MUON_BYTES)
     copy = stage.trained * 4 if zero > 0 else 0.0
     weights = stage.parameters * job.width / (shards if zero == 3 else 1)
@@ -172,8 +172,8 @@ def _standing(job: Job, stage: Stage) -> float:
         standing += _bucket_bytes(job, stage)
     if job.shape.zero_stage == 3 and stage.layers:
         standing += 2 * stage.parameters / stage.layers * job.width
-    if job.model.position is Position.rope:  # each block has a table of cosines and one of sines
-        standing += stage.layers * 2 * job.shape.seq_len * job.sizes.head_dim * job.width
+    if job.model.position is Position.rope and stage.layers:  # cosines and sines, of all blocks
+        standing += 2 * job.shape.seq_len * job.sizes.head_dim * job.width
     return standing
 
 
@@ -183,7 +183,7 @@ def _bucket_bytes(job: Job, stage: Stage) -> float:
     Not in bf16 at stage 1, where sums are reduced in place (engine/deepspeed/bf16_sums.py).
     """
     in_place = job.shape.zero_stage == 1 and job.training.precision is Precision.bf16
-    if job.shape.zero_stage == 0 or in_place or job.shape.sizes.data == 1:
+    if job.shape.zero_stage == 0 or in_place or job.shape.sizes.replicas == 1:
         return 0.0
     return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
 
@@ -198,7 +198,7 @@ def _large_gradient_bytes(job: Job, stage: Stage) -> float:
     linears = linear_shapes(replace(job.model, num_layers=1)).values()
     sizes = [math.prod(shape) / job.shape.sizes.tensor for shape in linears]
     large = sum(size for size in sizes if size > BUCKET_NUMBERS)
-    return stage.layers * large * job.width / job.shape.sizes.data
+    return stage.layers * large * job.width / job.shape.sizes.replicas
 
 
 def _activations(job: Job, stage: Stage) -> float:

@@ -19,7 +19,7 @@ from pipeline.planning.search import legal_shape
 # Okabe and Ito's colours, which most eyes tell apart.
 COLOURS = (
     "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#999999", "#cc79a7", "#f0e442",
-    "#004949", "#920000", "#6db6ff", "#b66dff",
+    "#004949", "#920000", "#6db6ff", "#924900", "#b66dff",
 )  # fmt: skip
 WIDTH, LEFT, HEIGHT = 860, 70, 260
 STYLE = """

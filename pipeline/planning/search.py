@@ -16,12 +16,16 @@ from pipeline.config.choices import PipelineSchedule, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
+from pipeline.config.step_shape import full_seq_len
 from pipeline.errors import ConfigError
 from pipeline.planning.devices import Device
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
 
 ONE_FORWARD_ONE_BACKWARD = PipelineSchedule["1f1b"]
+# Tokens of a sequence that a rank has at least in a search: shorter ones need not be shared, and
+# there are many layouts already.
+LEAST_RUN = 4096
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,18 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
     """Every other layout of so many ranks that may be legal.
 
     Tensor parallelism stays within a node and takes sequence parallelism along, which splits what
-    it leaves whole; selective recompute is left out, for it saves nothing where attention is fused.
+    it leaves whole; ranks share sequences that are long; selective recompute is left out, for it
+    saves nothing where attention is fused.
     """
     training = cfg.training
     tensors = [2**n for n in range(16) if 2**n <= min(per_node, world_size)]
     stages = [n for n in range(1, cfg.model.num_layers + 1) if world_size % n == 0]
     micro = [2**n for n in range(6) if 2**n <= training.global_batch_size]
     again = (Recompute.none, Recompute.full)
-    for tensor, pipeline, size, recompute in product(tensors, stages, micro, again):
-        if world_size % (tensor * pipeline):
+    for tensor, context, pipeline, size, recompute in product(
+        tensors, contexts(cfg), stages, micro, again
+    ):
+        if world_size % (tensor * context * pipeline):
             continue
         experts = _expert_sizes(cfg.model, tensor=tensor, ranks=world_size // pipeline)
         is_staged = pipeline > 1
@@ -89,6 +96,7 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
                 tensor_parallel_size=tensor,
                 expert_parallel_size=expert,
                 sequence_parallel=tensor > 1,
+                context_parallel_size=context,
                 pipeline_parallel_size=pipeline,
                 pipeline_schedule=schedule,
                 zero_stage=zero,
@@ -106,6 +114,13 @@ def _expert_sizes(model: ModelConfig, *, tensor: int, ranks: int) -> list[int]:
     count = model.moe.num_experts
     spread = range(tensor, min(count, ranks) + 1, tensor)
     return [1] + [n for n in spread if n > 1 and count % n == 0 and ranks % n == 0]
+
+
+def contexts(cfg: PretrainConfig) -> list[int]:
+    """Numbers of ranks that may share a sequence of this run."""
+    most = max(1, full_seq_len(cfg) // LEAST_RUN, cfg.parallel.context_parallel_size)
+    sizes = (2**n for n in range(16))
+    return [size for size in sizes if size <= min(most, cfg.model.num_attention_heads)]
 
 
 def legal_shape(

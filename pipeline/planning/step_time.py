@@ -14,9 +14,16 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.choices import Precision, Recompute
 from pipeline.config.finetune import FinetuneConfig
-from pipeline.planning.devices import LINK_SHARE, MEMORY_SHARE, Device
+from pipeline.planning.communication import (
+    between_stages_seconds,
+    context_parallel_seconds,
+    data_parallel_seconds,
+    expert_parallel_seconds,
+    tensor_parallel_seconds,
+)
+from pipeline.planning.devices import MEMORY_SHARE, Device
 from pipeline.planning.flops import flops_per_token
-from pipeline.planning.job import Job, Stage
+from pipeline.planning.job import Job
 from pipeline.planning.update_time import update_seconds
 
 # A matrix product with a side of this many rows runs at 1 / sqrt(2) of the share of a large one.
@@ -62,6 +69,8 @@ class StepTime:
     recomputed: float
     """What the backward pass computes again."""
     tensor_parallel: float
+    context_parallel: float
+    """Heads against tokens, around attention."""
     expert_parallel: float
     """Tokens on their way to experts on other ranks and back."""
     bubble: float
@@ -101,6 +110,7 @@ class _Block:
     again: float
     """Recomputed."""
     tensor_parallel: float
+    context_parallel: float
     expert_parallel: float
     launches: float
 
@@ -114,7 +124,7 @@ class _Block:
     def total(self) -> float:
         """Forward and backward."""
         forward = self.matrices + self.attention + self.element_wise
-        sent = self.tensor_parallel + self.expert_parallel
+        sent = self.tensor_parallel + self.context_parallel + self.expert_parallel
         return forward + self.backward + self.again + sent + self.launches
 
 
@@ -134,10 +144,11 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
         element_wise=m * layers * 3 * block.element_wise,
         recomputed=m * layers * block.again,
         tensor_parallel=m * layers * block.tensor_parallel,
+        context_parallel=m * layers * block.context_parallel,
         expert_parallel=m * layers * block.expert_parallel,
         bubble=bubble,
-        between_stages=_between_stages(job, device, practice),
-        data_parallel=_data_parallel(job, device, stage, hides=layers * block.backward),
+        between_stages=between_stages_seconds(job, device, chunks=practice.chunks_per_stage),
+        data_parallel=data_parallel_seconds(job, device, stage, hides=layers * block.backward),
         optimizer=update_seconds(job, device, stage),
         launches=m * layers * block.launches,
         unexplained=0.0,
@@ -187,11 +198,13 @@ def _block(job: Job, device: Device, practice: Practice) -> _Block:
         element_wise=element_wise,
         products_back=_products_back(job),
         again=again,
-        tensor_parallel=_tensor_parallel(job, device),
-        expert_parallel=_expert_parallel(job, device),
+        tensor_parallel=tensor_parallel_seconds(job, device),
+        context_parallel=context_parallel_seconds(job, device),
+        expert_parallel=expert_parallel_seconds(job, device),
         launches=0.0,
     )
-    device_s = block.total - block.tensor_parallel - block.expert_parallel
+    sent = block.tensor_parallel + block.context_parallel + block.expert_parallel
+    device_s = block.total - sent
     host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
     return replace(block, launches=max(0.0, host_s - device_s))
 
@@ -227,40 +240,6 @@ def _product_flops(job: Job) -> float:
     return flops_per_token(one, FinetuneConfig(), vocab_size=0, seq_len=0) / 3
 
 
-def _tensor_parallel(job: Job, device: Device) -> float:
-    """Seconds of a block's tensor-parallel collectives, none of which is hidden.
-
-    As counted in a rehearsal: with sequence parallelism 6 all-gathers and 4 reduce-scatters of
-    (S, B, H) a block; without it 4 all-reduces, each of which is two of those. A recomputed block
-    gathers and scatters its forward pass again: 4 more.
-    """
-    tensor = job.shape.sizes.tensor
-    if tensor == 1:
-        return 0.0
-    link = device.link_bytes_s(spans_nodes=tensor > device.per_node) * LINK_SHARE
-    volume = job.micro_tokens * job.model.hidden_size * job.width * (tensor - 1) / tensor
-    count = 10.0 if job.parallel.sequence_parallel else 8
-    if job.training.recompute is Recompute.full:
-        count += 4 / job.training.recompute_every
-    return count * volume / link
-
-
-def _expert_parallel(job: Job, device: Device) -> float:
-    """Seconds of a block's all-to-alls, none of which is hidden; every expert takes as many tokens.
-
-    Each of a rank's tokens is sent to top_k experts and back, forward and backward: 4 times, and
-    twice more where the forward pass is computed again. An EP-th of them stays on the rank.
-    """
-    expert = job.shape.sizes.expert
-    if expert == 1:
-        return 0.0
-    link = device.link_bytes_s(spans_nodes=expert > device.per_node) * LINK_SHARE
-    tokens = job.model.moe.top_k * job.micro_tokens / job.sequence_ranks
-    volume = tokens * job.model.hidden_size * job.width * (expert - 1) / expert
-    again = job.training.recompute is Recompute.full
-    return (4 + (2 / job.training.recompute_every if again else 0)) * volume / link
-
-
 def _head_seconds(job: Job, device: Device) -> float:
     """Output projection and loss of a micro-batch: three products, and passes over the logits."""
     tensor, tokens = job.shape.sizes.tensor, job.micro_tokens
@@ -268,53 +247,3 @@ def _head_seconds(job: Job, device: Device) -> float:
     products = 3 * tokens * 2 * columns * job.model.hidden_size
     memory = device.memory_gb_s * 1e9 * MEMORY_SHARE
     return products / (device.peak * device.matrix_share) + tokens * columns * 24 / memory
-
-
-def _between_stages(job: Job, device: Device, practice: Practice) -> float:
-    """Activations and their gradients between stages: DeepSpeed's schedule waits for each copy.
-
-    A micro-batch sends one and receives one in each direction; copies of two micro-batches overlap
-    in part (0.3 of them remain; it fits the pipelines of arXiv:2104.04473).
-    """
-    if job.shape.sizes.pipeline == 1:
-        return 0.0
-    spans = job.shape.sizes.tensor * job.shape.sizes.pipeline > device.per_node
-    link = device.link_bytes_s(spans_nodes=spans) * LINK_SHARE
-    hidden = job.micro_tokens * job.model.hidden_size * job.width / job.sequence_ranks
-    return 0.3 * 2 * hidden / link * job.num_micro_batches * practice.chunks_per_stage
-
-
-def _data_parallel(job: Job, device: Device, stage: Stage, *, hides: float) -> float:
-    """Seconds of reductions and gathers over data-parallel ranks that nothing hides.
-
-    Gradient sums travel in fp32, an all-reduce being two passes; ZeRO-2 reduces each micro-batch.
-    They go on while the last backward pass (`hides` seconds; ZeRO-2: each) computes, which a
-    pipeline's do not. ZeRO-1 and -2 gather the weights behind the update, ZeRO-3 at each use.
-    """
-    data, zero, pipeline = (job.shape.sizes.data, job.shape.zero_stage, job.shape.sizes.pipeline)
-    if data == 1:
-        return 0.0
-    link = _ring_bytes_s(job, device) * LINK_SHARE * data / (data - 1)
-    m, weights = job.num_micro_batches, stage.parameters * job.width / link
-    # Numbers that travel as far as all data-parallel ranks: of n copies' ring (n - 1) / n is sent.
-    copies, experts = job.expert_copies, stage.trained_experts
-    trained = stage.trained - experts + experts * (1 - 1 / copies) * data / (data - 1)
-    if zero == 3:  # two gathers and a reduction of each block; nine tenths are hidden
-        return max(0.0, m * (2 * weights + trained * job.width / link) - 0.9 * m * 1.5 * hides)
-    sums = 2 * trained * 4 / link * (m if zero == 2 else 1)
-    hidden = 0.0 if pipeline > 1 else hides * (m if zero == 2 else 1)
-    return max(0.0, sums - hidden) + (trained * job.width / link if zero else 0.0)
-
-
-def _ring_bytes_s(job: Job, device: Device) -> float:
-    """Bytes per second of a collective over data-parallel ranks.
-
-    Between nodes a ring enters and leaves a node once: its members there share their parts of the
-    network, up to the link inside the node. Ranks are laid out tensor fastest, then data.
-    """
-    tensor, data = job.shape.sizes.tensor, job.shape.sizes.data
-    inside = device.link_bytes_s(spans_nodes=False)
-    if tensor * data <= device.per_node:
-        return inside
-    members = max(1, device.per_node // tensor)
-    return min(inside, members * device.link_bytes_s(spans_nodes=True))

@@ -20,8 +20,9 @@ BAR = 30
 def layout_line(job: Job) -> str:
     """Such as `1024 ranks = 8 data x 16 pipeline x 8 tensor parallel; ...`."""
     sizes, shape = job.shape.sizes, job.shape
+    shared = f"{sizes.context} context x " if sizes.context > 1 else ""
     return (
-        f"{shape.world_size} ranks = {sizes.data} data x {sizes.pipeline} pipeline x "
+        f"{shape.world_size} ranks = {sizes.data} data x {sizes.pipeline} pipeline x {shared}"
         f"{sizes.tensor} tensor parallel; {shape.total_steps} steps, {shape.total_tokens:,} tokens"
     )
 

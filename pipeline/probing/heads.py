@@ -34,11 +34,9 @@ def pattern(block: BlockPassage, head: int) -> Tensor:
     q, k = queries[:, head].float(), keys[:, group].float()
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
     size = q.shape[1]
-    allowed = (
-        torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-        if block.mask is None
-        else block.mask[:, 0]
-    )
+    allowed = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    if block.starts is not None:
+        allowed = allowed & (torch.arange(size, device=q.device) >= block.starts[..., None])
     return scores.masked_fill(~allowed, float("-inf")).softmax(-1)
 
 

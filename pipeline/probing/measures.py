@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.engine.forward_only import loss_masks
+from pipeline.engine.counting import loss_masks
 from pipeline.probing.heads import (
     KINDS,
     LOOKS,

@@ -45,8 +45,8 @@ class BlockPassage:
     """(B, N, S, D), rotated where positions are."""
     keys: Tensor = field(init=False)
     """(B, groups of this rank, S, D)."""
-    mask: Tensor | None = field(init=False)
-    """(B, 1, S, S) bool, true where a query may look; None is causal."""
+    starts: Tensor | None = field(init=False)
+    """(B, S) int64, the first key each query sees; None: all that are not later."""
 
 
 Passage = dict[int, BlockPassage]
@@ -80,7 +80,7 @@ def look(model: ForwardOnly, batch: Batch) -> Passage:
                 here.mlp = whole(out[0] if isinstance(out, tuple) else out)
 
             def core(_m: Any, inputs: Any, _out: Any, here: BlockPassage = here) -> None:
-                here.queries, here.keys, _, here.mask = inputs
+                here.queries, here.keys, _, here.starts = inputs
 
             def projected(_m: Any, inputs: Any, _out: Any, here: BlockPassage = here) -> None:
                 here.context = inputs[0].transpose(0, 1) if splits_sequence else inputs[0]

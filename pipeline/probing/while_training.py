@@ -70,7 +70,7 @@ class HeadProbe:
         def keep(number: int) -> Any:
             def hook(_module: Any, inputs: Any, _out: Any) -> None:
                 here = passage[number] = BlockPassage()
-                here.queries, here.keys, _, here.mask = inputs
+                here.queries, here.keys, _, here.starts = inputs
 
             return hook
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -262,16 +263,20 @@ def fake_tensors() -> Iterator[None]:
 
 
 def stand_in_for_attention(used: Callable[[str], None]) -> None:
-    """Let scaled_dot_product_attention take the kernel that CUDA would, by our order of kernels.
+    """Let attention take the kernel that CUDA would, by our order of kernels.
 
-    flash: half precision without a mask. cuDNN: half precision; a bool mask becomes a bias that it
-    keeps. Efficient: any precision, as many key heads as query heads. Plain: the rest.
+    Causal: flash in half precision; efficient in any, with as many key heads as query heads; plain
+    for the rest. Inside documents: varlen, torch's flash kernel for sequences of many lengths, and
+    blocks (model/documents.py), which choose by themselves.
 
     Args:
         used: is told each kernel's name.
     """
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import varlen
+
+    from pipeline.model import block_attention
 
     aten = torch.ops.aten
 
@@ -279,36 +284,36 @@ def stand_in_for_attention(used: Callable[[str], None]) -> None:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        if is_half and attn_mask is None:
+        if query.dtype in (torch.bfloat16, torch.float16):
             used("flash")
             return aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale
             )[0]
-        bias = None
-        if attn_mask is not None:
-            bias = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
-        if is_half:
-            used("cudnn")
-            return aten._scaled_dot_product_cudnn_attention(
-                query, key, value, bias, True, dropout_p, is_causal, False, scale=scale
-            )[0]
         if not enable_gqa:
             used("efficient")
             return aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
+                query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale
             )[0]
         used("plain")
         shares = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shares, 1) for x in (key, value))
         return aten._scaled_dot_product_attention_math(
-            query, key, value, bias, dropout_p, is_causal, scale=scale
+            query, key, value, None, dropout_p, is_causal, scale=scale
         )[0]
 
+    def named(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def run(*args: Any, **options: Any) -> Any:
+            used(name)
+            return kernel(*args, **options)
+
+        return run
+
     set_all(F, scaled_dot_product_attention=attend)
+    set_all(varlen, varlen_attn=named("varlen", varlen.varlen_attn))
+    set_all(block_attention, causal_attention=named("blocks", block_attention.causal_attention))

@@ -144,7 +144,7 @@ def _group_names(layout: Any, shape: RunShape) -> dict[tuple[int, ...], str]:
     import torch.distributed as dist
 
     names = {tuple(range(shape.world_size)): "world"}
-    for name in ("data", "pipeline", "tensor"):
+    for name in ("replica", "data", "context", "pipeline", "tensor"):
         axis = getattr(layout, name)
         if axis.size > 1:
             names[tuple(sorted(dist.get_process_group_ranks(axis.group)))] = name
@@ -160,7 +160,8 @@ def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
     from pipeline.engine.forward_only import DTYPES
     from pipeline.model.stage_io import StageSchema
 
-    rows = shape.at(shape.total_steps).seq_len
+    whole = shape.at(shape.total_steps).seq_len
+    rows = whole // shape.sizes.context
     hidden = [shape.micro_batch_size, rows, cfg.model.hidden_size]
     if cfg.parallel.sequence_parallel:
         hidden = [rows // shape.sizes.tensor, shape.micro_batch_size, cfg.model.hidden_size]
@@ -172,7 +173,7 @@ def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
         found = [
             self._allocate_or_extend_buffers(i, hidden, dtype)
             if name == "hidden"
-            else self._allocate_or_extend_buffers(i, hidden[:2], torch.int64)
+            else self._allocate_or_extend_buffers(i, [shape.micro_batch_size, whole], torch.int64)
             for i, name in enumerate(names)
         ]
         return found[0] if len(found) == 1 else tuple(found)
@@ -212,6 +213,7 @@ def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
         document_ids=ids(masks.documents),
         positions=ids(masks.positions),
         sample_ids=np.zeros(size[0], dtype=np.int64),
+        num_documents=size[0] if masks.documents else 0,
     )
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.config.layout_rules import largest_context
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.step_shape import WARMUP_STEPS
 from pipeline.planning.flops import count_parameters
 from pipeline.planning.job import Job
 from pipeline.planning.memory import PARTS, in_units, memory_of_stages, most_loaded
+
+LONG = 16384
+"""Tokens of a sequence that ranks may well share."""
 
 
 def sentences(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:
@@ -24,11 +28,20 @@ def sentences(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:
         f", {trained:,} of them trained" if trained < every else ""
     )
     split = {"data": sizes.data, "pipeline": sizes.pipeline, "tensor": sizes.tensor}
+    if sizes.context > 1:
+        split = {"data": sizes.data, "context": sizes.context, **split}
     ranks = " x ".join(f"{size} {name}" for name, size in split.items())
     yield (
         f"{_count(shape.world_size, 'rank')} = {ranks} parallel; ZeRO-{shape.zero_stage}, "
         f"{cfg.training.precision.name}"
     )
+    if sizes.context > 1 or shape.seq_len >= LONG:
+        lengths = {shape.seq_len, *(stage.seq_len for _, stage in shape.ramp)}
+        most = largest_context(cfg.model, cfg.parallel, lengths)
+        yield (
+            f"sequences of {shape.seq_len:,} tokens, {shape.seq_len // sizes.context:,} on a rank: "
+            f"parallel.context_parallel_size={sizes.context}, at most {most}"
+        )
     yield f"{shape.total_steps:,} steps, {shape.total_tokens:,} tokens"
     yield (
         f"a step: {step.global_batch_size:,} sequences of {step.seq_len:,} tokens, "

@@ -163,7 +163,10 @@ def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
         log.logger.warning(start.reading.used_up)
     else:
         log.info(f"the run reads {start.reading}")
-    placement = placement_warning(ranks, tensor_parallel_size=start.shape.sizes.tensor)
+    sizes = start.shape.sizes
+    placement = placement_warning(
+        ranks, tensor_parallel_size=sizes.tensor, context_parallel_size=sizes.context
+    )
     for warning in [*start.reading.warnings(), *([placement] if placement else [])]:
         log.logger.warning(warning)
 

@@ -32,6 +32,7 @@ RECIPE_WORLD_SIZE = {
     "chars": 1,
     "gpt2-124m": 8,
     "modern-1.3b": 8,
+    "modern-7b-128k": 64,
     "gpt3-6.7b": 64,
     "gpt3-175b": 1024,
 }

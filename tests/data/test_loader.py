@@ -199,7 +199,7 @@ def test_fields_that_are_not_asked_for_are_none(data):
 def test_ranks_that_only_pass_activations_on_read_no_shard(data, tmp_path):
     """Middle pipeline stages: batches of the right shape and the same hash, although the shards are gone."""
     write_dataset(tmp_path / "a", counting_shards(SIZES))
-    cfg, shape = config(tmp_path, {"a": None}, mask_documents=True), shape_of(1, 4)
+    cfg, shape = config(tmp_path, {"a": None}), shape_of(1, 4)
     reads = loaders(cfg, shape)[0]
     expected = reads.next_step()
     reads.close()
@@ -209,10 +209,23 @@ def test_ranks_that_only_pass_activations_on_read_no_shard(data, tmp_path):
         cfg, shape=shape, seed=3, data_rank=0, device=CPU, cache_dir=data, reads_tokens=False
     )
     for got, real in zip(loader.next_step(), expected, strict=True):
-        assert got.tokens.shape == real.tokens.shape == got.document_ids.shape
+        assert got.tokens.shape == real.tokens.shape
         assert got.sample_ids.tolist() == real.sample_ids.tolist()
     loader.close()
     assert loader.sample_hash == reads.sample_hash
+
+
+def test_the_host_knows_how_many_documents_a_micro_batch_has(data):
+    """Also on a middle stage, whose kernel needs the number: there the documents are read."""
+    cfg, shape = config(data, {"a": None}, mask_documents=True), shape_of(1, 4)
+    for reads_tokens in (True, False):
+        loader = Loader(
+            cfg, shape=shape, seed=3, data_rank=0, device=CPU, cache_dir=data, reads_tokens=reads_tokens
+        )  # fmt: skip
+        for batch in loader.next_step():
+            assert batch.num_documents == sum(len(set(row)) for row in batch.document_ids.tolist())
+            assert batch.num_documents > len(batch.tokens)
+        loader.close()
 
 
 def test_validation_covers_every_label_once_at_any_layout(data):

@@ -69,3 +69,15 @@ def test_more_ranks_than_cores_are_named() -> None:
     warning = crowding_warning(Ranks(0, 4, 0, 4, "n"), num_cores=2)
     assert warning is not None and warning.startswith("4 ranks compute on 2 CPU cores")
     assert "launch/local.sh 2" in warning
+
+
+@pytest.mark.parametrize(
+    "tensor, context, warns",
+    [(2, 4, False), (2, 8, False), (1, 3, True), (4, 3, True), (1, 16, False)],
+)
+def test_ranks_that_share_a_sequence_fill_nodes_or_a_part_of_one(
+    tensor: int, context: int, warns: bool
+) -> None:
+    ranks = Ranks(0, 48, 0, 8, "n")
+    warning = placement_warning(ranks, tensor_parallel_size=tensor, context_parallel_size=context)
+    assert (warning is not None) == warns

@@ -35,6 +35,7 @@ FAST: dict[int, list[Case]] = {
         dict(model="parallel", tp=2, zero=3, recompute="full"),
         dict(model="gpt2", pp=2, precision="fp16"),
         dict(model="modern", tp=2, zero=1, sp=True, precision="fp16"),
+        dict(model="modern", cp=2, zero=2, documents=True, masked=True),
     ],
     4: [
         dict(model="gpt2", tp=2, pp=2, sp=True, micro_batch_size=4),

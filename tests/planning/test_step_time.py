@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.planning import communication
 from pipeline.planning import step_time as module
 from pipeline.planning.devices import load_device
 from pipeline.planning.job import Job
@@ -76,10 +77,10 @@ def test_full_recompute_costs_a_forward_pass_and_one_schedule_waits_less():
 
 def test_a_collective_between_nodes_uses_all_links_of_a_node():
     """Eight members of a node share eight links; under tensor parallelism 8 one member has one."""
-    assert module._ring_bytes_s(job_of(), H100) == 450e9
-    assert module._ring_bytes_s(job_of(world_size=16), H100) == 8 * 50e9
+    assert communication._ring_bytes_s(job_of(), H100) == 450e9
+    assert communication._ring_bytes_s(job_of(world_size=16), H100) == 8 * 50e9
     words = ["parallel.tensor_parallel_size=8"]
-    assert module._ring_bytes_s(job_of(*words, world_size=16), H100) == 50e9
+    assert communication._ring_bytes_s(job_of(*words, world_size=16), H100) == 50e9
 
 
 def test_zero_2_reduces_every_micro_batch_and_a_slow_link_shows_it():

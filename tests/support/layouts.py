@@ -100,7 +100,7 @@ def config(
     precision: str = "fp32", recompute: str = "none", dropout: float = 0.0, micro_batch_size: int = 2, offload: bool = False,
     clip_grad: float = 1.0, ep: int = 1, documents: bool = False, positions: bool = False,
     lanes: int = 1, batch_size: int = BATCH, train: str = "*", lora_rank: int = 0,
-    optimizer: str = "adamw", fp8: str = "none",
+    optimizer: str = "adamw", fp8: str = "none", cp: int = 1,
 ) -> PretrainConfig:  # fmt: skip
     """A ten-step run of a small model."""
     return PretrainConfig(
@@ -110,8 +110,8 @@ def config(
         optimizer=OptimizerConfig(name=OptimizerName[optimizer], lr=3e-3, clip_grad=clip_grad, eps=1e-6),  # a tiny eps amplifies rounding of near-zero gradients
         schedule=ScheduleConfig(min_lr=3e-4, warmup_steps=2),
         parallel=ParallelConfig(
-            tensor_parallel_size=tp, expert_parallel_size=ep, pipeline_parallel_size=pp, zero_stage=zero,
-            sequence_parallel=sp,
+            tensor_parallel_size=tp, context_parallel_size=cp, expert_parallel_size=ep, pipeline_parallel_size=pp,
+            zero_stage=zero, sequence_parallel=sp,
             pipeline_schedule=PipelineSchedule[schedule], offload_optimizer=offload,
         ),
         training=TrainingConfig(
@@ -169,6 +169,7 @@ def rank_batches(
             tokens=step["tokens"][rows],
             labels=step["labels"][rows],
             **{field: step[key][rows] if key in step else None for field, key in optional.items()},
+            num_documents=2 * size,
         )
         for rows in mine.reshape(-1, size)
     ]

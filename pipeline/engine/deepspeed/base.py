@@ -87,7 +87,7 @@ class DeepSpeedRunner:
             # ZeRO takes gradients apart as they come.
             sum_as_they_come(self._partial, layout.tensor.group)
             self._partial = []
-        if shape.sizes.data == 1:
+        if shape.sizes.replicas == 1:
             self._reduce_by(lambda: None, why="copies every gradient to sum it over one rank")
         elif self._partial and self.is_unsharded:
             own = self.deepspeed.buffered_allreduce_fallback
@@ -133,7 +133,7 @@ class DeepSpeedRunner:
             return
         self._num_micro_batches = count
         self.deepspeed.set_train_batch_size(
-            self.shape.micro_batch_size * count * self.layout.data.size
+            self.shape.micro_batch_size * count * self.layout.replica.size
         )
         if self.is_offloaded:
             replace(

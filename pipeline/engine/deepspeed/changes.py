@@ -182,9 +182,10 @@ def _norm_over_model_parallel_ranks(optimizer: Any, layout: ParallelLayout) -> T
                 (spanning if spans_data(parameter) else alike).append(gradient)
     total = _total_norm(alike).square()
     if layout.experts_span_data:
-        # Over all ranks, of which `data` count the same gradient, and `expert_data` the same
+        # Over all ranks, of which `replica` count the same gradient, and `expert_data` the same
         # expert's: divided by that many, each counts once.
-        total = total / layout.data.size + _total_norm(spanning).square() / layout.expert_data.size
+        of_experts = _total_norm(spanning).square() / layout.expert_data.size
+        total = total / layout.replica.size + of_experts
         dist.all_reduce(total)
     elif optimizer.mpu is not None:
         dist.all_reduce(total, group=optimizer.mpu.get_model_parallel_group())

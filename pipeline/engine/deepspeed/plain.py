@@ -50,9 +50,9 @@ class PlainRunner(DeepSpeedRunner):
             self._sum_in_place(self.wrapper)
 
     def _sum_in_place(self, wrapper: BF16_Optimizer) -> None:
-        if self.layout.data.size == 1:
+        if self.layout.replica.size == 1:
             return sum_in_place(wrapper, None)
-        reduction = Reduction(wrapper, self.layout.data.group, self.parameters)
+        reduction = Reduction(wrapper, self.layout.replica.group, self.parameters)
         self._reduce_by(reduction.finish, why="reduces after the backward pass, through a copy")
         sum_in_place(wrapper, reduction)
 
@@ -83,12 +83,12 @@ class PlainRunner(DeepSpeedRunner):
 
     def _mean_loss(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches
-        if self.layout.data.size > 1:
-            dist.all_reduce(total, group=self.layout.data.group)
-        return total / self.layout.data.size
+        if self.layout.replica.size > 1:
+            dist.all_reduce(total, group=self.layout.replica.group)
+        return total / self.layout.replica.size
 
     def grad_norm(self) -> Tensor:
-        """0-dim fp32 norm; ours at ZeRO-0, where every data-parallel rank has all gradients."""
+        """0-dim fp32 norm; ours at ZeRO-0, where every copy has all gradients."""
         if not self.is_unsharded:
             return super().grad_norm()
         # |g|^2 = |whole parameters|^2, which every rank has alike and counts once, + the sums over
@@ -116,7 +116,7 @@ class PlainRunner(DeepSpeedRunner):
         with asking(self.module):
             for batch, mask in zip(batches, masks, strict=True):
                 total += self._forward(self.module, batch, mask, loss=loss)
-        dist.all_reduce(total, group=self.layout.data.group)
+        dist.all_reduce(total, group=self.layout.replica.group)
         return total
 
 

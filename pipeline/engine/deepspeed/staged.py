@@ -61,10 +61,10 @@ class StagedRunner(DeepSpeedRunner):
         self.schema: StageSchema = vars(self.module)["schema"]
         self.hidden_size = kwargs["architecture"].model.hidden_size
         self._activation_shape: tuple[int, ...] = ()
-        if isinstance(self.wrapper, BF16_Optimizer) and self.layout.data.size > 1:
+        if isinstance(self.wrapper, BF16_Optimizer) and self.layout.replica.size > 1:
             # The fp32 sums where they lie. DeepSpeed flattens all of them, and reduces a bf16 copy:
             # 6 more bytes a parameter at the end of a step.
-            reduction = Reduction(self.wrapper, self.layout.data.group, self.parameters)
+            reduction = Reduction(self.wrapper, self.layout.replica.group, self.parameters)
             self._reduce_by(reduction.finish, why="reduces a flattened copy of the sums")
         self.late = LateProducts()
         if kwargs["loss_scale"]:
@@ -180,7 +180,7 @@ def pipeline_module(
         topology=PipeModelDataParallelTopology(
             num_pp=shape.sizes.pipeline,
             num_mp=shape.sizes.tensor,
-            num_dp=shape.sizes.data,
+            num_dp=shape.sizes.replicas,
         ),
         # Blocks recompute themselves, with megatron-core's random streams
         activation_checkpoint_interval=0,
