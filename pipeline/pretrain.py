@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "show": ("data_prep.show",),
     "find-documents": ("data_prep.trace",),
     "plan": ("pipeline.plan",),
+    "scaling": ("pipeline.scaling.__main__",),
     "preflight": ("pipeline.preflight",),
     "train": ("pipeline.train",),
     "report": ("pipeline.report",),

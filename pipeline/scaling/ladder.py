@@ -67,6 +67,7 @@ class LadderConfig:
     name: str = ""
     """The runs live in <runs_dir>/<name>/<size>-<tokens>."""
     runs_dir: str = "runs"
+    """Folder that holds the ladder's folder."""
     settings: list[str] = field(default_factory=list)
     """Settings of pipeline.train that all runs share, targets too."""
     sizes: dict[str, SizeConfig] = field(default_factory=dict)
