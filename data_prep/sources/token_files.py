@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_prep.sources.arrow_checks import check_stream_end
 from data_prep.sources.rejects import Damaged, is_damage, out_of_memory
 from data_prep.sources.tables import (
     ARROW_FILE_MAGIC,
     check_nothing_follows,
-    check_stream_end,
 )
 from pipeline.errors import DataError, PipelineError
 

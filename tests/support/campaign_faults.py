@@ -23,8 +23,8 @@ from typing import Any
 from pipeline.checkpoint.folder import list_checkpoints
 from tests.support import slurm_cluster
 from tests.support.campaign_run import (
-    HANG_S,
     ON_AGAIN_S,
+    SLOW_S,
     CampaignError,
     LocalRun,
     SlurmRun,
@@ -68,7 +68,7 @@ def stop_a_rank_for_good(run: LocalRun, dice: random.Random) -> None:
     """The watchdog says who stands still, and ends the run."""
     pages = set((run.run_dir / "logs").glob("hang-*.md"))
     signal_if_there(dice.choice(run.ranks()), signal.SIGSTOP)
-    expect_the_end(run, timeout_s=3 * HANG_S)
+    expect_the_end(run)
     if not set((run.run_dir / "logs").glob("hang-*.md")) - pages:
         raise CampaignError(f"no page says which rank stood still\n{run.log()[-3000:]}")
 
@@ -146,7 +146,7 @@ def cut_the_link_for_a_moment(run: LocalRun, dice: random.Random) -> None:
 def cut_the_link_for_good(run: LocalRun, dice: random.Random) -> None:
     """Nothing arrives any more, and nothing says so."""
     with cut():
-        expect_the_end(run, timeout_s=6 * HANG_S)
+        expect_the_end(run)
 
 
 def clock_jump(run: LocalRun, dice: random.Random) -> None:
@@ -228,7 +228,7 @@ KINDS = {
 }
 
 
-def expect_the_end(run: LocalRun, timeout_s: float = 60.0) -> None:
+def expect_the_end(run: LocalRun, timeout_s: float = SLOW_S) -> None:
     """Wait for the start's end, as something has died."""
     if not wait_for(run.has_ended, timeout_s):
         raise CampaignError(f"the start does not end\n{run.log()[-3000:]}")

@@ -29,6 +29,8 @@ ON_AGAIN_S = 3600.0
 """A start that imports takes 15 s on two idle cores, and more than ten minutes on two that ten others share. Nothing is
 lost by waiting: who really stands still is ended by the watchdog."""
 HANG_S = 20
+SLOW_S = 900.0
+"""Within which what is dead has ended, on a machine that gives a minute of CPU in it."""
 ENDLESS = 1_000_000
 PROGRAM = "pipeline.train"
 DIE_WITH_US = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -177,7 +179,7 @@ class LocalRun:
         ranks = self.ranks()
         self._process.kill()
         self._process.wait()
-        if not wait_for(lambda: not any(map(command_line, ranks)), 20):
+        if not wait_for(lambda: not any(map(command_line, ranks)), SLOW_S):
             raise CampaignError(f"ranks {ranks} outlive their launcher")
 
     def stop(self) -> None:
