@@ -152,9 +152,10 @@ def pack_unit(
         for packer in packers.values():
             packer.close()
         result = writer.close()
-    if result["nearest"]:  # held_out.py looks for them where they were written
-        places = packers["train"].places
-        result["nearest"]["documents"] = [places[n] for n in result["nearest"]["documents"]]
+    for key, split in (("nearest", "train"), ("held", "validation")):
+        if lowest := result[key]:  # held_out.py looks for them where they were written
+            places = packers[split].places
+            lowest["documents"] = [places[n] for n in lowest["documents"]]
     return result | {
         "dialogues": {split: counts[split] for split in result["splits"]},
         "rejects": record_rejects(output, unit, rejects),

@@ -50,13 +50,12 @@ JOB = {
     "tokenizer": {"sha256": str, "vocab_size": range(1, 2**31), "eod": range(2**31)},
     "row_tokens?": (range(1, 2**31), None),
 }
+LOWEST = {"digest": range(2**64), "documents": [COUNT], "ids": [str], "text_bytes": COUNT}
 SPLIT = {"parts": [PART], "text_bytes": COUNT}
 RESULT = {
     "rejects": {str: COUNT},
-    "nearest?": (
-        None,
-        {"digest": range(2**64), "documents": [COUNT], "ids": [str], "text_bytes": COUNT},
-    ),
+    "nearest?": (None, LOWEST),
+    "held?": (None, LOWEST),
 }
 PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed rows adds
 

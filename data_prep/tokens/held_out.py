@@ -1,12 +1,13 @@
-"""A held-out set for a corpus so small that no document fell into it.
+"""A held-out set and something to train on, for a corpus so small that one of them has nothing.
 
-    markers: each unit's train documents with the lowest digest
-    -> those with the lowest of all, copies along, as if validation_fraction were just large enough
+    markers: each unit's train documents with the lowest digest; none? its held-out ones as such
+    -> those with the lowest of all, copies along, as if validation_fraction were just right
     -> is nothing left to train on? -> the tail of the last document
 
 At validation_fraction=0.005 three hundred documents leave nothing for validation once in five
-corpora. The choice follows from the markers alone; the parts of the units it touches are written
-anew under other names, and a record says that they are whole, so that this may be killed anywhere.
+corpora, and an only document leaves nothing to train on once in two hundred. The choice follows
+from the markers alone; the parts of the units it touches are written anew under other names, and a
+record says that they are whole, so that this may be killed anywhere.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TAIL_TOKENS = 1024  # of an only document, at least, but no more than a tenth of
 def ensure_held_out(
     output: Path, results: list[dict[str, Any]], facts: dict[str, Any], parts: Path
 ) -> tuple[list[dict[str, Any]], str]:
-    """The units' results with a document in `validation`, if there is to be such a set; and how.
+    """The units' results with a document in either split, if something is held out; and how.
 
     How: a sentence that says what was done for it; empty: nothing.
 
@@ -47,8 +48,13 @@ def ensure_held_out(
     """
     record = output / WORK_FOLDER / RECORD
     if not record.exists():
-        if "validation" not in results[0]["splits"] or _documents(results, "validation"):
+        if "validation" not in results[0]["splits"]:
             return results, ""
+        if all(_documents(results, split) for split in SPLITS):
+            return results, ""
+    if not _documents(results, "train"):
+        results = [_as_train(result) for result in results]
+    if not record.exists():
         write_durably(record, json.dumps(_choose(results, facts, parts)).encode())
     shape = {"note": str, "splits": {str: {str: dict}}}
     content = read_own(record, shape, most=MOST_MARKER_BYTES)
@@ -63,10 +69,20 @@ def _documents(results: list[dict[str, Any]], split: str) -> int:
     return sum(documents_in(result, split) for result in results)
 
 
+def _as_train(result: dict[str, Any]) -> dict[str, Any]:
+    """A unit's result as if nothing had been held out; all of it was."""
+    splits = {"train": result["splits"]["validation"], "validation": {"parts": [], "text_bytes": 0}}
+    found = {"splits": splits, "nearest": result.get("held"), "all_held": True}
+    if "dialogues" in result:
+        found["dialogues"] = {"train": result["dialogues"]["validation"], "validation": 0}
+    return result | found
+
+
 def _choose(results: list[dict[str, Any]], facts: dict[str, Any], parts: Path) -> dict[str, Any]:
     """{splits: {unit: new `splits` of its marker}, note: what was done}."""
     fraction, total = facts["validation_fraction"], _documents(results, "train")
-    why = f"none of {total} documents fell into validation_fraction={fraction}; "
+    fell = "all" if any(result.get("all_held") for result in results) else "none"
+    why = f"{fell} of {total} documents fell into validation_fraction={fraction}; "
     noted = {i: result["nearest"] for i, result in enumerate(results) if result.get("nearest")}
     lowest = min(nearest["digest"] for nearest in noted.values())
     chosen = {i: nearest for i, nearest in noted.items() if nearest["digest"] == lowest}

@@ -84,8 +84,10 @@ class UnitWriter:
             stem: of the names of the parts; empty: the number.
         """
         self._fraction = fraction
-        self._num_train = 0
-        self._nearest: dict[str, Any] | None = None
+        self._count = dict.fromkeys(SPLITS, 0)
+        self._lowest: dict[
+            str, dict[str, Any]
+        ] = {}  # by split: the documents with its least digest
         self._writers = {
             name: PartWriter(
                 folder,
@@ -112,26 +114,26 @@ class UnitWriter:
     def split_of(self, digest: int, name: str, size: Callable[[], int]) -> str:
         """The split of the unit's next document.
 
-        The train documents that come nearest to being held out are noted in the marker: one of a
-        small corpus may have to be (held_out.py).
+        The train documents that come nearest to being held out are noted in the marker, and the
+        held-out ones of the lowest digest: a small corpus may have nothing in the other split, and
+        then one of these goes there (held_out.py).
 
         Args:
             digest: of its content.
             name: its id.
             size: gives the UTF-8 bytes of its text.
         """
-        if is_held_out(digest, self._fraction):
-            return "validation"
-        place, self._num_train = self._num_train, self._num_train + 1
-        nearest = self._nearest
-        if self._fraction and (nearest is None or digest <= nearest["digest"]):
-            if nearest is None or digest < nearest["digest"]:
-                nearest = {"digest": digest, "documents": [], "ids": [], "text_bytes": 0}
-                self._nearest = nearest
-            nearest["documents"].append(place)
-            nearest["ids"].append(name)
-            nearest["text_bytes"] += size()
-        return "train"
+        split = "validation" if is_held_out(digest, self._fraction) else "train"
+        place, self._count[split] = self._count[split], self._count[split] + 1
+        lowest = self._lowest.get(split)
+        if self._fraction and (lowest is None or digest <= lowest["digest"]):
+            if lowest is None or digest < lowest["digest"]:
+                lowest = {"digest": digest, "documents": [], "ids": [], "text_bytes": 0}
+                self._lowest[split] = lowest
+            lowest["documents"].append(place)
+            lowest["ids"].append(name)
+            lowest["text_bytes"] += size()
+        return split
 
     def add(
         self,
@@ -156,7 +158,7 @@ class UnitWriter:
         self._text_bytes[split] += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish all parts; `splits` and `nearest` of the unit's marker."""
+        """Finish all parts; `splits`, `nearest` and `held` of the unit's marker."""
         splits = {
             name: {
                 "parts": [part.as_json() for part in writer.close()],
@@ -164,4 +166,9 @@ class UnitWriter:
             }
             for name, writer in self._writers.items()
         }
-        return {"splits": splits, "nearest": self._nearest}
+        lowest = self._lowest
+        return {
+            "splits": splits,
+            "nearest": lowest.get("train"),
+            "held": lowest.get("validation"),
+        }

@@ -79,6 +79,29 @@ def test_an_only_document_is_divided(tmp_path, tokenizer):
     assert f"held out are the last {size // 10} of {size} tokens" in note_of(output)
 
 
+def test_an_only_document_that_is_held_out_leaves_something_to_train_on(tmp_path, tokenizer):
+    """Once in two hundred corpora of one document, at the default fraction."""
+    text = "".join(make_texts(40))
+    fraction = digest_text(text) / 2**64 * 1.001
+    assert is_held_out(digest_text(text), fraction)
+    output = tokenize(tmp_path, tokenizer, [text], fraction=fraction)
+    (train,), (validation,) = (texts_of(output, s, tokenizer) for s in ("train", "validation"))
+    assert train + validation == text and len(train) > len(validation)
+    assert f"all of 1 documents fell into validation_fraction={fraction}; held out are the last" in note_of(output)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("workers=1",), ("workers=2",)])
+def test_documents_that_are_all_held_out_leave_all_but_one_to_train_on(tmp_path, tokenizer, words):
+    texts = make_texts(30)
+    fraction = max(map(digest_text, texts)) / 2**64 * 1.0001
+    assert all(is_held_out(digest_text(text), fraction) for text in texts) and fraction < 1
+    output = tokenize(tmp_path, tokenizer, texts, *words, fraction=fraction)
+    chosen = min(texts, key=digest_text)
+    assert texts_of(output, "validation", tokenizer) == [chosen]
+    assert texts_of(output, "train", tokenizer) == [text for text in texts if text != chosen]
+    assert "all of 30 documents fell into" in note_of(output)
+
+
 def test_copies_are_held_out_together(tmp_path, tokenizer):
     texts = make_texts(60)
     chosen = min(texts, key=digest_text)
