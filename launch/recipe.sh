@@ -15,7 +15,8 @@ step() {
 refuse_settings_of_done() {
   local run=$1; shift
   [[ -e $run/DONE ]] && (($#)) || return 0
-  echo "error: $run is done, and $* would change nothing. Train another run beside it with name=mine, as the recipe's line" >&2
+  local given; printf -v given ' %s' "$@"
+  echo "error: $run is done, and$given would change nothing. Train another run beside it with name=mine, as the recipe's line" >&2
   echo "       'launch/local.sh 2 ...' does it; or begin again: rm -r $run" >&2
   exit 2
 }

@@ -109,7 +109,7 @@ def _runs_near(path: Path) -> str:
     """The newest runs that `path` may have meant; empty: none is seen."""
     found: dict[Path, float] = {}
     for folder in (path, path.parent, Path("runs")):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a name with a NUL is no file's
             runs = [run for run in folder.iterdir() if list_checkpoints(run / "checkpoints")]
             found |= {run: run.stat().st_mtime for run in runs}
     newest = sorted(found, key=lambda run: -found[run])[:4]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+from pipeline.config.choices import Precision, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 
@@ -93,3 +94,14 @@ def _partition(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     for k in range(num_stages, 0, -1):
         bounds.append(cut[k][bounds[-1]])
     return tuple(bounds[::-1])
+
+
+def sends_gradients_first(model: ModelConfig, precision: Precision, recompute: Recompute) -> bool:
+    """Whether a stage puts its weights' gradients off until its input's gradient is on its way.
+
+    Not compiled ones: their products are not ours. Not in fp16: there DeepSpeed takes a
+    micro-batch's gradients over into its sums at the end of the backward pass. Not with
+    recompute=full: inputs and output gradients of every linear of the stage would wait together, 32
+    bytes a token and unit of width and block in bf16, where recomputing keeps 2.
+    """
+    return not model.compile and precision is not Precision.fp16 and recompute is not Recompute.full

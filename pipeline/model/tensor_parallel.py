@@ -31,6 +31,10 @@ class OwnProducts:
     late: LateProducts | None = None
     is_float8 = False
 
+    def leave_gradients_to(self, late: LateProducts) -> None:
+        """Put the weight's gradients off: whoever has `late` works them off."""
+        self.late = late
+
     @property
     def has_own_products(self) -> bool:
         """Whether it was said."""

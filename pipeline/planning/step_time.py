@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 
-from pipeline.config.choices import Precision, Recompute
+from pipeline.config.choices import Recompute
 from pipeline.config.finetune import FinetuneConfig
+from pipeline.config.stages import sends_gradients_first
 from pipeline.planning.communication import (
     between_stages_seconds,
     context_parallel_seconds,
@@ -228,8 +229,9 @@ def _late_seconds(job: Job, block: _Block, practice: Practice) -> float:
     With forward, input's and weights' gradients a second each, a pipeline of p stages then idles
     2 (p - 1) seconds of a step instead of 3 (p - 1) under 1F1B, p - 1 under DualPipeV.
     """
-    is_first = practice.gradient_first and not job.model.compile
-    if not is_first or job.training.precision is Precision.fp16:
+    training = job.training
+    may_be = sends_gradients_first(job.model, training.precision, training.recompute)
+    if not (practice.gradient_first and may_be):
         return 0.0
     return max(0.0, block.products_back - 1) * block.matrices
 

@@ -56,8 +56,11 @@ class LrRule:
     """
 
     coefficient: float = MISSING
+    """The learning rate of one parameter and one token."""
     parameters_exponent: float = 0.0
+    """Of the parameters without embeddings; larger models take smaller rates: negative."""
     tokens_exponent: float = 0.0
+    """Of the training tokens of a run."""
 
 
 @dataclass

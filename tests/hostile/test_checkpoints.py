@@ -101,6 +101,7 @@ def use_record(folder: Path) -> None:
     from pipeline.config.model import ModelConfig
     from pipeline.huggingface.mapping import mapping_for
     from pipeline.huggingface.writer import DType, model_card
+    from pipeline.inference import asked_model
     from pipeline.resilience.guard import Guard
     from pipeline.training import continuation
     from pipeline.training.state import TrainState
@@ -117,6 +118,10 @@ def use_record(folder: Path) -> None:
         sampler.advance(position, 4)
         found.to_json()
 
+    def asked() -> None:
+        cfg = evaluate.EvaluateConfig(checkpoint=str(folder))
+        asked_model.held_out_data(cfg, asked_model.model_of(folder)[3])
+
     def card() -> None:
         found = read_record(step)
         model_card(found, mapping_for(found.model()), DType.bf16)
@@ -130,7 +135,7 @@ def use_record(folder: Path) -> None:
         lambda: read_record(step).finetune(),
         lambda: continuation.newest_record([folder / "checkpoints"]),
         lambda: continuation._check_initial_weights(folder, model, 300),
-        lambda: evaluate._evaluation(evaluate.EvaluateConfig(checkpoint=str(folder))),
+        asked,
     )
 
 

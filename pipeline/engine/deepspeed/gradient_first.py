@@ -28,12 +28,11 @@ def send_gradients_first(engine: Any, module: nn.Module, late: LateProducts) -> 
     """Let the linears of a stage leave their weight gradients to `late`, and work that off in time.
 
     Args:
-        engine: of a pipeline, not of fp16: there DeepSpeed takes a micro-batch's gradients over
-            into its sums at the end of the backward pass.
+        engine: of a pipeline of which config/stages.py says that it may.
         module: its stage.
     """
     for linear in own_linears(module):
-        linear.late = late
+        linear.leave_gradients_to(late)
     is_dual = isinstance(engine, dualpipev.DualPipeVEngine)
     own = _dual_instructions(late) if is_dual else _instructions(engine, late)
     own[schedule.ReduceTiedGrads] = _after(late, engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads])
@@ -69,7 +68,7 @@ def _dual_instructions(late: LateProducts) -> dict[Any, Any]:
         late.work_off()
         for work in works:
             work.wait()
-        engine._p2p_ops = []
+        engine._p2p_ops.clear()
 
     return {schedule.CommitP2P: commit}
 

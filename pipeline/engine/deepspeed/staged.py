@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import PipelineSchedule
 from pipeline.config.run_shape import RunShape
-from pipeline.config.stages import partition, pipeline_costs
+from pipeline.config.stages import partition, pipeline_costs, sends_gradients_first
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
@@ -69,7 +69,10 @@ class StagedRunner(DeepSpeedRunner):
         self.late = LateProducts()
         if kwargs["loss_scale"]:
             reduce_tied_sums(self.deepspeed)
-        elif not kwargs["architecture"].model.compile:
+        architecture = kwargs["architecture"]
+        if sends_gradients_first(
+            architecture.model, architecture.precision, architecture.recompute
+        ):
             send_gradients_first(self.deepspeed, self.module, self.late)
         if not self.deepspeed.is_last_stage():
             replace(
