@@ -31,6 +31,8 @@ def send_gradients_first(engine: Any, module: nn.Module, late: LateProducts) -> 
         engine: of a pipeline of which config/stages.py says that it may.
         module: its stage.
     """
+    if not _sends(engine):
+        return
     for linear in own_linears(module):
         linear.leave_gradients_to(late)
     is_dual = isinstance(engine, dualpipev.DualPipeVEngine)
@@ -46,18 +48,19 @@ def send_gradients_first(engine: Any, module: nn.Module, late: LateProducts) -> 
     )
 
 
-def _instructions(engine: Any, late: LateProducts) -> dict[Any, Any]:
-    """Of 1F1B: behind the send; on the first stage, which sends nothing, at once.
+def _sends(engine: Any) -> bool:
+    """Whether a rank sends gradients of an input; the first stage of 1F1B has nobody to send to.
 
-    The first stage receives the next gradient into the buffer that its products still read: left to
+    What waited there would cost memory for nothing (8 % of the peak of modern-125m's first stage),
+    and the stage receives the next gradient into the buffer that its products still read: left to
     the end of the step, the gradient norm was 11 % wrong and the first loss right.
     """
-    send, backward = (
-        engine._INSTRUCTION_MAP[kind] for kind in (schedule.SendGrad, schedule.BackwardPass)
-    )
-    if engine.is_first_stage():
-        return {schedule.BackwardPass: _before(late, backward)}
-    return {schedule.SendGrad: _before(late, send)}
+    return isinstance(engine, dualpipev.DualPipeVEngine) or not engine.is_first_stage()
+
+
+def _instructions(engine: Any, late: LateProducts) -> dict[Any, Any]:
+    """Of 1F1B: behind the send."""
+    return {schedule.SendGrad: _before(late, engine._INSTRUCTION_MAP[schedule.SendGrad])}
 
 
 def _dual_instructions(late: LateProducts) -> dict[Any, Any]:

@@ -34,19 +34,16 @@ class Waiting:
         self.heard.append("weights")
 
 
-def order_under_1f1b(is_first: bool) -> dict[str, list[str]]:
+def order_under_1f1b() -> dict[str, list[str]]:
     """Changed instruction -> what happens in it."""
     from deepspeed.runtime.pipe import schedule
 
     from pipeline.engine.deepspeed import gradient_first
 
     found, late = {}, Waiting([])
+    send = schedule.SendGrad
     engine: Any = SimpleNamespace(
-        is_first_stage=lambda: is_first,
-        _INSTRUCTION_MAP={
-            kind: lambda _, kind=kind, **__: late.heard.append(kind.__name__)
-            for kind in (schedule.SendGrad, schedule.BackwardPass)
-        },
+        _INSTRUCTION_MAP={send: lambda _, **__: late.heard.append(send.__name__)}
     )
     waiting: Any = late
     for kind, instruction in gradient_first._instructions(engine, waiting).items():
@@ -75,17 +72,14 @@ def order_under_dualpipev(messages: list[str]) -> list[str]:
 
 def orders() -> list[Any]:
     return [
-        order_under_1f1b(True),
-        order_under_1f1b(False),
+        order_under_1f1b(),
         order_under_dualpipev(["one"]),
         order_under_dualpipev([]),
     ]
 
 
 def test_weights_are_computed_behind_the_send_and_before_the_wait() -> None:
-    """1F1B's first stage sends nothing, and may not wait: its next gradient overwrites what they read."""
-    first, others, exchange, nothing = run_on_ranks(orders, 1)[0]
-    assert first == {"BackwardPass": ["BackwardPass", "weights"]}
+    others, exchange, nothing = run_on_ranks(orders, 1)[0]
     assert others == {"SendGrad": ["SendGrad", "weights"]}
     assert exchange == ["launch", "weights", "wait"] and nothing == ["weights"]
 
@@ -110,11 +104,14 @@ def left_behind(cfgs: list[Any]) -> list[tuple[int, int]]:
 
 
 def test_no_product_waits_after_a_step() -> None:
-    """And a micro-batch leaves those of its stage: two blocks of four linears, under DualPipeV one."""
+    """And a micro-batch leaves those of its stage: two blocks of four linears, under DualPipeV one.
+
+    1F1B's first stage sends nothing, and leaves nothing.
+    """
     cfgs = [config("gpt2", pp=2), config("gpt2", pp=2, schedule="dualpipev")]
-    for ranks in run_on_ranks(left_behind, 2, cfgs):
-        assert [left for _, left in ranks] == [0, 0]
-        assert all(most >= 4 for most, _ in ranks)
+    first, second = run_on_ranks(left_behind, 2, cfgs)
+    assert [left for _, left in first + second] == [0, 0, 0, 0]
+    assert first[0][0] == 0 and min(first[1][0], second[0][0], second[1][0]) >= 4
 
 
 @pytest.mark.slow
@@ -131,10 +128,5 @@ def test_waiting_on_the_first_stage_turns_the_comparison_red() -> None:
 def train_with_a_first_stage_that_waits(cfg: Any) -> dict[str, Any]:
     from pipeline.engine.deepspeed import gradient_first
 
-    own = gradient_first._instructions
-
-    def wait(engine: Any, late: Any) -> dict[Any, Any]:
-        return {} if engine.is_first_stage() else own(engine, late)
-
-    gradient_first._instructions = wait
+    gradient_first._sends = lambda engine: True
     return train(cfg, batches())
