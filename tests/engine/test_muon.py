@@ -44,7 +44,8 @@ ALL: dict[int, list[Case]] = {
     4: [dict(model="modern", pp=4, **MUON), dict(model="gpt2", tp=2, pp=2, **MUON)]
     + [dict(model="modern", tp=2, zero=z, sp=True, **MUON) for z in (1, 3)]
     + [dict(model="modern", pp=2, schedule="dualpipev", precision=p, **MUON) for p in ("fp32", "bf16")]
-    + [dict(model="modern", tp=2, zero=2, precision="bf16", **MUON)],
+    + [dict(model="modern", tp=2, zero=2, precision="bf16", **MUON)]
+    + [dict(model="modern", cp=2, zero=2, documents=True, **MUON), dict(model="modern", cp=2, pp=2, **MUON)],
 }  # fmt: skip
 
 
