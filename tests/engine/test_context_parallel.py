@@ -74,7 +74,7 @@ def test_ranks_that_share_sequences_match_plain_torch(world_size: int) -> None:
 def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
     """A run with one part of context parallelism broken."""
     from pipeline.engine import engine
-    from pipeline.model import block, context_parallel
+    from pipeline.model import architecture, context_parallel
 
     if sabotage == "router scale":
         whole = engine.set_moe_loss_scale
@@ -90,7 +90,7 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
 
         context_parallel._Exchange.backward = staticmethod(unswapped)
     else:  # every rank counts the positions of its own run
-        tables = block.rope_table
+        tables = architecture.rope_table
 
         def of_a_run(model: Any) -> Any:
             table = tables(model)
@@ -102,7 +102,7 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
             )
             return table
 
-        block.rope_table = of_a_run
+        architecture.rope_table = of_a_run
     return train(cfg, batches())
 
 
@@ -221,6 +221,6 @@ def test_a_checkpoint_moves_to_one_process_and_back_and_is_exported(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         differences = run_on_ranks(
-            export_and_compare, 1, ["modern"], root, tmp_path / "exported", DType.float32
+            export_and_compare, 1, ["modern"], root, tmp_path / "exported", DType.fp32
         )[0]
     assert differences["modern"] < 1e-4
