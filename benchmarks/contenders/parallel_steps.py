@@ -82,16 +82,7 @@ def their_step(contender: str, precision: str, tokens: Any) -> Callable[[], floa
         model.parameters(), torch.optim.AdamW, lr=LR, betas=BETAS, weight_decay=DECAY, fused=True
     )
 
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(inputs, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
+    return torch_step(model, precision, lambda m: m(inputs, labels), optimizer)
 
 
 def fsdp_step(model: Any, precision: str, inputs: Any, labels: Any) -> Callable[[], float]:

@@ -67,7 +67,9 @@ def eager_gpt(layers: int, width: int, heads: int, seq: int, vocab: int) -> Any:
     return model
 
 
-def torch_step(model: Any, precision: str, loss_of: Callable[..., Any]) -> Callable[[], float]:
+def torch_step(
+    model: Any, precision: str, loss_of: Callable[..., Any], optimizer: Any = None
+) -> Callable[[], float]:
     """One step of AdamW on a model in plain torch, as nanoGPT does it: autocast in bf16, clip, fused AdamW."""
     import torch
 
@@ -76,7 +78,8 @@ def torch_step(model: Any, precision: str, loss_of: Callable[..., Any]) -> Calla
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": DECAY},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
