@@ -111,7 +111,10 @@ print(sys.argv[1:], os.environ["WORD"], os.getcwd(), __name__, signal.getsignal(
 print("said", file=sys.stderr)
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
 print(os.getpid(), flush=True)
-sys.stdin.read() if sys.argv[1] == "end" else time.sleep(60)
+if sys.argv[1] == "end":
+    sys.stdin.read()
+while sys.argv[1] == "wait":  # a signal just before a long sleep would be heard after it
+    time.sleep(0.02)
 os.kill(os.getpid(), int(sys.argv[2]))
 """
 
@@ -133,7 +136,8 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
             for number in (signal.SIGKILL, signal.SIGTERM):
                 ended = start(python, "end", str(int(number)))
                 out, err = ended.communicate("")
-                seen += [out.splitlines()[0], err.endswith("said\n"), ended.returncode]
+                assert out and err.endswith("said\n"), f"{ended.returncode}: {out!r}, {err!r}"
+                seen += [out.splitlines()[0], ended.returncode]
             told = start(python, "wait")
             assert told.stdout
             seen.append(told.stdout.readline())
@@ -142,7 +146,7 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
             seen.append(told.wait(60))
             told.communicate()
         assert forked == plain
-        assert "['wait'] a word" in plain[-2] and plain[2] == -signal.SIGKILL and plain[-1] == 7
+        assert "['wait'] a word" in plain[-2] and plain[1] == -signal.SIGKILL and plain[-1] == 7
 
         killed = start(pythons[0], "wait")
         assert killed.stdout
