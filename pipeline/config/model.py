@@ -37,6 +37,28 @@ class MoeConfig:
 
 
 @dataclass
+class VisionConfig:
+    """A picture encoder in front of the GPT's blocks, in width of its own; off at num_layers 0.
+
+    Its sizes are those of the pictures as data_prep stored them; its blocks are the GPT's, with
+    LayerNorm, biases and gelu_tanh, and every patch sees every other.
+    """
+
+    num_layers: int = 0
+    """Blocks of the picture encoder; 0: the model reads text only."""
+    hidden_size: int = 768
+    """Width of what runs from block to block of the encoder."""
+    num_attention_heads: int = 12
+    """Heads in each block of the encoder."""
+    ffn_hidden_size: int | None = None
+    """Width of the encoder's MLPs; null: 4 * model.vision.hidden_size."""
+    image_size: int = 224
+    """Height and width of a picture, pixels; the dataset's."""
+    patch_size: int = 16
+    """Height and width of what one placeholder token stands for, pixels; the dataset's."""
+
+
+@dataclass
 class ModelConfig:
     """Architecture. Presets: conf/model/."""
 
@@ -105,5 +127,6 @@ class ModelConfig:
     z_loss_coeff: float = 0.0
     """Weight of log(Z)^2 in the loss (PaLM); 0: off."""
     moe: MoeConfig = field(default_factory=MoeConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     compile: bool = False
     """torch.compile each block (CUDA)."""

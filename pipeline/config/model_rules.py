@@ -12,6 +12,7 @@ from pipeline.config.model_shape import resolve
 from pipeline.config.number_rules import broken_numbers
 from pipeline.config.parameter_names import linear_shapes
 from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.vision import vision_fits
 
 # Of CUDA's kernel of float8 products.
 FLOAT8_SIDES = 16
@@ -29,6 +30,7 @@ def alone(model: ModelConfig) -> Iterator[str]:
     yield from rotary_fits(model)
     yield from groups_fit(model)
     yield from architecture(model)
+    yield from vision_fits(model)
 
 
 def head_width_fits(model: ModelConfig) -> Iterator[str]:

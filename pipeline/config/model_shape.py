@@ -8,7 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.choices import Activation
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ModelConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of the picture encoder, without nulls."""
+
+    head_dim: int
+    """Width of one head."""
+    ffn_hidden_size: int
+    """Width of an MLP."""
+    num_patches: int
+    """Of a picture: as many placeholder tokens stand for it."""
+    patch_numbers: int
+    """Red, green and blue of a patch's pixels."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,8 @@ class ModelShape:
     """Whether the query/key/value projection has a bias."""
     is_gated: bool
     """Whether the MLP multiplies two projections."""
+    vision: VisionShape | None = None
+    """Of the picture encoder; None: there is none."""
 
     @property
     def num_mlp_matrices(self) -> int:
@@ -45,4 +61,17 @@ def resolve(model: ModelConfig) -> ModelShape:
         ffn_hidden_size=width,
         qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
         is_gated=model.activation is Activation.swiglu,
+        vision=_resolve_vision(model.vision) if model.vision.num_layers else None,
+    )
+
+
+def _resolve_vision(vision: VisionConfig) -> VisionShape:
+    width = vision.ffn_hidden_size
+    # Rules of the text model ask too, where another one says that these numbers are no divisors.
+    heads, edge = max(1, vision.num_attention_heads), max(1, vision.patch_size)
+    return VisionShape(
+        head_dim=vision.hidden_size // heads,
+        ffn_hidden_size=4 * vision.hidden_size if width is None else width,
+        num_patches=(vision.image_size // edge) ** 2,
+        patch_numbers=3 * vision.patch_size**2,
     )

@@ -15,6 +15,8 @@ LEAST = {
     1: """model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups
         model.head_dim model.ffn_hidden_size model.vocab_size model.max_seq_len
         model.moe.ffn_hidden_size model.rope_original_max_seq_len model.mup_base_hidden_size
+        model.vision.hidden_size model.vision.num_attention_heads model.vision.ffn_hidden_size
+        model.vision.image_size model.vision.patch_size
         parallel.tensor_parallel_size parallel.context_parallel_size
         parallel.pipeline_parallel_size parallel.expert_parallel_size training.total_steps
         training.total_tokens training.seq_len training.global_batch_size
@@ -22,8 +24,8 @@ LEAST = {
         tracking.log_every checkpoint.max_failed_saves resilience.spike_window seq_len
         micro_batch_size""",
     0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
-        model.hidden_dropout model.attention_dropout model.init_std model.logit_softcap
-        model.z_loss_coeff model.moe.z_loss_coeff model.moe.aux_loss_coeff
+        model.vision.num_layers model.hidden_dropout model.attention_dropout model.init_std
+        model.logit_softcap model.z_loss_coeff model.moe.z_loss_coeff model.moe.aux_loss_coeff
         finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad
         optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences

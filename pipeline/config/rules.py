@@ -33,6 +33,7 @@ from pipeline.config.step_shape import (
 )
 from pipeline.config.training import ParallelConfig, TrainingConfig
 from pipeline.config.upcycling import upcycling
+from pipeline.config.vision import vision_cut, vision_fits
 from pipeline.errors import ConfigError
 
 Rule = tuple[Iterator[str], set[str], str]
@@ -43,6 +44,8 @@ MOST_NAME_BYTES = 255
 HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
 WIDTHS = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
+VISION = {f"model.vision.{name}" for name in ("hidden_size", "num_attention_heads")}
+PIXELS = {f"model.vision.{name}" for name in ("num_layers", "image_size", "patch_size")}
 EXPERTS = {"parallel.expert_parallel_size", "model.moe.num_experts"}
 SIZES = {f"parallel.{kind}_parallel_size" for kind in ("tensor", "context", "pipeline")}
 
@@ -65,7 +68,7 @@ def problems(
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     is_dual = layout_rules.is_dual(parallel)
     counts = {"model.num_layers", "model.moe.num_experts"}
-    named = counts | HEADS | GROUPS | WIDTHS | {"finetune.lora_rank"}
+    named = counts | HEADS | GROUPS | WIDTHS | {"finetune.lora_rank", "vision"}
     staged = {"stages", "seq_len", "model.vocab_size"}
     batches = {"training.global_batch_size", "training.micro_batch_size"}
     times = {f"schedule.{name}" for name in ("warmup_steps", "warmup_tokens", "decay_steps")}
@@ -174,6 +177,8 @@ def _rules_of_a_model(
         (model_rules.architecture(model), set(), ""),
         (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
         (model_rules.tensor_parallel(model, parallel), WIDTHS | SIZES | {"groups"}, ""),
+        (vision_fits(model), VISION | PIXELS, "vision"),
+        (vision_cut(model, parallel), SIZES | {"vision", "model.vision.ffn_hidden_size"}, ""),
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),
         (layout_rules.sequence_parallel(model, parallel), SIZES, ""),
         (layout_rules.context_parallel(model, parallel), SIZES | HEADS | {"groups"}, ""),

@@ -16,10 +16,10 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 
 # Settings that say how to train, not what is computed; sizes of tables, which others compare; and
-# `moe`, which is looked at by its parts.
+# `moe` and `vision`, which are looked at by their parts.
 FREE = {
     "name", "init", "init_std", "mup_base_hidden_size", "hidden_dropout", "attention_dropout",
-    "compile", "z_loss_coeff", "vocab_size", "max_seq_len", "moe",
+    "compile", "z_loss_coeff", "vocab_size", "max_seq_len", "moe", "vision",
 }  # fmt: skip
 ROTARY = {"rope_theta", "rope_scaling", "rope_scaling_factor", "rope_original_max_seq_len"}
 """Those that stretch positions, as a run does on purpose that goes on with longer sequences."""
@@ -47,11 +47,15 @@ def spelt(value: Any) -> str:
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Settings that must agree, with their defaults worked out."""
     values = {key: value for key, value in dataclasses.asdict(model).items() if key not in FREE}
-    sizes = dataclasses.asdict(resolve(model))
+    sizes = vars(resolve(model))
     values |= {key: size for key, size in sizes.items() if key in values}
     experts = ["num_experts"]
     experts += ["top_k", "shared_expert_ffn_hidden_size"] if model.moe.num_experts else []
     values |= {f"moe.{key}": getattr(model.moe, key) for key in experts}
+    values["vision.num_layers"] = model.vision.num_layers
+    if (encoder := resolve(model).vision) is not None:
+        values |= {f"vision.{key}": size for key, size in vars(model.vision).items()}
+        values["vision.ffn_hidden_size"] = encoder.ffn_hidden_size
     if model.rope_scaling is RopeScaling.none:
         del values["rope_scaling_factor"]
     if model.rope_scaling is not RopeScaling.llama3:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.choices import Activation, Init, Normalization, Position, RopeScaling
-from pipeline.config.model import ModelConfig, MoeConfig
+from pipeline.config.model import ModelConfig, MoeConfig, VisionConfig
 from pipeline.config.same_model import another_model, differing
 
 MODEL = ModelConfig(
@@ -28,6 +28,9 @@ MODEL = ModelConfig(
         ({"init": Init.mup}, ["init", "mup_base_hidden_size"]),
         ({"moe": MoeConfig(num_experts=4, top_k=1)},
          ["moe.num_experts", "moe.top_k", "moe.shared_expert_ffn_hidden_size"]),
+        ({"vision": VisionConfig(num_layers=2)},
+         ["vision.num_layers", "vision.hidden_size", "vision.num_attention_heads",
+          "vision.ffn_hidden_size", "vision.image_size", "vision.patch_size"]),
     ],
 )  # fmt: skip
 def test_what_changes_the_result_is_named(change: dict[str, Any], keys: list[str]) -> None:
@@ -43,6 +46,7 @@ def test_what_changes_the_result_is_named(change: dict[str, Any], keys: list[str
         {"num_query_groups": 4, "head_dim": 8, "ffn_hidden_size": 128, "qkv_bias": False},
         {"max_seq_len": 4096, "vocab_size": 64, "rope_original_max_seq_len": 64},
         {"moe": MoeConfig(aux_loss_coeff=0.5)},
+        {"vision": VisionConfig(hidden_size=64, image_size=32)},
     ],
 )
 def test_what_does_not_is_free(change: dict[str, Any]) -> None:
