@@ -69,7 +69,7 @@ class CoreAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Heads are split: every tensor-parallel rank its own stream.
         stream = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
-        scale = self.scale or q.shape[-1] ** -0.5
+        scale = self.scale_of(q)
         with stream:
             if starts is not None:
                 return documents.attend(q, k, v, starts, scale=scale, dropout=dropout)
@@ -81,6 +81,10 @@ class CoreAttention(nn.Module):
                 q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
+
+    def scale_of(self, q: Tensor) -> float:
+        """What q k^T is multiplied with: 1 / sqrt(D), under muP 1 / D."""
+        return float(self.scale or q.shape[-1] ** -0.5)
 
 
 class Attention(McoreSelfAttention):

@@ -32,7 +32,7 @@ def pattern(block: BlockPassage, head: int) -> Tensor:
     queries, keys = block.queries, block.keys
     group = head // (queries.shape[1] // keys.shape[1])
     q, k = queries[:, head].float(), keys[:, group].float()
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(1, 2) * block.scale
     size = q.shape[1]
     allowed = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if block.starts is not None:

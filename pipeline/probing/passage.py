@@ -45,8 +45,15 @@ class BlockPassage:
     """(B, N, S, D), rotated where positions are."""
     keys: Tensor = field(init=False)
     """(B, groups of this rank, S, D)."""
+    scale: float = field(init=False)
+    """What their products are multiplied with."""
     starts: Tensor | None = field(init=False)
     """(B, S) int64, the first key each query sees; None: all that are not later."""
+
+    def note(self, core: Any, inputs: Any) -> None:
+        """Queries, keys and what makes attention of them, as the module of it was given them."""
+        self.queries, self.keys, _, self.starts = inputs
+        self.scale = core.scale_of(self.queries)
 
 
 Passage = dict[int, BlockPassage]
@@ -79,8 +86,8 @@ def look(model: ForwardOnly, batch: Batch) -> Passage:
             def mlp(_m: Any, _in: Any, out: Any, here: BlockPassage = here) -> None:
                 here.mlp = whole(out[0] if isinstance(out, tuple) else out)
 
-            def core(_m: Any, inputs: Any, _out: Any, here: BlockPassage = here) -> None:
-                here.queries, here.keys, _, here.starts = inputs
+            def core(module: Any, inputs: Any, _out: Any, here: BlockPassage = here) -> None:
+                here.note(module, inputs)
 
             def projected(_m: Any, inputs: Any, _out: Any, here: BlockPassage = here) -> None:
                 here.context = inputs[0].transpose(0, 1) if splits_sequence else inputs[0]

@@ -68,9 +68,9 @@ class HeadProbe:
         passage: Passage = {}
 
         def keep(number: int) -> Any:
-            def hook(_module: Any, inputs: Any, _out: Any) -> None:
-                here = passage[number] = BlockPassage()
-                here.queries, here.keys, _, here.starts = inputs
+            def hook(module: Any, inputs: Any, _out: Any) -> None:
+                passage[number] = BlockPassage()
+                passage[number].note(module, inputs)
 
             return hook
 

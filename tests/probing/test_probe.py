@@ -185,20 +185,35 @@ OTHERS = {
 def others(root: Path) -> dict[str, dict[str, Any]]:
     """Findings on the prompt of models that transformers does not compute."""
     from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.model.attention import CoreAttention
     from pipeline.probe import ProbeConfig, look_into
 
-    answers = {}
+    answers, seen = {}, []
+
+    def keep(module: Any, inputs: Any, out: Any) -> None:
+        if isinstance(module, CoreAttention):
+            seen.append((inputs[2], out))
+
     save_models(OTHERS, root, tokenizer_file(root))
     for name in OTHERS:
         cfg = ProbeConfig(checkpoint=str(root / name), prompt=text(PROMPT), ablate=True)
         cfg.precision = Precision.fp32
+        seen.clear()
+        hook = torch.nn.modules.module.register_module_forward_hook(keep)
         answers[name] = look_into(cfg, ranks_from_environment())
+        hook.remove()
+        for maps, (values, out) in zip(answers[name]["text"]["attention"], seen):
+            values = values.repeat_interleave(out.shape[1] // values.shape[1], 1)
+            np.testing.assert_allclose(
+                torch.tensor(maps) @ values[0], out[0], atol=1e-5, err_msg=name
+            )
         reset_parallel_state()
     return answers
 
 
 def test_parts_add_up_to_the_logit_and_the_last_lens_is_the_loss(tmp_path: Path) -> None:
-    """Experts, parallel residuals, soft-capped and scaled logits: none of them is left out."""
+    """Experts, parallel residuals, soft-capped and scaled logits: none of them is left out; and the
+    maps are those that heads attend with, also muP's, which divides by D where others by its root."""
     [found_of] = run_on_ranks(others, 1, tmp_path)
     for name, findings in found_of.items():
         averages = findings["averages"]
