@@ -7,14 +7,17 @@
            -> the newest checkpoint that has seen none of them
 
 The order is a function of the seed and the datasets, so nothing had to be logged: the newest
-checkpoint says where it stood, and every sample before is computed again. Needs no torch.
+checkpoint says where it stood, and every sample before is computed again. Where a run's data were
+changed (data.allow_dataset_change), the checkpoint that it went on from says what was read before.
+Needs no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from omegaconf import MISSING
 from pipeline import cli
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CheckpointRecord, read_record
-from pipeline.config.training import TrainingConfig
 from pipeline.data.datasets import open_datasets
 from pipeline.data.mixture import Ints, Position, Samples
 from pipeline.data.order import num_sequences
@@ -61,39 +63,117 @@ class TraceConfig:
 
 
 def main(cfg: TraceConfig) -> int:
-    """Print the windows, the steps and the checkpoint; 1 if a step has used one of the documents.
+    """Print the windows, the steps and the checkpoint.
+
+    Returns:
+        1 if a step has used one of the documents, or if that cannot be told; else 0.
 
     Raises:
         DataError: the places are of a dataset that the run has not read, or are damaged.
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or it does not say where the data stood.
     """
     folder = folders.find(Path(cfg.checkpoint))
-    record = read_record(folder)
+    records, begin = stretches(folder)
     places = read_places(Path(cfg.places))
-    if places["dataset"] not in record.datasets:
-        known = ", ".join(f"{d['name']} ({i[:12]})" for i, d in record.datasets.items())
+    read = [record for record in records if places["dataset"] in record.datasets]
+    if not read:
+        known = {i: d["name"] for record in records for i, d in record.datasets.items()}
+        names = ", ".join(f"{name} ({i[:12]})" for i, name in known.items())
+        lost = f" {_lost(begin)}." if begin else ""
         raise DataError(
             f"{cfg.places} is of the dataset {places['dataset'][:12]}, which {folder} has not "
-            f"been trained on; that was {known}. Trace the documents in that dataset."
+            f"been trained on; that was {names}. Trace the documents in that dataset.{lost}"
         )
-    numbers, num_windows = samples_with(record, places)
+    found = [samples_with(record, places) for record in read]
     print(
-        f"{len(places['places']):,} places in {num_windows:,} windows of "
-        f"{record.loader['order']['seq_len']:,} tokens"
+        f"{len(places['places']):,} places in {found[-1][1]:,} windows of "
+        f"{read[-1].loader['order']['seq_len']:,} tokens"
     )
-    steps = steps_of(record, numbers)
+    numbers = np.concatenate([numbers for numbers, _ in found])
+    _print_found(folder, records[-1], numbers)
+    if begin:
+        print(_lost(begin))
+    if started_from := _started_from(records[0]):
+        print(redact(f"the run began with the weights of {started_from}: trace that one too"))
+    return 1 if len(numbers) or begin else 0
+
+
+def _lost(begin: int) -> str:
+    """What to say of samples whose order nobody knows any more."""
+    return (
+        f"the data were changed at sample {begin:,}, and no checkpoint is left that says in which "
+        "order the samples before were read: whether one of them holds a document cannot be told"
+    )
+
+
+def _print_found(folder: Path, newest: CheckpointRecord, numbers: Ints) -> None:
+    """The steps that read these samples, and the checkpoint to go back to."""
     if not len(numbers):
-        print(redact(f"{folder}: none of them was read in {record.step:,} steps"))
-        return 0
+        print(redact(f"{folder}: none of them was read in {newest.step:,} steps"))
+        return
+    steps = steps_of(newest, numbers)
     shown = ", ".join(f"{step:,}" for step in steps[:SHOWN].tolist())
     more = f" and {len(steps) - SHOWN:,} more" if len(steps) > SHOWN else ""
     print(f"read {len(numbers):,} times, in {len(steps):,} steps: {shown}{more}")
+    if (counted := _samples_until(newest, newest.step)) != newest.state["samples_seen"]:
+        print(
+            f"steps are counted as the newest settings have them, {counted:,} samples until now; "
+            f"the run has read {newest.state['samples_seen']:,}: its batch was of another size "
+            "once, or a rollback has skipped some. The checkpoint below is right nevertheless"
+        )
     before = last_before(folder.parent, int(numbers[0]))
     if before is None:
         print("no checkpoint that is left is from before the first of them")
     else:
         print(redact(f"the last checkpoint before the first of them: {before}"))
-    return 1
+
+
+def stretches(folder: Path) -> tuple[list[CheckpointRecord], int]:
+    """Checkpoints that together know the order of a run, oldest first; the first sample they know.
+
+    Where the data of a run were changed its order began anew, and what it was before is in the
+    checkpoint that the run went on from.
+
+    Raises:
+        CheckpointError: the checkpoint does not say where the data stood.
+    """
+    newest = read_record(folder)
+    knows_order = {"seq_len", "seed"} <= newest.loader.get("order", {}).keys()
+    if not (knows_order and newest.loader.get("segments") and "samples_seen" in newest.state):
+        raise CheckpointError(
+            f"{folder} does not say where its run stood in the data, as it was not written by "
+            "pipeline.train. Trace the run whose weights it has."
+        )
+    records = [newest]
+    while (begin := _begin_of(records[0])) > 0:
+        known = (
+            record
+            for record in _others(folder.parent)
+            if record.state.get("samples_seen") == begin and _begin_of(record) < begin
+        )
+        if (earlier := next(known, None)) is None:
+            break
+        records.insert(0, earlier)
+    return records, begin
+
+
+def _begin_of(record: CheckpointRecord) -> int:
+    """The first sample of the order that a checkpoint knows; larger than any where it has none."""
+    return min((s["start"] for s in record.loader.get("segments", ())), default=2**62)
+
+
+def _others(root: Path) -> Iterator[CheckpointRecord]:
+    """Records of a folder's checkpoints; damaged ones are none."""
+    for _, folder in folders.list_checkpoints(root):
+        with contextlib.suppress(CheckpointError):
+            yield read_record(folder)
+
+
+def _started_from(record: CheckpointRecord) -> str | None:
+    """Of which weights a run was begun: they may have seen what it has not."""
+    section = record.config.get("checkpoint")
+    path = section.get("init_from") if isinstance(section, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def read_places(path: Path) -> dict[str, Any]:
@@ -122,7 +202,8 @@ def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints
         hold such a token.
     """
     facts = record.loader["order"]
-    data = record.data()
+    # Data that are other ones by now tell nothing of what was read, whatever the run allowed.
+    data = replace(record.data(), allow_dataset_change=False)
     with tempfile.TemporaryDirectory() as scratch:
         datasets = open_datasets(data.train, cfg=data, cache_dir=Path(scratch))
     sampler = Sampler(data, datasets, seq_len=facts["seq_len"], seed=facts["seed"])
@@ -172,11 +253,12 @@ def _samples(position: Position) -> Iterator[tuple[int, Samples]]:
 def steps_of(record: CheckpointRecord, numbers: Ints) -> Ints:
     """Steps, counted from 1 as the log counts them, that read these samples; ascending, each once.
 
-    A rollback over bad data skips samples without a step: behind it steps are counted too high by
-    what it has skipped, and last_before, which compares samples, is right nevertheless.
+    As the checkpoint's settings have them. A rollback over bad data skips samples without a step,
+    and a run may have gone on with another batch: behind those, steps are counted otherwise, and
+    last_before, which compares samples, is right nevertheless.
     """
     ends, sizes, at, samples = [], [], 0, 0
-    for until, size in _step_sizes(record.training(), record.loader["order"]["seq_len"]):
+    for until, size in _step_sizes(record):
         ends.append((samples, at, size))
         samples, at = samples + (until - at) * size, until
         sizes.append(samples)
@@ -186,8 +268,18 @@ def steps_of(record: CheckpointRecord, numbers: Ints) -> Ints:
     return np.unique(steps)
 
 
-def _step_sizes(training: TrainingConfig, seq_len: int) -> Iterator[tuple[int, int]]:
+def _samples_until(record: CheckpointRecord, step: int) -> int:
+    """Samples that so many steps read, by the checkpoint's settings."""
+    at = samples = 0
+    for until, size in _step_sizes(record):
+        samples += (min(until, step) - min(at, step)) * size
+        at = until
+    return samples
+
+
+def _step_sizes(record: CheckpointRecord) -> Iterator[tuple[int, int]]:
     """(until_step, samples a step) of every stage of the ramp and of what follows it."""
+    training, seq_len = record.training(), record.loader["order"]["seq_len"]
     for stage in training.ramp:
         batch = stage.global_batch_size or training.global_batch_size
         size = batch // (seq_len // (stage.seq_len or seq_len) or 1)

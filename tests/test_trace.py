@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +18,11 @@ from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
 from pipeline import trace as run_command
 from pipeline.checkpoint.record import RECORD
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.training import RampStage
 from pipeline.data import shard_format as fmt
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.trace import TraceConfig
 from tests.support.checkpoint_runs import record_of
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
@@ -73,6 +75,16 @@ def test_places_are_where_the_dataset_has_the_text(
         np.testing.assert_array_equal(np.concatenate(whole), expected)
 
 
+def save(runs: Path, step: int, cfg: DataConfig, **parts: Any) -> None:
+    """A checkpoint's record in a run folder."""
+    settings = {"training": {"global_batch_size": 4, "ramp": [dataclasses.asdict(RAMP[0])]},
+                "data": cli.to_dict(cfg), **parts.pop("config", {})}  # fmt: skip
+    folder = runs / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    record = dataclasses.replace(record_of(step), config=settings, **parts)
+    (folder / RECORD).write_text(record.to_json())
+
+
 def checkpoints(data: Path, runs: Path) -> tuple[Path, list[set[int]]]:
     """A run folder with a checkpoint after each step; and the (shard, token) places that each step has read."""
     cfg = DataConfig(path=str(data / "out"), lanes=2, window=2)
@@ -95,16 +107,61 @@ def checkpoints(data: Path, runs: Path) -> tuple[Path, list[set[int]]]:
                     np.testing.assert_array_equal(row, tokens[begin : begin + SEQ_LEN + 1])
             read.append({int(t) for b in begin_of.values() for t in range(b, b + SEQ_LEN + 1)})
             seen += len(begin_of)
-        settings = {"training": {"global_batch_size": 4, "ramp": [dataclasses.asdict(RAMP[0])]},
-                    "data": cli.to_dict(cfg)}  # fmt: skip
-        record = dataclasses.replace(
-            record_of(step), config=settings, loader=loader.state(), state={"samples_seen": seen}
-        )
-        folder = runs / f"checkpoints/step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / RECORD).write_text(record.to_json())
+        save(runs, step, cfg, loader=loader.state(), state={"samples_seen": seen})
     loader.close()
     return runs, read
+
+
+def changed_run(data: Path, runs: Path) -> None:
+    """A run whose data became others at step 4, as data.allow_dataset_change lets it; three steps more."""
+    shape = shape_of(1, batch=4, ramp=RAMP)
+    before = DataConfig(path=str(data / "out"))
+    after = DataConfig(
+        train=[DatasetConfig(path=str(data / "other/train"))], allow_dataset_change=True
+    )
+    loader, state = loaders(before, shape)[0], None
+    for step, cfg in [(4, before), (7, after)]:
+        if state is not None:
+            loader = loaders(cfg, shape, state)[0]
+        for _ in range(step if state is None else 3):
+            loader.next_step()
+        state = loader.state()
+        loader.close()
+        save(runs, step, cfg, loader=state, state={"samples_seen": state["samples_seen"]},
+             config={"checkpoint": {"init_from": "runs/before"}})  # fmt: skip
+
+
+def test_what_was_read_before_the_data_were_changed_is_not_forgotten(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The order begins anew there, and the newest checkpoint alone would say that nothing was read."""
+    write_jsonl(data / "other.jsonl", [f"other {text}" for text in make_texts(30)])
+    words = [f"input={data}/other.jsonl", f"output={data}/other", "encoder=hf", "workers=1"]
+    more = [f"tokenizer={data}/tokenizer.json", "validation_fraction=0"]
+    tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
+    content, places = found(data, capsys), tmp_path / "all.json"
+    changed_run(data, tmp_path / "run")
+    manifest = Manifest.load(data / "out/train")
+    everything = [{"shard": i, "begin": 0, "end": int(n)} for i, n in enumerate(manifest.shard_tokens)]  # fmt: skip
+    place = {"given": "all of it", "document": 0, "spans": everything}
+    places.write_text(json.dumps(content | {"places": [place]}))
+    assert run_command.main(TraceConfig(str(tmp_path / "run"), str(places))) == 1
+    printed = capsys.readouterr().out
+    assert "read 32 times, in 4 steps: 1, 2, 3, 4\n" in printed
+    assert "the run began with the weights of runs/before: trace that one too" in printed
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    with pytest.raises(DataError, match="has not been trained on") as refused:
+        run_command.main(TraceConfig(str(tmp_path / "run"), str(places)))
+    assert "no checkpoint is left that says" in str(refused.value)
+    places.write_text(json.dumps(content | {"dataset": Manifest.load(data / "other/train").identity, "places": []}))  # fmt: skip
+    assert run_command.main(TraceConfig(str(tmp_path / "run"), str(places))) == 1
+    assert "the data were changed at sample 32" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_refused(data: Path, tmp_path: Path) -> None:
+    save(tmp_path, 3, DataConfig(), state={"samples_seen": 12})
+    with pytest.raises(CheckpointError, match="does not say where its run stood in the data"):
+        run_command.main(TraceConfig(str(tmp_path), str(data / "places.json")))
 
 
 def test_steps_are_those_whose_batches_hold_a_token(
