@@ -127,8 +127,7 @@ def _print_row(manifest: Manifest, number: int) -> None:
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     documents = read_row(manifest, number)
     print(f"--- row {number}: {len(documents)} documents")
-    for place, (tokens, _, loss) in enumerate(documents):
-        assert loss is not None
+    for place, (tokens, loss, *_) in enumerate(documents):
         if not loss.any():
             print(f"--- {place}: {len(tokens)} tokens of padding")
             continue

@@ -82,7 +82,7 @@ def dialogues(folder) -> list[tuple[list[int], list[int]]]:
     manifest, found = Manifest.load(folder), []
     for shard in range(manifest.num_shards):
         for block in range(int(np.diff(manifest.block_starts)[shard])):
-            tokens, starts, loss = manifest.map_block(shard, block)
+            tokens, starts, loss, _ = manifest.map_block(shard, block)
             bounds = [*starts.tolist(), len(tokens)]
             for a, b in zip(bounds, bounds[1:]):
                 if loss[a:b].any():

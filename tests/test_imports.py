@@ -68,6 +68,7 @@ SHARED = {
     "pipeline.data.chat",
     "pipeline.data.dataset_files",
     "pipeline.data.manifest",
+    "pipeline.data.pictures",
     "pipeline.data.shard_format",
     "pipeline.data.special_tokens",
     "pipeline.data.tokenizer",

@@ -88,7 +88,7 @@ def test_datasets_hold_each_document_once_with_the_ids_of_hugging_face(corpus, r
 
 def test_document_starts_follow_the_ends(reference):
     manifest = Manifest.load(reference / "train")
-    tokens, starts, _ = manifest.map_block(0, 0)
+    tokens, starts, *_ = manifest.map_block(0, 0)
     ends = np.flatnonzero(tokens == manifest.tokenizer.eod)
     assert starts.tolist() == [0, *(ends[:-1] + 1).tolist()]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.tokens.rows import Dialogue, documents_of
 from pipeline.data.dataset_files import check_ids
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_format import Block
@@ -40,7 +41,7 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
     return Tokenizer.from_file(Path(manifest.folder, "tokenizer.json"), eod=manifest.tokenizer.eod)
 
 
-def read_row(manifest: Manifest, number: int) -> list[Block]:
+def read_row(manifest: Manifest, number: int) -> list[Dialogue]:
     """The documents of a packed row, each with the mask of what is learned.
 
     Raises:
@@ -56,11 +57,9 @@ def read_row(manifest: Manifest, number: int) -> list[Block]:
     rows = np.concatenate([[0], np.cumsum(manifest.shard_tokens // size)])
     shard = int(np.searchsorted(rows, number, "right")) - 1
     block, begin = divmod((number - int(rows[shard])) * size, manifest.block_tokens)
-    tokens, starts, loss = manifest.map_block(shard, block)
-    assert loss is not None
-    mine = [*starts[(starts >= begin) & (starts < begin + size)].tolist(), begin + size]
-    none = np.zeros(1, starts.dtype)
-    return [Block(tokens[a:b], none, loss[a:b]) for a, b in zip(mine, mine[1:])]
+    found = manifest.map_block(shard, block)
+    documents = zip(found.starts.tolist(), documents_of(found, manifest.layout))
+    return [document for start, document in documents if begin <= start < begin + size]
 
 
 def read_document(manifest: Manifest, number: int) -> np.ndarray:
@@ -78,7 +77,7 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
     )
     before = int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
     parts: list[np.ndarray] = []
-    for tokens, docs, _ in blocks(manifest, row):
+    for tokens, docs, *_ in blocks(manifest, row):
         if not parts:
             place = number - before
             ends = docs[place + 1 : place + 2].tolist()
@@ -114,7 +113,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
         b"",
         -1,
     )  # documents that ended before `carried`; what may begin a match
-    for tokens, _, _ in blocks(manifest, 0):
+    for tokens, *_ in blocks(manifest, 0):
         _check_ids(manifest, tokens, table)
         sizes = lengths[tokens]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -134,7 +133,7 @@ def search(manifest: Manifest, text: str) -> Iterator[int]:
 def _search_rows(manifest: Manifest, wanted: bytes, table: list[bytes]) -> Iterator[int]:
     """Numbers of the documents of packed rows that hold these bytes; none runs over a block."""
     first = 0
-    for tokens, starts, _ in blocks(manifest, 0):
+    for tokens, starts, *_ in blocks(manifest, 0):
         _check_ids(manifest, tokens, table)
         bounds = [*starts.tolist(), len(tokens)]
         for number, (begin, end) in enumerate(zip(bounds, bounds[1:]), first):

@@ -7,6 +7,7 @@ Nothing is taken from the code that writes datasets: the format alone says what 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import read_bytes
 from pipeline.data.manifest import Manifest
+from pipeline.data.pictures import picture_rows
 from pipeline.errors import DataError
 from pipeline.files import parse_json, regular_file, sha256_of
 from pipeline.remote import connect, read_range
@@ -129,19 +131,18 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
     for block, row in enumerate(rows):
         last = block == len(rows) - 1
         arrays = []
-        for kind, dtype, num in manifest.layout.members:
+        for kind, dtype, num, shape in manifest.layout.members:
             name = fmt.member_name(manifest.shard_keys[shard], block, kind)
             count, offset, crc = (int(row[f]) for f in (num, f"{kind}_offset", f"{kind}_crc32"))
-            size = count * dtype.itemsize
+            size = count * dtype.itemsize * math.prod(shape)
             if offset != place + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES or offset + size > len(data):
                 yield (
                     f"{name}: the index puts it at byte {offset}, which cannot be. The rest was "
                     "not looked at."
                 )
                 return
-            header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size) + fmt.npy_header(
-                dtype, count
-            )
+            header = fmt.tar_header(name, fmt.NPY_HEADER_BYTES + size)
+            header += fmt.npy_header(dtype, count, shape)
             if data[place:offset].tobytes() != header:
                 yield f"{name}: its tar or npy header is damaged."
             place = offset + size + -(fmt.NPY_HEADER_BYTES + size) % fmt.TAR_BLOCK
@@ -149,8 +150,8 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
                 yield f"{name}: the padding after it is damaged."
             if crc32(data[offset : offset + size]) != crc:
                 yield f"{name}: crc32 is not the index's."
-            arrays.append(data[offset : offset + size].view(dtype))
-        tokens, docs, loss = fmt.Block(*arrays)
+            arrays.append(data[offset : offset + size].view(dtype).reshape(-1, *shape))
+        tokens, docs, loss, images = fmt.Block(*arrays)
         tokens_name = fmt.member_name(manifest.shard_keys[shard], block, "tokens")
         if not last and len(tokens) != manifest.block_tokens:
             yield (
@@ -159,6 +160,8 @@ def _check_members(manifest: Manifest, shard: int, data: np.ndarray) -> Iterator
             )
         if loss is not None and manifest.row_tokens is not None:
             yield from _check_rows(manifest.row_tokens, tokens_name, docs, loss)
+        if images is not None:
+            yield from _check_images(manifest, tokens_name, fmt.Block(tokens, docs, loss, images))
         yield from _check_tokens(manifest, tokens_name, tokens, docs, begins_document)
         begins_document = bool(len(tokens)) and int(tokens[-1]) == manifest.tokenizer.eod
     if data[place:].any() or len(data) < place + 2 * fmt.TAR_BLOCK:
@@ -201,6 +204,25 @@ def _check_rows(row_tokens: int, name: str, docs: np.ndarray, loss: np.ndarray) 
         yield f"{name}: the first token of a document is marked as learned."
     if len(loss) and int(loss.max()) > 1:
         yield f"{name}: the mask of the loss holds {int(loss.max())}; it is made of 0 and 1."
+
+
+def _check_images(manifest: Manifest, name: str, block: fmt.Block) -> Iterator[str]:
+    """A picture for each run of placeholders, which nobody learns; no row has more than it may."""
+    pictures, row_tokens = manifest.pictures, manifest.row_tokens
+    assert pictures is not None and row_tokens is not None
+    assert block.loss is not None and block.images is not None
+    is_image = block.tokens == pictures.image_token_id
+    try:
+        rows = picture_rows(block.tokens, pictures, row_tokens)
+    except ValueError as error:
+        yield f"{name}: {error}."
+        return
+    if len(rows) != len(block.images):
+        yield f"{name}: placeholders of {len(rows)} pictures, and {len(block.images)} pictures."
+    if (most := int(np.bincount(rows).max(initial=0))) > manifest.images_per_row_max:
+        yield f"{name}: a row of {most} pictures, more than {manifest.images_per_row_max}."
+    if block.loss[is_image].any():
+        yield f"{name}: a placeholder is marked as learned."
 
 
 def _ends_with_eod(manifest: Manifest, shard: int) -> bool:

@@ -30,7 +30,7 @@ from data_prep.jobs import (
 )
 from data_prep.sources.rejects import WANTED
 from data_prep.tokens.held_out import ensure_held_out
-from data_prep.tokens.shard_writer import PART, Part, copy_parts
+from data_prep.tokens.shard_writer import PART, PICTURES, Part, copy_parts, layout_of
 from data_prep.tokens.split import SPLITS, documents_in
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import read_bytes
@@ -40,8 +40,6 @@ from pipeline.files import sha256_of, sync_folder, whole_file, write_durably
 from pipeline.log import logger
 from pipeline.shapes import COUNT
 
-# Neighbouring parts are joined up to this size; larger ones are only renamed.
-JOIN_TOKENS = fmt.SHARD_TOKENS // 8
 SUMMARY_FILE = "summary.json"
 # Of job.json and of markers: what is read of them.
 JOB = {
@@ -49,6 +47,9 @@ JOB = {
     "validation_fraction": float,
     "tokenizer": {"sha256": str, "vocab_size": range(1, 2**31), "eod": range(2**31)},
     "row_tokens?": (range(1, 2**31), None),
+    "image_size?": range(1, fmt.MOST_IMAGE_SIZE + 1),
+    "patch_size?": range(1, fmt.MOST_IMAGE_SIZE + 1),
+    "image_token_id?": range(2**31),
 }
 LOWEST = {"digest": range(2**64), "documents": [COUNT], "ids": [str], "text_bytes": COUNT}
 SPLIT = {"parts": [PART], "text_bytes": COUNT}
@@ -141,12 +142,6 @@ def check_rejected(documents: int, rejects: Counter[str], fraction: float) -> No
         )
 
 
-def layout_of(facts: dict[str, Any]) -> fmt.ShardLayout:
-    """Of the shards that a job makes, by its job.json."""
-    dtype = fmt.token_dtype(facts["tokenizer"]["vocab_size"])
-    return fmt.ShardLayout(dtype, facts.get("row_tokens"))
-
-
 def parts_folder(output: Path) -> Path:
     """Where units put their parts."""
     return output / WORK_FOLDER / "parts"
@@ -189,7 +184,7 @@ def _make_dataset(
     """Move parts to their places as shards, and write what describes them; the totals."""
     folder, layout = output / name, layout_of(facts)
     shards: list[Part] = []
-    for number, group in enumerate(_groups(parts)):
+    for number, group in enumerate(_groups(parts, layout.join_tokens)):
         target = folder / fmt.shard_path(number)
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [parts_folder(output) / part.name for part in group]
@@ -230,7 +225,7 @@ def write_dataset(
         folder: the dataset.
         shards: in order; shard i is at shard_path(i).
         facts: of the job: `tokenizer` has the fields of TokenizerIdentity; packed rows have
-            `row_tokens`, `chat_template` and `end_of_turn`.
+            `row_tokens`, `chat_template` and `end_of_turn`; pictures also the names in PICTURES.
         raw: the tokenizer.json.
         text_bytes: UTF-8 bytes of all documents.
         scratch: see whole_file.
@@ -256,7 +251,7 @@ def write_dataset(
         "version": layout.version,
         "dtype": layout.dtype.str,
         "block_tokens": layout.block_tokens,
-        **{key: facts[key] for key in PACKING if layout.row_tokens is not None},
+        **_packing(facts, layout, shards),
         "tokenizer": tokenizer,
         "tokens": sum(s.tokens for s in shards),
         "documents": sum(s.documents for s in shards),
@@ -272,14 +267,23 @@ def write_dataset(
     write_durably(folder / "manifest.json", fmt.seal(text.encode()), scratch=scratch)
 
 
-def _groups(parts: list[Part]) -> Iterator[list[Part]]:
-    """Parts of one shard each: alone, or small neighbours of one source up to JOIN_TOKENS."""
+def _packing(facts: dict[str, Any], layout: fmt.ShardLayout, shards: list[Part]) -> dict[str, Any]:
+    """What the manifest says of packed rows, and of their pictures; of text nothing."""
+    packing = {key: facts[key] for key in PACKING if layout.row_tokens is not None}
+    if layout.pictures is None:
+        return packing
+    most = max((shard.images_per_row for shard in shards), default=0)
+    return packing | {key: facts[key] for key in PICTURES} | {"images_per_row_max": most}
+
+
+def _groups(parts: list[Part], join_tokens: int) -> Iterator[list[Part]]:
+    """Parts of one shard each: alone, or small neighbours of one source up to join_tokens."""
     group: list[Part] = []
     for part in parts:
         fits = (
             group
             and group[0].source == part.source
-            and sum(p.tokens for p in group) + part.tokens <= JOIN_TOKENS
+            and sum(p.tokens for p in group) + part.tokens <= join_tokens
         )
         if group and not fits:
             yield group

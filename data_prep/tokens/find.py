@@ -85,7 +85,7 @@ def _documents(manifest: Manifest, lengths: set[int]) -> Iterator[tuple[int, int
     longest = max(lengths, default=0)
     number, begin, at, size = -1, 0, 0, 0  # of the document that is open at the token `at`
     parts: list[np.ndarray] = []  # its ids; none are kept once it is longer than any wanted
-    for tokens, starts, _ in blocks(manifest, 0):
+    for tokens, starts, *_ in blocks(manifest, 0):
         edges = [0, *starts.tolist(), len(tokens)]
         for place, (first, last) in enumerate(zip(edges, edges[1:])):
             if place:  # a document begins here, so the open one has ended

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.jobs import MOST_MARKER_BYTES, WORK_FOLDER, read_own
-from data_prep.tokens.rows import Dialogue, RowPacker
-from data_prep.tokens.shard_writer import Part, map_part
+from data_prep.tokens.rows import RowPacker, documents_of
+from data_prep.tokens.shard_writer import Part, layout_of, map_part
 from data_prep.tokens.split import SPLITS, UnitWriter, documents_in
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import read_bytes
@@ -193,7 +193,7 @@ def _divide_rows(
     number: int, result: dict[str, Any], facts: dict[str, Any], parts: Path
 ) -> dict[str, Any]:
     """Pack a unit's dialogues anew, those nearest to being held out apart; new `splits`."""
-    layout = fmt.ShardLayout(fmt.token_dtype(facts["tokenizer"]["vocab_size"]), facts["row_tokens"])
+    layout = layout_of(facts)
     old, nearest = result["splits"]["train"], result["nearest"]
     old_parts, chosen = [Part.of(part) for part in old["parts"]], set(nearest["documents"])
     with UnitWriter(
@@ -210,13 +210,10 @@ def _divide_rows(
         }
         place = 0
         for part in old_parts:
-            for tokens, starts, loss in map_part(parts / part.name, part, layout):
-                assert loss is not None
-                bounds = [*starts.tolist(), len(tokens)]
-                for begin, end in zip(bounds, bounds[1:]):
-                    if loss[begin:end].any():  # else it is padding
-                        split = "validation" if place in chosen else "train"
-                        packers[split].add(Dialogue(tokens[begin:end], loss[begin:end]))
+            for block in map_part(parts / part.name, part, layout):
+                for dialogue in documents_of(block, layout):
+                    if dialogue.loss.any():  # else it is padding
+                        packers["validation" if place in chosen else "train"].add(dialogue)
                     place += 1
         for packer in packers.values():
             packer.close()

@@ -10,13 +10,14 @@ the dialogues and their order alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.shard_format import LOSS_DTYPE, ShardLayout
+from pipeline.data.pictures import picture_starts
+from pipeline.data.shard_format import LOSS_DTYPE, Block, ShardLayout
 
 # Rows of 256 tokens, 25,892 dialogues: 95.1 % full; one dialogue a row 29.5 %.
 OPEN_ROWS = 64
@@ -33,6 +34,22 @@ class Dialogue(NamedTuple):
     """For provenance."""
     text_bytes: int = 0
     """UTF-8 bytes of its text."""
+    images: np.ndarray | None = None
+    """(pictures, 3, image_size, image_size) uint8, in the order of their placeholders."""
+
+
+def documents_of(block: Block, layout: ShardLayout) -> Iterator[Dialogue]:
+    """The documents of a block of rows, the padding of each row among them."""
+    tokens, starts, loss, images = block
+    assert loss is not None, "packed rows have a mask"
+    places = None if layout.pictures is None else picture_starts(tokens, layout.pictures)
+    bounds = [*starts.tolist(), len(tokens)]
+    for begin, end in zip(bounds, bounds[1:]):
+        mine = None
+        if images is not None and places is not None:
+            first, last = np.searchsorted(places, (begin, end))
+            mine = images[first:last]
+        yield Dialogue(tokens[begin:end], loss[begin:end], images=mine)
 
 
 @dataclass
@@ -49,14 +66,16 @@ class RowPacker:
         layout: ShardLayout,
         *,
         eod: int,
-        write: Callable[[np.ndarray, np.ndarray, list[str], int, np.ndarray], None],
+        write: Callable[
+            [np.ndarray, np.ndarray, list[str], int, np.ndarray, np.ndarray | None], None
+        ],
     ) -> None:
         """Pack for a layout with row_tokens.
 
         Args:
             layout: type of the ids, and length of a row.
             eod: id of the padding.
-            write: gets (tokens, starts, names, text bytes, loss) of each row, in order.
+            write: gets (tokens, starts, names, text bytes, loss, images) of each row, in order.
         """
         assert layout.row_tokens is not None
         self._size, self._dtype, self._eod, self._write = (
@@ -106,4 +125,6 @@ class RowPacker:
             names.append(names[-1])
         self._num_written += len(starts)
         text_bytes = sum(dialogue.text_bytes for _, dialogue in row.dialogues)
-        self._write(tokens, np.array(starts, np.int64), names, text_bytes, loss)
+        images = [d.images for _, d in row.dialogues if d.images is not None]
+        whole = np.concatenate(images) if images else None
+        self._write(tokens, np.array(starts, np.int64), names, text_bytes, loss, whole)

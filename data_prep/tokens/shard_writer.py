@@ -23,6 +23,7 @@ import numpy as np
 
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import map_block
+from pipeline.data.pictures import picture_rows, picture_starts
 from pipeline.errors import DataError
 from pipeline.files import whole_file
 from pipeline.shapes import COUNT, misfits
@@ -38,7 +39,9 @@ PART = {
     "sha256": str,
     "blocks": list,
     "inputs": [str],
+    "images_per_row?": COUNT,
 }
+PICTURES = ("image_size", "patch_size", "image_token_id")  # of job.json, where there are any
 PARTS_PER_KEY_RANGE = 1000  # key of a part: unit * 1000 + number of the part in its unit
 
 
@@ -58,6 +61,8 @@ class Part:
     """One row a block, in the order of the layout's index_dtype."""
     inputs: list[str] = field(default_factory=list)
     """Id of the first document that starts in the part, and of the last."""
+    images_per_row: int = 0
+    """Pictures of the row that has most."""
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Part:
@@ -71,11 +76,18 @@ class Part:
             problem = f"name is {row['name']!r}"
         if problem:
             raise DataError(f"a marker of the job tells of no part: {problem}. Start it anew.")
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     def as_json(self) -> dict[str, Any]:
         """For a marker."""
         return asdict(self)
+
+
+def layout_of(facts: dict[str, Any]) -> fmt.ShardLayout:
+    """Of the shards that a job makes, by its job.json."""
+    dtype = fmt.token_dtype(facts["tokenizer"]["vocab_size"])
+    pictures = fmt.Pictures(*(facts[key] for key in PICTURES)) if PICTURES[0] in facts else None
+    return fmt.ShardLayout(dtype, facts.get("row_tokens"), pictures)
 
 
 class PartWriter:
@@ -107,6 +119,7 @@ class PartWriter:
         self._loss = np.zeros(layout.block_tokens if layout.row_tokens else 0, fmt.LOSS_DTYPE)
         self._filled = 0
         self._starts: list[np.ndarray] = []
+        self._images: list[np.ndarray] = []
         self._parts: list[Part] = []
         self._file: BinaryIO | None = None
         self._open_file = ExitStack()
@@ -126,6 +139,7 @@ class PartWriter:
         starts: np.ndarray,
         ids: Sequence[str] = (),
         loss: np.ndarray | None = None,
+        images: np.ndarray | None = None,
     ) -> None:
         """Append tokens.
 
@@ -134,13 +148,20 @@ class PartWriter:
             starts: ascending places in `tokens` where documents start.
             ids: of the documents that start here, for provenance; none: not known.
             loss: (n,) uint8, of packed rows: 1 where the token is to be predicted.
+            images: (pictures, 3, image_size, image_size) uint8 of the placeholders in `tokens`,
+                which then are whole rows.
         """
         done, size = 0, len(self._block)
+        pictures = self._layout.pictures
+        places = picture_starts(tokens, pictures) if pictures is not None else None
         while done < len(tokens):
             take = min(len(tokens) - done, size - self._filled)
             self._block[self._filled : self._filled + take] = tokens[done : done + take]
             if loss is not None:
                 self._loss[self._filled : self._filled + take] = loss[done : done + take]
+            if images is not None and places is not None:
+                first, last = np.searchsorted(places, (done, done + take))
+                self._images.append(images[first:last])
             low, high = np.searchsorted(starts, (done, done + take))
             self._starts.append((starts[low:high] - done + self._filled).astype(fmt.DOCS_DTYPE))
             self._filled += take
@@ -174,24 +195,37 @@ class PartWriter:
         part = self._part()
         tokens, starts = self._block[: self._filled], np.concatenate(self._starts)
         arrays = {"tokens": tokens, "docs": starts, "loss": self._loss[: self._filled]}
+        if self._layout.pictures is not None:
+            arrays["images"] = self._gather_images(part, tokens)
         places = {}
-        for kind, _, _ in self._layout.members:
-            name = fmt.member_name(part.key, len(part.blocks), kind)
-            places[kind] = self._write_member(part, name, arrays[kind])
+        for member in self._layout.members:
+            name = fmt.member_name(part.key, len(part.blocks), member.kind)
+            places[member.kind] = self._write_member(part, name, arrays[member.kind])
         lengths = {kind: len(array) for kind, array in arrays.items()}
         part.blocks.append(self._layout.index_row(lengths, places))
         part.tokens += len(tokens)
         part.documents += len(starts)
-        self._filled, self._starts = 0, []
+        self._filled, self._starts, self._images = 0, [], []
         if part.tokens == self._layout.shard_tokens:
             self._finish_part()
 
+    def _gather_images(self, part: Part, tokens: np.ndarray) -> np.ndarray:
+        """(pictures, 3, image_size, image_size) uint8 of the block; the part's most a row grows."""
+        pictures, row_tokens = self._layout.pictures, self._layout.row_tokens
+        assert pictures is not None and row_tokens is not None
+        rows = picture_rows(tokens, pictures, row_tokens)
+        part.images_per_row = max(part.images_per_row, int(np.bincount(rows).max(initial=0)))
+        images = np.concatenate([np.empty((0, *pictures.shape), fmt.PIXEL_DTYPE), *self._images])
+        assert len(images) == len(rows), "a picture for each run of placeholders"
+        return images
+
     def _write_member(self, part: Part, name: str, array: np.ndarray) -> tuple[int, int]:
         """(place of the array in the tar, its crc32)."""
-        content = array.view(np.uint8).data
+        content = array.reshape(-1).view(np.uint8).data
         size = fmt.NPY_HEADER_BYTES + len(content)
         offset = part.bytes + fmt.TAR_BLOCK + fmt.NPY_HEADER_BYTES
-        self._write(part, fmt.tar_header(name, size) + fmt.npy_header(array.dtype, len(array)))
+        header = fmt.npy_header(array.dtype, len(array), array.shape[1:])
+        self._write(part, fmt.tar_header(name, size) + header)
         self._write(part, content)
         self._write(part, bytes(-size % fmt.TAR_BLOCK))
         return offset, zlib.crc32(content)
@@ -234,7 +268,7 @@ def copy_parts(
     ) as writer:
         for path, part in zip(sources, parts):
             for block in map_part(path, part, layout):
-                writer.add(block.tokens, block.starts, loss=block.loss)
+                writer.add(block.tokens, block.starts, loss=block.loss, images=block.images)
         (merged,) = writer.close()
     os.replace(scratch / merged.name, target)
     ids = [i for part in parts for i in part.inputs]

@@ -143,6 +143,7 @@ class UnitWriter:
         ids: list[str],
         text_bytes: int,
         loss: np.ndarray | None = None,
+        images: np.ndarray | None = None,
     ) -> None:
         """Append whole documents to a split.
 
@@ -153,8 +154,9 @@ class UnitWriter:
             ids: of these documents.
             text_bytes: UTF-8 bytes of their text.
             loss: (n,) uint8, of packed rows.
+            images: as PartWriter.add takes them.
         """
-        self._writers[split].add(tokens, starts, ids, loss)
+        self._writers[split].add(tokens, starts, ids, loss, images)
         self._text_bytes[split] += text_bytes
 
     def close(self) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Batch:
     """(micro_batch_size,) int64 global sample numbers."""
     num_documents: int = 0
     """How many `document_ids` tells apart in all rows, as the host knows; 0: nobody has counted."""
+    images: Tensor | None = None
+    """(micro_batch_size, slots, 3, image_size, image_size) uint8: a row's pictures in the order of
+    their placeholders, then blank ones; the slots are those of the datasets, the same in every
+    micro-batch on every rank. None: no dataset has pictures.
+    """
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,7 @@ def make_batches(
     sample_ids = np.repeat(number, full // seq_len)
     loss_mask = document_ids = positions = None
     if masks.loss:
-        loss_mask = np.arange(full) < windows.num_labels[:, None]
-        if windows.loss is not None:
-            loss_mask &= _learned_labels(windows)
-        loss_mask = loss_mask.reshape(-1, seq_len)
+        loss_mask = _learned_labels(windows).reshape(-1, seq_len)
         if masks.eod_loss:
             loss_mask &= tokens != eod
     if masks.documents:
@@ -102,6 +104,8 @@ def make_batches(
         for field in (tokens, labels, document_ids, positions)
     ]
     mask = None if loss_mask is None else to_device(loss_mask, device).to(torch.float32)
+    assert windows.images is None or full == seq_len, "pictures belong to whole rows"
+    images = None if windows.images is None else _pixels_to_device(windows.images, device)
 
     def rows(field: Tensor | None, at: int) -> Any:
         return None if field is None else field[at : at + micro_batch_size]
@@ -115,6 +119,7 @@ def make_batches(
             positions=rows(moved[3], at),
             sample_ids=sample_ids[at : at + micro_batch_size],
             num_documents=int(counts[at : at + micro_batch_size].sum()),
+            images=rows(images, at),
         )
         for at in range(0, len(tokens), micro_batch_size)
     ]
@@ -126,16 +131,20 @@ def _counts(document_ids: np.ndarray | None, rows: int) -> Ints:
 
 
 def _learned_labels(windows: Windows) -> np.ndarray:
-    """(n, full) bool, of packed rows: the label at i, which is token i + 1, is to be predicted.
+    """(n, full) bool: the label at i, which is token i + 1, is there, and to be predicted.
 
-    Not where a document begins at i + 1: nobody predicts its first token from its neighbour.
+    Of packed rows not where a document begins at i + 1: nobody predicts its first token from its
+    neighbour.
     """
-    assert windows.loss is not None and windows.starts is not None
+    exists: np.ndarray = np.arange(windows.ids.shape[1] - 1) < windows.num_labels[:, None]
+    if windows.loss is None:
+        return exists
+    assert windows.starts is not None
     learned = np.zeros(windows.loss.shape, bool)
     learned[:, :-1] = windows.loss[:, 1:]
     for row, starts in zip(learned, windows.starts, strict=True):
         row[starts[starts > 0] - 1] = False
-    return learned
+    return exists & learned
 
 
 def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
@@ -151,6 +160,12 @@ def _documents(starts: Ints, rows: int, seq_len: int) -> tuple[Ints, Ints]:
     number = np.arange(len(begins)) - np.searchsorted(begins, begins - begins % seq_len)
     positions = np.arange(rows * seq_len) - np.repeat(begins, lengths)
     return np.repeat(number, lengths).reshape(rows, seq_len), positions.reshape(rows, seq_len)
+
+
+def _pixels_to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """The same uint8 on the device; to CUDA as `to_device` does it."""
+    tensor = torch.from_numpy(pixels)
+    return tensor if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline.data.shard_format import Block, ShardLayout
+from pipeline.data.pictures import picture_rows
+from pipeline.data.shard_format import Block, Pictures, ShardLayout
 from pipeline.errors import DataError, ShardError
 from pipeline.files import read_file, regular_file
 from pipeline.remote import connect, read_small, reason_of
@@ -25,10 +28,16 @@ def map_block(path: str, row: np.void, layout: ShardLayout) -> Block:
         regular_file(path, inside=Path(path).parents[2])
         return Block(
             *(
-                np.memmap(path, dtype, "r", int(row[f"{kind}_offset"]), (int(row[count]),))
-                if row[count]  # an empty map is an error
-                else np.empty(0, dtype)
-                for kind, dtype, count in layout.members
+                np.memmap(
+                    path,
+                    member.dtype,
+                    "r",
+                    int(row[f"{member.kind}_offset"]),
+                    (int(row[member.length]), *member.shape),
+                )
+                if row[member.length]  # an empty map is an error
+                else np.empty((0, *member.shape), member.dtype)
+                for member in layout.members
             )
         )
     except (OSError, ValueError) as error:
@@ -62,6 +71,31 @@ def check_starts(starts: np.ndarray, num_tokens: int, place: str, way_out: str) 
         )
 
 
+def check_pictures(
+    tokens: np.ndarray,
+    num_images: int,
+    pictures: Pictures,
+    row_tokens: int,
+    place: str,
+    way_out: str,
+) -> np.ndarray:
+    """(num_images,) int64: the row of each picture of (n,) ids, which are whole rows.
+
+    With more placeholders than pictures a model would see another row's picture, or the last one
+    again, and nothing would say so.
+
+    Raises:
+        ShardError: placeholders and pictures do not fit; with the place and the way out.
+    """
+    try:
+        rows = picture_rows(tokens, pictures, row_tokens)
+        if len(rows) != num_images:
+            raise ValueError(f"placeholders of {len(rows)} pictures, and {num_images} pictures")
+    except ValueError as error:
+        raise ShardError(f"{place} has {error}. {way_out}") from None
+    return rows
+
+
 def read_bytes(path: str, *, most: int = MOST_BYTES) -> bytes:
     """Content of a file of a dataset, local or at an address that fsspec understands.
 
@@ -78,3 +112,25 @@ def read_bytes(path: str, *, most: int = MOST_BYTES) -> bytes:
             "data_prep/tokenize.py has written; its manifest.json appears when the last piece of "
             "work is done."
         ) from error
+
+
+def npy_rows(raw: Any, row_dtype: np.dtype) -> np.ndarray:
+    """(rows,) of row_dtype of an index.npy's bytes, a view of them.
+
+    Raises:
+        ValueError: not a one-dimensional npy array of that type.
+    """
+    stream = io.BytesIO(bytes(raw[:4096]))  # numpy's headers end long before
+    major, minor = np.lib.format.read_magic(stream)
+    if (major, minor) != (1, 0):
+        raise ValueError(f"it is an npy file of version {major}.{minor}, not 1.0")
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # numpy parses a damaged header as Python: whatever that raises
+        raise ValueError(f"its header is damaged: {error}") from None
+    if dtype != row_dtype or len(shape) != 1 or fortran_order:
+        raise ValueError(f"it holds {shape} of {dtype}, not rows of {row_dtype.itemsize} bytes")
+    body = raw[stream.tell() :]
+    if len(body) != shape[0] * row_dtype.itemsize:
+        raise ValueError(f"it holds {len(body)} bytes of rows, its header says {shape[0]} rows")
+    return np.frombuffer(body, row_dtype)

@@ -13,7 +13,7 @@ from pipeline.data.dataset_files import read_bytes
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Ints
-from pipeline.data.shard_format import Chat
+from pipeline.data.shard_format import Chat, Pictures
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sha256_of
 
@@ -89,6 +89,8 @@ class DataSummary:
     """How their dialogues became text."""
     identities: dict[str, str]
     """Path to identity of every training and validation dataset."""
+    pictures: Pictures | None = None
+    """How pictures stand in the rows of those that have them; None: none has."""
 
 
 def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
@@ -123,6 +125,7 @@ def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:
         row_tokens=train[0].manifest.row_tokens,
         chat=train[0].manifest.chat,
         identities={d.path: d.identity for d in [*train, *held_out]},
+        pictures=next((d.manifest.pictures for d in train if d.manifest.pictures), None),
     )
 
 
@@ -232,6 +235,20 @@ def _check_packing(train: Sequence[Dataset], held_out: Sequence[Dataset]) -> Non
                 f"dialogues of {first.name} ({first.path}) and {other.name} ({other.path}) were "
                 "rendered by different chat templates; a model learns one. Prepare one of them "
                 "again with the other's (data_prep.conversations template=...)."
+            )
+    _check_pictures([*train, *held_out])
+
+
+def _check_pictures(datasets: Sequence[Dataset]) -> None:
+    """Refuse pictures of two sizes, or under two ids: one encoder sees them all."""
+    first, *others = [d for d in datasets if d.manifest.pictures] or [datasets[0]]
+    for other in others:
+        ours, theirs = first.manifest.pictures, other.manifest.pictures
+        if ours != theirs:
+            raise DataError(
+                f"pictures of {first.name} ({first.path}) and {other.name} ({other.path}) differ: "
+                f"{ours} and {theirs}. Prepare one of them again with the other's image_size, "
+                "patch_size and image_token."
             )
 
 

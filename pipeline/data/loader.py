@@ -158,6 +158,7 @@ class Loader:
                 batch.loss_mask,
                 batch.document_ids,
                 batch.positions,
+                batch.images,
             ):
                 if field is not None:
                     field.record_stream(stream)

@@ -9,7 +9,6 @@ machine. Only numpy and the standard library.
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from array import array
@@ -20,15 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.dataset_files import check_starts, map_block, read_bytes
+from pipeline.data.dataset_files import check_starts, map_block, npy_rows, read_bytes
 from pipeline.data.shard_format import (
     BLOCK_TOKENS,
     FORMAT,
+    MOST_IMAGE_SIZE,
     PACKED_VERSION,
+    PICTURES_VERSION,
     SHARD_COLUMNS,
     VERSION,
     Block,
     Chat,
+    Pictures,
     ShardLayout,
     TokenizerIdentity,
     is_sealed,
@@ -73,6 +75,10 @@ class Manifest:
     """Tokens of a packed row (version 2); None: text, whose windows begin anywhere."""
     chat: Chat | None = field(default=None, repr=False)
     """How the dialogues of packed rows became text."""
+    pictures: Pictures | None = None
+    """How pictures stand in packed rows (version 3); None: there are none."""
+    images_per_row_max: int = 0
+    """Pictures of the row that has most."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -98,10 +104,10 @@ class Manifest:
             raise DataError(
                 f"{path} is not the manifest of a token dataset: its format is not '{FORMAT}'."
             )
-        if content.get("version") not in (VERSION, PACKED_VERSION):
+        if content.get("version") not in (VERSION, PACKED_VERSION, PICTURES_VERSION):
             raise DataError(
                 f"{path} has version {content.get('version')}; this release reads versions "
-                f"{VERSION} and {PACKED_VERSION}."
+                f"{VERSION} to {PICTURES_VERSION}."
             )
         if not is_sealed(raw):
             raise DataError(
@@ -124,7 +130,7 @@ class Manifest:
     @property
     def layout(self) -> ShardLayout:
         """What a block holds."""
-        return ShardLayout(self.dtype, self.row_tokens)
+        return ShardLayout(self.dtype, self.row_tokens, self.pictures)
 
     @cached_property
     def block_starts(self) -> np.ndarray:
@@ -147,7 +153,7 @@ class Manifest:
                 raw: Any = read_bytes(path)
             else:
                 raw = np.memmap(regular_file(path), np.uint8, "r")
-            index = _npy_rows(raw, self.layout.index_dtype)
+            index = npy_rows(raw, self.layout.index_dtype)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read ({error}). Copy or prepare the dataset again."
@@ -175,8 +181,8 @@ class Manifest:
         rest = int(self.shard_tokens[shard]) - block * self.block_tokens
         size = int(self.shard_bytes[shard])
         ends = [
-            int(row[f"{kind}_offset"]) + int(row[count]) * dtype.itemsize
-            for kind, dtype, count in self.layout.members
+            int(row[f"{member.kind}_offset"]) + int(row[member.length]) * member.item_bytes
+            for member in self.layout.members
         ]
         if int(row["num_tokens"]) != min(rest, self.block_tokens) or max(ends) > size:
             raise ShardError(
@@ -255,8 +261,8 @@ def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
 def _packing(
     content: dict[str, Any], tokenizer: TokenizerIdentity, shard_tokens: np.ndarray
 ) -> dict[str, Any]:
-    """row_tokens and chat of a packed dataset, whose shards are whole rows; else nothing."""
-    if content["version"] != PACKED_VERSION:
+    """What is said of packed rows, of which shards consist, and of their pictures; or nothing."""
+    if content["version"] == VERSION:
         return {}
     row_tokens = _count(content["row_tokens"], "row_tokens", least=2, most=BLOCK_TOKENS)
     if content["block_tokens"] % row_tokens or (shard_tokens % row_tokens).any():
@@ -264,7 +270,18 @@ def _packing(
     template, end = content["chat_template"], _count(content["end_of_turn"], "end_of_turn")
     if not isinstance(template, str) or end >= tokenizer.vocab_size:
         raise ValueError(f"chat_template is no text, or end_of_turn {end} is no id")
-    return {"row_tokens": row_tokens, "chat": Chat(template, end)}
+    packing: dict[str, Any] = {"row_tokens": row_tokens, "chat": Chat(template, end)}
+    if content["version"] != PICTURES_VERSION:
+        return packing
+    size = _count(content["image_size"], "image_size", least=1, most=MOST_IMAGE_SIZE)
+    patch = _count(content["patch_size"], "patch_size", least=1, most=size)
+    token = _count(content["image_token_id"], "image_token_id", most=tokenizer.vocab_size - 1)
+    pictures = Pictures(size, patch, token)
+    most = row_tokens // pictures.num_patches
+    slots = _count(content["images_per_row_max"], "images_per_row_max", most=most)
+    if size % patch:
+        raise ValueError(f"image_size {size} is not a multiple of patch_size {patch}")
+    return packing | {"pictures": pictures, "images_per_row_max": slots}
 
 
 def _count(value: Any, name: str, *, least: int = 0, most: int = 2**62) -> int:
@@ -281,28 +298,6 @@ def _sha256(value: Any) -> str:
     if not isinstance(value, str) or not _SHA256(value):
         raise ValueError(f"{value!r} is not a sha256")
     return value
-
-
-def _npy_rows(raw: Any, row_dtype: np.dtype) -> np.ndarray:
-    """(rows,) of row_dtype of an index.npy's bytes, a view of them.
-
-    Raises:
-        ValueError: not a one-dimensional npy array of that type.
-    """
-    stream = io.BytesIO(bytes(raw[:4096]))  # numpy's headers end long before
-    major, minor = np.lib.format.read_magic(stream)
-    if (major, minor) != (1, 0):
-        raise ValueError(f"it is an npy file of version {major}.{minor}, not 1.0")
-    try:
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # numpy parses a damaged header as Python: whatever that raises
-        raise ValueError(f"its header is damaged: {error}") from None
-    if dtype != row_dtype or len(shape) != 1 or fortran_order:
-        raise ValueError(f"it holds {shape} of {dtype}, not rows of {row_dtype.itemsize} bytes")
-    body = raw[stream.tell() :]
-    if len(body) != shape[0] * row_dtype.itemsize:
-        raise ValueError(f"it holds {len(body)} bytes of rows, its header says {shape[0]} rows")
-    return np.frombuffer(body, row_dtype)
 
 
 # The writer puts one row on a line between these. 300,000 rows parsed at once would be 250 MB of

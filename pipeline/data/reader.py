@@ -10,6 +10,7 @@ place and the command that verifies.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections import OrderedDict
@@ -19,10 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less than reading
 
-from pipeline.data.dataset_files import check_ids, check_starts
+from pipeline.data.dataset_files import check_ids, check_pictures, check_starts
 from pipeline.data.datasets import Dataset
 from pipeline.data.mixture import Ints
-from pipeline.data.shard_format import DOCS_DTYPE, LOSS_DTYPE, Block
+from pipeline.data.shard_format import DOCS_DTYPE, LOSS_DTYPE, PIXEL_DTYPE, Block
 from pipeline.errors import DataError, ShardError
 from pipeline.files import regular_file
 from pipeline.log import logger
@@ -51,6 +52,10 @@ class Windows:
     loss: np.ndarray | None = None
     """(n, seq_len) uint8, of packed rows: 1 where the token is to be predicted; None: everywhere.
     """
+    images: np.ndarray | None = None
+    """(n, slots, 3, image_size, image_size) uint8: a row's pictures in the order of their
+    placeholders, then blank ones; None: no dataset has pictures.
+    """
 
 
 @dataclass
@@ -59,6 +64,8 @@ class _Shard:
 
     data: mmap.mmap
     blocks: dict[int, Block] = field(default_factory=dict)  # checked
+    pictures: dict[int, Ints] = field(default_factory=dict)
+    """Block -> (rows + 1,): row r of it has the pictures [r] to [r + 1]."""
 
 
 class Reader:
@@ -72,10 +79,14 @@ class Reader:
     ) -> None:
         self.datasets, self.seq_len, self.skip_corrupt = list(datasets), seq_len, skip_corrupt
         check_rows(self.datasets, seq_len)
-        self._block_tokens = np.array([dataset.manifest.block_tokens for dataset in self.datasets])
+        manifests = [dataset.manifest for dataset in self.datasets]
+        self._block_tokens = np.array([manifest.block_tokens for manifest in manifests])
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._failed: dict[tuple[int, int], ShardError] = {}  # shards that cannot be opened
         self._reported: set[str] = set()
+        self.pictures = next((m.pictures for m in manifests if m.pictures is not None), None)
+        # At least one, so that a picture encoder runs on every rank whatever its rows hold.
+        self.slots = max(1, *(m.images_per_row_max for m in manifests)) if self.pictures else 0
 
     @property
     def is_packed(self) -> bool:
@@ -113,6 +124,8 @@ class Reader:
                 windows.ids[row], windows.num_labels[row] = 0, 0
                 if windows.loss is not None:
                     windows.loss[row] = 0
+                if windows.images is not None:
+                    windows.images[row] = 0
                 windows.num_corrupt += 1
         return windows
 
@@ -120,19 +133,23 @@ class Reader:
         self, count: int, *, documents: bool = False, make: Callable[..., np.ndarray] = np.zeros
     ) -> Windows:
         """Windows of zeros that read nothing."""
+        images = None
+        if self.pictures is not None:
+            images = make((count, self.slots, *self.pictures.shape), dtype=PIXEL_DTYPE)
         return Windows(
             ids=make((count, self.seq_len + 1), dtype=self.datasets[0].manifest.dtype),
             num_labels=np.full(count, self.seq_len),
             starts=[_NONE] * count if documents else None,
             num_corrupt=0,
             loss=make((count, self.seq_len), dtype=LOSS_DTYPE) if self.is_packed else None,
+            images=images,
         )
 
     def _read(
         self, windows: Windows, row: int, source: int, shard: int, block: int, offset: int
     ) -> None:
         """Fill one row; a window may run over block borders, never past its shard."""
-        tokens, documents, loss = self._block(source, shard, block)
+        tokens, documents, loss, images = self._block(source, shard, block)
         stop = offset + self.seq_len
         if windows.loss is not None:  # a packed row, which lies in one block
             assert loss is not None and stop <= len(tokens)
@@ -141,6 +158,14 @@ class Reader:
             if windows.starts is not None:
                 first, last = documents.searchsorted(np.array((offset, stop), DOCS_DTYPE))
                 windows.starts[row] = documents[first:last].astype(np.int64) - offset
+            if windows.images is not None:
+                count = 0
+                if images is not None:
+                    place = offset // self.seq_len
+                    begin, end = self._open[source, shard].pictures[block][place : place + 2]
+                    count = end - begin
+                    windows.images[row, :count] = images[begin:end]
+                windows.images[row, count:] = 0
             return
         if stop < len(tokens):  # nearly always: the window lies in one block
             windows.ids[row] = tokens[offset : stop + 1]
@@ -157,7 +182,7 @@ class Reader:
             places = documents.astype(np.int64) - offset
             starts.append(places[(places >= 0) & (places < self.seq_len - at)] + at)
             at, block, offset = at + len(part), block + 1, 0
-            tokens, documents, _ = self._block(source, shard, block)
+            tokens, documents, *_ = self._block(source, shard, block)
         windows.ids[row, at:] = 0
         windows.num_labels[row] = max(at - 1, 0)
         if windows.starts is not None:
@@ -219,23 +244,32 @@ class Reader:
         manifest = dataset.manifest
         at = manifest.block_starts[shard] + block
         if at >= manifest.block_starts[shard + 1]:
-            return Block(*(np.empty(0, member.dtype) for member in manifest.layout.members))
+            empty = (np.empty((0, *m.shape), m.dtype) for m in manifest.layout.members)
+            return Block(*empty)
         row, views = manifest.block_row(shard, block), []
-        for kind, dtype, count in manifest.layout.members:
+        for kind, dtype, count, shape in manifest.layout.members:
             offset = int(row[f"{kind}_offset"])
-            view = np.frombuffer(opened.data, dtype, int(row[count]), offset)
+            elements = int(row[count]) * math.prod(shape)
+            view = np.frombuffer(opened.data, dtype, elements, offset)
             if (found := crc32(view)) != row[f"{kind}_crc32"]:
                 raise ShardError(
                     f"{dataset.shard_path(shard)}, block {block}: the {kind} at byte {offset} are "
                     f"corrupt (crc32 {found:08x}, the index has {int(row[f'{kind}_crc32']):08x}). "
                     f"{_way_out(dataset)}"
                 )
-            views.append(view)
+            views.append(view.reshape(-1, *shape))
         found_block = Block(*views)
-        tokens, starts, _ = found_block
+        tokens, starts, _, images = found_block
         place = f"{dataset.shard_path(shard)}, block {block}"
         check_ids(tokens, manifest.tokenizer.vocab_size, place, _way_out(dataset))
         check_starts(starts, len(tokens), place, _way_out(dataset))
+        if self.pictures is not None:
+            num_images = 0 if images is None else len(images)
+            rows = check_pictures(
+                tokens, num_images, self.pictures, self.seq_len, place, _way_out(dataset)
+            )
+            bounds = np.arange(len(tokens) // self.seq_len + 1)
+            opened.pictures[block] = np.searchsorted(rows, bounds)
         return found_block
 
 

@@ -8,6 +8,7 @@
         KKKKKKKK-0000.tokens.npy             one block: uint16 (vocab_size <= 65,536) or uint32
         KKKKKKKK-0000.docs.npy               uint32: where in the block documents start
         KKKKKKKK-0000.loss.npy               version 2: uint8, 1 where this token is to be predicted
+        KKKKKKKK-0000.images.npy             version 3: uint8 (n, 3, size, size), the rows' pictures
 
 A block's members are one sample of the tar, with the key KKKKKKKK-0000. Every block of a shard but
 its last holds exactly block_tokens tokens. Stock `webdataset` reads the tars. Offsets in the index
@@ -17,11 +18,14 @@ the standard library.
 Version 1 is text: a document ends with EOD and may run over blocks and shards; where it runs on it
 has no entry in docs. Version 2 is rows of exactly row_tokens tokens, which no block cuts: a row
 holds whole documents, and what is left of it is one more, of EOD. A document's first token is
-nobody's label.
+nobody's label. Version 3 is version 2 with pictures: the k-th run of placeholders of a block, each
+(image_size / patch_size)^2 ids long and inside one row, stands for its k-th picture, which is there
+as pixels: decoders differ between releases, and training needs none.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -34,13 +38,18 @@ from pipeline.files import sha256_of
 FORMAT = "gpt-shards"
 VERSION = 1
 PACKED_VERSION = 2
+PICTURES_VERSION = 3
 BLOCK_TOKENS = 2**20
+PICTURE_BLOCK_BYTES = 2**26
+"""Of the pictures of a block, which a writer holds and a reader's first touch sums: 64 MiB."""
 SHARD_TOKENS = 2**25
 SHARDS_PER_FOLDER = 1000
 TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128
+MOST_IMAGE_SIZE = 4096
 DOCS_DTYPE = np.dtype("<u4")
 LOSS_DTYPE = np.dtype("u1")
+PIXEL_DTYPE = np.dtype("u1")
 # Offsets are bytes from the start of the tar; crc32 (zlib) is that of the raw array.
 INDEX_DTYPE = np.dtype(
     [
@@ -53,6 +62,10 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 PACKED_INDEX_DTYPE = np.dtype(INDEX_DTYPE.descr + [("loss_offset", "<u8"), ("loss_crc32", "<u4")])
+PICTURES_INDEX_DTYPE = np.dtype(
+    PACKED_INDEX_DTYPE.descr
+    + [("images_offset", "<u8"), ("num_images", "<u4"), ("images_crc32", "<u4")]
+)
 SHARD_COLUMNS = ["path", "tokens", "bytes", "documents", "sha256", "source", "key"]
 
 
@@ -77,6 +90,28 @@ class Chat:
     """Id of the token that ends an answer: where generation stops."""
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """How pictures stand in the rows of a dataset; in the manifest of one that has them."""
+
+    image_size: int
+    """Pixels of a picture's side."""
+    patch_size: int
+    """Pixels of a patch's side, a divisor of image_size."""
+    image_token_id: int
+    """Id of a placeholder; a picture has `num_patches` of them in its row."""
+
+    @property
+    def num_patches(self) -> int:
+        """Placeholders of one picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture's pixels: red, green, blue; from the top; from the left."""
+        return 3, self.image_size, self.image_size
+
+
 class Member(NamedTuple):
     """One of a block's arrays."""
 
@@ -85,6 +120,13 @@ class Member(NamedTuple):
     dtype: np.dtype
     length: str
     """Column of the index with its number of elements."""
+    shape: tuple[int, ...] = ()
+    """Of an element."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Of an element."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Block(NamedTuple):
@@ -96,6 +138,10 @@ class Block(NamedTuple):
     """(documents,) uint32: where in `tokens` documents start."""
     loss: np.ndarray | None = None
     """(n,) uint8: 1 where the token is to be predicted; None in version 1: everywhere."""
+    images: np.ndarray | None = None
+    """(pictures, 3, image_size, image_size) uint8, in the order of their placeholders; None before
+    version 3: there are none.
+    """
 
 
 @dataclass(frozen=True)
@@ -106,10 +152,14 @@ class ShardLayout:
     """Of the tokens."""
     row_tokens: int | None = None
     """Tokens of a packed row; None: documents run on."""
+    pictures: Pictures | None = None
+    """Of packed rows; None: they have none."""
 
     @property
     def version(self) -> int:
         """Of the format."""
+        if self.pictures is not None:
+            return PICTURES_VERSION
         return VERSION if self.row_tokens is None else PACKED_VERSION
 
     @property
@@ -118,22 +168,36 @@ class ShardLayout:
         text = Member("tokens", self.dtype, "num_tokens"), Member("docs", DOCS_DTYPE, "num_docs")
         if self.row_tokens is None:
             return text
-        return *text, Member("loss", LOSS_DTYPE, "num_tokens")
+        packed = *text, Member("loss", LOSS_DTYPE, "num_tokens")
+        if self.pictures is None:
+            return packed
+        return *packed, Member("images", PIXEL_DTYPE, "num_images", self.pictures.shape)
 
     @property
     def index_dtype(self) -> np.dtype:
         """Of a block's row in the index."""
+        if self.pictures is not None:
+            return PICTURES_INDEX_DTYPE
         return INDEX_DTYPE if self.row_tokens is None else PACKED_INDEX_DTYPE
 
     @property
     def block_tokens(self) -> int:
         """Tokens of a block that is not a shard's last: as many whole rows as fit."""
-        return BLOCK_TOKENS - BLOCK_TOKENS % (self.row_tokens or 1)
+        most = BLOCK_TOKENS
+        if self.pictures is not None:  # a placeholder stands for one patch of pixels
+            most = min(most, PICTURE_BLOCK_BYTES // (3 * self.pictures.patch_size**2))
+            most = max(most, self.row_tokens or 1)
+        return most - most % (self.row_tokens or 1)
 
     @property
     def shard_tokens(self) -> int:
         """Tokens of a full shard: whole blocks."""
         return SHARD_TOKENS // BLOCK_TOKENS * self.block_tokens
+
+    @property
+    def join_tokens(self) -> int:
+        """Neighbouring parts of a dataset are joined up to this size; larger ones are renamed."""
+        return (self.shard_tokens if self.pictures else SHARD_TOKENS) // 8
 
     def index_row(self, lengths: dict[str, int], places: dict[str, tuple[int, int]]) -> list[int]:
         """A block's row of the index.
@@ -143,9 +207,10 @@ class ShardLayout:
             places: kind to (offset, crc32).
         """
         values = {}
-        for kind, _, length in self.members:
+        for member in self.members:
+            kind = member.kind
             values[f"{kind}_offset"], values[f"{kind}_crc32"] = places[kind]
-            values[length] = lengths[kind]
+            values[member.length] = lengths[kind]
         return [values[name] for name in self.index_dtype.names or ()]
 
 
@@ -168,12 +233,12 @@ def member_name(key: int, block: int, kind: str) -> str:
     return f"{key:08d}-{block:04d}.{kind}.npy"
 
 
-def npy_header(dtype: np.dtype, count: int) -> bytes:
-    """The 128 bytes before a one-dimensional array in an npy file of version 1.0.
+def npy_header(dtype: np.dtype, count: int, shape: tuple[int, ...] = ()) -> bytes:
+    """The 128 bytes before an array of `count` elements of `shape` in an npy file of version 1.0.
 
     Ours and not numpy's, so that the bytes of a shard do not depend on numpy's release.
     """
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {(count, *shape)}, }}"
     return (
         b"\x93NUMPY\x01\x00"
         + struct.pack("<H", NPY_HEADER_BYTES - 10)

@@ -108,7 +108,7 @@ def test_windows_are_rows_with_their_masks_and_documents(tmp_path):
         windows = reader.gather(numbers * 0, numbers * 0 + shard, numbers, documents=True)
         for row in range(rows):
             block, at = divmod(row * ROW, 64)
-            tokens, starts, loss = manifest.map_block(shard, block)
+            tokens, starts, loss, _ = manifest.map_block(shard, block)
             assert windows.ids[row, :ROW].tolist() == tokens[at : at + ROW].tolist()
             assert windows.loss[row].tolist() == loss[at : at + ROW].tolist()
             mine = [s - at for s in starts.tolist() if at <= s < at + ROW]
@@ -136,7 +136,7 @@ def test_masks_follow_from_the_rows_and_not_from_the_settings(tmp_path, on_corru
     for shard, rows in enumerate(ROWS):
         for row in range(rows):
             block, at = divmod(row * ROW, 64)
-            tokens, _, loss = manifest.map_block(shard, block)
+            tokens, _, loss, _ = manifest.map_block(shard, block)
             loss_of[tuple(tokens[at : at + ROW].tolist())] = loss[at : at + ROW]
     for batch in loader.next_step():
         loss = np.stack([loss_of[tuple(row)] for row in batch.tokens.tolist()])
@@ -259,7 +259,7 @@ def reseal(folder: Path, **changes) -> None:
         ({"row_tokens": 0}, "row_tokens is 0"),
         ({"end_of_turn": 900}, "end_of_turn 900 is no id"),
         ({"chat_template": None}, "chat_template is no text"),
-        ({"version": 3}, "reads versions 1 and 2"),
+        ({"version": 4}, "reads versions 1 to 3"),
         ({"version": 1}, "not rows of 32 bytes"),
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +26,24 @@ def write_dataset(
     losses: Sequence[np.ndarray] | None = None,
     row_tokens: int | None = None,
     template: str = "",
+    pictures: fmt.Pictures | None = None,
+    images: Sequence[np.ndarray] | None = None,
+    images_per_row_max: int = 1,
 ) -> Path:
     """Write one tar a token array; starts: places of each array at which documents begin (default: 0).
 
-    losses, row_tokens: of packed rows, the mask of what is learned and the length of a row.
+    losses, row_tokens: of packed rows, the mask of what is learned and the length of a row. images: of each shard,
+    whose placeholders stand in its tokens, or do not.
     """
-    layout = fmt.ShardLayout(fmt.token_dtype(vocab_size), row_tokens)
+    layout = fmt.ShardLayout(fmt.token_dtype(vocab_size), row_tokens, pictures)
     dtype = layout.dtype
     starts = starts if starts is not None else [np.zeros(min(1, len(s)), np.int64) for s in shards]
     rows, table = [], []
     for number, (tokens, begins) in enumerate(zip(shards, starts)):
         path = folder / fmt.shard_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tar, index = make_tar(
-            layout, number, tokens, begins, block_tokens, None if losses is None else losses[number]
-        )
+        loss, shown = (None if each is None else each[number] for each in (losses, images))
+        tar, index = make_tar(layout, number, tokens, begins, block_tokens, loss, shown)
         table += index
         path.write_bytes(tar)
         digest = hashlib.sha256(tar).hexdigest()
@@ -65,6 +69,8 @@ def write_dataset(
     }
     if row_tokens is not None:
         content |= {"row_tokens": row_tokens, "chat_template": template, "end_of_turn": 1}
+    if pictures is not None:
+        content |= asdict(pictures) | {"images_per_row_max": images_per_row_max}
     (folder / "manifest.json").write_bytes(fmt.seal(json.dumps(content).encode()))
     return folder
 
@@ -76,6 +82,7 @@ def make_tar(
     begins: np.ndarray,
     block_tokens: int,
     loss: np.ndarray | None,
+    images: np.ndarray | None = None,
 ) -> tuple[bytes, list[tuple]]:
     """A shard's bytes, and its blocks' rows of the index."""
     tar, table = bytearray(), []
@@ -85,9 +92,17 @@ def make_tar(
         arrays = {"tokens": part, "docs": docs.astype(fmt.DOCS_DTYPE)}
         if loss is not None:
             arrays["loss"] = loss[at : at + block_tokens].astype(fmt.LOSS_DTYPE)
+        if images is not None:
+            # Of this block as many as its placeholders are for; the last block has what is left.
+            assert layout.pictures is not None
+            many = (
+                int((part == layout.pictures.image_token_id).sum()) // layout.pictures.num_patches
+            )
+            many = many if at + block_tokens < len(tokens) else len(images)
+            arrays["images"], images = images[:many].astype(fmt.PIXEL_DTYPE), images[many:]
         places = {}
         for kind, array in arrays.items():
-            data = fmt.npy_header(array.dtype, len(array)) + array.tobytes()
+            data = fmt.npy_header(array.dtype, len(array), array.shape[1:]) + array.tobytes()
             tar += fmt.tar_header(fmt.member_name(shard, block, kind), len(data))
             places[kind] = len(tar) + fmt.NPY_HEADER_BYTES, zlib.crc32(array.tobytes())
             tar += data + bytes(-len(data) % fmt.TAR_BLOCK)

@@ -46,7 +46,7 @@ def read_back(folder, parts):
     tokens, starts, place = [], [], 0
     for shard in range(manifest.num_shards):
         for block in range(manifest.block_starts[shard + 1] - manifest.block_starts[shard]):
-            block_tokens, docs, _ = manifest.map_block(shard, block)
+            block_tokens, docs, *_ = manifest.map_block(shard, block)
             tokens.append(block_tokens)
             starts.append(docs.astype(int) + place)
             place += len(block_tokens)
@@ -106,7 +106,7 @@ def test_an_error_leaves_no_unfinished_part(tmp_path):
 
 
 def test_only_small_neighbours_of_one_source_are_joined(monkeypatch):
-    monkeypatch.setattr("data_prep.tokens.dataset_writer.JOIN_TOKENS", 10)
+    monkeypatch.setattr(fmt.ShardLayout, "join_tokens", 10)
     parts = [Part(f"{i}", i, source, tokens) for i, (source, tokens) in enumerate(
         [("a", 3), ("a", 3), ("a", 5), ("a", 50), ("a", 2), ("b", 2), ("b", 8), ("b", 1)]
     )]  # fmt: skip
