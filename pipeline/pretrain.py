@@ -4,6 +4,7 @@
     pretrain tokenize corpus.jsonl data/corpus tokenizer=T.json
     pretrain train model=tiny data.path=data/corpus
     pretrain chat runs/chat
+    pretrain serve runs/chat                   a page to talk to
     pretrain train --help                      what a command is, and its settings
 
 Each of them is a module too: `pretrain train` is `python -m pipeline.train`, which launchers start
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("pipeline.evaluate",),
     "generate": ("pipeline.generate",),
     "chat": ("pipeline.generate", "chat=true"),
+    "serve": ("pipeline.serve",),
     "answer": ("pipeline.answer",),
     "probe": ("pipeline.probe",),
     "checkpoint": ("pipeline.checkpoint.__main__",),
@@ -57,7 +59,7 @@ SAID = {
 KNOWN_AS = {
     "prepare": "tokenize", "pretrain": "train", "finetune": "train", "sample": "generate",
     "eval": "evaluate", "inspect": "show", "convert": "export", "import": "hf-import",
-    "serve": "export", "tokenizer": "train-tokenizer", "download": "hf-import",
+    "tokenizer": "train-tokenizer", "download": "hf-import",
 }  # fmt: skip
 
 

@@ -115,6 +115,7 @@ TESTED_IN = {
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
+    "pipeline/inference/turns.py": ("inference/test_chat_models.py", "what its sampler is given"),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/deepspeed/experts.py": ("model/test_moe.py", "the layer that has them"),

@@ -110,3 +110,4 @@ def test_an_installed_wheel_makes_a_model_of_ones_own_text_from_an_empty_folder(
     assert (empty / "my" / "exported" / "model.safetensors").exists()
     templates = {path.name for path in (site / "data_prep" / "chat").iterdir()}
     assert {"chatml.jinja", "plain.jinja"} <= templates
+    assert (site / "pipeline" / "inference" / "talk.html").exists()

@@ -20,6 +20,7 @@ from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
+from pipeline.inference.turns import fitting
 from pipeline.log import logger
 
 if TYPE_CHECKING:
@@ -267,24 +268,6 @@ class LocalSampler:
             if len(text) < len(so_far):
                 break
         return text
-
-
-def fitting(messages: Messages, ids: Callable[[Messages], list[int]], room: int) -> list[int]:
-    """Ids of a dialogue, its oldest turns left out until they fit; a system's message stays.
-
-    Raises:
-        ConfigError: the template refuses the dialogue, or its last message alone is too long.
-    """
-    head = [message for message in messages[:1] if message["role"] == "system"]
-    turns = list(messages[len(head) :])
-    try:
-        while len(row := ids([*head, *turns])) > room and len(turns) > 2:
-            turns = turns[2:]
-    except Exception as error:  # transformers hands on what the template's Python raises
-        raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
-    if len(row) > room:
-        raise ConfigError(f"the message has {len(row)} tokens; the model has room for {room}.")
-    return row
 
 
 def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:

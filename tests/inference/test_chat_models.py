@@ -24,7 +24,8 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from pipeline.generate import GenerateConfig, main
 from pipeline.huggingface.writer import DType, export
-from pipeline.inference.samplers import LocalSampler, TransformersSampler, fitting
+from pipeline.inference.samplers import LocalSampler, TransformersSampler
+from pipeline.inference.turns import fitting
 from tests.support.checkpoint_runs import Run
 from tests.support.layouts import MODELS, VOCAB, config
 from tests.support.ranks import run_on_ranks

@@ -1,0 +1,197 @@
+"""A model as `transformers serve` gets it, and requests cut to what it has room for.
+
+    checkpoint --export--> SCRATCH/NAME    a Hugging Face folder, of links --> the same
+    request --Served.fit--> as many last turns, or as long an end of the text, as fit
+
+`transformers serve` hands a model whatever it is sent: more tokens than a model has positions end
+in an index error, and a small model's context is full after some turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import CHAT_TEMPLATE, read_record
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.files import parse_json, read_file
+from pipeline.huggingface.loading import check_folder
+from pipeline.huggingface.writer import DType, export, write_json
+from pipeline.inference.samplers import NO_TEMPLATE
+from pipeline.inference.turns import fitting_turns
+from pipeline.log import logger
+
+MOST_TOKENS = 1024
+"""Of an answer where a request names no number."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A folder that is served, under the name of the folder."""
+
+    folder: Path
+    context: int
+    """Positions of the model."""
+    temperature: float
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    """None: it has none, or one that cannot be rendered here: then dialogues are not cut."""
+    is_chat: bool
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.folder.name
+
+    def fit(self, request: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+        """The request with no more than the model has room for.
+
+        Raises:
+            ConfigError: what is asked is of the wrong type, or its last message alone is too long.
+        """
+        wanted = request.get("max_completion_tokens", request.get("max_tokens"))
+        if wanted is not None and (type(wanted) is not int or wanted < 1):
+            raise ConfigError(f"max_tokens ({wanted!r}) must be a whole number of at least 1.")
+        wanted = wanted or MOST_TOKENS
+        rest = {key: value for key, value in request.items() if key != "max_completion_tokens"}
+        room = self.context - min(wanted, self.context // 2)
+        if chat:
+            more, used = self._fit_turns(request.get("messages"), room)
+        else:
+            more, used = self._fit_text(request.get("prompt"), room)
+        return rest | more | {"max_tokens": max(1, min(wanted, self.context - used))}
+
+    def _fit_text(self, prompt: Any, room: int) -> tuple[dict[str, Any], int]:
+        """The end of a prompt that fits, and its tokens; an empty one begins a document."""
+        if not isinstance(prompt, str):
+            raise ConfigError("prompt must be a text.")
+        if not prompt:
+            if (begins := self.tokenizer.eod_token) is None:
+                raise ConfigError(
+                    "this model names no token that begins a text: give it a beginning."
+                )
+            return {"prompt": begins}, 1
+        backend = self.tokenizer.backend
+        room -= backend.num_special_tokens_to_add(False)  # such as <s>, which transformers adds
+        ids = backend.encode(prompt, add_special_tokens=False).ids
+        if len(ids) > room:
+            # Tokens of a cut text need not be its old ones: a few are left free.
+            ids = ids[-(room - min(8, room // 2)) :]
+            prompt = backend.decode(ids, skip_special_tokens=False)
+        return {"prompt": prompt}, len(ids)
+
+    def _fit_turns(self, messages: Any, room: int) -> tuple[dict[str, Any], int]:
+        """The last turns that fit, and their tokens."""
+        if not self.is_chat:
+            raise ConfigError(f"{NO_TEMPLATE} Programs ask it at /v1/completions.")
+        is_text = isinstance(messages, list) and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+        if not is_text or not messages:
+            raise ConfigError("messages must be a list of {role: ..., content: a text}.")
+        if self.template is None:
+            return {}, 0
+        turns, ids = fitting_turns(messages, self.template.prompt_ids, room)
+        return {"messages": turns}, len(ids)
+
+
+def prepare(checkpoint: Path, scratch: Path, *, temperature: float) -> Served:
+    """The model in a folder of `scratch` that has its name.
+
+    Raises:
+        CheckpointError: it is damaged, or asks for more than its files.
+        ConfigError: no transformers class computes it.
+    """
+    if (checkpoint / "config.json").is_file():
+        folder = scratch / _spelt(checkpoint.resolve().name)
+        _link(checkpoint, folder)
+    else:
+        found = folders.find(checkpoint)
+        if problems := folders.damage(found):
+            raise CheckpointError(f"{found} is damaged: {'; '.join(problems)}.")
+        folder = scratch / _spelt(str(read_record(found).config.get("name") or checkpoint.name))
+        logger.info("exporting %s", found)
+        export(found, folder, dtype=_dtype())
+    settings = _json(folder / "config.json")
+    context = settings.get("max_position_embeddings", settings.get("n_positions"))
+    if type(context) is not int or context < 2:
+        raise CheckpointError(f"{folder.name}/config.json names no number of positions.")
+    ends = [*_ends(folder, settings)]
+    _say_how_to_draw(folder, ends, temperature)
+    tokenizer = Tokenizer.from_file(folder, eod=ends[0] if ends else None)
+    is_chat, template = _template(folder, tokenizer)
+    return Served(folder, context, temperature, tokenizer, template, is_chat)
+
+
+def _spelt(name: str) -> str:
+    """A name that transformers takes for a folder: no `:`, `@` or `/`."""
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".-") or "model"
+
+
+def _dtype() -> DType:
+    import torch
+
+    return DType.bf16 if torch.cuda.is_available() else DType.fp32
+
+
+def _link(source: Path, folder: Path) -> None:
+    """A folder of links to a Hugging Face folder's files: its generation_config is replaced."""
+    check_folder(source)
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and path.name != "generation_config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    if (source / "generation_config.json").is_file():
+        written = read_file(source / "generation_config.json")
+        (folder / "generation_config.json").write_bytes(written)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's mapping; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} is no mapping.")
+    return found
+
+
+def _ends(folder: Path, settings: dict[str, Any]) -> Iterator[int]:
+    """Ids at which an answer ends: of a document first, then of a turn."""
+    named = _json(folder / "generation_config.json").get("eos_token_id")
+    named = settings.get("eos_token_id") if named is None else named
+    yield from (end for end in (named if isinstance(named, list) else [named]) if type(end) is int)
+
+
+def _say_how_to_draw(folder: Path, ends: list[int], temperature: float) -> None:
+    """Replace generation_config.json: without do_sample every temperature would be 0."""
+    drawn: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        drawn |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if ends:
+        drawn |= {"bos_token_id": ends[0], "eos_token_id": ends, "pad_token_id": ends[0]}
+    write_json(folder / "generation_config.json", drawn)
+
+
+def _template(folder: Path, tokenizer: Tokenizer) -> tuple[bool, ChatTemplate | None]:
+    """Whether it answers, and the template where it can be rendered here."""
+    path = folder / CHAT_TEMPLATE
+    if not path.is_file():
+        return "chat_template" in _json(folder / "tokenizer_config.json"), None
+    try:
+        return True, ChatTemplate(read_file(path).decode(), tokenizer)
+    except (ConfigError, UnicodeDecodeError) as error:
+        logger.warning("long dialogues are not cut: %s", error)
+        return True, None

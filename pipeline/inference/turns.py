@@ -1,0 +1,33 @@
+"""Of a dialogue that is longer than a model's room, the last turns that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.data.chat import Messages
+from pipeline.errors import ConfigError
+
+
+def fitting(messages: Messages, ids: Callable[[Messages], list[int]], room: int) -> list[int]:
+    """Ids of a dialogue, its oldest turns left out until they fit; a system's message stays.
+
+    Raises:
+        ConfigError: the template refuses the dialogue, or its last message alone is too long.
+    """
+    return fitting_turns(messages, ids, room)[1]
+
+
+def fitting_turns(
+    messages: Messages, ids: Callable[[Messages], list[int]], room: int
+) -> tuple[Messages, list[int]]:
+    """The turns that fit, and their ids, as `fitting` has them."""
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    turns = list(messages[len(head) :])
+    try:
+        while len(row := ids([*head, *turns])) > room and len(turns) > 2:
+            turns = turns[2:]
+    except Exception as error:  # transformers hands on what the template's Python raises
+        raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
+    if len(row) > room:
+        raise ConfigError(f"the message has {len(row)} tokens; the model has room for {room}.")
+    return [*head, *turns], row

@@ -1,0 +1,141 @@
+"""What stands in front of transformers' server: who is answered, what is handed on, what is refused."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import MachineError
+from pipeline.inference import front
+from pipeline.inference.served import Served
+from tests.inference.test_chat_models import chat_tokenizer
+
+SAID = b'data: {"choices": [{"text": "t7"}]}\n\n'
+
+
+class Upstream(BaseHTTPRequestHandler):
+    """In the place of `transformers serve`: keeps what it is asked."""
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, body))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(SAID)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    """A front with a model of forty positions called <b>mine."""
+    tokenizer = Tokenizer.from_file(chat_tokenizer(tmp_path / "tokenizer.json"))
+    model = Served(tmp_path / "<b>mine", 40, 0.8, tokenizer, None, is_chat=False)
+    upstream = HTTPServer((front.HERE, 0), Upstream)
+    with front.listening(0) as server, upstream:
+        server.answer_with(model, upstream.server_address[1])
+        threads = [threading.Thread(target=one.serve_forever, args=(0.05,)) for one in (server, upstream)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        yield server.server_address[1]
+        for one in (server, upstream):
+            one.shutdown()
+        for thread in threads:
+            thread.join()
+
+
+def ask(
+    port: int, path: str, body: Any = None, *, host: str | None = None, **headers: str
+) -> tuple[int, str, http.client.HTTPMessage]:
+    """(status, text, headers)."""
+    connection = http.client.HTTPConnection(front.HERE, port, timeout=30)
+    raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    method = "GET" if body is None else "POST"
+    connection.request(method, path, raw, {"Host": host or f"{front.HERE}:{port}", **headers})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text, answer.headers
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_other_script(port: int) -> None:
+    """The model's name comes from a file: it is text on the page, whatever it is."""
+    status, page, headers = ask(port, "/")
+    assert status == 200 and "<b>mine" not in page and "&lt;b&gt;mine" in page
+    assert not re.search(r"https?://|__[A-Z]+__", page)
+    nonce = re.search(r"script-src 'nonce-([\w-]+)'", headers["Content-Security-Policy"])
+    assert nonce is not None and page.count(f'nonce="{nonce[1]}"') == 2
+    assert nonce[1] not in ask(port, "/")[1]
+    about = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])  # type: ignore[index]
+    assert about == {"model": "<b>mine", "chat": False, "context": 40, "temperature": 0.8}
+
+
+def test_a_request_is_handed_on_cut_to_the_models_room(port: int) -> None:
+    Upstream.asked.clear()
+    status, text, headers = ask(port, front.TEXT, {"prompt": "t5 t6", "stream": True})
+    assert (status, text) == (200, SAID.decode()) and headers["Content-Type"] == "text/event-stream"
+    assert Upstream.asked == [(front.TEXT, {"prompt": "t5 t6", "stream": True, "max_tokens": 38})]
+
+
+def test_models_are_listed_as_openai_lists_them(port: int) -> None:
+    listed = json.loads(ask(port, "/v1/models")[1])
+    assert [model["id"] for model in listed["data"]] == ["<b>mine"]
+
+
+@pytest.mark.parametrize(
+    "path, body, part",
+    [
+        (front.TEXT, b"{", "no JSON"),
+        (front.TEXT, [1], "no mapping"),
+        (front.TEXT, {"prompt": 1}, "must be a text"),
+        (front.CHAT, {"messages": [{"role": "user", "content": "t5"}]}, "no chat template"),
+    ],
+)
+def test_a_request_of_another_form_is_refused_with_the_reason(
+    port: int, path: str, body: Any, part: str
+) -> None:
+    """In the form of OpenAI's errors, which its client shows."""
+    status, text, _ = ask(port, path, body)
+    assert status == 400 and part in json.loads(text)["error"]["message"]
+
+
+def test_only_this_machine_is_answered(port: int) -> None:
+    """A page that somebody visits can send requests here, from its own site or under a name of its own."""
+    Upstream.asked.clear()
+    good = {"prompt": "t5"}
+    assert ask(port, front.TEXT, good, host="evil.example")[0] == 403
+    assert ask(port, front.TEXT, good, Origin="https://evil.example")[0] == 403
+    assert ask(port, "/", host=f"evil.example:{port}")[0] == 403
+    assert Upstream.asked == []
+    assert (
+        ask(port, front.TEXT, good, host="localhost:9999", Origin="http://localhost:9999")[0] == 200
+    )
+
+
+def test_what_transformers_server_has_besides_is_not_reached(port: int) -> None:
+    """It would load other models, and forget this one."""
+    for path in ("/load_model", "/reset", "/v1/responses"):
+        assert ask(port, path, {"model": "x"})[0] == 404
+    assert ask(port, front.TEXT, None)[0] == 404
+    huge = {"Content-Length": str(front.MOST_BYTES + 1)}
+    assert ask(port, front.TEXT, b"", **huge)[0] == 413
+
+
+def test_a_taken_port_is_named_with_the_way_out() -> None:
+    with front.listening(0) as server:
+        port = server.server_address[1]
+        with pytest.raises(MachineError, match=rf"port {port} .*port={port + 1}"):
+            front.listening(port)

@@ -1,0 +1,102 @@
+"""A folder as it is served, and requests that are cut to the model's room before they are asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.inference.served import Served, prepare
+from tests.inference.test_chat_models import CHATML, chat_tokenizer
+from tests.support.llama_folder import write_llama
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Served:
+    """Forty positions; a word is a token."""
+    tokenizer = Tokenizer.from_file(chat_tokenizer(tmp_path / "tokenizer.json"))
+    template = ChatTemplate(CHATML, tokenizer)
+    return Served(tmp_path / "mine", 40, 0.8, tokenizer, template, is_chat=True)
+
+
+def turn(role: str, words: int) -> dict[str, str]:
+    return {"role": role, "content": " ".join(["t5"] * words)}
+
+
+def test_a_dialogue_loses_its_oldest_turns_and_keeps_room_for_the_answer(served: Served) -> None:
+    """More tokens than positions are an index error in transformers' server."""
+    long = [turn("user", 9), turn("assistant", 9), turn("user", 3)]
+    fitted = served.fit({"model": "mine", "messages": long, "max_completion_tokens": 15}, chat=True)
+    assert fitted["messages"] == long[2:] and fitted["model"] == "mine"
+    assert fitted["max_tokens"] == 15 and "max_completion_tokens" not in fitted
+    used = len(served.template.prompt_ids(long[2:])) if served.template else 0
+    alone = served.fit({"messages": long[2:]}, chat=True)
+    assert alone["max_tokens"] == 40 - used  # no number was named: up to the last position
+
+
+def test_a_text_keeps_its_end(served: Served) -> None:
+    words = [f"t{number}" for number in range(5, 50)]
+    fitted = served.fit({"prompt": " ".join(words), "max_tokens": 10}, chat=False)
+    kept = fitted["prompt"].split()
+    assert kept == words[-len(kept) :] and 20 <= len(kept) <= 30 and fitted["max_tokens"] == 10
+    assert served.fit({"prompt": "t5 t6"}, chat=False) == {"prompt": "t5 t6", "max_tokens": 38}
+    assert served.fit({"prompt": ""}, chat=False)["prompt"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "chat, wrong, part",
+    [
+        (True, {"messages": [turn("user", 60)]}, "has room for"),
+        (True, {"messages": [{"role": "user", "content": [1]}]}, "must be a list"),
+        (True, {"messages": []}, "must be a list"),
+        (True, {"messages": [turn("user", 1)], "max_tokens": 0}, r"max_tokens \(0\)"),
+        (False, {"prompt": ["t5"]}, "must be a text"),
+        (False, {"prompt": "t5", "max_tokens": "9"}, r"max_tokens \('9'\)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_refused(
+    served: Served, chat: bool, wrong: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        served.fit(wrong, chat=chat)
+
+
+def test_a_model_without_a_template_is_not_talked_to(tmp_path: Path, served: Served) -> None:
+    mute = Served(tmp_path / "mine", 40, 0.8, served.tokenizer, None, is_chat=False)
+    with pytest.raises(ConfigError, match="no chat template.*/v1/completions"):
+        mute.fit({"messages": [turn("user", 1)]}, chat=True)
+
+
+def folder_with_tokenizer(folder: Path, **config: Any) -> Path:
+    """A Llama of Hugging Face whose generation_config.json says how to draw, and where to stop."""
+    write_llama(folder, eos_token_id=1, **config)
+    chat_tokenizer(folder / "tokenizer.json")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 9.0}')
+    return folder
+
+
+def test_a_folder_is_served_under_its_name_with_our_way_to_draw(tmp_path: Path) -> None:
+    """Without do_sample transformers' server takes the likeliest token at every temperature."""
+    source = folder_with_tokenizer(tmp_path / "my:model")
+    (tmp_path / "scratch").mkdir()
+    served = prepare(source, tmp_path / "scratch", temperature=0.5)
+    assert (served.name, served.context, served.is_chat) == ("my-model", 64, False)
+    assert served.tokenizer.eod == 0
+    drawn = json.loads((served.folder / "generation_config.json").read_text())
+    assert drawn["do_sample"] is True and drawn["temperature"] == 0.5 and drawn["top_k"] == 0
+    assert drawn["eos_token_id"] == [0, 2] and drawn["pad_token_id"] == 0
+    assert json.loads((source / "generation_config.json").read_text())["temperature"] == 9.0
+    assert (served.folder / "model.safetensors").resolve() == source / "model.safetensors"
+
+
+def test_a_folder_that_asks_for_more_than_its_files_is_not_served(tmp_path: Path) -> None:
+    """transformers' server would ask the hub for the kernels of this one."""
+    source = folder_with_tokenizer(tmp_path / "m", attn_implementation="somebody/kernels")
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(CheckpointError, match="asks for code from elsewhere"):
+        prepare(source, tmp_path / "scratch", temperature=0.5)

@@ -1,0 +1,153 @@
+"""`pretrain serve`: OpenAI's client and a person in a browser hear an answer, and its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.serve import NEEDED, ServeConfig, main
+from tests.inference.test_chat_models import CHATML
+from tests.support.browser import browser
+from tests.support.checkpoint_runs import Run
+from tests.support.corpus import make_tokenizer
+from tests.support.layouts import BATCH, config, rank_batches
+from tests.support.ranks import run_on_ranks
+from tests.support.waiting import HANG_S
+
+TALK = [
+    {"role": "user", "content": "fox?"}, {"role": "assistant", "content": "It jumps over."},
+    {"role": "user", "content": "dog?"}, {"role": "assistant", "content": "lazy, 数学"},
+]  # fmt: skip
+STEPS, SEQ_LEN = 60, 96
+
+
+def learn(root: Path) -> float:
+    """A q/k-norm model (Qwen3 elsewhere) that learns one dialogue by heart; its last loss.
+
+    Its tokenizer is of bytes: the server looks for the turns in the text that ids decode to.
+    """
+    tokenizer = Tokenizer.from_file(root / "tokenizer.json")
+    template = ChatTemplate(CHATML, tokenizer)
+    _, ids, loss = template.encode(TALK)
+    row = torch.full((SEQ_LEN + 1,), tokenizer.eod)
+    row[: len(ids)] = torch.from_numpy(ids.astype("int64"))
+    mask = torch.zeros(SEQ_LEN)
+    mask[: len(ids) - 1] = torch.from_numpy(loss[1:].astype("float32"))
+    step = {"tokens": row[:-1], "labels": row[1:], "mask": mask}
+    step = {key: value.expand(BATCH, -1).contiguous() for key, value in step.items()}
+    cfg = config("modern")
+    cfg.model.vocab_size, cfg.model.max_seq_len = tokenizer.vocab_size, SEQ_LEN
+    cfg.training.total_steps, cfg.optimizer.lr = STEPS, 0.01
+    files = {"tokenizer.json": tokenizer.raw, "chat_template.jinja": CHATML.encode()}
+    ends = {"eod": tokenizer.eod, "end_of_turn": template.end_of_turn}
+    run = Run(cfg, root / "chat", attachments=files, ends=ends)
+    for number in range(STEPS):
+        mine = rank_batches(step, run.shape, run.layout)
+        last = float(run.engine.train_step(mine, step=number).loss)
+    run.save(STEPS)
+    run.close()
+    return last
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a run of dialogues is served, by the command."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is missing: pip install -e '.[hf,serve]'")
+    root = tmp_path_factory.mktemp("served")
+    make_tokenizer(root / "tokenizer.json")
+    assert run_on_ranks(learn, 1, root)[0] < 0.1
+    command = [sys.executable, "-m", "pipeline.pretrain", "serve", str(root / "chat"), "port=0"]
+    with (root / "serve.log").open("w+") as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server:
+            try:
+                assert server.stdout is not None
+                page = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+                assert page is not None, Path(log.name).read_text()
+                yield page[0]
+                server.send_signal(signal.SIGINT)
+                assert server.wait(HANG_S) == 0, Path(log.name).read_text()
+            finally:
+                server.kill()
+
+
+def ask(url: str, messages: list[dict[str, str]], *, stream: bool) -> tuple[str, str]:
+    """(the answer, why it ended) as OpenAI's client has them."""
+    import httpx
+    import openai
+
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="none", timeout=HANG_S,
+        http_client=httpx.Client(trust_env=False),
+    ) as client:  # fmt: skip
+        (model,) = client.models.list().data
+        given: dict[str, Any] = dict(model=model.id, messages=messages, max_tokens=40)
+        found = client.chat.completions.create(**given, temperature=0.0, stream=stream)
+        if not stream:
+            return found.choices[0].message.content, found.choices[0].finish_reason
+        text, reason = "", ""
+        for chunk in found:
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                reason = choice.finish_reason or reason
+        return text, reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_openais_client_hears_an_answer_and_its_end(url: str, stream: bool) -> None:
+    """Both turns, nothing of the prompt, no special token; without its id for the end, it would go on."""
+    for number in (1, 3):
+        answer = ask(url, TALK[:number], stream=stream)
+        assert answer == (TALK[number]["content"], "stop")
+
+
+@pytest.mark.slow
+def test_a_dialogue_longer_than_the_model_is_answered(url: str) -> None:
+    """Its oldest turns are left out: more tokens than positions would end in an index error."""
+    long = [*TALK[:2] * 12, TALK[0]]
+    text, reason = ask(url, long, stream=True)
+    assert text in (TALK[1]["content"], TALK[3]["content"]) and reason == "stop"
+
+
+@pytest.mark.slow
+def test_a_person_talks_to_it_on_the_page(url: str, tmp_path: Path) -> None:
+    """Two turns typed in a browser, at the width of a telephone; a new dialogue forgets them."""
+    heard = "[...document.querySelectorAll('.said.assistant')].map(turn => turn.textContent)"
+    with browser(tmp_path / "profile") as page:
+        page.open(f"{url}/", width=400, height=700)
+        page.value("document.getElementById('temperature').value = 0")
+        for number in (0, 2):
+            page.type(TALK[number]["content"])
+            page.press_enter()
+            page.wait_for(f"document.body.dataset.busy === 'false' && {heard}.length === {number // 2 + 1}")  # fmt: skip
+        assert page.value(heard) == [TALK[1]["content"], TALK[3]["content"]]
+        assert page.value("document.documentElement.scrollWidth") <= 400
+        page.screenshot(tmp_path / "talk.png")
+        page.value("document.getElementById('back').click()")
+        assert page.value(heard) == [] and page.said == []
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": 3.0}, {"port": 70000}])
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(ConfigError, match="must be in"):
+        main(ServeConfig(checkpoint="nowhere", **wrong))
+
+
+def test_a_missing_run_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        main(ServeConfig(checkpoint=str(tmp_path / "nowhere")))
