@@ -30,12 +30,19 @@ from pipeline.inference.asked_model import (
     tokenizer_of,
 )
 from pipeline.probing.findings import print_summary, write_findings
-from pipeline.probing.request import Request, check_model, encode_patching, encode_prompt
+from pipeline.probing.request import (
+    Request,
+    check_model,
+    check_translators,
+    encode_patching,
+    encode_prompt,
+)
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
     from pipeline.distributed.ranks import Ranks
 
+LENS = "tuned_lens.safetensors"
 CACHE_DIR = "runs/evaluate/cache"
 """Local folder for remote shards where data.cache_dir names none; evaluate's."""
 
@@ -60,6 +67,12 @@ class ProbeConfig:
     """Also lens losses and head scores of every checkpoint of a run, by step; which are there is
     checkpoint.keep_last and checkpoint.keep_every of the run.
     """
+    train_lens: int = 0
+    """Steps that a tuned lens is trained on held-out sequences behind those that are measured, and
+    written to tuned_lens.safetensors beside the findings; 250 are usual, 0: none is trained.
+    """
+    tuned_lens: str | None = None
+    """A tuned lens that train_lens wrote, to read the blocks with; null: none."""
     output: str | None = None
     """Folder of the results; null: probe/ in the folder of the run, checkpoint or model."""
     sequences: int = 32
@@ -85,7 +98,7 @@ def main(cfg: ProbeConfig) -> int:
     log.setup(global_rank=ranks.global_rank)
     findings = look_into(cfg, ranks)
     if ranks.is_main:
-        written = write_findings(findings, Path(cfg.output or Path(cfg.checkpoint) / "probe"))
+        written = write_findings(findings, _output(cfg))
         print_summary(findings)
         print("\n".join(f"{name:<12}{file}" for name, file in written.items()))
     disconnect()
@@ -146,7 +159,34 @@ def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
         cache_dir=Path(evaluation.data.cache_dir or CACHE_DIR),
         ablates=cfg.ablate,
     )
+    request = _with_lens(request, cfg)
     return path, request if cfg.prompt is None else _with_prompts(request, cfg), data
+
+
+def _with_lens(request: Request, cfg: ProbeConfig) -> Request:
+    """The request with its tuned lens.
+
+    Raises:
+        CheckpointError: the file holds none of this model.
+        ConfigError: one block has nothing to translate.
+    """
+    model = request.evaluation.model
+    if model.num_layers == 1 and (cfg.train_lens or cfg.tuned_lens):
+        raise ConfigError(
+            "a tuned lens translates what blocks before the last one say, and model.num_layers "
+            "is 1: leave train_lens and tuned_lens out."
+        )
+    if cfg.train_lens:
+        return replace(request, lens=_output(cfg) / LENS, lens_steps=cfg.train_lens)
+    if cfg.tuned_lens is None:
+        return request
+    check_translators(Path(cfg.tuned_lens), model)
+    return replace(request, lens=Path(cfg.tuned_lens))
+
+
+def _output(cfg: ProbeConfig) -> Path:
+    """The folder of the results."""
+    return Path(cfg.output or Path(cfg.checkpoint) / "probe")
 
 
 def _checkpoints(cfg: ProbeConfig) -> list[tuple[int, Path]]:
@@ -174,6 +214,16 @@ def _check(cfg: ProbeConfig) -> None:
         raise ConfigError(
             "with a prompt, data.* and seq_len would have no effect: the prompt is all that is "
             "read. Leave them out, or leave prompt out to read held-out data."
+        )
+    if cfg.train_lens < 0 or (cfg.train_lens and cfg.tuned_lens is not None):
+        raise ConfigError(
+            f"train_lens ({cfg.train_lens}) is a number of steps, and goes without tuned_lens "
+            f"({cfg.tuned_lens}): a lens is trained or read."
+        )
+    if cfg.train_lens and (cfg.prompt is not None or cfg.sequences == 0):
+        raise ConfigError(
+            "train_lens reads held-out sequences behind those that are measured: leave prompt out, "
+            "and set sequences to less than there are."
         )
     if cfg.micro_batch_size < 1 or cfg.sequences < 0:
         raise ConfigError(

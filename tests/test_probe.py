@@ -19,6 +19,9 @@ from pipeline.probing.findings import strongest
         (dict(prompt="A B", data=DataConfig(path="OUT")), r"data\.\* and seq_len would have no effect"),
         (dict(prompt="A B", seq_len=8), r"data\.\* and seq_len would have no effect"),
         (dict(curve=True), "curve=true needs a run with its checkpoints, and x holds none"),
+        (dict(train_lens=5, tuned_lens="a"), r"train_lens \(5\) is a number of steps, and goes without"),
+        (dict(train_lens=5, prompt="A B"), "train_lens reads held-out sequences behind those"),
+        (dict(train_lens=5, sequences=0), "train_lens reads held-out sequences behind those"),
         (dict(micro_batch_size=0), r"micro_batch_size \(0\) must be at least 1"),
     ],
 )  # fmt: skip

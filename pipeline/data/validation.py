@@ -27,8 +27,9 @@ def validation_batches(
     num_sequences: int,
     device: torch.device,
     cfg: DataConfig = NO_SETTINGS,
+    begin: int = 0,
 ) -> Iterator[Batch]:
-    """The first num_sequences windows of a dataset in their order on disk (0: all), at any layout.
+    """num_sequences windows of a dataset in their order on disk (0: all), at any layout.
 
     Every rank yields the same number of batches; sequences that only fill the last ones have
     loss_mask 0, and so has what a shard's last window lacks: every token but each shard's first is
@@ -43,15 +44,16 @@ def validation_batches(
         num_sequences: windows in all; 0: every one.
         device: where the tensors go.
         cfg: whose masks give the attention that the model is trained with.
+        begin: number of the first window.
     """
     reader = Reader([dataset], seq_len=seq_len)
     masks = dataclasses.replace(Masks.of(cfg, packed=dataset.is_packed), loss=True)
-    per_shard = num_windows(dataset.shard_tokens, seq_len, packed=dataset.is_packed)
-    first = np.concatenate([[0], np.cumsum(per_shard)])
-    total = int(first[-1]) if num_sequences == 0 else min(num_sequences, int(first[-1]))
+    first = _first_windows(dataset, seq_len)
+    end = int(first[-1])
+    total = end if num_sequences == 0 else min(begin + num_sequences, end)
     check_has_labels(dataset)
     stride = micro_batch_size * data_parallel_size
-    for start in range(0, total, stride):
+    for start in range(begin, total, stride):
         number = start + data_rank * micro_batch_size + np.arange(micro_batch_size)
         # Past the end a rank reads the last window again and masks all of it: with a batch less
         # than its peers it would miss their collectives, and they would wait for ever.
@@ -70,3 +72,14 @@ def validation_batches(
             eod=reader.eod,
             device=device,
         )
+
+
+def count_windows(dataset: Dataset, *, seq_len: int) -> int:
+    """How many windows a dataset has."""
+    return int(_first_windows(dataset, seq_len)[-1])
+
+
+def _first_windows(dataset: Dataset, seq_len: int) -> np.ndarray:
+    """(shards + 1,) number of each shard's first window, and how many there are."""
+    per_shard = num_windows(dataset.shard_tokens, seq_len, packed=dataset.is_packed)
+    return np.concatenate([[0], np.cumsum(per_shard)])

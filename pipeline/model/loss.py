@@ -11,7 +11,7 @@ recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,6 +177,57 @@ def likeliest_tokens(
             columns = columns.gather(1, order)
         ids[part], found[part] = columns, best - log_z.logsumexp(1, keepdim=True)
     return ids.view(*hidden.shape[:-1], count), found.view(*hidden.shape[:-1], count)
+
+
+@torch.no_grad()
+def divergences(
+    hiddens: Sequence[Tensor],
+    target: Tensor,
+    weight: Tensor,
+    token_weights: Tensor,
+    projection: Projection,
+) -> tuple[Tensor, list[Tensor]]:
+    """How far what each hidden predicts is from what `target` predicts: KL(target || hidden).
+
+    Args:
+        hiddens: n of (B, S, H), normalised, as is `target` (B, S, H).
+        weight, projection: as of `linear_cross_entropy`.
+        token_weights: (B, S).
+
+    Returns:
+        ((n,) fp32 weighted sums over tokens, their n gradients by (B, S, H) hidden, fp32), the same
+        on every tensor-parallel rank.
+    """
+    flat, weights = target.reshape(-1, target.shape[-1]), token_weights.reshape(-1).float()
+    sums = torch.zeros(len(hiddens), device=target.device)
+    gradients = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in hiddens]
+    for part in _chunks(flat, weight):
+        wanted = _log_probabilities(
+            _final_logits(flat[part] @ weight.t(), projection)[0], projection
+        )
+        chance = wanted.exp()
+        for number, hidden in enumerate(hiddens):
+            raw = hidden.reshape(flat.shape)[part] @ weight.t()
+            logits, slope = _final_logits(raw, projection)
+            said = _log_probabilities(logits, projection)
+            # Padded columns are -inf in both: they have no part in it.
+            apart = torch.where(chance > 0, chance * (wanted - said), 0.0)
+            sums[number] += apart.sum(1) @ weights[part]
+            by_logits = (said.exp() - chance) * slope * weights[part][:, None]
+            gradients[number].view(flat.shape)[part] = by_logits @ weight.float()
+    if projection.group is not None:  # columns are split: each rank has a part of every sum
+        for value in (sums, *gradients):
+            dist.all_reduce(value, group=projection.group)
+    return sums, gradients
+
+
+def _log_probabilities(logits: Tensor, projection: Projection) -> Tensor:
+    """(N, V / ranks) fp32 of a chunk's final logits; padded columns are -inf."""
+    logits = logits.float()
+    log_z = logits.logsumexp(1, keepdim=True)
+    if projection.group is not None:
+        log_z = _side_by_side(log_z, projection.group).logsumexp(1, keepdim=True)
+    return logits - log_z
 
 
 def _side_by_side(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import MachineError, visible
 from pipeline.files import write_durably
-from pipeline.probing.page import page
+from pipeline.probing.page import block_columns, page
 
 STRONGEST = 3
 """Heads that the summary names of each score."""
@@ -38,11 +38,15 @@ def print_summary(findings: dict[str, Any]) -> None:
     """Losses and norms by block, the strongest heads of each kind, what counts for the labels."""
     averages, kinds = findings["averages"], findings["kinds"]
     print(f"means over {averages['tokens']:,} tokens")
-    print(f"{'block':<8}{'lens loss':>10}{'residual':>10}{'attention':>10}{'mlp':>10}")
-    columns = ("lens_loss", "residual", "attention", "mlp")
-    for block, values in enumerate(zip(*(averages[name] for name in columns), strict=True)):
-        print(f"{block:<8}{values[0]:>10.4f}" + "".join(f"{value:>10.2f}" for value in values[1:]))
-    scores = {**kinds, "sink": averages["sink"], "attribution": averages["attribution"]["heads"]}
+    columns = block_columns(averages)
+    print(f"{'block':<8}" + "".join(f"{title:>12}" for title in columns.values()))
+    for block in range(findings["layers"]):
+        values = {name: averages[name][block] for name in columns}
+        row = (f"{v:>12.{4 if name.endswith('loss') else 2}f}" for name, v in values.items())
+        print(f"{block:<8}" + "".join(row))
+    scores = {**kinds, "sink": averages["sink"]}
+    if "attribution" in averages:
+        scores["attribution"] = averages["attribution"]["heads"]
     print("\nstrongest heads, block.head")
     for name, table in scores.items():
         print(f"{name:<12}" + "  ".join(strongest(table)))

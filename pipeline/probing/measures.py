@@ -37,6 +37,7 @@ from pipeline.probing.readout import Readout
 if TYPE_CHECKING:
     from pipeline.distributed.layout import ParallelLayout
     from pipeline.engine.forward_only import ForwardOnly
+    from pipeline.probing.tuned_lens import TunedLens
 
 Sums = dict[str, Tensor]
 TOP = 5
@@ -46,8 +47,10 @@ TOP = 5
 class Measures:
     """A model that is looked into. Methods are collective: call on every rank."""
 
-    def __init__(self, model: ForwardOnly) -> None:
+    def __init__(self, model: ForwardOnly, tuned: TunedLens | None = None) -> None:
+        """Look into a model; `tuned`: also through this lens."""
         self.model, self.layout, self.readout = model, model.layout, Readout(model)
+        self.tuned = tuned
         self.num_layers = model.model.num_layers
         self.num_heads = model.model.num_attention_heads
 
@@ -55,7 +58,8 @@ class Measures:
         """Means over the tokens whose labels count, over all data-parallel ranks.
 
         Returns:
-            tokens: how many; lens_loss: [L] nats; residual, attention, mlp: [L] mean L2 norms of
+            tokens: how many; lens_loss: [L] nats; tuned_loss: the same through the tuned lens, if
+            there is one; residual, attention, mlp: [L] mean L2 norms of
             the stream after a block and of what its halves add; entropy, sink: [L][N] (heads.py);
             attribution: what parts add to the label's logit above the mean logit: heads [L][N],
             attention_bias, mlp [L], embedding, final_norm_bias; logit: their sum, read directly.
@@ -85,43 +89,60 @@ class Measures:
         return {n: (v / copies).tolist() for n, v in over_ranks(found, self.layout).items()}
 
     def view(self, batch: Batch, *, count: int) -> dict[str, Any]:
-        """Of a text: attention [L][N][S][S]; lens: ids, probabilities [L][S][TOP], losses [L][S].
+        """Of a text: attention [L][N][S][S]; lens, and tuned if there is such a lens.
+
+        Of a lens: ids, probabilities [L][S][TOP], losses [L][S].
 
         Args:
             batch: (1, S or more) tokens; what data-parallel rank 0 has is shown.
             count: S, the first tokens.
         """
-        size = batch.tokens.shape[1]
-        top = min(TOP, self.readout.projection.vocab_size)
-        device = self.layout.device
         passage = look(self.model, batch)
-        maps = torch.zeros(self.num_layers, self.num_heads, count, count, device=device)
+        maps = torch.zeros(self.num_layers, self.num_heads, count, count, device=self.layout.device)
         for number, block in passage.items():
             for place, head in enumerate(heads_here(self.model)):
                 maps[number, head] = pattern(block, place)[0, :count, :count]
-        ids = torch.zeros(self.num_layers, size, top, dtype=torch.float64, device=device)
+        found: dict[str, Any] = {"attention": self._of_first_copy({"": maps})[""].tolist()}
+        found["lens"] = self._lens(passage, batch, count=count)
+        if self.tuned is not None:
+            translate = self.tuned.translate
+            found["tuned"] = self._lens(passage, batch, count=count, translate=translate)
+        return found
+
+    def _lens(
+        self,
+        passage: Passage,
+        batch: Batch,
+        *,
+        count: int,
+        translate: Callable[[Tensor, int], Tensor] = lambda hidden, _: hidden,
+    ) -> dict[str, Any]:
+        """What each block's stream predicts, after `translate`, at the first `count` tokens."""
+        size = batch.tokens.shape[1]
+        top = min(TOP, self.readout.projection.vocab_size)
+        ids = torch.zeros(
+            self.num_layers, size, top, dtype=torch.float64, device=self.layout.device
+        )
         chances, losses = torch.zeros_like(ids), torch.zeros_like(ids[..., 0])
         for number in range(self.num_layers):
             hidden = self.readout.bring(passage, number, (1, size))
             if hidden is None:
                 continue
+            hidden = translate(hidden, number)
             found, log_chances = self.readout.likeliest(hidden, top)
             of_labels = self.readout.losses(hidden, batch.labels)
             if self.layout.tensor.rank == 0:
                 ids[number], chances[number] = found[0].double(), log_chances[0].exp().double()
                 losses[number] = of_labels[0].double()
-        values = {"attention": maps, "ids": ids, "chances": chances, "losses": losses}
+        whole = self._of_first_copy({"ids": ids, "probabilities": chances, "losses": losses})
+        shown = {name: value[:, :count] for name, value in whole.items()}
+        return {name: (v.long() if name == "ids" else v).tolist() for name, v in shown.items()}
+
+    def _of_first_copy(self, values: Sums) -> Sums:
+        """Sums over all ranks of what the first copy of the model has."""
         if self.layout.data.rank > 0:
             values = {name: torch.zeros_like(value) for name, value in values.items()}
-        whole = over_ranks(values, self.layout)
-        return {
-            "attention": whole["attention"].tolist(),
-            "lens": {
-                "ids": whole["ids"][:, :count].long().tolist(),
-                "probabilities": whole["chances"][:, :count].tolist(),
-                "losses": whole["losses"][:, :count].tolist(),
-            },
-        }
+        return over_ranks(values, self.layout)
 
     def batch_of(self, ids: Tensor, *, count: int | None = None) -> Batch:
         """A micro-batch of whole sequences (B, S), each of one document, the same on every rank.
@@ -153,11 +174,16 @@ class Measures:
         found |= self._of_blocks(passage, mask)
         final = None
         found["lens_loss"] = self._by_block()
+        if self.tuned is not None:
+            found["tuned_loss"] = self._by_block()
         for number in range(self.num_layers):
             final = self.readout.bring(passage, number, (mask.shape[0], mask.shape[1]))
             if final is not None:
                 losses = self.readout.losses(final, batch.labels)  # with its tensor-parallel peers
                 found["lens_loss"][number] = (losses * mask).double().sum() * self._counts
+            if final is not None and self.tuned is not None:
+                losses = self.readout.losses(self.tuned.translate(final, number), batch.labels)
+                found["tuned_loss"][number] = (losses * mask).double().sum() * self._counts
         directions, fixed = self.readout.directions(final, batch.labels)
         found |= self._attribution(passage, directions * mask[..., None])
         is_head = self._counts and final is not None

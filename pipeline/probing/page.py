@@ -32,16 +32,16 @@ const shade = share => `rgba(68, 119, 170, ${Math.max(0, Math.min(1, share))})`;
 const ink = share => share > .6 ? "#fff" : "#222";
 let block = 0, head = 0, place = -1;
 
-function lens() {
-  const table = make("table", document.getElementById("lens"));
+function lens(found, box) {
+  const table = make("table", box);
   const top = make("tr", table);
   make("th", top, "after block");
   data.text.tokens.forEach(token => make("th", top, token));
   for (let i = data.layers - 1; i >= 0; i--) {
     const row = make("tr", table);
     make("th", row, i);
-    data.text.lens.tokens[i].forEach((tokens, at) => {
-      const chances = data.text.lens.probabilities[i][at];
+    found.tokens[i].forEach((tokens, at) => {
+      const chances = found.probabilities[i][at];
       const cell = make("td", row, tokens[0]);
       cell.style.background = shade(chances[0]);
       cell.style.color = ink(chances[0]);
@@ -91,7 +91,12 @@ function draw() {
   });
 }
 
-lens();
+const lenses = document.getElementById("lens");
+lens(data.text.lens, lenses);
+if (data.text.tuned) {
+  make("p", lenses, "The same through the tuned lens:");
+  lens(data.text.tuned, lenses);
+}
 const text = document.getElementById("text");
 data.text.tokens.forEach((token, at) => {
   make("span", text, token).onmouseenter = () => { place = at; draw(); };
@@ -100,7 +105,8 @@ for (const [name, values] of Object.entries(data.kinds))
   map(name, values, { columns: "head", high: 1 });
 map("sink", data.averages.sink, { columns: "head", high: 1 });
 map("entropy, nats", data.averages.entropy, { columns: "head" });
-map("attribution", data.averages.attribution.heads, { columns: "head", low: null });
+if (data.averages.attribution)
+  map("attribution", data.averages.attribution.heads, { columns: "head", low: null });
 if (data.ablation) {
   const loss = data.ablation.none[0];
   map("ablation", data.ablation.heads.map(row => row.map(v => v - loss)),
@@ -148,12 +154,7 @@ PAGE = """<!doctype html>
 def page(findings: dict[str, Any]) -> str:
     """The web page."""
     averages = findings["averages"]
-    columns = {
-        "lens_loss": "lens loss",
-        "residual": "residual",
-        "attention": "attention",
-        "mlp": "MLP",
-    }
+    columns = block_columns(averages)
     head = "".join(f"<th>{name}</th>" for name in ("block", *columns.values()))
     rows = "".join(
         f"<tr><th>{i}</th>"
@@ -172,6 +173,15 @@ def page(findings: dict[str, Any]) -> str:
         findings=json.dumps(_rounded(findings)).replace("<", "\\u003c"),
         script=SCRIPT,
     )
+
+
+def block_columns(averages: dict[str, Any]) -> dict[str, str]:
+    """Of the means by block those that there are -> how a table calls them."""
+    names = {
+        "lens_loss": "lens loss", "tuned_loss": "tuned lens", "residual": "residual",
+        "attention": "attention", "mlp": "MLP",
+    }  # fmt: skip
+    return {name: title for name, title in names.items() if name in averages}
 
 
 def _rounded(value: Any) -> Any:

@@ -8,6 +8,9 @@ Findings are plain values; docs/probing.md says what each of them is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +18,22 @@ from torch import Tensor
 
 from pipeline.config.run_shape import ForwardShape
 from pipeline.data.batch import Batch
+from pipeline.errors import ConfigError
+from pipeline.log import logger
 from pipeline.probing.interventions import Patching, ablate
 from pipeline.probing.measures import Measures
 from pipeline.probing.request import Request
+from pipeline.probing.tuned_lens import TunedLens
 
 if TYPE_CHECKING:
+    from pipeline.data.datasets import Dataset
     from pipeline.engine.forward_only import ForwardOnly
 
 Findings = dict[str, Any]
 CURVES = ("lens_loss", "entropy", "sink")
 """Means that the curve over checkpoints has, beside the kinds of heads."""
+LENS_BATCH = 32
+"""Sequences of a step of the tuned lens."""
 SHOWN = 64
 """First tokens of a text whose attention and lens are shown."""
 
@@ -43,17 +52,20 @@ def probe(
         earlier: (step, what loads its weights into the model), for the curve; they stay there.
         alive: called between forward passes.
     """
-    measures = Measures(model)
+    tuned = None
+    if request.lens is not None:
+        tuned = _tuned_lens(model, request, request.lens, shape=shape, alive=alive)
+    measures = Measures(model, tuned)
     prompt = request.prompt
     if prompt is None:
         batches = list(_held_out(model, request, shape))
-        count = min(SHOWN, shape.seq_len)
-        shown = _beginning(batches[0], count)
+        size = min(SHOWN, shape.seq_len)
+        shown = _beginning(batches[0], size)
     else:
-        count = min(SHOWN, len(prompt))
+        size = min(SHOWN, len(prompt))
         shown = measures.batch_of(_padded(prompt, shape), count=len(prompt))
         batches = [shown]
-    ids = shown.tokens[0, :count].tolist()
+    ids = shown.tokens[0, :size].tolist()
     findings: Findings = {
         "layers": model.model.num_layers,
         "heads": model.model.num_attention_heads,
@@ -62,13 +74,13 @@ def probe(
         "text": {
             "ids": ids,
             "tokens": [request.tokenizer.decode([i]) for i in ids],
-            **measures.view(shown, count=count),
+            **measures.view(shown, count=size),
         },
     }
-    lens = findings["text"]["lens"]
-    lens["tokens"] = [
-        [[request.tokenizer.decode([i]) for i in place] for place in row] for row in lens["ids"]
-    ]
+    for lens in (findings["text"][name] for name in ("lens", "tuned") if name in findings["text"]):
+        lens["tokens"] = [
+            [[request.tokenizer.decode([i]) for i in place] for place in row] for row in lens["ids"]
+        ]
     if request.ablates:
         findings["ablation"] = ablate(model, batches, alive=alive)
     if request.patching is not None:
@@ -76,6 +88,28 @@ def probe(
     if earlier:
         findings["curve"] = _curve(measures, batches, earlier, longest=request.longest)
     return findings
+
+
+def _tuned_lens(
+    model: ForwardOnly,
+    request: Request,
+    path: Path,
+    *,
+    shape: ForwardShape,
+    alive: Callable[[], None],
+) -> TunedLens:
+    """The lens of a file, or one that is trained now and written there."""
+    lens = TunedLens(model)
+    if not request.lens_steps:
+        lens.load(path)
+        return lens
+    history = lens.train(_unmeasured(model, request, shape), request.lens_steps, alive=alive)
+    logger.info(
+        f"tuned lens, nats from the model's own prediction: {history[0]:.4f} at first, "
+        f"{history[-1]:.4f} in step {len(history)}"
+    )
+    lens.save(path)
+    return lens
 
 
 def _curve(
@@ -135,19 +169,62 @@ def _beginning(batch: Batch, count: int) -> Batch:
 
 def _held_out(model: ForwardOnly, request: Request, shape: ForwardShape) -> Iterator[Batch]:
     """This rank's share of the held-out windows of every dataset."""
+    read = _reading(model, request, shape)
+    for dataset in _datasets(request):
+        yield from read(dataset, num_sequences=request.evaluation.sequences)
+
+
+def _unmeasured(
+    model: ForwardOnly, request: Request, shape: ForwardShape
+) -> Iterator[Sequence[Batch]]:
+    """This rank's share of LENS_BATCH windows behind those that `_held_out` gives, again and again.
+
+    Datasets take turns, and each begins anew where it ends.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    from pipeline.data.validation import count_windows
+
+    read, begin = _reading(model, request, shape), request.evaluation.sequences
+    datasets = list(_datasets(request))
+    counts = [count_windows(d, seq_len=shape.seq_len) - begin for d in datasets]
+    usable = [
+        (d, n // LENS_BATCH) for d, n in zip(datasets, counts, strict=True) if n >= LENS_BATCH
+    ]
+    if not usable:
+        raise ConfigError(
+            f"train_lens needs {LENS_BATCH} held-out sequences behind the {begin} that are "
+            f"measured, and the datasets have {counts}: set sequences or seq_len lower, or name "
+            "more data, data.validation=[{path: OUT/train}]."
+        )
+    for turn in count():
+        for dataset, batches in usable:
+            first = begin + turn % batches * LENS_BATCH
+            yield list(read(dataset, num_sequences=LENS_BATCH, begin=first))
+
+
+def _datasets(request: Request) -> Iterator[Dataset]:
+    """The held-out datasets, opened."""
     from pipeline.data.datasets import open_datasets
+
+    data = request.evaluation.data
+    yield from open_datasets(data.validation or [], cfg=data, cache_dir=request.cache_dir)
+
+
+def _reading(
+    model: ForwardOnly, request: Request, shape: ForwardShape
+) -> Callable[..., Iterator[Batch]]:
+    """validation_batches for this rank's share."""
     from pipeline.data.validation import validation_batches
 
-    data, layout = request.evaluation.data, model.layout
-    held_out = data.validation or []
-    for dataset in open_datasets(held_out, cfg=data, cache_dir=request.cache_dir):
-        yield from validation_batches(
-            dataset,
-            seq_len=shape.seq_len,
-            micro_batch_size=shape.micro_batch_size,
-            data_rank=layout.data.rank,
-            data_parallel_size=layout.data.size,
-            num_sequences=request.evaluation.sequences,
-            device=layout.device,
-            cfg=data,
-        )
+    layout = model.layout
+    return partial(
+        validation_batches,
+        seq_len=shape.seq_len,
+        micro_batch_size=shape.micro_batch_size,
+        data_rank=layout.data.rank,
+        data_parallel_size=layout.data.size,
+        device=layout.device,
+        cfg=request.evaluation.data,
+    )

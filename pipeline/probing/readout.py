@@ -11,6 +11,7 @@ B micro-batch, S sequence, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.engine.forward_only import ForwardOnly
-from pipeline.model.loss import label_losses, likeliest_tokens
+from pipeline.model.loss import divergences, label_losses, likeliest_tokens
 from pipeline.model.tensor_parallel import Norm
 from pipeline.probing.passage import Passage
 
@@ -57,11 +58,22 @@ class Readout:
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """(B, S) fp32 cross entropy of the labels, were hidden the last block's; with the head."""
-        return label_losses(self._normed(hidden), self._weight, labels, self.projection)
+        return label_losses(self.normed(hidden), self._weight, labels, self.projection)
 
     def likeliest(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """((B, S, count) ids, fp32 log-probabilities), likeliest first; with the head."""
-        return likeliest_tokens(self._normed(hidden), self._weight, self.projection, count=count)
+        return likeliest_tokens(self.normed(hidden), self._weight, self.projection, count=count)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden behind the final norm; with the head."""
+        norm: Tensor = self._head.norm(hidden)
+        return norm
+
+    def divergences(
+        self, said: Sequence[Tensor], target: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of n normed hidden from the one of the model: model/loss.py's; with the head."""
+        return divergences(said, target, self._weight, weights, self.projection)
 
     def directions(self, final: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What a vector in the residual stream adds to its token's label, by dot product.
@@ -111,9 +123,6 @@ class Readout:
         if self.projection.group is not None:
             dist.all_reduce(chosen, group=self.projection.group)
         return chosen
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return self._head.norm(hidden)
 
     @property
     def _head(self) -> Any:

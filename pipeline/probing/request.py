@@ -9,7 +9,8 @@ from pipeline.config.choices import NormPlacement
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Request:
     patching: tuple[list[int], int] | None = None
     """Ids of another prompt, as many, and of the answer that is asked for after both."""
     ablates: bool = False
+    lens: Path | None = None
+    """Translators of a tuned lens: the file they are read from, or written to if they are trained;
+    null: there is none.
+    """
+    lens_steps: int = 0
+    """Steps that the translators are trained; 0: they are read."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -85,3 +92,37 @@ def encode_patching(
     if not ids:
         raise ConfigError(f"answer ({answer!r}) has no token.")
     return other, ids[0]
+
+
+def translator_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name in the file -> shape, of the translators of a model."""
+    size = model.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(model.num_layers - 1):
+        shapes |= {f"layers.{block}.weight": (size, size), f"layers.{block}.bias": (size,)}
+    return shapes
+
+
+def check_translators(path: Path, model: ModelConfig) -> None:
+    """Refuse a file that does not hold the translators of such a model.
+
+    Raises:
+        CheckpointError: it cannot be read, or they are those of another model.
+    """
+    from safetensors import safe_open
+
+    try:
+        open_regular(path).close()  # a pipe would be waited for, without end
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            dtypes = {s.get_dtype() for s in slices.values()}
+    except Exception as error:  # safetensors' own error type is not public
+        raise CheckpointError(f"tuned_lens={path} cannot be read: {error}.") from error
+    wanted = translator_shapes(model)
+    if found != wanted or dtypes - {"F32"}:
+        first = next(iter(wanted.items()), None)
+        raise CheckpointError(
+            f"tuned_lens={path} holds {len(found)} tensors {sorted(dtypes)}; those of this model "
+            f"are {len(wanted)} of fp32, the first {first}. Train some: train_lens=250."
+        )

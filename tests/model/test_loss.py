@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipeline.model import loss as loss_module
-from pipeline.model.loss import Projection, linear_cross_entropy, score_labels
+from pipeline.model.loss import Projection, divergences, linear_cross_entropy, score_labels
 from tests.support.ranks import run_on_ranks
 
 VOCAB, PADDED, HIDDEN = 91, 128, 24
@@ -130,3 +130,30 @@ def test_the_mean_is_taken_without_weights() -> None:
     got = linear_cross_entropy(hidden, weight, labels, None, Projection(VOCAB))
     want = F.cross_entropy((hidden @ weight[:VOCAB].t()).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(0.0, 1.0), (5.0, 0.5)])
+def test_divergences_and_their_gradients_are_torchs(
+    softcap: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded columns are in neither distribution; chunks do not show."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * PADDED * 20)
+    target, weight, _, weights = inputs()
+    said = [target.roll(1, 0), 0.5 * target]
+    sums, gradients = divergences(
+        said, target, weight, weights, Projection(VOCAB, softcap, 0.0, scale)
+    )
+
+    def log_probabilities(hidden: torch.Tensor) -> torch.Tensor:
+        logits = scale * (hidden @ weight[:VOCAB].t())
+        return (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
+
+    for number, hidden in enumerate(said):
+        hidden.requires_grad_()
+        apart = F.kl_div(
+            log_probabilities(hidden), log_probabilities(target), log_target=True, reduction="none"
+        )
+        total = (apart.sum(-1) * weights).sum()
+        total.backward()
+        torch.testing.assert_close(sums[number], total.detach())
+        torch.testing.assert_close(gradients[number], hidden.grad, rtol=1e-5, atol=1e-5)
