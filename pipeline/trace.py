@@ -15,9 +15,8 @@ Needs no torch.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,8 @@ from omegaconf import MISSING
 from pipeline import cli
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CheckpointRecord, read_record
-from pipeline.data.datasets import open_datasets
-from pipeline.data.mixture import Ints, Position, Samples
-from pipeline.data.order import num_sequences
-from pipeline.data.sampler import Sampler
+from pipeline.checkpoint.seen import Seen
+from pipeline.data.mixture import Ints
 from pipeline.errors import CheckpointError, DataError
 from pipeline.files import parse_json, read_file
 from pipeline.redaction import redact
@@ -48,7 +45,6 @@ SHAPE = {
     ],
     "not_found": [str],
 }
-AT_ONCE = 1 << 20  # samples whose addresses are computed at a time: 100 MB of arrays
 SHOWN = 20  # steps on the terminal
 
 
@@ -201,53 +197,43 @@ def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints
         Numbers, ascending, of those read before the checkpoint; how many windows of the dataset
         hold such a token.
     """
-    facts = record.loader["order"]
-    # Data that are other ones by now tell nothing of what was read, whatever the run allowed.
-    data = replace(record.data(), allow_dataset_change=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        datasets = open_datasets(data.train, cfg=data, cache_dir=Path(scratch))
-    sampler = Sampler(data, datasets, seq_len=facts["seq_len"], seed=facts["seed"])
-    position = sampler.position(record.loader)
-    source = sampler.identities.index(places["dataset"])
-    dataset = sampler.datasets[source]
-    counts = num_sequences(dataset.shard_tokens, facts["seq_len"], packed=dataset.is_packed)
-    first = np.concatenate([[0], np.cumsum(counts)])
-    wanted = np.unique(np.fromiter(_windows(places, counts, first, facts["seq_len"]), np.int64))
+    seen = Seen(record)
+    source = seen.sampler.identities.index(places["dataset"])
+    begins, ends = _runs(places, seen.firsts(source), seen.seq_len)
     found = []
-    for begin, samples in _samples(position):
-        mine = np.flatnonzero(samples.source == source)
-        shard, sequence = sampler.orders[source](samples.index[mine])
-        found.append(begin + mine[np.isin(first[shard] + sequence, wanted)])
-    return np.concatenate(found) if found else np.zeros(0, np.int64), len(wanted)
+    for numbers, windows in seen.windows(source):
+        run = np.searchsorted(begins, windows, "right") - 1
+        found.append(numbers[(run >= 0) & (windows < ends[run])] if len(begins) else numbers[:0])
+    return np.concatenate(found) if found else np.zeros(0, np.int64), int((ends - begins).sum())
 
 
-def _windows(places: dict[str, Any], counts: Ints, first: Ints, seq_len: int) -> Iterator[int]:
-    """Numbers in the dataset of the windows that read a token of a place.
+def _runs(places: dict[str, Any], first: Ints, seq_len: int) -> tuple[Ints, Ints]:
+    """(begins, ends) of the runs of windows that read a token of a place; ascending, apart.
 
     Window s of a shard reads the tokens s * seq_len to (s + 1) * seq_len, both included: the last
     one is a label here and the first input of the next window, so a document that begins there is
-    in both.
+    in both. Runs, not windows: a file of a stranger may name the whole dataset a thousand times.
     """
+    runs: list[tuple[int, int]] = []
     for place in places["places"]:
         for span in place["spans"]:
             shard = span["shard"]
-            if shard >= len(counts):
+            if shard >= len(first) - 1:
                 raise DataError(
                     f"document {place['document']} is said to be in shard {shard}, and the dataset "
-                    f"has {len(counts)}. Make the places again."
+                    f"has {len(first) - 1}. Make the places again."
                 )
-            begin = max(-(-span["begin"] // seq_len) - 1, 0)
-            end = min((span["end"] - 1) // seq_len, int(counts[shard]) - 1)
-            yield from range(int(first[shard]) + begin, int(first[shard]) + end + 1)
-
-
-def _samples(position: Position) -> Iterator[tuple[int, Samples]]:
-    """(number of the first, samples) of all that was read before a position, a piece at a time."""
-    starts = [segment.start for segment in position.segments]
-    for segment, stop in zip(position.segments, [*starts[1:], position.samples_seen]):
-        for begin in range(segment.start, stop, AT_ONCE):
-            numbers = np.arange(begin, min(begin + AT_ONCE, stop))
-            yield begin, Samples(numbers, *segment.locate(numbers))
+            begin = int(first[shard]) + max(-(-span["begin"] // seq_len) - 1, 0)
+            end = int(first[shard]) + (span["end"] - 1) // seq_len + 1
+            runs.append((begin, min(end, int(first[shard + 1]))))
+    apart: list[list[int]] = []
+    for begin, end in sorted(run for run in runs if run[0] < run[1]):
+        if apart and begin <= apart[-1][1]:
+            apart[-1][1] = max(apart[-1][1], end)
+        else:
+            apart.append([begin, end])
+    columns = np.array(apart, np.int64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
 
 
 def steps_of(record: CheckpointRecord, numbers: Ints) -> Ints:

@@ -65,6 +65,7 @@ SHARED = {
     "pipeline",
     "pipeline.cli",
     "pipeline.data",
+    "pipeline.data.canary_list",
     "pipeline.data.chat",
     "pipeline.data.dataset_files",
     "pipeline.data.manifest",

@@ -203,6 +203,35 @@ def test_places_of_another_dataset_and_damaged_ones_are_refused(
             run_command.main(TraceConfig(str(run), str(tmp_path / "bad.json")))
 
 
+def test_a_record_that_tells_of_endless_samples_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A hostile checkpoint kept the command busy for ever, computing the order of 2^61 samples."""
+    found(data, capsys)
+    run, _ = checkpoints(data, tmp_path / "run")
+    newest = max((run / "checkpoints").iterdir()) / RECORD
+    content = json.loads(newest.read_text())
+    content["loader"]["samples_seen"] = 2**45
+    newest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="35,184,372,088,832 samples were read, in 11 steps"):
+        run_command.main(TraceConfig(str(run), str(data / "places.json")))
+
+
+def test_places_that_name_the_whole_dataset_over_and_over_cost_their_number(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Each was written out as all of its windows: 20,000 times a shard of a million would take the machine's memory."""
+    content = found(data, capsys)
+    run, _ = checkpoints(data, tmp_path / "run")
+    manifest = Manifest.load(data / "out/train")
+    spans = [{"shard": s, "begin": 0, "end": 2**61} for s in range(manifest.num_shards)]
+    place = {"given": "x", "document": 0, "spans": spans}
+    (tmp_path / "all.json").write_text(json.dumps(content | {"places": [place] * 2000}))
+    assert run_command.main(TraceConfig(str(run), str(tmp_path / "all.json"))) == 1
+    windows = sum((n - 1) // SEQ_LEN for n in manifest.shard_tokens.tolist())
+    assert f"in {windows:,} windows of" in capsys.readouterr().out
+
+
 def test_an_empty_list_and_packed_rows_are_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

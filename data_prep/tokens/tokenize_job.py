@@ -11,7 +11,9 @@ of workers or tasks. docs/data.md has the details.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from data_prep.sources.inputs import InputConfig, Unit, find_units
 from data_prep.sources.kinds import Format
 from data_prep.sources.rejects import Document, Rejects
 from data_prep.sources.text import text_bytes
-from data_prep.tokens import dataset_writer
+from data_prep.tokens import canaries, dataset_writer
+from data_prep.tokens.canaries import CanaryConfig
 from data_prep.tokens.dataset_job import (
     DatasetJobConfig,
     identity_of,
@@ -42,6 +45,7 @@ from pipeline.files import sha256_of
 from pipeline.log import logger
 
 BATCH_CHARACTERS = 2 * 2**20  # text encoded at once
+CANARY = "canary"  # id of the documents that are planted; those of files name file and place
 DIGEST_BYTES = 16  # of a removed text: two different ones never share it by chance
 
 
@@ -55,6 +59,8 @@ class TokenizeConfig(DatasetJobConfig):
     """Documents that are left out wherever the input has the same text: files, read as input= is;
     null: none.
     """
+    canaries: CanaryConfig = field(default_factory=CanaryConfig)
+    """Made-up secrets that are planted in OUT/train, to measure what a model gives away."""
 
 
 def run() -> None:
@@ -70,6 +76,7 @@ def main(cfg: TokenizeConfig) -> None:
     """
     log.setup()
     check_fraction(cfg.validation_fraction)
+    canaries.check(cfg.canaries)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
     units = find_units(cfg)
     reading = ("format", "text_field", "max_document_mb")
@@ -78,19 +85,33 @@ def main(cfg: TokenizeConfig) -> None:
         removed = b"".join(sorted(_removed(cfg)))
         facts["removed_sha256"] = sha256_of(removed)
         logger.info(f"remove={cfg.remove}: {len(removed) // DIGEST_BYTES:,} different texts")
+    planted: dict[int, list[tuple[int, str]]] = {}
+    if cfg.canaries.each:
+        facts["canaries"] = asdict(cfg.canaries)
+        planted = canaries.places(cfg.canaries, units)
     if not open_dataset_job(Path(cfg.output), facts):
         return
+    if cfg.canaries.each:
+        canaries.write_list(cfg.canaries, Path(cfg.output))
     identity = identity_of(tokenizer)
     encoder = get_encoder(cfg.tokenizer, identity.sha256, identity.eod, cfg.encoder)
     logger.info(f"encoder {encoder.name.name}")
-    run = partial(tokenize_unit, cfg=replace(cfg, encoder=encoder.name), tokenizer=identity)
+    job = replace(cfg, encoder=encoder.name)
+    run = partial(tokenize_unit, cfg=job, tokenizer=identity, planted=planted)
     run_dataset_job(cfg, units, tokenizer, run, label="tokenize")
 
 
 def tokenize_unit(
-    unit: Unit, *, cfg: TokenizeConfig, tokenizer: TokenizerIdentity
+    unit: Unit,
+    *,
+    cfg: TokenizeConfig,
+    tokenizer: TokenizerIdentity,
+    planted: dict[int, list[tuple[int, str]]],
 ) -> dict[str, Any]:
-    """Write a unit's parts; its marker: parts, documents and bytes by split, rejects by reason."""
+    """Write a unit's parts; its marker: parts, documents and bytes by split, rejects by reason.
+
+    planted: unit number to its canaries, as canaries.places gives them.
+    """
     output = Path(cfg.output)
     encoder = get_encoder(cfg.tokenizer, tokenizer.sha256, tokenizer.eod, cfg.encoder)
     rejects, removed = Rejects(cfg.on_error), _removed(cfg)
@@ -103,7 +124,10 @@ def tokenize_unit(
         fraction=cfg.validation_fraction,
     ) as writer:
         batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}
-        for document in read_documents(unit, cfg, rejects):
+        for document in _with_canaries(unit, cfg, rejects, planted.get(unit.number, [])):
+            if document.id == CANARY:
+                batches["train"].add(document)
+                continue
             if removed and _digest(document.text) in removed:
                 rejects.add("removed", document.id)
                 continue
@@ -114,6 +138,20 @@ def tokenize_unit(
             batch.flush()
         result = writer.close()
     return result | {"rejects": record_rejects(output, unit, rejects)}
+
+
+def _with_canaries(
+    unit: Unit, cfg: TokenizeConfig, rejects: Rejects, planted: list[tuple[int, str]]
+) -> Iterator[Document]:
+    """A unit's documents, each canary before the first one that begins at its byte or behind it."""
+    size, waiting = 0, deque(planted)
+    for document in read_documents(unit, cfg, rejects):
+        while waiting and waiting[0][0] <= size:
+            yield Document(waiting.popleft()[1], CANARY, unit.source)
+        size += text_bytes(document.text)
+        yield document
+    for _, text in waiting:
+        yield Document(text, CANARY, unit.source)
 
 
 def _removed(cfg: TokenizeConfig) -> frozenset[bytes]:
