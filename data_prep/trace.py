@@ -19,14 +19,14 @@ from omegaconf import MISSING
 
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, find_units
-from data_prep.sources.rejects import Document, Rejects
+from data_prep.sources.rejects import WANTED, Document, Rejects
 from data_prep.tokens.browse import tokenizer_of
 from data_prep.tokens.encode import Encoder
 from data_prep.tokens.find import Place, Wanted, find
 from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import write_durably
+from pipeline.files import check_writable, write_durably
 from pipeline.redaction import redact
 
 SHOWN = 20  # places on the terminal; all of them are in the file
@@ -39,17 +39,19 @@ class TraceConfig(InputConfig):
     dataset: str = MISSING
     """Folder of the dataset."""
     places: str | None = None
-    """Write what is found here, as JSON for pipeline.trace; null: nowhere."""
+    """File for what is found, as JSON for pipeline.trace; null: none."""
 
 
 def main(cfg: TraceConfig) -> int:
-    """Print shard and tokens of each document that is found; 1 if one of them is not there.
+    """Print shard and tokens of each document that is found; 1 if one is not there, or not read.
 
     Raises:
         DataError: no dataset there, or an input that cannot be read.
         ConfigError: the dataset is packed rows.
     """
     folder = Path(cfg.dataset)
+    if cfg.places:  # a pass over the dataset comes before it is written
+        check_writable(Path(cfg.places), "places=")
     if not (folder / "manifest.json").exists() and (folder / "train").is_dir():
         folder = folder / "train"
     manifest = Manifest.load(folder)
@@ -59,7 +61,9 @@ def main(cfg: TraceConfig) -> int:
             f"dialogue with `python -m data_prep.show {folder} search=TEXT`."
         )
     asked: list[str] = []
-    wanted = Wanted(_asked_for(cfg, asked), Encoder(tokenizer_of(manifest)), manifest)
+    rejects = Rejects(cfg.on_error)
+    wanted = Wanted(_asked_for(cfg, asked, rejects), Encoder(tokenizer_of(manifest)), manifest)
+    unread = [row for row in rejects.rows if row["reason"] not in WANTED]
     if not asked:
         raise DataError(f"input={cfg.input}: there is no document in it, so none is looked for.")
     found = list(find(manifest, wanted))
@@ -75,15 +79,19 @@ def main(cfg: TraceConfig) -> int:
     )
     for given in absent[:SHOWN]:
         print(redact(f"not found: {given}"))
+    for row in unread[:SHOWN]:
+        print(redact(f"not looked for, as it cannot be read: {json.dumps(row)}"))
+    if len(unread) > SHOWN:
+        print(f"... and {len(unread) - SHOWN:,} more")
     if cfg.places:
         _write(Path(cfg.places), manifest, found, absent)
-    return 1 if absent else 0
+    return 1 if absent or unread else 0
 
 
-def _asked_for(cfg: TraceConfig, asked: list[str]) -> Iterator[Document]:
+def _asked_for(cfg: TraceConfig, asked: list[str], rejects: Rejects) -> Iterator[Document]:
     """The documents to look for; their names go to `asked`."""
     for unit in find_units(cfg):
-        for document in read_documents(unit, cfg, Rejects(cfg.on_error)):
+        for document in read_documents(unit, cfg, rejects):
             asked.append(document.id)
             yield document
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 PATHS = set(
     """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
-    histogram init_adapter init_from input other output page path run runs_dir template
-    tokenizer""".split()
+    histogram init_adapter init_from input other output page path places remove run runs_dir
+    template tokenizer""".split()
 )
 """Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -60,6 +60,9 @@ def run(
         if {"-h", "--help"} & set(arguments):
             words = [a for a in arguments if a not in ("-h", "--help")]
             sys.exit(_help(main, schema, words, config=config, positional=positional))
+        if presets.FLAG in {a.partition("=")[0] for a in arguments} and _has_yaml(config):
+            arguments, own = presets.take_folder(arguments, CONF_DIR)
+            os.environ[presets.VARIABLE] = str(own or CONF_DIR)  # also for what it starts
         show_only = "--cfg" in arguments
         cfg = compose(
             schema, [a for a in arguments if a != "--cfg"], config=config, positional=positional
@@ -107,14 +110,17 @@ def _values(
 ) -> dict[str, Any]:
     """Composed values, enums by name; what has none is `???`. Without presets it needs no hydra."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if words or _has_yaml(config):
         node = _compose(schema, words, config=config, positional=positional)
     else:
         node = OmegaConf.structured(schema)
-    return typing.cast(
-        "dict[str, Any]", OmegaConf.to_container(node, resolve=True, enum_to_str=True)
-    )
+    try:
+        values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, schema)) from error
+    return typing.cast("dict[str, Any]", values)
 
 
 def _folders(own: Path | None) -> list[Path]:
@@ -337,4 +343,5 @@ def _explain(error: Exception, schema: type) -> str:
         return f"{unset} is not set and has no default; give {unset}=..."
     if cause is not error:
         return f"{str(error).splitlines()[0].replace('Error merging override ', '')}: {first_line}"
-    return str(error).strip()
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first_line}" if key and key not in first_line else first_line

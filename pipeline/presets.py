@@ -1,18 +1,22 @@
 """Where presets and recipes come from: this project's conf/, and a folder of the user's own.
 
---config-dir DIR, or conf/ in the working directory --take_folder--> searched behind ours
+--config-dir DIR, PRETRAIN_CONFIG_DIR, conf/ in the working directory: the first of them
+                                                         --take_folder--> searched behind ours
 conf/, DIR --groups--> group to names, for --help and suggestions
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 
 FLAG = "--config-dir"
+VARIABLE = "PRETRAIN_CONFIG_DIR"
+"""The same for a command and whatever it composes or starts itself, as a scaling ladder does."""
 
 
 def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path | None]:
@@ -34,6 +38,10 @@ def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path |
                 f"{FLAG} {named} is no folder. It holds presets as conf/ does: "
                 f"{FLAG} DIR, DIR/experiment/mine.yaml, and experiment=mine."
             )
+    if own is None and (named := os.environ.get(VARIABLE)):
+        own = Path(named)
+        if not own.is_dir():
+            raise ConfigError(f"{VARIABLE}={named} is no folder of presets. Unset it, or mend it.")
     own = own or Path("conf")
     if not own.is_dir() or own.resolve() == ours.resolve():
         return rest, None

@@ -23,6 +23,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
+from pipeline.files import check_writable
 from pipeline.inference.asked_model import (
     evaluation_of,
     model_of,
@@ -96,6 +97,7 @@ def main(cfg: ProbeConfig) -> int:
 
     ranks = ranks_from_environment()
     log.setup(global_rank=ranks.global_rank)
+    check_writable(_output(cfg) / "probe.json", "output=")  # what is found takes long to find
     findings = look_into(cfg, ranks)
     if ranks.is_main:
         written = write_findings(findings, _output(cfg))

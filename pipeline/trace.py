@@ -55,7 +55,7 @@ class TraceConfig:
     checkpoint: str = MISSING
     """A run folder (up to its newest checkpoint), or one checkpoint."""
     places: str = MISSING
-    """What data_prep.trace has written of the run's dataset."""
+    """File that data_prep.trace has written of the run's dataset."""
 
 
 def main(cfg: TraceConfig) -> int:

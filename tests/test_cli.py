@@ -242,6 +242,9 @@ def test_help_beside_a_mistake_shows_the_page_and_the_mistake(capsys):
     code, text, messages = page_of(capsys, "learning_rate=1")
     assert code == 2 and "  training.total_steps = 1000\n" in text
     assert "Did you mean optimizer.lr?" in messages
+    code, text, messages = page_of(capsys, "training.seq_len=${nowhere}")
+    assert code == 2 and "  training.total_steps = 1000\n" in text
+    assert messages == "error: training.seq_len: Interpolation key 'nowhere' not found\n"
 
 
 def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:

@@ -54,6 +54,26 @@ def test_a_named_folder_takes_the_place_of_the_working_directorys(folder: Path) 
         compose("--config-dir", "nowhere")
 
 
+def test_what_a_command_composes_itself_has_the_named_folder_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A ladder's runs: `model=my-model` was unknown to them, in this process and in theirs."""
+    (folder / "conf").rename(folder / "other")
+    monkeypatch.setenv(presets.VARIABLE, "")
+    monkeypatch.setattr(cli, "own_compiled_code", lambda: None)
+
+    def job(_cfg: PretrainConfig) -> int:
+        return compose("experiment=mine").training.total_steps
+
+    monkeypatch.setattr("sys.argv", ["job", "--config-dir", "other", "model=my-model"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(job, PretrainConfig, config="pretrain")
+    assert end.value.code == 77, capsys.readouterr().err
+    monkeypatch.setenv(presets.VARIABLE, "nowhere")
+    with pytest.raises(ConfigError, match="PRETRAIN_CONFIG_DIR=nowhere is no folder of presets"):
+        compose("experiment=mine")
+
+
 def test_a_name_of_ours_is_refused_unless_it_is_the_same_file(folder: Path) -> None:
     """One of the two would be passed over, and nobody would know which."""
     copy = folder / "conf" / "model" / "tiny.yaml"

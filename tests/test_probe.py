@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config.data import DataConfig
-from pipeline.errors import ConfigError
-from pipeline.probe import ProbeConfig, _request
+from pipeline.errors import ConfigError, MachineError
+from pipeline.probe import ProbeConfig, _request, main
 from pipeline.probing.findings import strongest
 
 
@@ -29,6 +30,13 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
     """Before the checkpoint is looked for."""
     with pytest.raises(ConfigError, match=message):
         _request(ProbeConfig(checkpoint="x", **settings))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    """A model folder may be read-only: the passes over the text would be lost."""
+    (tmp_path / "taken").touch()
+    with pytest.raises(MachineError, match="taken/probe.json cannot be written .* with output="):
+        main(ProbeConfig(checkpoint="x", output=str(tmp_path / "taken")))
 
 
 def test_the_strongest_heads_are_named_by_block_and_head() -> None:

@@ -173,6 +173,9 @@ def test_a_prediction_is_drawn_under_the_run_and_leaving_it_is_a_warning(tmp_pat
     )
     assert "at 25%" not in said and "at 25%" not in page
     assert (run / "report" / "curves.png").read_bytes() != without
+    (run / "prediction.json").write_text(json.dumps(prediction | {"loss": 3.2}))  # outside
+    main(ReportConfig(run=str(run)))
+    capsys.readouterr()
     held_out = {"val/wiki/loss": 3.4, "val/wiki/ppl": 30.0, "val/wiki/bits_per_byte": 1.0}
     rows += [step_row(200, 3.0), {"step": 200, "tokens": 12800, **held_out}]
     write(run, rows)
@@ -180,6 +183,15 @@ def test_a_prediction_is_drawn_under_the_run_and_leaving_it_is_a_warning(tmp_pat
     said, page = capsys.readouterr().err, (run / "report" / "index.html").read_text()
     wanted = "warning: the last held-out loss (wiki), 3.4000, is not within the predicted 2.9000 to 3.1000"
     assert wanted in said and wanted in page
+
+
+def test_facts_of_no_run_are_refused(tmp_path):
+    """A stranger's metrics.jsonl: what was predicted is held against its datasets."""
+    run = write(tmp_path, [step_row(1, 3.0)])
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"device"', '"datasets": 5, "device"'))
+    with pytest.raises(DataError, match=r"of no run: facts.datasets is 5"):
+        main(ReportConfig(run=str(run)))
 
 
 @pytest.mark.parametrize("rows", [None, []])

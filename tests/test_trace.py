@@ -22,7 +22,7 @@ from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.training import RampStage
 from pipeline.data import shard_format as fmt
 from pipeline.data.manifest import Manifest
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError, MachineError
 from pipeline.trace import TraceConfig
 from tests.support.checkpoint_runs import record_of
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
@@ -245,6 +245,23 @@ def test_an_empty_list_and_packed_rows_are_refused(
     monkeypatch.setattr(Manifest, "load", packed)
     with pytest.raises(ConfigError, match="packed rows"):
         find_command.main(cfg)
+
+
+def test_what_cannot_be_read_or_written_is_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A document that was asked for and not looked for would pass for one that is not there to be removed."""
+    (tmp_path / "remove.jsonl").write_text(json.dumps({"text": TEXTS[3]}) + "\n{\n")
+    words = [f"dataset={data}/out", f"input={tmp_path}/remove.jsonl"]
+    cfg = cli.compose(find_command.TraceConfig, [*words, "on_error=quarantine"], config="trace")
+    assert find_command.main(cfg) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 1 documents are in" in printed
+    assert "not looked for, as it cannot be read: {" in printed and "broken_json" in printed
+    cfg.places = f"{tmp_path}/remove.jsonl/places.json"
+    with pytest.raises(MachineError, match="cannot be written .*with places="):
+        find_command.main(cfg)
+    assert "documents are in" not in capsys.readouterr().out
 
 
 def test_a_dataset_made_without_them_is_another_and_holds_the_rest(

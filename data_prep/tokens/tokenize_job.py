@@ -56,8 +56,8 @@ class TokenizeConfig(DatasetJobConfig):
     encoder: EncoderName = EncoderName.auto
     """auto, gigatoken, tiktoken or hf; the ids are the same."""
     remove: str | None = None
-    """Documents that are left out wherever the input has the same text: files, read as input= is;
-    null: none.
+    """Documents that are left out wherever the input has the same text: a file, or several, read as
+    input= is; null: none.
     """
     canaries: CanaryConfig = field(default_factory=CanaryConfig)
     """Made-up secrets that are planted in OUT/train, to measure what a model gives away."""

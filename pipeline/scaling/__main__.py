@@ -69,6 +69,8 @@ def main(cfg: ScalingConfig) -> None:
         MachineError: a run ended early.
     """
     rungs, targets = _lay_out(cfg)
+    if cfg.run or cfg.rung is not None or cfg.target is not None:
+        runs.check_can_make(processes=cfg.processes)
     if cfg.rung is not None:
         _make_one(cfg, rungs)
         return
@@ -84,7 +86,8 @@ def main(cfg: ScalingConfig) -> None:
     found = [runs.read(rung, held_out=cfg.held_out) for rung in done]
     runs.check_same_data(found)
     law = _fit(cfg, found)
-    predictions = [_write_prediction(cfg, law, found, target) for target in targets]
+    asked = (_write_prediction(cfg, law, found, target) for target in targets)
+    predictions = [prediction for prediction in asked if prediction is not None]
     folder = Path(cfg.ladder.runs_dir) / cfg.ladder.name
     seq_len = rungs[0].shape.seq_len
     lines = [
@@ -160,9 +163,16 @@ def _fit(cfg: ScalingConfig, found: Sequence[runs.Run]) -> Fit:
 
 def _write_prediction(
     cfg: ScalingConfig, law: Fit, found: Sequence[runs.Run], target: Rung
-) -> Prediction:
-    """The target's prediction, in its folder; one whose run has begun stays as it was written."""
+) -> Prediction | None:
+    """The target's prediction, in its folder; of a run that has begun the one from before, or None.
+
+    What is said with the result in sight is no prediction.
+    """
     folder = runs.run_dir(target)
+    if (folder / "metrics.jsonl").exists():
+        if (written := Prediction.load(folder)) is None:
+            log.say(f"{folder} has begun without a prediction, so none is made of it.")
+        return written
     prediction = predict(
         law,
         found,
@@ -171,8 +181,6 @@ def _write_prediction(
         num_parameters=num_parameters(target.cfg.model, target.shape.vocab_size),
         level=cfg.level,
     )
-    if (folder / "metrics.jsonl").exists() and (written := Prediction.load(folder)) is not None:
-        return written
     write_durably(folder / FILE, prediction.to_json())
     return prediction
 

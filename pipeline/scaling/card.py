@@ -11,6 +11,7 @@ from pipeline.scaling.ladder import LadderConfig
 from pipeline.scaling.law import Fit
 from pipeline.scaling.prediction import Prediction
 from pipeline.scaling.runs import Run
+from pipeline.tracking.report_page import draw_interval
 
 # Okabe and Ito's colours, which most eyes tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
@@ -148,16 +149,10 @@ def draw(fit: Fit, runs: Sequence[Run], predictions: Sequence[Prediction]) -> by
                 label=f"{size}: N = {parameters:,}",
             )
     for p in predictions:
-        height = [[p.loss - p.low], [p.high - p.loss]]
         for axes, place in ((by_tokens, p.tokens), (by_flops, p.flops)):
-            axes.errorbar(
-                [place],
-                [p.loss],
-                yerr=height,
-                fmt="D",
-                color=TARGET_COLOUR,
-                capsize=4,
-                label=f"predicted, {p.level:.0%}: N = {p.parameters:,}",
+            label = f"predicted, {p.level:.0%}: N = {p.parameters:,}"
+            draw_interval(
+                axes, place, p.loss, (p.low, p.high), color=TARGET_COLOUR, markersize=6, label=label
             )
     for axes, title in ((by_tokens, "training tokens"), (by_flops, "operations")):
         axes.set_xscale("log")

@@ -91,6 +91,9 @@ class Prediction:
             raise DataError(f"{path} cannot be read: {error}.") from None
         if wrong := next(misfits(content, SHAPE), None):
             raise DataError(f"{path} is not what pipeline.scaling writes: {wrong}.")
+        spans = [content, *content["course"]]
+        if not all(0 < span["low"] <= span["high"] < math.inf for span in spans):
+            raise DataError(f"{path} is not what pipeline.scaling writes: an interval is none.")
         return cls(**{key: content[key] for key in SHAPE})
 
     def misses(self, history: History) -> Iterator[str]:

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,27 @@ def is_done(rung: Rung) -> bool:
     return True
 
 
+def check_can_make(*, processes: int) -> None:
+    """Raise ConfigError where only one process can be started: a wheel has no launcher."""
+    if processes > 1 and not LAUNCHER.exists():
+        raise ConfigError(
+            f"processes={processes} needs launch/local.sh, which only the clone of this project "
+            "has: run the command there, or set processes=1."
+        )
+
+
 def make(rung: Rung, *, processes: int) -> None:
     """Train the run here to its end.
 
     Raises:
         MachineError: it ended before its last step; what it said stands above.
     """
-    command = [str(LAUNCHER), str(processes), *rung.words]
+    command = [sys.executable, "-m", "pipeline.train", *rung.words]
+    if LAUNCHER.exists():
+        command = [str(LAUNCHER), str(processes), *rung.words]
     # The launcher looks for an interpreter of its own; in a container there is none but this one.
     python = {} if " " in sys.executable else {"PYTHON": sys.executable}
-    with subprocess.Popen(command, env={**os.environ, **python}) as child, _passed_on(child):
+    with _started(command, {**os.environ, **python}) as child:
         code = child.wait()
     if not (run_dir(rung) / "DONE").exists():
         raise MachineError(
@@ -184,24 +195,31 @@ def _changed(rung: Rung) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _passed_on(child: subprocess.Popen) -> Iterator[None]:
-    """Hand notices on to the run, which saves and ends.
+def _started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
+    """The run, which is handed the notices that this process gets, and saves and ends.
 
-    A Ctrl-C reaches it by itself, as it belongs to the same terminal; a second one would end it at
-    once.
+    Also one that comes while it starts: by default it would end this process, and leave the run
+    alone. A Ctrl-C reaches the run by itself, as it belongs to the same terminal; a second one
+    would end it at once.
     """
+    child: subprocess.Popen | None = None
+    early: list[int] = []
 
     def hand_on(number: int, _frame: Any) -> None:
-        child.send_signal(number)
+        early.append(number) if child is None else child.send_signal(number)
 
+    # A handler and not SIG_IGN, which the run would inherit.
     wanted: dict[int, Any] = {
-        signal.SIGINT: signal.SIG_IGN,
+        signal.SIGINT: lambda *_: None,
         signal.SIGTERM: hand_on,
         signal.SIGUSR2: hand_on,
     }
     before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
-        yield
+        with subprocess.Popen(command, env=environment) as child:
+            for number in early:
+                child.send_signal(number)
+            yield child
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -95,7 +95,7 @@ class Console:
 def short(number: float) -> str:
     """Three figures of a count: 950, 12.3k, 4.56M."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
+        if number >= 0.9995 * factor:  # what would round to 1000 of the next smaller one
             return f"{number / factor:.3g}{letter}"
     return f"{number:.3g}"
 

@@ -20,7 +20,7 @@ HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
 # What is read of a row and of evaluation.json; `?`: may be missing.
 ROW = {
     "event?": str,
-    "facts?": {"num_parameters?": COUNT},
+    "facts?": {"num_parameters?": COUNT, "datasets?": dict},
     "step?": COUNT,
     "tokens?": COUNT,
     "train/loss?": _NUMBER,

@@ -109,17 +109,20 @@ def _predicted(axes: Axes, band: Band) -> None:
     axes.fill_between(
         band.steps, band.low, band.high, color=PREDICTED_COLOR, alpha=0.2, label=label
     )
-    height = [[band.loss - band.interval[0]], [band.interval[1] - band.loss]]
-    axes.errorbar(
-        [band.end],
-        [band.loss],
-        yerr=height,
-        fmt="D",
-        markersize=4,
-        capsize=4,
-        color=PREDICTED_COLOR,
-        label="predicted, held out",
-    )
+    draw_interval(
+        axes, band.end, band.loss, band.interval,
+        color=PREDICTED_COLOR, markersize=4, label="predicted, held out",
+    )  # fmt: skip
+
+
+def draw_interval(
+    axes: Axes, place: float, value: float, ends: tuple[float, float], *,
+    color: str, markersize: float, label: str,
+) -> None:  # fmt: skip
+    """A value and an interval, which need not hold it: a narrow one of a bootstrap may not."""
+    axes.plot([place], [value], "D", color=color, markersize=markersize, label=label)
+    half = (ends[1] - ends[0]) / 2
+    axes.errorbar([place], [ends[0] + half], yerr=half, fmt="none", capsize=4, ecolor=color)
 
 
 def _plain(text: str) -> str:

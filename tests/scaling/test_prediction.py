@@ -51,6 +51,10 @@ def test_the_prediction_is_near_the_law_and_comes_back_from_its_file(made, tmp_p
     (tmp_path / FILE).write_bytes(prediction.to_json().replace(b'"loss"', b'"lost"'))
     with pytest.raises(DataError, match="is not what pipeline.scaling writes: it has no loss"):
         Prediction.load(tmp_path)
+    for low, high in ((3.0, 2.0), (float("nan"), 3.0), (2.0, float("inf")), (-1.0, 3.0)):
+        (tmp_path / FILE).write_bytes(replace(prediction, low=low, high=high).to_json())
+        with pytest.raises(DataError, match="an interval is none"):
+            Prediction.load(tmp_path)
 
 
 def test_a_run_as_predicted_is_not_warned_of_on_its_way_or_at_its_end(made, tmp_path):

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import pytest
 from pipeline.errors import ConfigError, DataError, MachineError
 from pipeline.scaling import runs
 from pipeline.scaling.ladder import Rung, lay_out
+from tests.support.campaign_run import wait_for
 from tests.support.ladders import VOCAB, ladder, write_run
+from tests.support.waiting import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +54,43 @@ def test_a_run_is_made_by_the_launcher_with_the_ladders_settings(rung, launcher)
     assert words == ["3", *rung.words]
 
 
+def test_an_installed_wheel_has_no_launcher_and_makes_runs_of_one_process(rung, monkeypatch):
+    """`pretrain scaling` ended in a FileNotFoundError without the clone."""
+    monkeypatch.setattr(runs, "LAUNCHER", Path("/no/clone/launch/local.sh"))
+    seen = []
+    monkeypatch.setattr(runs, "_started", lambda command, _: seen.append(command) or nullcontext(Ended))  # fmt: skip
+    with pytest.raises(MachineError, match="with exit code 7"):
+        runs.make(rung, processes=1)
+    assert seen == [[sys.executable, "-m", "pipeline.train", *rung.words]]
+    runs.check_can_make(processes=1)
+    with pytest.raises(ConfigError, match="processes=2 needs launch/local.sh"):
+        runs.check_can_make(processes=2)
+
+
+class Ended:
+    """A run that has ended."""
+
+    wait = staticmethod(lambda: 7)
+
+
 def test_a_run_that_ends_early_ends_the_command(rung, launcher):
     launcher("exit 3", rung)
     with pytest.raises(MachineError, match="w32-5120 ended before its last step, with exit code 3"):
         runs.make(rung, processes=1)
 
 
-def test_a_notice_reaches_the_run_which_saves_before_it_ends(rung, launcher):
-    """A scheduler asks the command; who must save is its child."""
-    script = f"trap 'touch $RUN/told; exit 0' USR2\nkill -USR2 {os.getpid()}\nsleep 20 & wait $!"
-    launcher(script, rung)
+def test_a_notice_reaches_the_run_which_saves_before_it_ends(rung, launcher, monkeypatch):
+    """A scheduler asks the command, as soon as it has begun; who must save is its child."""
+    launcher("trap 'touch $RUN/told; exit 0' USR2\ntouch $RUN/hears\nsleep 20 & wait $!", rung)
+    start = subprocess.Popen
+
+    def started(*words, **options):
+        child = start(*words, **options)
+        assert wait_for((runs.run_dir(rung) / "hears").exists, HANG_S)
+        os.kill(os.getpid(), signal.SIGUSR2)  # the command does not know its child yet
+        return child
+
+    monkeypatch.setattr(runs.subprocess, "Popen", started)
     before = signal.getsignal(signal.SIGUSR2)
     with pytest.raises(MachineError, match="ended before its last step"):
         runs.make(rung, processes=1)

@@ -69,6 +69,23 @@ def test_the_prediction_of_a_run_that_has_begun_stays_as_it_was_written(settings
     assert f"**{Prediction.load(Path('runs/ladder/large')).loss:.4f}**" in capsys.readouterr().out
 
 
+def test_a_run_that_has_begun_without_a_prediction_gets_none(settings, laid_out, capsys):
+    """One that is made with its losses in sight would be drawn as if it had been there before."""
+    write_run(laid_out[1][0], 2.0, until=0.1)
+    main(ScalingConfig(**settings))
+    said = capsys.readouterr()
+    assert "large has begun without a prediction" in said.err and "| large |" not in said.out
+    assert Prediction.load(Path("runs/ladder/large")) is None
+
+
+def test_a_narrow_interval_is_drawn_although_the_law_lies_beside_it(settings, capsys):
+    """Of a bootstrap's middle the fit itself may be no part: matplotlib takes no negative bar."""
+    main(ScalingConfig(**settings, level=1e-4))
+    prediction = Prediction.load(Path("runs/ladder/large"))
+    assert prediction is not None and not prediction.low <= prediction.loss <= prediction.high
+    assert Path("runs/ladder/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_missing_runs_are_named(settings, laid_out):
     for rung in laid_out[0][:5]:
         (runs.run_dir(rung) / "DONE").unlink()
@@ -104,10 +121,11 @@ def test_settings_that_cannot_take_effect_are_refused(settings, changes, said):
 @pytest.mark.slow
 def test_a_task_of_an_array_makes_its_run_through_the_launcher(data, tmp_path):
     """A real run, from the ladder's settings to a loss that the fit reads; then it is done."""
+    shared = ["model=tiny", "model.num_layers=2", "training.precision=fp32", "training.seq_len=32",
+              "training.global_batch_size=8", "tracking=local"]  # fmt: skip
     words = [
         "ladder=quickstart", f"ladder.runs_dir={tmp_path}", "rung=0", "ladder.sizes.w16.tokens=[2048,4096,8192]",
-        f"ladder.settings=[data.path={data},model=tiny,model.num_layers=2,training.precision=fp32,training.seq_len=32,"
-        "training.global_batch_size=8,tracking=local]",
+        f"ladder.settings={[f'data.path={data}', *shared]}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "pipeline.scaling", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -59,7 +59,17 @@ def test_durations_have_their_two_largest_units(seconds: float, text: str) -> No
 
 
 @pytest.mark.parametrize(
-    "number, text", [(950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (2e9, "2G"), (0.5, "0.5")]
+    "number, text",
+    [
+        (950, "950"),
+        (12345, "12.3k"),
+        (4.56e6, "4.56M"),
+        (2e9, "2G"),
+        (0.5, "0.5"),
+        (999.7, "1k"),
+        (999_600, "1M"),
+        (999_400, "999k"),
+    ],
 )
 def test_counts_have_three_figures(number: float, text: str) -> None:
     assert short(number) == text
