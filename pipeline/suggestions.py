@@ -133,7 +133,9 @@ def _near(word: str, legal: Sequence[str], section: Sequence[str]) -> Iterator[s
     name = word.rpartition(".")[2].lower()
     yield from difflib.get_close_matches(word, section, n=1, cutoff=0.8)
     if len(name) >= 2:
-        yield from (key for key in legal if key.startswith(word))
+        yield from (whole := [key for key in legal if key.startswith(word)])
+        if whole and "." in word:
+            return  # its section was meant: no other section's setting of this name
         yield from (key for key in legal if key.rpartition(".")[2].startswith(name))
         # whole words of a name: `experts`, `hang`
         yield from (key for key in legal if name in key.rpartition(".")[2].split("_"))
