@@ -38,10 +38,10 @@ def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path |
                 f"{FLAG} {named} is no folder. It holds presets as conf/ does: "
                 f"{FLAG} DIR, DIR/experiment/mine.yaml, and experiment=mine."
             )
-    if own is None and (named := os.environ.get(VARIABLE)):
-        own = Path(named)
+    if own is None and (handed_on := os.environ.get(VARIABLE)):
+        own = Path(handed_on)
         if not own.is_dir():
-            raise ConfigError(f"{VARIABLE}={named} is no folder of presets. Unset it, or mend it.")
+            raise ConfigError(f"{VARIABLE}={own} is no folder of presets. Unset it, or mend it.")
     own = own or Path("conf")
     if not own.is_dir() or own.resolve() == ours.resolve():
         return rest, None
