@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "serve": ("pipeline.serve",),
     "answer": ("pipeline.answer",),
     "probe": ("pipeline.probe",),
+    "activations": ("pipeline.activations",),
     "checkpoint": ("pipeline.checkpoint.__main__",),
     "export": ("pipeline.export",),
     "hf-import": ("pipeline.hf_import",),
@@ -60,6 +61,7 @@ KNOWN_AS = {
     "prepare": "tokenize", "pretrain": "train", "finetune": "train", "sample": "generate",
     "eval": "evaluate", "inspect": "show", "convert": "export", "import": "hf-import",
     "tokenizer": "train-tokenizer", "download": "hf-import",
+    "dump": "activations", "sae": "activations",
 }  # fmt: skip
 
 

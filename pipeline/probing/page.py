@@ -29,6 +29,7 @@ const make = (tag, parent, text) => {
   return parent.appendChild(node);
 };
 const shade = share => `rgba(68, 119, 170, ${Math.max(0, Math.min(1, share))})`;
+const line = token => token.replaceAll("\\n", "\\u23ce");
 const ink = share => share > .6 ? "#fff" : "#222";
 let block = 0, head = 0, place = -1;
 
@@ -36,13 +37,13 @@ function lens(found, box) {
   const table = make("table", box);
   const top = make("tr", table);
   make("th", top, "after block");
-  data.text.tokens.forEach(token => make("th", top, token));
+  data.text.tokens.forEach(token => make("th", top, line(token)));
   for (let i = data.layers - 1; i >= 0; i--) {
     const row = make("tr", table);
     make("th", row, i);
     found.tokens[i].forEach((tokens, at) => {
       const chances = found.probabilities[i][at];
-      const cell = make("td", row, tokens[0]);
+      const cell = make("td", row, line(tokens[0]));
       cell.style.background = shade(chances[0]);
       cell.style.color = ink(chances[0]);
       cell.title = tokens.map((t, k) => `${JSON.stringify(t)} ${(100 * chances[k]).toFixed(1)} %`)
