@@ -15,8 +15,10 @@ import pytest
 
 from pipeline.checkpoint.record import read_record
 from pipeline.errors import DataUsedUp, PipelineError
+from pipeline.tracking.samples import read_samples
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import (
+    LOOKS,
     STEPS,
     heads,
     history,
@@ -37,18 +39,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_four_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
     """Tensor and pipeline parallel through the whole trainer: same samples, losses, norms, held-out loss."""
-    looks = {"training.probe_every": 4}
-    layout = looks | {f"parallel.{name}_parallel_size": 2 for name in ("tensor", "pipeline")}
-    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "one", **looks))
+    layout = LOOKS | {f"parallel.{name}_parallel_size": 2 for name in ("tensor", "pipeline")}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "one", **LOOKS))
     run_on_ranks(train_on_ranks, 4, overrides(data, tmp_path, "four", **layout))
     one, four = history(tmp_path / "one"), history(tmp_path / "four")
     assert list(one) == list(four) == list(range(1, STEPS + 1))
     for step in one:
         assert four[step][2] == one[step][2], "other samples"
         assert four[step][:2] == pytest.approx(one[step][:2], rel=1e-5)
-    assert validation(tmp_path / "four") == pytest.approx(validation(tmp_path / "one"), rel=1e-5)
-    assert list(validation(tmp_path / "one")) == [5, 10]
+    scores = validation(tmp_path / "one")
+    assert validation(tmp_path / "four") == pytest.approx(scores, rel=1e-5) and len(scores) == 2
     assert heads(tmp_path / "four") == pytest.approx(heads(tmp_path / "one"), abs=1e-5)
+    one, four = (read_samples(tmp_path / name) for name in ("one", "four"))
+    assert list(one) == [5, 10] and four == one
 
 
 def train_and_adapt(base: list[str], adapter: list[str]) -> None:

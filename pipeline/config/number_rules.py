@@ -20,18 +20,19 @@ LEAST = {
         parallel.tensor_parallel_size parallel.context_parallel_size
         parallel.pipeline_parallel_size parallel.expert_parallel_size training.total_steps
         training.total_tokens training.seq_len training.global_batch_size
-        training.micro_batch_size training.recompute_every schedule.decay_steps
-        tracking.log_every checkpoint.max_failed_saves resilience.spike_window seq_len
-        micro_batch_size""",
+        training.micro_batch_size training.recompute_every training.sample_tokens
+        schedule.decay_steps tracking.log_every checkpoint.max_failed_saves
+        resilience.spike_window seq_len micro_batch_size""",
     0: """model.moe.num_experts model.moe.shared_expert_ffn_hidden_size model.norm_eps
         model.vision.num_layers model.hidden_dropout model.attention_dropout model.init_std
         model.logit_softcap model.z_loss_coeff model.moe.z_loss_coeff model.moe.aux_loss_coeff
         finetune.lora_rank optimizer.lr optimizer.eps optimizer.weight_decay optimizer.clip_grad
         optimizer.beta1 optimizer.beta2 optimizer.momentum schedule.min_lr
         schedule.warmup_steps schedule.warmup_tokens training.eval_every training.eval_sequences
-        training.probe_every training.gc_every data.prefetch_steps checkpoint.save_every
-        checkpoint.keep_last checkpoint.keep_every resilience.hang_timeout_s
-        resilience.straggler_every resilience.max_bad_steps resilience.spike_sigmas
+        training.probe_every training.sample_every training.sample_temperature
+        training.gc_every data.prefetch_steps checkpoint.save_every checkpoint.keep_last
+        checkpoint.keep_every resilience.hang_timeout_s resilience.straggler_every
+        resilience.max_bad_steps resilience.spike_sigmas
         resilience.straggler_ratio sequences""",
 }
 ABOVE_0 = """model.rope_theta model.rope_scaling_factor resilience.collective_timeout_s

@@ -134,6 +134,17 @@ class TrainingConfig:
     """Sequences per validation dataset and evaluation; 0: all of it."""
     probe_every: int = 0
     """Steps between looks at the attention heads (docs/probing.md); 0: never."""
+    sample_every: int = 0
+    """Steps between samples of what the model writes, kept in runs/<name>/samples.jsonl; 0: never.
+    """
+    sample_prompts: list[str] = field(default_factory=lambda: [""])
+    """What the samples continue; an empty one is the start of a document. Models of dialogues
+    answer them.
+    """
+    sample_tokens: int = 64
+    """Longest sample, tokens; each costs a forward pass of all prompts."""
+    sample_temperature: float = 0.8
+    """Divides the logits of a sample; 0 takes the likeliest token every time."""
     profile_steps: list[int] | None = None
     """[a, b]: trace steps a to b (as logged) of every rank into runs/<name>/profiles/; null: none.
     """

@@ -43,6 +43,29 @@ class Batch:
     micro-batch on every rank. None: no dataset has pictures.
     """
 
+    @classmethod
+    def of_whole_sequences(
+        cls, ids: Tensor, *, loss_mask: Tensor | None, documents: bool, positions: bool
+    ) -> Batch:
+        """A micro-batch of (B, S) ids, each row one document from its first token.
+
+        Args:
+            ids: on the device; the labels are the same ids, shifted, and end with the row's first.
+            loss_mask: as the field.
+            documents: whether document_ids are made.
+            positions: whether positions are made.
+        """
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return cls(
+            tokens=ids,
+            labels=ids.roll(-1, 1),
+            loss_mask=loss_mask,
+            document_ids=torch.zeros_like(ids) if documents else None,
+            positions=places if positions else None,
+            sample_ids=np.arange(len(ids)),
+            num_documents=len(ids) if documents else 0,
+        )
+
 
 @dataclass(frozen=True)
 class Masks:

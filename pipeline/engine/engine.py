@@ -43,6 +43,7 @@ from pipeline.model.attention import pin_attention_kernels
 from pipeline.model.documents import expect_documents
 from pipeline.model.experts import set_moe_loss_scale, take_tallies
 from pipeline.model.fragments import Fragment
+from pipeline.model.gpt import Loss
 from pipeline.model.initial_values import initialize, threads_for
 from pipeline.model.lora import adapt, freeze
 from pipeline.model.partition import Partition
@@ -221,7 +222,24 @@ class Engine:
         count = count_all(batches, self.layout) if answers else None
         batches = own_runs(batches, self.layout.context)
         masks, tokens = loss_masks(batches, self.layout)
-        return Scores.of(self.runner.evaluate(batches, masks, answers=answers), tokens, count)
+        measure = Loss.sums_and_exact if answers else Loss.sums
+        return Scores.of(self.runner.evaluate(batches, masks, measure), tokens, count)
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> Tensor:
+        """(B, vocab_size) fp32 logits of what follows, in each row, the token that counts.
+
+        Args:
+            batch: the same on every rank; its loss_mask is 1 at one token of each row.
+        """
+        expect_documents(count_documents([batch]))
+        (own,) = own_runs([batch], self.layout.context)
+        assert own.loss_mask is not None
+        size = len(own.tokens) * self.shape.padded_vocab_size
+        sums = self.runner.evaluate([own], [own.loss_mask], Loss.next_logits, size=size)
+        # Every copy of the model has added its own.
+        logits = sums.view(len(own.tokens), -1) / self.layout.replica.size
+        return logits[:, : self.shape.vocab_size]
 
     # ---- parameters ------------------------------------------------------------------------------
 

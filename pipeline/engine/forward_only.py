@@ -104,10 +104,9 @@ def sum_scores(
     hidden_size: int,
     dtype: torch.dtype,
     layout: ParallelLayout,
+    size: int = 2,
 ) -> Tensor:
-    """(2,) fp32 sums over all ranks, of model/gpt.py's Loss; the caller is `asking`.
-
-    Collective: call on every rank.
+    """(size,) fp32 sums over all ranks, of model/gpt.py's Loss. Collective; the caller is `asking`.
 
     Args:
         stages: of this rank, in the order of the model.
@@ -116,9 +115,10 @@ def sum_scores(
         masks: (B, S) fp32 each.
         schema: what travels between stages; here only hidden does, all ranks have the batch.
         hidden_size, dtype: of hidden.
+        size: numbers that `sums` gives.
     """
     here = layout.pipeline.rank
-    total = torch.zeros(2, device=layout.device)
+    total = torch.zeros(size, device=layout.device)
     handed_over: list[Tensor] = []  # from a stage of this rank to the next one of this rank
     for stage in stages:
         received, handed_over = handed_over, []

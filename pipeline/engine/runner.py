@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
+    from pipeline.model.gpt import Measure
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ class Runner(Protocol):
         """0-dim fp32 norm of the step's whole reduced gradient, without the loss scale."""
 
     def evaluate(
-        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], measure: Measure, *, size: int = 2
     ) -> Tensor:
-        """(2,) [cross entropy, exact answers] over all ranks, without gradients.
+        """(size,) fp32 sums of a measure over micro-batches and all ranks, without gradients.
 
         Args:
             masks: (B, S) fp32 each, 1 where a token counts.
-            answers: count exact ones; else the second number is 0.
+            measure: such as Loss.sums; gives `size` numbers of each micro-batch.
+            size: how many.
         """
 
     def slots(self) -> Iterator[Slot]:

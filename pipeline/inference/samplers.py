@@ -20,6 +20,7 @@ from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
+from pipeline.inference.drawing import choose
 from pipeline.inference.turns import fitting
 from pipeline.log import logger
 
@@ -268,24 +269,6 @@ class LocalSampler:
             if len(text) < len(so_far):
                 break
         return text
-
-
-def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """0-dim id drawn from (V,) logits.
-
-    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751: the smallest set of tokens whose
-    probability reaches it.
-    """
-    import torch
-
-    if temperature == 0:
-        return logits.argmax()
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    if top_k:
-        probabilities[top_k:] = 0.0
-    probabilities /= probabilities.sum()
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
-    return order[torch.multinomial(probabilities, 1)[0]]
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from pipeline.model.context_parallel import context_group, gather_run
 from pipeline.model.documents import document_starts
 from pipeline.model.embedding import Embedding, Head
 from pipeline.model.exact import count_exact
-from pipeline.model.loss import Projection, linear_cross_entropy, score_labels
+from pipeline.model.loss import Projection, final_logits, linear_cross_entropy, score_labels
 from pipeline.model.tensor_parallel import enter_output_projection
 
 # (hidden, output weight, labels, token weights) to what is asked of them
@@ -64,6 +64,19 @@ class Loss:
         # An answer may begin in one rank's run and end in another's: the first one counts for all.
         hits, mask = (gather_run(x.to(mask.dtype), group, dim=1) for x in (hits, mask))
         return torch.stack([nats, count_exact(hits > 0, mask) * (group.rank() == 0)])
+
+    def next_logits(self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """(B * V,) fp32 logits of what follows the one token of each row where `mask` is 1."""
+        hidden = enter_output_projection(hidden, self.config)
+        if (group := context_group()).size() > 1:
+            hidden, mask = (gather_run(x, group, dim=1) for x in (hidden, mask))
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = hidden[rows, mask.argmax(dim=1)]
+        return final_logits(last, weight, self.projection).flatten()
+
+
+Measure = Callable[[Loss, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A method of Loss: (hidden, output weight, labels, mask) to fp32 numbers that add up."""
 
 
 class GPT(nn.Module):

@@ -230,6 +230,13 @@ def _log_probabilities(logits: Tensor, projection: Projection) -> Tensor:
     return logits - log_z
 
 
+@torch.no_grad()
+def final_logits(hidden: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+    """(N, V) fp32, -inf where padded, of (N, H) hidden; whole on every tensor-parallel rank."""
+    logits = _final_logits(hidden @ weight.t(), projection)[0].float()
+    return logits if projection.group is None else _side_by_side(logits, projection.group)
+
+
 def _side_by_side(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(N, ranks * columns) of (N, columns) from every rank."""
     parts = [torch.empty_like(part) for _ in range(group.size())]

@@ -157,13 +157,11 @@ class Measures:
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         last = (ids.shape[1] if count is None else count) - 1
         schema = self.model.schema
-        return Batch(
-            tokens=ids,
-            labels=ids.roll(-1, 1),
+        return Batch.of_whole_sequences(
+            ids,
             loss_mask=(places < last).float() * (self.layout.data.rank == 0),
-            document_ids=torch.zeros_like(ids) if schema.documents else None,
-            positions=places if schema.positions else None,
-            sample_ids=torch.arange(len(ids)).numpy(),
+            documents=schema.documents,
+            positions=schema.positions,
         )
 
     # ---- sums over this rank's tokens ------------------------------------------------------------

@@ -63,7 +63,13 @@ class HeadProbe:
         """Each of KINDS and LOOKS by (block, head), fp64, the same on every rank."""
         layout, model = self.engine.layout, self.engine.model
         ids = repeated_tokens(self.engine.shape.vocab_size, seq_len=self.engine.shape.seq_len)
-        batch, half = self._batch(ids.to(layout.device)), ids.shape[1] // 2
+        batch = Batch.of_whole_sequences(
+            ids.to(layout.device),
+            loss_mask=None,
+            documents=self.schema.documents,
+            positions=self.schema.positions,
+        )
+        half = ids.shape[1] // 2
         weights = torch.ones(ids.shape, device=layout.device)
         passage: Passage = {}
 
@@ -92,15 +98,3 @@ class HeadProbe:
         tokens = {"entropy": weights.sum(), "sink": later}
         copies = layout.data.size  # every data-parallel rank reads the same
         return {name: value / copies / tokens.get(name, 1.0) for name, value in found.items()}
-
-    def _batch(self, ids: Tensor) -> Batch:
-        """A micro-batch of whole sequences (B, S), each of one document."""
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return Batch(
-            tokens=ids,
-            labels=ids.roll(-1, 1),
-            loss_mask=None,
-            document_ids=torch.zeros_like(ids) if self.schema.documents else None,
-            positions=places if self.schema.positions else None,
-            sample_ids=torch.arange(len(ids)).numpy(),
-        )

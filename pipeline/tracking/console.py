@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import log
+from pipeline.errors import visible
 from pipeline.log import logger
+from pipeline.tracking.samples import Sample
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 """Of tqdm's own, without its time to go: the lines have one, which counts tokens."""
@@ -69,6 +71,13 @@ class Console:
         """What the model makes of a held-out dataset."""
         text = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
         log.info(f"step {state.step}: held out {name}: {text}")
+
+    def show_samples(self, state: State, samples: Sequence[Sample]) -> None:
+        """The beginning of each sample, on a line."""
+        for sample in samples:
+            text = " ".join(visible(sample.prompt + sample.text).split())
+            line = f"step {state.step}: writes: {text}"
+            logger.info(line if len(line) <= log.COLUMNS else line[: log.COLUMNS - 3] + "...")
 
     def advance(self, state: State) -> None:
         """Move the progress bar, which exists only where somebody looks at the terminal."""

@@ -11,9 +11,8 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.files import parse_json, read_file
 from pipeline.shapes import COUNT, misfits
+from pipeline.tracking.row_file import read_rows
 
-MOST_BYTES = 1 << 30
-"""Of metrics.jsonl: a million logged steps."""
 _NUMBER, _SCORES = (float, None), ("loss", "ppl", "bits_per_byte")
 HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
 """What training.probe_every logs of attention heads, as probe/NAME."""
@@ -63,7 +62,7 @@ class History:
         if not path.exists():
             raise DataError(f"there is no {path}. Give the folder of a run, runs/NAME.")
         history, steps, evaluations, heads = cls(), {}, {}, {}
-        for row in _rows(path):
+        for row in read_rows(path):
             if wrong := next(misfits(row, ROW), None):
                 raise DataError(f"{path} has a row that is of no run: {wrong}.")
             if row.get("event") == "start":
@@ -109,33 +108,10 @@ class History:
 def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:
     """Whether metrics.jsonl has the held-out loss of each dataset after `step`."""
     try:
-        rows = [row for row in _rows(run_dir / "metrics.jsonl") if row.get("step") == step]
+        rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("step") == step]
     except DataError:  # it is not there, or cannot be read now
         return False
     return all(any(f"val/{name}/loss" in row for row in rows) for name in names)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines that are rows: a killed process leaves half a line.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    import orjson
-
-    rows = []
-    try:
-        lines = read_file(path, most=MOST_BYTES).splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    for line in lines:
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _final(path: Path) -> dict[str, dict[str, Any]]:

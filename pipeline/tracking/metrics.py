@@ -1,6 +1,7 @@
 """What a run tells the world: metrics.jsonl, a line a logged step, a progress bar, W&B.
 
     trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl, for history.py
+            --record_samples-->                              --> samples.jsonl
                                                              --> console, progress bar
                                                              --> WandbRun, a thread
 
@@ -13,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +36,7 @@ from pipeline.tracking.console import Console
 from pipeline.tracking.environment import environment
 from pipeline.tracking.planned import COMPARED_AFTER_STEPS, Planned
 from pipeline.tracking.row_file import RowFile
+from pipeline.tracking.samples import SAMPLES, Sample
 from pipeline.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ class Metrics:
         commit, _, dirty = (facts["git_commit"] or "unknown").partition("-")
         log.info(f"commit {commit[:12]}{dirty and ' (changed)'} on {device}; {versions}")
         self._rows = RowFile(run_dir / "metrics.jsonl")
+        self._samples = RowFile(run_dir / SAMPLES)  # made when there is one
         self._write(
             {"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts}
         )
@@ -171,6 +174,16 @@ class Metrics:
             self._console.show_evaluation(state, name, values)
         self.restart_clock()
 
+    def record_samples(self, state: State, samples: Sequence[Sample]) -> None:
+        """Keep what the model writes at this step in samples.jsonl, and pass it on."""
+        at = {"step": state.step, "tokens": state.tokens_seen}
+        for sample in samples:
+            self._samples.append(orjson.dumps({**at, **sample._asdict()}) + b"\n")
+        if self._wandb is not None:
+            self._wandb.log_samples(at, samples)
+        self._console.show_samples(state, samples)
+        self.restart_clock()
+
     def event(self, state: State, values: Mapping[str, Any]) -> None:
         """Pass on values of no logged step, e.g. {"resilience/checkpoint_stall_ms": 12.0}."""
         self._send(state, dict(values))
@@ -181,6 +194,7 @@ class Metrics:
         with bookkeeping("the progress bar"):
             self._console.close()
         self._rows.close()
+        self._samples.close()
         if self._wandb is not None:
             self._wandb.close(exit_code)
 
@@ -240,7 +254,7 @@ class SilentMetrics(Metrics):
     def _nothing(self, *_: Any, **__: Any) -> None:
         """Instead of every public method."""
 
-    begin = restart_clock = record = record_eval = event = close = _nothing
+    begin = restart_clock = record = record_eval = record_samples = event = close = _nothing
 
 
 def _number(value: Any) -> Any:

@@ -12,13 +12,17 @@ import os
 from collections import deque
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from pipeline.files import own_name
+from pipeline.errors import DataError
+from pipeline.files import own_name, read_file
 from pipeline.log import logger
 from pipeline.resilience.bookkeeping import bookkeeping
 
 MAX_WAITING_BYTES = 64 * 2**20
 """Of lines in memory, some hundred thousand logged steps; beyond it the oldest are lost."""
+MOST_BYTES = 1 << 30
+"""Of a file of lines that is read: a million logged steps."""
 
 
 class RowFile:
@@ -88,3 +92,26 @@ class RowFile:
             with contextlib.suppress(OSError):  # some file systems tell of a failed write here
                 self._file.close()
             self._file = None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines that are rows: a killed process leaves half a line.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    import orjson
+
+    rows = []
+    try:
+        lines = read_file(path, most=MOST_BYTES).splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    for line in lines:
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

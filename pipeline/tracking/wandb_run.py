@@ -12,8 +12,9 @@ import re
 import sys
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
@@ -21,6 +22,7 @@ from pipeline.files import read_file, write_durably
 from pipeline.log import logger
 from pipeline.redaction import redact
 from pipeline.resilience.bookkeeping import bookkeeping
+from pipeline.tracking.samples import Sample
 
 WANDB_INIT_TIMEOUT_S = 120.0
 WANDB_CLOSE_TIMEOUT_S = 60.0  # what a run waits at its end for W&B to take the last values
@@ -42,6 +44,11 @@ class WandbRun:
         """Hand over one row; never waits."""
         with bookkeeping("W&B's queue, full", errors=queue.Full):
             self._queue.put_nowait(row)
+
+    def log_samples(self, at: dict[str, int], samples: Sequence[Sample]) -> None:
+        """Hand over the samples of a step, `at`: W&B shows them as a table."""
+        rows: list[list[Any]] = [[*at.values(), *sample] for sample in samples]
+        self.log({**at, "samples": _Table([*at, *Sample._fields], rows)})
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run with the exit code; waits WANDB_CLOSE_TIMEOUT_S at most."""
@@ -77,7 +84,7 @@ class WandbRun:
             item = self._queue.get()
             try:
                 if isinstance(item, dict):
-                    run.log(item)
+                    run.log({key: _as_wandb(value) for key, value in item.items()})
                 else:
                     run.finish(exit_code=item)
                     is_done = True
@@ -125,6 +132,21 @@ class WandbRun:
         # After a restart steps repeat: W&B's own step cannot.
         run.define_metric("*", step_metric="step")
         return run
+
+
+class _Table(NamedTuple):
+    """A table that waits in the queue: wandb is imported by the thread alone."""
+
+    columns: list[str | int]
+    rows: list[Any]
+    """Lists of values."""
+
+
+def _as_wandb(value: Any) -> Any:
+    """A value as W&B takes it."""
+    import wandb
+
+    return wandb.Table(columns=value.columns, data=value.rows) if type(value) is _Table else value
 
 
 def _wandb_mode(mode: WandbMode) -> str:

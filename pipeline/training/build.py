@@ -14,7 +14,12 @@ from pipeline.engine.engine import Engine
 from pipeline.model.architecture import Architecture
 from pipeline.model.stage_io import StageSchema
 from pipeline.probing.while_training import HeadProbe
+from pipeline.resilience.clock import Clock
+from pipeline.tracking.metrics import Metrics
+from pipeline.training.looks import Look, Looks
 from pipeline.training.profile import StepProfile
+from pipeline.training.state import TrainState
+from pipeline.training.text_samples import TextSamples
 from pipeline.training.watched_engine import WatchedEngine
 
 
@@ -76,9 +81,23 @@ def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
     }
 
 
-def build_head_probe(cfg: PretrainConfig, engine: Engine) -> HeadProbe:
-    """What looks at the attention heads of a run."""
-    return HeadProbe(engine, StageSchema.of(cfg.data, cfg.parallel))
+def build_looks(
+    cfg: PretrainConfig, *, engine: Engine, loader: Loader, metrics: Metrics, clock: Clock
+) -> Looks:
+    """What the run looks at every so many steps; what it finds goes to `metrics`."""
+    schema, training = StageSchema.of(cfg.data, cfg.parallel), cfg.training
+    looks: list[tuple[int, Look]] = []
+    if training.probe_every:
+        heads = HeadProbe(engine, schema)
+        looks.append((training.probe_every, lambda state: metrics.event(state, heads.run())))
+    if training.sample_every:
+        texts = TextSamples(training, engine=engine, schema=schema, loader=loader, seed=cfg.seed)
+
+        def write(state: TrainState) -> None:
+            metrics.record_samples(state, texts.draw(state.step, alive=clock.alive))
+
+        looks.append((training.sample_every, write))
+    return Looks(looks, clock=clock)
 
 
 def build_loader(

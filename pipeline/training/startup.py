@@ -16,11 +16,12 @@ from pipeline.config.data import DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.distributed.ranks import Ranks, placement_warning
-from pipeline.errors import DataError, MachineError, Problems
+from pipeline.errors import ConfigError, DataError, MachineError, Problems
 from pipeline.files import check_no_links, sha256_of, size_of, write_durably
 from pipeline.resilience import ownership
 from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.training.in_words import sentences
+from pipeline.training.prompts import misfitting_prompts
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import DataSummary
@@ -95,6 +96,11 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     with problems:
         if (weights := first_weights(cfg, run_dir)) is not None:
             check_same_tokenizer(data, weights)
+    with problems:
+        if cfg.training.sample_every > 0:
+            wrong = misfitting_prompts(cfg.training, data, seq_len=shape.seq_len)
+            if found := "\n".join(wrong):
+                raise ConfigError(found)
     reading = None
     with problems:
         places = folders.places(run_dir, cfg.checkpoint.fallback_dir)

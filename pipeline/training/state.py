@@ -8,6 +8,11 @@ from pipeline.config.step_shape import StepShape
 from pipeline.errors import CheckpointError
 
 
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps, 0: never, happens after this one."""
+    return every > 0 and step % every == 0
+
+
 @dataclass
 class TrainState:
     """How far the run is; lives in every checkpoint."""

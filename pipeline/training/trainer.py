@@ -39,10 +39,10 @@ from pipeline.resilience.stragglers import Stragglers
 from pipeline.tracking.history import has_evaluation
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.best import BestCheckpoint
-from pipeline.training.build import build_head_probe, build_loader, build_watched_engine
+from pipeline.training.build import build_loader, build_looks, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
 from pipeline.training.run_metrics import open_metrics
-from pipeline.training.state import TrainState
+from pipeline.training.state import TrainState, is_due
 from pipeline.training.step_extras import StepExtras
 
 
@@ -76,7 +76,6 @@ class Trainer:
             sequences=cfg.training.eval_sequences,
             cache_dir=cache_dir,
         )
-        self.head_probe = build_head_probe(cfg, self.engine)
         places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,
@@ -97,6 +96,9 @@ class Trainer:
         if layout.ranks.is_main:
             datasets = self.loader.state()["datasets"]
             self.metrics = open_metrics(cfg, shape, run_dir, clock=clock, datasets=datasets)
+        self.looks = build_looks(
+            cfg, engine=self.engine, loader=self.loader, metrics=self.metrics, clock=clock
+        )
 
     def fit(self) -> None:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
@@ -120,9 +122,7 @@ class Trainer:
                 break
             if self.is_due(self.cfg.training.eval_every):  # after the save: whatever it meets
                 self.evaluate()
-            if self.is_due(self.cfg.training.probe_every):
-                self.clock.enter("evaluation", self.state.step)
-                self.metrics.event(self.state, self.head_probe.run())  # collective
+            self.looks.after(self.state)  # collective
             if self.is_due(self.cfg.resilience.straggler_every):
                 self.report_stragglers()
             self.collect_garbage()
@@ -132,7 +132,7 @@ class Trainer:
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one."""
-        return every > 0 and self.state.step % every == 0
+        return is_due(every, self.state.step)
 
     @property
     def is_evaluated(self) -> bool:

@@ -6,10 +6,8 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +16,6 @@ from pipeline.inference.samplers import (
     GenerateConfig,
     LocalSampler,
     TransformersSampler,
-    choose,
     cut_at_stop,
     open_sampler,
 )
@@ -89,25 +86,3 @@ def test_cut_text_holds_no_stop_string(text: str, stop: list[str]) -> None:
     cut = cut_at_stop(text, stop)
     assert text.startswith(cut) and not any(end in cut for end in stop)
     assert cut == text or any(text[len(cut) :].startswith(end) for end in stop)
-
-
-def test_top_k_and_top_p_leave_out_the_tail() -> None:
-    """Worked by hand: probabilities 0.5, 0.3, 0.15, 0.05."""
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
-    torch.manual_seed(0)
-
-    def drawn(**kwargs: Any) -> set[int]:
-        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **kwargs}
-        return {int(choose(logits, **options)) for _ in range(200)}
-
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {1, 3}
-    assert drawn(top_p=0.5) == {1}  # the first token alone reaches one half
-    assert drawn(top_p=0.51) == {1, 3}
-    assert drawn(top_k=3, top_p=0.9) == {1, 3, 2}
-    assert drawn(temperature=0.0) == {1}
-    counts = torch.bincount(
-        torch.stack([choose(logits, temperature=1.0, top_k=0, top_p=1.0) for _ in range(2000)]),
-        minlength=4,
-    )
-    assert torch.allclose(counts / 2000, logits.exp(), atol=0.04)

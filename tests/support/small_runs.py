@@ -14,6 +14,11 @@ from tests.support.corpus import make_tokenizer
 from tests.support.token_dataset import write_dataset
 
 STEPS = 10
+LOOKS: dict[str, Any] = {
+    "training.probe_every": 4, "training.sample_every": 5, "training.sample_temperature": 0,
+    "training.sample_tokens": 6, "training.sample_prompts": "[the]",
+}  # fmt: skip
+"""At heads and at what the model writes."""
 
 
 def write_data(folder: Path) -> Path:

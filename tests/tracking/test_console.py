@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import log
 from pipeline.tracking.console import Console, duration, short
+from pipeline.tracking.samples import Sample
 
 SMALL = {
     "train/mean_loss": 3.44531, "train/loss": 9.0, "train/lr": 2.1e-3, "train/grad_norm": 0.5123,
@@ -48,6 +49,14 @@ def test_a_line_fits_the_terminal_at_any_size(said) -> None:
     lines = said()
     assert all(len(line) <= log.COLUMNS for line in lines) and len(lines) == 4
     assert "loss 3.4453" in lines[0] and "12.3M tok/s" in lines[0] and "eta 6h 46m" in lines[0]
+
+
+def test_a_sample_is_one_line(said) -> None:
+    """Whatever the model writes: line ends, and what would command the terminal."""
+    console = Console(total_steps=9, total_tokens=9, progress=False)
+    console.show_samples(state(4, 4), [Sample("a", "\n b\x1b[2J 100%"), Sample("", "word " * 50)])
+    assert said()[0] == r"step 4: writes: a b\x1b[2J 100%"
+    assert len(said()[1]) == log.COLUMNS and said()[1].endswith("...")
 
 
 @pytest.mark.parametrize(

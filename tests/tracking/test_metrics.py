@@ -30,6 +30,7 @@ from pipeline.resilience.goodput import Goodput
 from pipeline.tracking import metrics, wandb_run
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.tracking.planned import Planned
+from pipeline.tracking.samples import Sample, read_samples
 from tests.support.waiting import HANG_S
 
 
@@ -218,6 +219,20 @@ def test_only_the_main_rank_writes(tmp_path):
     tracker.restart_clock()
     tracker.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_are_kept_beside_the_metrics_and_in_wandb(tmp_path):
+    """W&B has them as a table a step, which it puts together over the steps."""
+    failures = num_failures()
+    tracker = make(tmp_path, wandb=WandbMode.offline)
+    tracker.record_samples(State(step=5, tokens_seen=160), [Sample("a", " b\n"), Sample("", "é")])
+    tracker.close()
+    assert read_samples(tmp_path) == {5: [Sample("a", " b\n"), Sample("", "é")]}
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "tokens", "prompt", "text"]
+    assert content["data"] == [[5, 160, "a", " b\n"], [5, 160, "", "é"]]
+    assert num_failures() == failures
 
 
 def test_wandb_offline_keeps_one_id_over_restarts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
 from pipeline.engine.deepspeed.mpu import Mpu
 from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
-from pipeline.model.gpt import GPT, Loss, LossFunction
+from pipeline.model.gpt import GPT, LossFunction, Measure
 from pipeline.model.partition import is_expert, is_split
 from pipeline.model.stage_io import StageSchema
 
@@ -105,13 +106,12 @@ class PlainRunner(DeepSpeedRunner):
         return square.sqrt()
 
     def evaluate(
-        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], measure: Measure, *, size: int = 2
     ) -> Tensor:
-        """(2,) [cross entropy, exact answers] over all ranks."""
-        total = torch.zeros(2, device=self.layout.device)
+        """(size,) sums of a measure over all ranks."""
+        total = torch.zeros(size, device=self.layout.device)
         module: Any = self.module
-        of: Loss = module.loss
-        loss = of.sums_and_exact if answers else of.sums
+        loss = partial(measure, module.loss)
         # Past DeepSpeed's engine, whose train() and eval() reach its module and not its own flag.
         with asking(self.module):
             for batch, mask in zip(batches, masks, strict=True):

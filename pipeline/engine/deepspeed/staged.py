@@ -31,7 +31,7 @@ from pipeline.engine.deepspeed.changes import reduce_tied_sums
 from pipeline.engine.deepspeed.gradient_first import send_gradients_first
 from pipeline.engine.forward_only import Stage, asking, sum_scores
 from pipeline.model.architecture import Architecture
-from pipeline.model.gpt import Loss, LossFunction
+from pipeline.model.gpt import Loss, LossFunction, Measure
 from pipeline.model.linear import LateProducts
 from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageInput, StageSchema
@@ -101,21 +101,21 @@ class StagedRunner(DeepSpeedRunner):
         return self.deepspeed._aggregate_total_loss()
 
     def evaluate(
-        self, batches: Sequence[Batch], masks: Sequence[Tensor], *, answers: bool
+        self, batches: Sequence[Batch], masks: Sequence[Tensor], measure: Measure, *, size: int = 2
     ) -> Tensor:
-        """(2,) [cross entropy, exact answers] over all ranks."""
+        """(size,) sums of a measure over all ranks."""
         module: Any = self.module
-        of: Loss = module.cross_entropy
         with asking(module):
             return sum_scores(
                 self._stages(),
-                partial(module.loss_fn, loss=of.sums_and_exact if answers else of.sums),
+                partial(module.loss_fn, loss=partial(measure, module.cross_entropy)),
                 batches,
                 masks,
                 schema=self.schema,
                 hidden_size=self.hidden_size,
                 dtype=self.parameters[0].dtype,
                 layout=self.layout,
+                size=size,
             )
 
     def _stages(self) -> list[Stage]:

@@ -1,0 +1,41 @@
+"""The next token, drawn from what a model says of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def choose(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """0-dim id drawn from (V,) logits.
+
+    Args:
+        logits: of all ids.
+        temperature: divides them; 0 takes the largest.
+        top_k: draw among the k likeliest; 0: all.
+        top_p: draw among the likeliest that together have this probability.
+        generator: of the draw; None: torch's own.
+
+    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751: the smallest set of tokens whose
+    probability reaches it.
+    """
+    import torch
+
+    if temperature == 0:
+        return logits.argmax()
+    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    if top_k:
+        probabilities[top_k:] = 0.0
+    probabilities /= probabilities.sum()
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
+    return order[torch.multinomial(probabilities, 1, generator=generator)[0]]
