@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,3 +246,22 @@ def check_ramp(world_size: int, layouts: list[dict[str, Any]]) -> None:
         assert [x for pair in found for x in pair] == pytest.approx(
             [x for pair in expected for x in pair], rel=tolerance
         )
+
+
+def norm_without_whole_gradients() -> str:
+    """Where the norm lies at ZeRO-0 if only matrices that tensor-parallel ranks share are trained."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline.engine.deepspeed.plain import PlainRunner
+
+    get_accelerator().current_device_name = lambda: "meta"
+    runner = object.__new__(PlainRunner)
+    frozen = torch.nn.Parameter(torch.ones(2))
+    layout = SimpleNamespace(tensor=None, expert=None)
+    vars(runner).update(is_unsharded=True, layout=layout, _whole=[frozen], _split=[], _experts=[])
+    return runner.grad_norm().device.type
+
+
+def test_a_norm_of_no_gradient_is_on_the_device() -> None:
+    """It was a number of the CPU, to which CUDA adds none: fp32 runs with tensor parallelism that train linears alone."""
+    assert run_on_ranks(norm_without_whole_gradients, 1) == ["meta"]

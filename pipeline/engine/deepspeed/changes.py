@@ -136,7 +136,8 @@ def reduce_tied_sums(engine: Any) -> None:
     )
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """0-dim fp32 norm of all of them, on the device also where there are none."""
     if not gradients:
         return torch.zeros((), device=get_accelerator().current_device_name())
     return torch.nn.utils.get_total_norm(gradients).float()
@@ -180,11 +181,11 @@ def _norm_over_model_parallel_ranks(optimizer: Any, layout: ParallelLayout) -> T
         for parameter, gradient in zip(members, gradients, strict=True):
             if _counts_here(parameter, layout.tensor.rank):
                 (spanning if spans_data(parameter) else alike).append(gradient)
-    total = _total_norm(alike).square()
+    total = total_norm(alike).square()
     if layout.experts_span_data:
         # Over all ranks, of which `replica` count the same gradient, and `expert_data` the same
         # expert's: divided by that many, each counts once.
-        of_experts = _total_norm(spanning).square() / layout.expert_data.size
+        of_experts = total_norm(spanning).square() / layout.expert_data.size
         total = total / layout.replica.size + of_experts
         dist.all_reduce(total)
     elif optimizer.mpu is not None:
@@ -216,7 +217,7 @@ def _norm_over_all_ranks(optimizer: Any, groups: Any) -> Tensor:
     # |g|^2 is a sum over all elements, whichever group, rank or stage they belong to. One sum a
     # step: a middle stage has no embedding, hence under muP a group fewer, and with a sum for each
     # group the ranks waited in different ones.
-    total = _total_norm(counted).square()
+    total = total_norm(counted).square()
     dist.all_reduce(total, group=optimizer.dp_process_group)
     optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
     return total.sqrt()

@@ -15,6 +15,7 @@ from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
+from pipeline.engine.deepspeed.changes import total_norm
 from pipeline.engine.deepspeed.mpu import Mpu
 from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
@@ -94,13 +95,13 @@ class PlainRunner(DeepSpeedRunner):
             return super().grad_norm()
         # |g|^2 = |whole parameters|^2, which every rank has alike and counts once, + the sums over
         # tensor-parallel ranks of |its parts|^2, and over expert-parallel ones of |its experts|^2.
-        square = _total_norm(self._whole).square()
+        square = total_norm(_gradients(self._whole)).square()
         for apart, axis in (
             (self._split, self.layout.tensor),
             (self._experts, self.layout.expert),
         ):
             if apart:
-                part = _total_norm(apart).square()
+                part = total_norm(_gradients(apart)).square()
                 dist.all_reduce(part, group=axis.group)
                 square += part
         return square.sqrt()
@@ -120,5 +121,5 @@ class PlainRunner(DeepSpeedRunner):
         return total
 
 
-def _total_norm(parameters: list[nn.Parameter]) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
