@@ -33,7 +33,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 numbers like x, (rows, 1) fp32 factors of its rows); x: (rows, columns)."""
     # A row of zeros has a factor too: 0 / 0 is no number.
     factors = x.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / LARGEST
-    return (x.float() / factors).to(torch.float8_e4m3fn), factors
+    # Quotients are fp32 as the factors are: a copy of x in fp32 would stand beside them.
+    return (x / factors).to(torch.float8_e4m3fn), factors
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
