@@ -66,7 +66,8 @@ def rendezvous_errors() -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason, port = str(error).strip().splitlines()[0], os.environ.get("MASTER_PORT", "")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        port = os.environ.get("MASTER_PORT", "")
         if "EADDRINUSE" in reason:
             raise MachineError(_taken(int(port), "EADDRINUSE")) from error
         raise MachineError(

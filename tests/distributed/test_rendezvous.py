@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.distributed.rendezvous import is_one_machine, master_port
+from pipeline.distributed.rendezvous import is_one_machine, master_port, rendezvous_errors
 from pipeline.errors import ConfigError, MachineError
 from tests.support.waiting import HANG_S
 
@@ -115,3 +116,10 @@ def test_what_is_no_port_is_named(text):
 def test_one_machine_is_a_loopback_address_and_every_rank_here(address, local, expected):
     environment = {"MASTER_ADDR": address, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local}
     assert is_one_machine(environment) is expected
+
+
+def test_an_error_without_words_is_told_too() -> None:
+    """Its first line was asked for, and there is none."""
+    with pytest.raises(MachineError, match="do not find each other.*DistStoreError"):
+        with rendezvous_errors():
+            raise torch.distributed.DistStoreError("")
