@@ -117,13 +117,16 @@ def vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator
 
 
 def tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """Every matrix is cut into equal parts."""
-    size, shape = parallel.tensor_parallel_size, resolve(model)
+    """Every matrix is cut into equal parts; experts on ranks of their own are whole."""
+    size, shape, moe = parallel.tensor_parallel_size, resolve(model), model.moe
     parts = {
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": shape.num_query_groups,
-        "ffn_hidden_size": shape.ffn_hidden_size,
     }
+    if not moe.num_experts or parallel.expert_parallel_size == 1:
+        parts["ffn_hidden_size"] = shape.ffn_hidden_size
+    if moe.num_experts:
+        parts["moe.shared_expert_ffn_hidden_size"] = moe.shared_expert_ffn_hidden_size
     fits = [t for t in range(1, size) if not any(value % t for value in parts.values())]
     for name, value in parts.items():
         if value % size:

@@ -44,6 +44,7 @@ MOST_NAME_BYTES = 255
 HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
 WIDTHS = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
+WIDTHS |= {"model.moe.shared_expert_ffn_hidden_size"}
 VISION = {f"model.vision.{name}" for name in ("hidden_size", "num_attention_heads")}
 PIXELS = {f"model.vision.{name}" for name in ("num_layers", "image_size", "patch_size")}
 EXPERTS = {"parallel.expert_parallel_size", "model.moe.num_experts"}
@@ -176,7 +177,7 @@ def _rules_of_a_model(
         (model_rules.groups_fit(model), GROUPS, "groups"),
         (model_rules.architecture(model), set(), ""),
         (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
-        (model_rules.tensor_parallel(model, parallel), WIDTHS | SIZES | {"groups"}, ""),
+        (model_rules.tensor_parallel(model, parallel), WIDTHS | EXPERTS | SIZES | {"groups"}, ""),
         (vision_fits(model), VISION | PIXELS, "vision"),
         (vision_cut(model, parallel), SIZES | {"vision", "model.vision.ffn_hidden_size"}, ""),
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),

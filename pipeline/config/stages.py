@@ -28,9 +28,10 @@ def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> 
     width = sizes.head_dim
     projections = hidden * width * (2 * heads + 2 * sizes.num_query_groups)
     scores = width * heads * seq_len  # causal: half of 2 S per token
-    experts = max(1, model.moe.top_k if model.moe.num_experts else 1)
-    mlp = hidden * sizes.ffn_hidden_size * sizes.num_mlp_matrices * experts
-    block = projections + scores + mlp
+    inner = sizes.ffn_hidden_size
+    if model.moe.num_experts:
+        inner = model.moe.top_k * inner + model.moe.shared_expert_ffn_hidden_size
+    block = projections + scores + hidden * inner * sizes.num_mlp_matrices
     return [0.01, *[1.0] * model.num_layers, padded_vocab_size * hidden / block]
 
 

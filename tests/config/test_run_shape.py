@@ -179,6 +179,21 @@ def test_experts_spread_over_tensor_and_data_ranks() -> None:
         assert shape_of(cfg, world_size).sizes.expert == cfg.parallel.expert_parallel_size
 
 
+def test_experts_on_ranks_of_their_own_are_not_cut_and_a_shared_one_is() -> None:
+    """The one was refused though it trains; the other was let through to megatron-core's assertion."""
+    alone, cut = config("moe", tp=2, sp=True, ep=2), config("moe", tp=2, sp=True)
+    odd, shared = (
+        MoeConfig(num_experts=4, ffn_hidden_size=95),
+        MoeConfig(num_experts=4, shared_expert_ffn_hidden_size=33),
+    )
+    assert shape_of(replace(alone, model=replace(alone.model, moe=odd)), 2).sizes.expert == 2
+    with pytest.raises(ConfigError, match=r"model.ffn_hidden_size \(95\) must be divisible"):
+        shape_of(replace(cut, model=replace(cut.model, moe=odd)), 2)
+    for cfg in (alone, cut):
+        with pytest.raises(ConfigError, match=r"shared_expert_ffn_hidden_size \(33\) must be"):
+            shape_of(replace(cfg, model=replace(cfg.model, moe=shared)), 2)
+
+
 def test_every_broken_rule_is_named_at_once() -> None:
     """One start, one list: five starts for five mistakes cost an hour in a queue."""
     cfg = replace(

@@ -40,3 +40,10 @@ def test_a_large_vocabulary_takes_blocks_off_the_last_stage() -> None:
     costs = layer_costs(config().model, padded_vocab_size=4096, seq_len=32)
     bounds = partition(costs, 2)
     assert costs[-1] > 4 and bounds == [0, 5, 6], "the head outweighs all four blocks together"
+
+
+def test_a_block_of_a_mixture_costs_its_choices_and_the_shared_expert() -> None:
+    """Two experts of 96 and one of 32 that every token passes, three matrices each."""
+    block = 64 * 16 * (2 * 4 + 2 * 2) + 16 * 4 * 32 + 64 * 3 * (2 * 96 + 32)
+    costs = layer_costs(config("moe").model, padded_vocab_size=256, seq_len=32)
+    assert costs[-1] == pytest.approx(256 * 64 / block)
