@@ -75,7 +75,8 @@ def between_stages_seconds(job: Job, device: Device, *, chunks: int) -> float:
     """
     if job.shape.sizes.pipeline == 1:
         return 0.0
-    spans = job.shape.sizes.ranks_per_part > device.per_node
+    # Stages are the slowest axis: neighbours are all ranks of a stage apart.
+    spans = job.shape.world_size > device.per_node
     link = device.link_bytes_s(spans_nodes=spans) * LINK_SHARE
     hidden = job.micro_tokens * job.model.hidden_size * job.width / job.sequence_ranks
     return 0.3 * 2 * hidden / link * job.num_micro_batches * chunks

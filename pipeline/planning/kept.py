@@ -83,15 +83,17 @@ def _attention_bytes(job: Job) -> float:
 def _mlp_bytes(job: Job) -> float:
     """Inner tensors: before and after the activation; gated: gate and up, its half, the product.
 
-    A mixture keeps those of top_k experts, and the tokens sorted by expert before and behind them.
+    A mixture keeps those of top_k experts, once more weighted by what the router gives the token,
+    and the tokens sorted by expert, which ranks that split every expert have whole sequences of.
     """
-    model, moe = job.model, job.model.moe
+    model, moe, tensor = job.model, job.model.moe, job.shape.sizes.tensor
     copies = 4 if job.sizes.is_gated else 2
-    numbers = job.sizes.ffn_hidden_size * copies / job.shape.sizes.tensor
-    if moe.num_experts:
-        numbers *= moe.top_k
-        numbers += moe.shared_expert_ffn_hidden_size * copies / job.shape.sizes.tensor
-        numbers += 2 * moe.top_k * model.hidden_size / job.sequence_ranks
+    if not moe.num_experts:
+        return job.micro_tokens * job.width * job.sizes.ffn_hidden_size * copies / tensor
+    numbers = moe.top_k * job.sizes.ffn_hidden_size * (copies + 1) / tensor
+    numbers += moe.shared_expert_ffn_hidden_size * copies / tensor
+    ranks = job.sequence_ranks if job.shape.sizes.expert > 1 else 1
+    numbers += moe.top_k * model.hidden_size / ranks
     return job.micro_tokens * job.width * numbers
 
 

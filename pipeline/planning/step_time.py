@@ -39,6 +39,8 @@ ATTENTION_BACKWARD = 2.5
 # Kernels of a block, forward and backward, and what the host takes to launch one: Python and
 # autograd. Not measured on a device.
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD, LAUNCH_S = 20, 40, 5e-6
+# The same of each expert, one after another (model/experts.py); counted, of a gated one.
+EXPERT_FORWARD, EXPERT_BACKWARD = 7, 13
 # Bytes each score costs where attention is not fused: written, masked, normalised, dropped out and
 # read, in both directions.
 SCORE_BYTES = 42
@@ -173,11 +175,7 @@ def _block(job: Job, device: Device, practice: Practice) -> _Block:
     """
     model, tensor, h = job.model, job.shape.sizes.tensor, job.model.hidden_size
     tokens, seq_len = job.micro_tokens, job.shape.seq_len
-    products = _product_flops(job)
-    narrow = min(h, job.sizes.ffn_hidden_size) / tensor
-    matrices = (
-        tokens * products / tensor / (device.peak * _share_of_peak(device, narrow, h, tokens))
-    )
+    matrices = _product_seconds(job, device)
     scores = tokens * seq_len * model.num_attention_heads / tensor  # half of them is masked
     flops = 4 * scores * job.sizes.head_dim / 2
     attention = flops / (device.peak * device.attention_share)
@@ -206,7 +204,10 @@ def _block(job: Job, device: Device, practice: Practice) -> _Block:
     )
     sent = block.tensor_parallel + block.context_parallel + block.expert_parallel
     device_s = block.total - sent
-    host_s = LAUNCH_S * (LAUNCHES_FORWARD * (2 if again else 1) + LAUNCHES_BACKWARD)
+    experts = model.moe.num_experts / job.shape.sizes.expert
+    forward_launches = LAUNCHES_FORWARD + experts * EXPERT_FORWARD
+    backward_launches = LAUNCHES_BACKWARD + experts * EXPERT_BACKWARD
+    host_s = LAUNCH_S * (forward_launches * (2 if again else 1) + backward_launches)
     return replace(block, launches=max(0.0, host_s - device_s))
 
 
@@ -234,6 +235,27 @@ def _late_seconds(job: Job, block: _Block, practice: Practice) -> float:
     if not (practice.gradient_first and may_be):
         return 0.0
     return max(0.0, block.products_back - 1) * block.matrices
+
+
+def _product_seconds(job: Job, device: Device) -> float:
+    """Of a block's products with weights, forward, of a micro-batch on a rank.
+
+    Each expert multiplies the tokens that are sent to it, taken to be as many as to the next: 256
+    rows at a time of 4,096 tokens that 128 experts share by eights.
+    """
+    moe, sizes, h = job.model.moe, job.shape.sizes, job.model.hidden_size
+    tokens, inner = job.micro_tokens, job.sizes.ffn_hidden_size
+    narrow = (h if moe.num_experts else min(h, inner)) / sizes.tensor
+    at_peak = tokens / sizes.tensor / device.peak
+    of_experts = moe.top_k * 2 * job.sizes.num_mlp_matrices * h * inner if moe.num_experts else 0
+    seconds = (_product_flops(job) - of_experts) / _share_of_peak(device, narrow, h, tokens)
+    if of_experts:
+        is_spread = sizes.expert > 1
+        rows = tokens * moe.top_k / moe.num_experts
+        rows *= sizes.expert / job.sequence_ranks if is_spread else 1
+        narrow = min(h, inner) / (1 if is_spread else sizes.tensor)
+        seconds += of_experts / _share_of_peak(device, narrow, h, rows)
+    return seconds * at_peak
 
 
 def _product_flops(job: Job) -> float:

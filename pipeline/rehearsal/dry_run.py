@@ -136,6 +136,11 @@ def _problems(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:
             "rehearsed: how many tokens a rank sends to which expert is decided by numbers. "
             "Rehearse 1."
         )
+    elif cfg.model.moe.num_experts and (tensor := shape.sizes.tensor) > 1:
+        yield (
+            f"experts split over parallel.tensor_parallel_size={tensor} ranks cannot be rehearsed: "
+            "how many tokens they gather is decided by numbers. Rehearse 1."
+        )
     if cfg.parallel.offload_optimizer:
         yield (
             "parallel.offload_optimizer=true cannot be rehearsed: the update runs on the host. "

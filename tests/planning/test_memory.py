@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.config.model import MoeConfig
 from pipeline.model.loss import CHUNK_BYTES
 from pipeline.planning import kept
 from pipeline.planning.flops import num_parameters
@@ -50,6 +51,23 @@ def test_what_a_gpt_block_keeps_is_the_papers_count_without_masks():
     assert kept.block_bytes(Job.of(cfg, shape)) == expected
     dropped = replace(cfg, model=replace(cfg.model, hidden_dropout=0.1))
     assert kept.block_bytes(Job.of(dropped, shape)) == expected + tokens * 2 * 4096
+
+
+def test_a_mixture_keeps_what_each_choice_makes_and_its_tokens_once():
+    """Gate and up, the gate's half, their product, and the product weighted by the router: five inner widths a choice,
+    where a dense gated MLP keeps four. Ranks that split every expert gather the tokens; others are sent theirs."""
+    words = ["model=mixtral-8x7b", "training.micro_batch_size=1"]
+    split = ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
+    for more, tensor, sent in (
+        ([], 1, 1),
+        (split, 2, 1),
+        ([*split, "parallel.expert_parallel_size=8"], 2, 2),
+    ):
+        cfg, shape = run_of(*words, *more)
+        dense = replace(cfg, model=replace(cfg.model, moe=MoeConfig()))
+        found = kept.block_bytes(Job.of(cfg, shape)) - kept.block_bytes(Job.of(dense, shape))
+        inner = (2 * 5 - 4) * 14336 / tensor
+        assert found == 4096 * 2 * (inner + 2 * 4096 / sent), more
 
 
 def test_a_plain_engine_keeps_every_block_and_the_last_output():

@@ -83,6 +83,37 @@ def test_a_collective_between_nodes_uses_all_links_of_a_node():
     assert communication._ring_bytes_s(job_of(*words, world_size=16), H100) == 50e9
 
 
+def test_stages_of_a_job_of_several_nodes_are_a_network_apart():
+    """Neighbours are all ranks of a stage apart: two stages of eight ranks each never share a node of eight."""
+    words, sent = ["parallel.pipeline_parallel_size=2"], 0.3 * 2 * (2 * 2048 * 4096 * 2)
+    for world_size, link in ((8, 450e9), (16, 50e9)):
+        job = job_of(*words, world_size=world_size)
+        expected = sent / (0.75 * link) * job.num_micro_batches
+        assert step_time(job, H100).between_stages == pytest.approx(expected)
+
+
+def test_each_expert_multiplies_its_own_tokens():
+    """Two of eight: a quarter of the rows for each; spread over eight ranks, as many from each of them."""
+    job, tokens = job_of("model=mixtral-8x7b"), 2 * 4096
+    dense = 2 * (4096 * (4096 + 2 * 1024) + 4096**2 + 8 * 4096)
+    experts, whole = 2 * 2 * 3 * 4096 * 14336, module._share_of_peak(H100, 4096, 4096, tokens)
+    for more, rows in (([], tokens / 4), (["parallel=ep8"], 2 * tokens)):
+        own = module._share_of_peak(H100, 4096, 4096, rows)
+        expected = tokens / H100.peak * (dense / whole + experts / own)
+        job = job_of("model=mixtral-8x7b", *more)
+        assert module._product_seconds(job, H100) == pytest.approx(expected), more
+
+
+def test_many_small_experts_wait_for_the_host():
+    """128 a block, one after another: 20 launches of each, and those of the block."""
+    words = ["model=qwen3-moe-30b", "training.micro_batch_size=1"]
+    block = module._block(job_of(*words), H100, module.Practice())
+    assert block.launches > 0
+    assert block.total == pytest.approx(5e-6 * (60 + 128 * 20))
+    spread = module._block(job_of(*words, "parallel=ep8"), H100, module.Practice())
+    assert spread.launches < block.launches / 4
+
+
 def test_zero_2_reduces_every_micro_batch_and_a_slow_link_shows_it():
     slow = replace(H100, node_gb_s=1.0)
     one, two = (

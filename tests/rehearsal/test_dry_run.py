@@ -83,6 +83,8 @@ def test_what_cannot_be_rehearsed_is_said_at_once(monkeypatch: pytest.MonkeyPatc
     cases: list[tuple[dict[str, Any], str]] = [
         (dict(zero=3, precision="bf16"), "zero_stage=3 cannot be rehearsed"),
         (dict(zero=2, offload=True), "offload_optimizer=true cannot be rehearsed"),
+        (dict(model="moe", ep=2), "expert_parallel_size=2 cannot be rehearsed"),
+        (dict(model="moe", tp=2, sp=True), "tensor_parallel_size=2 ranks cannot be rehearsed"),
     ]
     for settings, message in cases:
         with pytest.raises(ConfigError, match=message):
