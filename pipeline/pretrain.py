@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "export": ("pipeline.export",),
     "hf-import": ("pipeline.hf_import",),
     "trace": ("pipeline.trace",),
+    "memorization": ("pipeline.memorization",),
     "order-audit": ("pipeline.order_audit",),
     "node-check": ("pipeline.node_check",),
 }

@@ -116,6 +116,8 @@ TESTED_IN = {
     "pipeline/huggingface/rules.py": ("huggingface/test_mapping.py", FOLDER),
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
+    "pipeline/evaluation/memorization_file.py": ("test_memorization.py", "the command writes it"),
+    "pipeline/inference/known_windows.py": ("test_memorization.py", "what the command compares"),
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
     "pipeline/inference/turns.py": ("inference/test_chat_models.py", "what its sampler is given"),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),

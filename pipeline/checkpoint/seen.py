@@ -62,6 +62,22 @@ class Seen:
         """Samples that were read, each of them a window, one read twice counted twice."""
         return self.position.samples_seen
 
+    @property
+    def first_sample(self) -> int:
+        """Number of the first sample whose place is known."""
+        return self.position.segments[0].start
+
+    def places(self, numbers: Ints) -> tuple[Ints, Ints, Ints]:
+        """(dataset, shard, sequence) of samples by their numbers, from first_sample on."""
+        starts = [segment.start for segment in self.position.segments]
+        source, index = np.empty_like(numbers), np.empty_like(numbers)
+        # The last segment that begins at or before a sample; of empty ones the last counts.
+        owner = np.searchsorted(starts, numbers, "right") - 1
+        for i in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == i)
+            source[at], index[at] = self.position.segments[i].locate(numbers[at])
+        return source, *self.sampler.addresses(Samples(numbers, source, index))
+
     def dataset(self, source: int) -> Dataset:
         """A dataset by its place in the sampler."""
         return self.sampler.datasets[source]

@@ -1,0 +1,121 @@
+"""What a run has read is found in its model, and what it has not read is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.tokens.tokenize_job import TokenizeConfig
+from data_prep.tokens.tokenize_job import main as tokenize
+from pipeline import cli
+from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import read_record
+from pipeline.checkpoint.seen import Seen
+from pipeline.data.reader import Reader
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation import memorization_file
+from pipeline.inference.known_windows import known_windows
+from pipeline.memorization import MemorizationConfig, main, print_findings
+from tests.support.corpus import make_tokenizer, write_jsonl
+from tests.support.ranks import run_on_ranks
+from tests.support.small_runs import overrides, train_on_ranks, write_data
+
+WORDS = (
+    "amber brick cedar delta ember fjord grain hazel ivory jolly karma lemon mango noble ocean "
+    "pearl quartz river sugar tiger ultra vivid wheat xenon yacht zebra"
+).split()
+
+
+def corpus(folder: Path, count: int) -> Path:
+    """Sentences of random words: nothing to learn but the words, so that what is known was read."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, random.integers(20, 60))) for _ in range(count)]
+    return write_jsonl(folder / "corpus.jsonl", texts)
+
+
+def run(folder: Path, *, documents: int, **settings: Any) -> Path:
+    """A run over a corpus with canaries."""
+    make_tokenizer(folder / "tokenizer.json")
+    words = [f"input={corpus(folder, documents)}", f"output={folder}/out", "workers=1",
+             f"tokenizer={folder}/tokenizer.json", "encoder=hf", "validation_fraction=0.15",
+             "canaries.each=6", "canaries.repetitions=[1,64]"]  # fmt: skip
+    tokenize(cli.compose(TokenizeConfig, words, config="tokenize"))
+    run_on_ranks(train_on_ranks, 1, overrides(folder / "out", folder / "runs", **settings))
+    return folder / "runs/run"
+
+
+def measured(run: Path, **settings: Any) -> dict[str, Any]:
+    assert main(MemorizationConfig(str(run), **settings)) == 0
+    found = memorization_file.read(memorization_file.place_of(folders.find(run)))
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+def test_an_overtrained_model_gives_away_what_was_repeated_and_nothing_that_was_not_planted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """64 repetitions: nearly the most there is; never planted: near chance; read windows are told apart."""
+    folder = run(tmp_path, documents=150, **{
+        "training.total_steps": 400, "training.eval_every": 0, "checkpoint.save_every": 400,
+        "optimizer.lr": 3e-3, "model.num_layers": 2, "model.hidden_size": 128,
+        "training.global_batch_size": 16, "training.micro_batch_size": 16,
+    })  # fmt: skip
+    found = measured(folder, references=255, prefixes=[8, 16], continuation=16, windows=64)
+    by_count, chance = found["canaries"]["repetitions"], found["canaries"]["chance"]
+    assert found["canaries"]["most"] == 8.0
+    assert by_count["64"]["value"] > 7.5
+    # The mean of six has a standard deviation of 1.44 / sqrt 6 = 0.59 by chance.
+    assert abs(by_count["0"]["value"] - chance) < 1.8
+    assert by_count["0"]["value"] < by_count["64"]["value"] - 3
+    assert found["membership"]["loss"]["auc"]["low"] > 0.6
+    rates = found["extraction"][-1]
+    assert rates["read"]["exact"]["value"] > rates["held_out"]["exact"]["value"]
+    printed = capsys.readouterr().out
+    assert "planted 64 times" in printed and "never planted" in printed
+
+
+def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_path: Path) -> None:
+    """Ten steps of a small run: every window that is called read was in one of their batches."""
+    data = write_data(tmp_path / "data")
+    settings = {"training.eval_every": 0, "checkpoint.save_every": 10, "model.num_layers": 1}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path / "runs", **settings))
+    folder = folders.find(tmp_path / "runs/run")
+    record = read_record(folder)
+    seen = Seen(record)
+    numbers = np.arange(seen.num_samples)
+    assert seen.num_samples == 80 and seen.most_reads() == 1
+    source, shard, sequence = seen.places(numbers)
+    firsts = seen.firsts(0)
+    by_piece = np.concatenate([windows for _, windows in seen.windows(0)])
+    np.testing.assert_array_equal(by_piece, firsts[shard] + sequence)
+    ids = Reader(seen.sampler.datasets, seq_len=64).gather(source, shard, sequence).ids
+    read = {row.tobytes() for row in ids.astype(np.int64)}
+    found = known_windows(record, seen, count=60, seed=1)
+    assert found["read"].shape == (60, 65) and found["held_out"].shape == (60, 65)
+    chosen = {row.tobytes() for row in found["read"].numpy()}
+    assert len(chosen) > 50 and chosen <= read
+    assert not {row.tobytes() for row in found["held_out"].numpy()} & read
+    with pytest.raises(ConfigError, match="20 windows of 64 tokens for 'read'"):
+        known_windows(record, seen, count=20, seed=1)
+
+    findings = measured(tmp_path / "runs/run", windows=60, prefixes=[8, 4], continuation=8)
+    assert findings["canaries"] is None and findings["step"] == 10
+    assert [row["prefix"] for row in findings["extraction"]] == [4, 8]
+    assert findings["windows"] == {"read": 60, "held_out": 60}
+    own = {"reference": str(folder)}  # compared with itself nobody is told apart
+    again = measured(tmp_path / "runs/run", windows=60, prefixes=[8], continuation=8, **own)
+    assert again["membership"]["reference"]["auc"]["value"] == 0.5
+    print_findings(again)
+    with pytest.raises(ConfigError, match="have 80 tokens, a window of the run 65"):
+        main(MemorizationConfig(str(folder), prefixes=[48]))
+    with pytest.raises(ConfigError, match="windows, prefixes must be at least 1"):
+        main(MemorizationConfig(str(folder), prefixes=[], windows=0))
+    place = memorization_file.place_of(folder)
+    place.write_text(json.dumps({"step": 10}))
+    with pytest.raises(DataError, match="is not what pipeline.memorization writes"):
+        memorization_file.read(place)
