@@ -5,6 +5,7 @@
     python -m data_prep.show DATASET document=41            one document, decoded
     python -m data_prep.show DATASET search='Turing test'   documents that hold a text
     python -m data_prep.show DATASET row=7                  a packed row; what is learned in colour
+    python -m data_prep.show DATASET row=7 pictures=seen    and its pictures: seen/row-7-0.png
 
 DATASET is a local folder with a manifest.json; OUT of data_prep/tokenize.py stands for OUT/train.
 """
@@ -22,13 +23,16 @@ from data_prep.tokens.browse import (
     document_lengths,
     plot_lengths,
     read_document,
+    read_pictures,
     read_row,
     search,
     tokenizer_of,
 )
 from pipeline import cli
 from pipeline.data.manifest import Manifest
+from pipeline.data.pictures import gathered
 from pipeline.errors import ConfigError
+from pipeline.files import whole_file
 from pipeline.redaction import redact
 
 
@@ -43,6 +47,10 @@ class ShowConfig:
     row: int | None = None
     """Print this packed row, counted from 0; what is learned is green, or between ⟦ and ⟧ where the
     output is no terminal.
+    """
+    pictures: str | None = None
+    """Folder that the pictures of the document or row are written into, as png files; null: none
+    are.
     """
     search: str | None = None
     """Print the documents that hold this text, letter for letter."""
@@ -67,10 +75,15 @@ def main(cfg: ShowConfig) -> None:
     if not (folder / "manifest.json").exists() and (folder / "train").is_dir():
         folder = folder / "train"
     manifest = Manifest.load(folder)
+    if cfg.pictures is not None and (cfg.row is None) == (cfg.document is None):
+        raise ConfigError("pictures= is of one document= or one row=.")
     if cfg.row is not None:
-        _print_row(manifest, cfg.row)
+        _print_row(manifest, cfg.row, cfg.pictures)
     elif cfg.document is not None:
         _print_document(manifest, cfg.document, max_chars=cfg.max_chars)
+        if cfg.pictures is not None:
+            images = read_pictures(manifest, cfg.document)
+            _write_pictures(images, Path(cfg.pictures), f"document-{cfg.document}")
     elif cfg.search is not None:
         _print_matches(manifest, cfg)
     else:
@@ -121,17 +134,23 @@ def _print_totals(manifest: Manifest, cfg: ShowConfig) -> None:
             print(f"histogram: {cfg.histogram}")
 
 
-def _print_row(manifest: Manifest, number: int) -> None:
+def _print_row(manifest: Manifest, number: int, folder: str | None) -> None:
     """Each dialogue of a packed row, with what is learned marked; its padding as a number."""
     tokenizer = tokenizer_of(manifest)
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     documents = read_row(manifest, number)
     print(f"--- row {number}: {len(documents)} documents")
+    if folder is not None:
+        images = [d.images for d in documents if d.images is not None]
+        _write_pictures(np.concatenate(images) if images else None, Path(folder), f"row-{number}")
     for place, (tokens, loss, *_) in enumerate(documents):
         if not loss.any():
             print(f"--- {place}: {len(tokens)} tokens of padding")
             continue
         print(f"--- {place}: {len(tokens)} tokens, {int(loss.sum())} of them learned")
+        if manifest.pictures is not None:
+            keep = gathered(tokens, manifest.pictures)
+            tokens, loss = tokens[keep], loss[keep]
         edges = [0, *(np.flatnonzero(np.diff(loss)) + 1).tolist(), len(tokens)]
         for a, b in zip(edges, edges[1:]):
             text = tokenizer.decode(tokens[a:b])
@@ -140,15 +159,31 @@ def _print_row(manifest: Manifest, number: int) -> None:
 
 
 def _print_document(manifest: Manifest, number: int, *, max_chars: int) -> None:
-    ids = read_document(manifest, number)
+    """One document, a picture as one placeholder."""
+    ids = shown = read_document(manifest, number)
+    if manifest.pictures is not None:
+        shown = ids[gathered(ids, manifest.pictures)]
     # Text ends with EOD, which is none; a dialogue is shown with all of its marks.
-    text = tokenizer_of(manifest).decode(ids if manifest.row_tokens else ids[:-1])
+    text = tokenizer_of(manifest).decode(shown if manifest.row_tokens else ids[:-1])
     cut = len(text) > max_chars > 0
     print(
         f"--- document {number}: {len(ids):,} tokens, {len(text):,} characters"
         + (f", first {max_chars:,}" * cut)
     )
     print(text[:max_chars] if cut else text)
+
+
+def _write_pictures(images: np.ndarray | None, folder: Path, stem: str) -> None:
+    """(n, 3, size, size) uint8 as folder/stem-0.png and so on."""
+    import PIL.Image
+
+    if images is None:
+        raise ConfigError("pictures=: this dataset has none; it was prepared without image_size.")
+    for number, image in enumerate(images):
+        path = folder / f"{stem}-{number}.png"
+        with whole_file(path, durable=False) as file:
+            PIL.Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+        print(f"picture: {path}")
 
 
 def _print_matches(manifest: Manifest, cfg: ShowConfig) -> None:

@@ -29,6 +29,10 @@ REQUEST_S = 600.0
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> extra of pyproject.toml
 
 
+class TooLarge(DataError):
+    """A body that has more bytes than a file of its kind may have."""
+
+
 def connect(url: str) -> tuple[Any, str]:
     """(fsspec file system, place inside it) of an address.
 
@@ -57,7 +61,8 @@ def read_small(file_system: Any, place: str, *, most: int = MOST_BYTES) -> bytes
     """The whole of a file of at most `most` bytes.
 
     Raises:
-        DataError: it is larger, or takes longer than REQUEST_S.
+        TooLarge: it is larger.
+        DataError: it takes longer than REQUEST_S.
         Exception: whatever the file system raises.
     """
     # A size spares http a question; a block size of 0 streams the body.
@@ -65,7 +70,7 @@ def read_small(file_system: Any, place: str, *, most: int = MOST_BYTES) -> bytes
     with file_system.open(place, "rb", **options) as file:
         data = _read(file, most + 1, place)
     if len(data) > most:
-        raise DataError(f"{place} has more than {most} bytes; such a file has less.")
+        raise TooLarge(f"{place} has more than {most} bytes; such a file has less.")
     return data
 
 

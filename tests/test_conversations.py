@@ -300,7 +300,10 @@ def test_show_finds_documents_and_totals_of_rows(reference, capsys):
     ("words", "said"),
     [
         (["row_tokens=1"], "row_tokens .1. must be from 2 to 1048576"),
-        (["template=nowhere.jinja"], "template=nowhere.jinja cannot be read.*one of chatml, plain"),
+        (
+            ["template=nowhere.jinja"],
+            "template=nowhere.jinja cannot be read.*one of chatml, chatml-pictures, plain,",
+        ),
         (["text_field=body"], "text_field .body. .* no effect"),
         (["format=text"], "dialogues are read from jsonl, parquet and arrow"),
     ],

@@ -46,6 +46,7 @@ TESTED_IN = {
     "data_prep/sources/kinds.py": ("sources/test_documents.py", SOURCE),
     "data_prep/sources/lines.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/listing.py": ("sources/test_remote_input.py", SOURCE),
+    "data_prep/sources/picture_records.py": ("tokens/test_bad_picture_records.py", SOURCE),
     "data_prep/sources/pieces.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/records.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/rejects.py": ("sources/test_bad_input.py", SOURCE),

@@ -1,7 +1,7 @@
 """What a text must be to become a document, and the account of those that are not.
 
 Nothing is dropped silently: what is not yielded is in the rejects, with the place and one of
-REASONS; dialogues have reasons of their own.
+REASONS; dialogues and pictures have reasons of their own.
 """
 
 from __future__ import annotations
@@ -48,6 +48,23 @@ DIALOGUE_REASONS = {
     "template_error": "the chat template refuses the dialogue",
     "too_long": "the dialogue is longer than row_tokens; it is never cut",
 }
+PICTURE_REASONS = {
+    "picture_missing": "there is no such file, or it is null or has no bytes",
+    "picture_place": "its path leads out of its folder, or its address is not one of image_urls",
+    "picture_too_large": "it is larger than max_image_mb or max_image_megapixels",
+    "not_a_picture": "its content is no PNG, JPEG or WebP, whatever its name says",
+    "damaged_picture": "it ends too early, or cannot be decoded",
+    "animated_picture": "it has several frames",
+    "pictures_mismatch": "the dialogue has places for another number of pictures",
+}
+
+
+class BadPicture(Exception):
+    """A picture that cannot be shown."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def is_damage(error: Exception) -> bool:
@@ -95,7 +112,7 @@ class Rejects:
         """Record one document, or one damaged file.
 
         Args:
-            reason: one of REASONS or DIALOGUE_REASONS.
+            reason: one of REASONS, DIALOGUE_REASONS or PICTURE_REASONS.
             path: the file.
             detail: what the parser said.
             place: offset (byte, of the decompressed file), line (from 1), row (from 0) or member;
@@ -106,11 +123,12 @@ class Rejects:
         """
         where = {key: value for key, value in place.items() if value is not None}
         if self.on_error is OnError.fail and reason not in WANTED:
+            meaning = (REASONS | DIALOGUE_REASONS | PICTURE_REASONS)[reason]
             spot = ", ".join(f"{key} {value}" for key, value in where.items())
             raise DataError(
                 f"{path}{', ' if spot else ''}{spot}: {reason}: "
-                f"{(REASONS | DIALOGUE_REASONS)[reason]}{f' ({detail})' if detail else ''}. Mend "
-                "the file and run again, or go on with on_error=quarantine, which lists such "
+                f"{meaning}{f' ({detail})' if detail else ''}. Mend the "
+                "file and run again, or go on with on_error=quarantine, which lists such "
                 "documents."
             )
         if reason not in WANTED and len(self.rows) >= MOST_REJECTS:

@@ -16,9 +16,11 @@ from typing import Any, BinaryIO
 
 from data_prep.sources.inputs import InputConfig
 from data_prep.sources.lines import is_twice, parse_json
+from data_prep.sources.pictures import SUFFIXES
 from data_prep.sources.pieces import Piece
-from data_prep.sources.rejects import Damaged, Document, Rejects, accept, field_of
+from data_prep.sources.rejects import BadPicture, Damaged, Document, Rejects, accept, field_of
 
+MOST_PICTURES = 1024  # of a sample
 TEXT_MEMBERS = ("txt", "text", "md")  # of a WebDataset sample, before json
 _MEMBERS = [*TEXT_MEMBERS, "json"]  # a document is made of the first of these
 # As webdataset splits names: github.com/webdataset/webdataset, webdataset/tariterators.py
@@ -47,6 +49,8 @@ class Sample:
     reason: str = ""
     """Of REASONS, if the sample cannot be used; `detail` says more."""
     detail: str = ""
+    pictures: list[bytes | BadPicture] = field(default_factory=list)
+    """Content of its pictures, in the order of the tar; or why one was not read."""
 
 
 def read_tar(
@@ -78,12 +82,18 @@ def read_tar(
 
 
 def read_samples(
-    file: BinaryIO, piece: Piece, cfg: InputConfig, rejects: Rejects, *, whole: bool = False
+    file: BinaryIO,
+    piece: Piece,
+    cfg: InputConfig,
+    rejects: Rejects,
+    *,
+    whole: bool = False,
+    picture_bytes: int = 0,
 ) -> Iterator[Sample]:
     """The samples of a tar in order; a key that comes again is a sample that cannot be used.
 
     Of a sample's files the one that a document is made of is read; `whole`: every one that may hold
-    text.
+    text. `picture_bytes`: its pictures are read, of which none may be larger.
 
     Keys are remembered by hash, 100 bytes each: two that collide, one in 10^13 pairs of a million
     keys, would be refused, not doubled.
@@ -101,6 +111,8 @@ def read_samples(
             if hash(key) in seen:
                 sample.reason, sample.detail = "ambiguous", "its files do not lie in a row"
             seen.add(hash(key))
+        if picture_bytes and extension.rpartition(".")[2] in SUFFIXES:
+            sample.pictures.append(_picture(archive, info, sample, picture_bytes, limit))
         if extension not in _MEMBERS or sample.reason == "ambiguous":
             continue
         if extension in sample.names:
@@ -121,6 +133,19 @@ def read_samples(
     if sample is not None:
         yield sample
     _check_end(archive)
+
+
+def _picture(
+    archive: tarfile.TarFile, info: tarfile.TarInfo, sample: Sample, most: int, most_together: int
+) -> bytes | BadPicture:
+    """A picture of a sample, or why it is not read: memory holds one sample."""
+    together = info.size + sum(len(p) for p in sample.pictures if isinstance(p, bytes))
+    if info.size > most or together > most_together or len(sample.pictures) >= MOST_PICTURES:
+        detail = f"{info.name} has {info.size} bytes; the sample's pictures {together}"
+        return BadPicture("picture_too_large", detail)
+    content = archive.extractfile(info)
+    assert content is not None, "regular files have content"
+    return content.read()
 
 
 def _named(

@@ -7,6 +7,7 @@ Only local datasets; nothing is read but the blocks that are asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,8 +63,47 @@ def read_row(manifest: Manifest, number: int) -> list[Dialogue]:
     return [document for start, document in documents if begin <= start < begin + size]
 
 
+def read_pictures(manifest: Manifest, number: int) -> np.ndarray | None:
+    """(n, 3, size, size) uint8, the pictures of a document; None: the dataset has none.
+
+    Raises:
+        ConfigError: there is no document of this number.
+    """
+    if manifest.pictures is None:
+        return None
+    block, place = _find(manifest, number)
+    documents = documents_of(next(blocks(manifest, block)), manifest.layout)
+    return next(itertools.islice(documents, place, None)).images
+
+
 def read_document(manifest: Manifest, number: int) -> np.ndarray:
     """Ids of document `number` of the dataset, with its EOD.
+
+    Raises:
+        ConfigError: there is no document of this number.
+    """
+    row, place = _find(manifest, number)
+    parts: list[np.ndarray] = []
+    for tokens, docs, *_ in blocks(manifest, row):
+        if not parts:
+            ends = docs[place + 1 : place + 2].tolist()
+            tokens = tokens[int(docs[place]) :]
+            ends = [end - int(docs[place]) for end in ends]
+        else:
+            ends = docs[:1].tolist()
+        parts.append(tokens[: ends[0]] if ends else tokens)
+        if ends:
+            break
+    if not parts:
+        raise ShardError(
+            f"{manifest.folder}/index.npy lists {number - place} documents, the manifest "
+            f"{manifest.documents}. Check it with `python -m data_prep.verify {manifest.folder}`."
+        )
+    return np.concatenate(parts)
+
+
+def _find(manifest: Manifest, number: int) -> tuple[int, int]:
+    """(row of the index, place among its block's documents) of a document.
 
     Raises:
         ConfigError: there is no document of this number.
@@ -75,25 +115,7 @@ def read_document(manifest: Manifest, number: int) -> np.ndarray:
     row = int(
         np.searchsorted(np.cumsum(manifest.index["num_docs"], dtype=np.int64), number, side="right")
     )
-    before = int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
-    parts: list[np.ndarray] = []
-    for tokens, docs, *_ in blocks(manifest, row):
-        if not parts:
-            place = number - before
-            ends = docs[place + 1 : place + 2].tolist()
-            tokens = tokens[int(docs[place]) :]
-            ends = [end - int(docs[place]) for end in ends]
-        else:
-            ends = docs[:1].tolist()
-        parts.append(tokens[: ends[0]] if ends else tokens)
-        if ends:
-            break
-    if not parts:
-        raise ShardError(
-            f"{manifest.folder}/index.npy lists {before} documents, the manifest "
-            f"{manifest.documents}. Check it with `python -m data_prep.verify {manifest.folder}`."
-        )
-    return np.concatenate(parts)
+    return row, number - int(manifest.index["num_docs"][:row].sum(dtype=np.int64))
 
 
 def search(manifest: Manifest, text: str) -> Iterator[int]:

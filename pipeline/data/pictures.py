@@ -26,6 +26,13 @@ def spread(ids: np.ndarray, loss: np.ndarray, pictures: Pictures) -> tuple[np.nd
     return np.repeat(ids, counts), np.repeat(np.where(is_image, 0, loss), counts).astype(loss.dtype)
 
 
+def gathered(ids: np.ndarray, pictures: Pictures) -> np.ndarray:
+    """Which of (n,) ids to keep, (n,) bool, so that a picture is one placeholder again."""
+    keep = ids != pictures.image_token_id
+    keep[picture_starts(ids, pictures)] = True
+    return keep
+
+
 def picture_starts(tokens: np.ndarray, pictures: Pictures) -> np.ndarray:
     """(pictures,) int64: where in (n,) ids the first placeholder of each picture is."""
     return np.flatnonzero(tokens == pictures.image_token_id)[:: pictures.num_patches]

@@ -79,7 +79,7 @@ REFUSED = {
     "format": (manifest_content(1, format="other"), "not the manifest of a token dataset"),
     "version": (
         manifest_content(1, version=9),
-        "has version 9; this release reads versions 1 and 2",
+        "has version 9; this release reads versions 1 to 3",
     ),
     "unsealed": (manifest_content(1, checksum="0"), "has changed since it was written"),
     "no tokenizer": (manifest_content(1, tokenizer={}), "'sha256'"),

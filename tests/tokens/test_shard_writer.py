@@ -105,12 +105,11 @@ def test_an_error_leaves_no_unfinished_part(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_small_neighbours_of_one_source_are_joined(monkeypatch):
-    monkeypatch.setattr(fmt.ShardLayout, "join_tokens", 10)
+def test_only_small_neighbours_of_one_source_are_joined():
     parts = [Part(f"{i}", i, source, tokens) for i, (source, tokens) in enumerate(
         [("a", 3), ("a", 3), ("a", 5), ("a", 50), ("a", 2), ("b", 2), ("b", 8), ("b", 1)]
     )]  # fmt: skip
-    assert [[part.name for part in group] for group in _groups(parts)] == [
+    assert [[part.name for part in group] for group in _groups(parts, 10)] == [
         ["0", "1"], ["2"], ["3"], ["4"], ["5", "6"], ["7"],
     ]  # fmt: skip
 

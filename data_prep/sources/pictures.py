@@ -1,0 +1,247 @@
+"""Pictures of strangers, brought to one size; what cannot be is refused with a reason.
+
+    a record's path, address or bytes --fetch--> bytes
+    bytes --kind by content; pixels and frames by the header--> decoded
+          --upright, RGB on white, resized--> (3, image_size, image_size) uint8
+
+The header is judged before a pixel is decoded. Resizing squashes to the square, bicubic, as
+SigLIP's processor does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.sources.rejects import BadPicture
+from pipeline.data.shard_format import MOST_IMAGE_SIZE
+from pipeline.errors import ConfigError, DataError
+from pipeline.files import read_file
+from pipeline.remote import TooLarge, connect, read_small, reason_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp")
+_SIGNATURES = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs")
+_GONE = (401, 403, 410, 451)  # of http, beside 404: it will not be there later
+PAUSES_S = (1.0, 5.0)
+
+
+@dataclass
+class PictureConfig:
+    """What becomes of the pictures of dialogues."""
+
+    image_size: int | None = None
+    """Side of the square that every picture is resized to, pixels; null: dialogues are text."""
+    patch_size: int = 16
+    """Side of a patch, pixels, as model.vision.patch_size; a picture takes
+    (image_size / patch_size)^2 tokens of its row.
+    """
+    image_token: str = "<|image|>"
+    """Special token of the tokenizer that stands for a patch in the rows."""
+    image_root: str | None = None
+    """Folder that the paths of pictures are relative to and must not leave; null: that of the file
+    that names them.
+    """
+    image_urls: str = ""
+    """Beginnings of the addresses that pictures are fetched from, separated by commas
+    (`https://images.example.org/,s3://bucket/photos/`); empty: none are.
+    """
+    max_image_mb: float = 20.0
+    """Larger files are rejected as picture_too_large."""
+    max_image_megapixels: float = 50.0
+    """Pictures of more pixels are rejected before they are decoded; bounds the memory of a worker,
+    at 8 bytes a pixel.
+    """
+
+
+def check_pictures_config(cfg: PictureConfig, row_tokens: int) -> None:
+    """Raise ConfigError for what cannot be, of a config with an image_size."""
+    size, patch = cfg.image_size or 0, cfg.patch_size
+    if not (1 <= size <= MOST_IMAGE_SIZE and 1 <= patch <= size and size % patch == 0):
+        raise ConfigError(
+            f"image_size ({size}) must be from 1 to {MOST_IMAGE_SIZE} and a multiple of patch_size "
+            f"({patch})."
+        )
+    if (patches := (size // patch) ** 2) >= row_tokens:
+        raise ConfigError(
+            f"a picture of image_size={size} takes {patches} tokens (patch_size={patch}), and "
+            f"row_tokens={row_tokens} leaves no room for text beside it."
+        )
+    if 3 * patch**2 * row_tokens > 1 << 30:
+        raise ConfigError(
+            f"row_tokens ({row_tokens}) patches of {patch} x {patch} pixels are more than 1 GiB a "
+            "row. Make rows shorter, or patches smaller."
+        )
+    for name in ("max_image_mb", "max_image_megapixels"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise ConfigError(f"{name} ({getattr(cfg, name)}) must be above 0 and finite.")
+    for prefix in _prefixes(cfg):
+        match = re.fullmatch(r"(\w+)://[^/@?#\\]+/[^?#\\]*", prefix)
+        if match is None or match[1] not in SCHEMES:
+            raise ConfigError(
+                f"image_urls: {prefix} is no beginning of an address: {', '.join(SCHEMES)}, then "
+                "://, the host or bucket, and a slash."
+            )
+
+
+def load_picture(source: Any, folder: str, cfg: PictureConfig) -> np.ndarray:
+    """(3, image_size, image_size) uint8 of one picture.
+
+    Args:
+        source: its bytes; or a path below `folder` or an address; or the problem that it already
+            has.
+        folder: of the file that names it; cfg.image_root comes before it.
+        cfg: with an image_size.
+
+    Raises:
+        BadPicture: with one of the reasons in data_prep/sources/rejects.py.
+        DataError: it could not be fetched this time.
+    """
+    if isinstance(source, BadPicture):
+        raise source
+    content = source if isinstance(source, bytes) else _content_of(source, folder, cfg)
+    if not content:
+        raise BadPicture("picture_missing", "no bytes")
+    if len(content) > cfg.max_image_mb * 1e6:
+        raise BadPicture("picture_too_large", f"{len(content)} bytes")
+    assert cfg.image_size is not None
+    return decode(content, size=cfg.image_size, most=int(cfg.max_image_megapixels * 1e6))
+
+
+def decode(content: bytes, *, size: int, most: int) -> np.ndarray:
+    """(3, size, size) uint8 of a png, jpeg or webp file of at most `most` pixels.
+
+    Raises:
+        BadPicture: it is none, has more pixels or several frames, or is damaged.
+    """
+    import PIL.Image
+
+    kinds = [k for k, begin in _SIGNATURES.items() if re.match(begin, content, re.DOTALL)]
+    if not kinds:
+        raise BadPicture("not_a_picture", f"it begins with {content[:12]!r}")
+    try:
+        with PIL.Image.open(io.BytesIO(content), formats=kinds) as image:
+            width, height = image.size
+            if width * height > most:
+                raise BadPicture("picture_too_large", f"{width} x {height} pixels")
+            if kinds != ["JPEG"] and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise BadPicture("animated_picture", f"{frames} frames")
+            image.load()
+            whole = _on_white(_upright(image))
+            whole = whole.resize((size, size), PIL.Image.Resampling.BICUBIC)
+    except (BadPicture, MemoryError):
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise BadPicture("picture_too_large", str(error)) from None
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise BadPicture("damaged_picture", f"{type(error).__name__}: {error}") from None
+    return np.ascontiguousarray(np.asarray(whole).transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says that it was seen; damaged EXIF says nothing."""
+    import PIL.Image
+
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image.transpose(PIL.Image.Transpose[turn]) if turn else image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB; where it is transparent, on white."""
+    import PIL.Image
+
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits of grey, of which Pillow would cut off what is above 255
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = PIL.Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _content_of(source: Any, folder: str, cfg: PictureConfig) -> bytes:
+    """The bytes of a picture that is named by its place."""
+    if not isinstance(source, str) or not source:
+        raise BadPicture("picture_missing", f"{type(source).__name__} instead of a path or bytes")
+    most = int(cfg.max_image_mb * 1e6)
+    if "::" in source or source.startswith("data:"):
+        raise BadPicture("picture_place", source[:100])
+    if "://" in source:
+        if not source.startswith(tuple(_prefixes(cfg))):
+            raise BadPicture("picture_place", f"{source} begins with none of image_urls")
+        return _fetch(source, most)
+    root = folder if cfg.image_root is None else cfg.image_root.rstrip("/")
+    if "://" in root:
+        if source.startswith("/") or ".." in source.split("/"):
+            raise BadPicture("picture_place", f"{source} leads out of {root}")
+        return _fetch(f"{root}/{source}", most)
+    try:
+        return read_file(Path(root, source), most=most, inside=root)
+    except OSError as error:
+        reason = {errno.ELOOP: "picture_place", errno.EFBIG: "picture_too_large"}
+        missing = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EISDIR)
+        reason |= dict.fromkeys(missing, "picture_missing")
+        if error.errno not in reason:
+            raise
+        detail = f"{source}: {error.strerror}"
+        raise BadPicture(reason[error.errno], detail) from None
+
+
+def _fetch(address: str, most: int) -> bytes:
+    """The body at an address; what is gone for good is rejected, other failures end the job."""
+    for pause in (*PAUSES_S, None):
+        try:
+            return read_small(*connect(address), most=most)
+        except TooLarge as error:
+            raise BadPicture("picture_too_large", str(error)) from None
+        except FileNotFoundError:
+            raise BadPicture("picture_missing", address) from None
+        except ConfigError:
+            raise
+        except Exception as error:  # every fsspec file system raises its own
+            if getattr(error, "status", None) in _GONE:
+                raise BadPicture("picture_missing", f"{address}: {reason_of(error)}") from None
+            if pause is None:
+                raise DataError(
+                    f"{address} could not be fetched: {reason_of(error)}. Nothing of its work unit "
+                    "was written; run the same command again."
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try has returned or raised")
+
+
+def _prefixes(cfg: PictureConfig) -> list[str]:
+    return [word.strip() for word in cfg.image_urls.split(",") if word.strip()]
+
+
+def folder_of(path: str) -> str:
+    """The folder, or the address of one, that holds a file."""
+    return path.rpartition("/")[0] if "://" in path else os.path.dirname(path) or "."
+
+
+def decoder_version() -> str:
+    """What the pixels of a job depend on beside its input: another release may round otherwise."""
+    import PIL
+
+    return f"Pillow {PIL.__version__}"
