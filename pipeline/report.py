@@ -1,6 +1,7 @@
-"""Draw a run: loss, learning rate, gradient norm and throughput, on one web page.
+"""Draw a run, or several on one page: curves, evaluations, samples, settings.
 
     python -m pipeline.report runs/NAME
+    python -m pipeline.report runs/NAME beside=[runs/OTHER,runs/THIRD]
 
     runs/NAME/metrics.jsonl --History--> runs/NAME/report/curves.png, runs/NAME/report/index.html
 
@@ -13,17 +14,19 @@ leaving it is a warning.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
 
 from pipeline import cli, log
-from pipeline.errors import MachineError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.files import write_durably
 from pipeline.scaling.prediction import Prediction
+from pipeline.tracking.curves import Band, draw
 from pipeline.tracking.history import History
-from pipeline.tracking.report_page import PROFILES, Band, draw, page
+from pipeline.tracking.report_page import PROFILES, page
+from pipeline.tracking.samples import read_samples
 
 
 @dataclass
@@ -32,12 +35,15 @@ class ReportConfig:
 
     run: str = MISSING
     """Run folder, runs/NAME."""
+    beside: list[str] = field(default_factory=list)
+    """Folders of other runs, drawn on the same page: their curves, and which settings differ."""
 
 
 def main(cfg: ReportConfig) -> None:
     """Write report/curves.png and report/index.html into the run folder."""
     run_dir = Path(cfg.run)
-    history = History.load(run_dir)
+    runs = _runs([run_dir, *map(Path, cfg.beside)])
+    (_, history), *_ = runs.values()
     folder = run_dir / "report"
     for path in (folder, folder / "curves.png", folder / "index.html"):
         if path.is_symlink():
@@ -54,9 +60,11 @@ def main(cfg: ReportConfig) -> None:
     for remark in remarks:
         log.say(remark)
     band = _band(prediction, history) if prediction else None
-    picture = draw(history, title=run_dir.resolve().name, band=band)
-    write_durably(folder / "curves.png", picture)
-    text = page(history, run_dir, picture, remarks=remarks)
+    samples = read_samples(run_dir)
+    histories = {name: found for name, (_, found) in runs.items()}
+    pictures = draw(histories, title=", ".join(runs), band=band)
+    write_durably(folder / "curves.png", pictures.sheet)
+    text = page(runs, pictures, samples=samples, remarks=remarks)
     write_durably(folder / "index.html", text.encode(errors="backslashreplace"))
     # The evaluations during training may have seen a part of the dataset; pipeline.evaluate saw all
     # of it.
@@ -79,6 +87,24 @@ def main(cfg: ReportConfig) -> None:
     for what, place in places.items():
         if place.exists():
             print(f"{what:14} {place}")
+
+
+def _runs(folders: list[Path]) -> dict[str, tuple[Path, History]]:
+    """Name to folder and history; two runs of one name get the folder they lie in before it.
+
+    Raises:
+        ConfigError: a run is named twice.
+        DataError: a folder is none of a run.
+    """
+    places = [folder.resolve() for folder in folders]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"beside: a run is named twice ({', '.join(map(str, folders))}).")
+    names = [place.name for place in places]
+    long = len(set(names)) < len(names)
+    return {
+        f"{place.parent.name}/{name}" if long else name: (folder, History.load(folder))
+        for folder, place, name in zip(folders, places, names, strict=True)
+    }
 
 
 def _remarks(prediction: Prediction, history: History) -> Iterator[str]:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, MachineError
+from pipeline.errors import ConfigError, DataError, MachineError
 from pipeline.report import ReportConfig, main
 from pipeline.tracking.history import HEADS, History
+from tests.support.browser import browser
 
 
 def step_row(step: int, loss: float | None) -> dict:
     return {
         "step": step,
         "tokens": step * 64,
+        "time": 1e9 + 60 * step,
         "train/loss": loss,
         "train/lr": 1e-3,
         "train/grad_norm": 1.0,
@@ -49,7 +51,8 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     png = (tmp_path / "report" / "curves.png").read_bytes()
     page = (tmp_path / "report" / "index.html").read_text()
     assert png.startswith(b"\x89PNG")
-    assert base64.b64encode(png).decode() in page
+    pictures = [base64.b64decode(found) for found in re.findall(r'base64,([^"]*)"', page)]
+    assert len(pictures) == 7 and all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "1.5000" in page
     assert "0.9000" in page
@@ -59,6 +62,71 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     assert "Goodput 87 %, 3 steps done twice." in page
     assert "&lt;cpu&gt;" in page
     assert "name: &lt;x&gt;" in page
+
+
+def several(tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs of 60 logged steps whose settings differ in one, with samples and evaluations."""
+    folders = []
+    for name, lr, last in (("slow", 1e-4, 2.0), ("fast", 1e-3, 1.5)):
+        rows = [step_row(s, last + 3 / s) | {"memory/peak_gib": 1.5} for s in range(1, 61)]
+        for step, tokens in ((30, 640), (60, 1280)):
+            scores = {"loss": last + 0.5, "ppl": 9.0, "bits_per_byte": 1.25, "tokens": tokens}
+            rows.append(
+                {"step": step, "tokens": 64 * step, "time": 1e9 + 60 * step}
+                | {f"val/a-dataset-with-a-long-name/{key}": value for key, value in scores.items()}
+            )
+        run = write(tmp_path / name, rows)
+        (run / "config.yaml").write_text(f"name: {name}\noptimizer:\n  lr: {lr}\n  eps: 0.1\n")
+        samples = [{"step": step, "tokens": 64 * step, "prompt": "def ", "text": f"<{name}>\n" + "x" * 200}
+                   for step in (30, 60)]  # fmt: skip
+        (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        folders.append(run)
+    return folders[0], folders[1]
+
+
+def test_runs_beside_each_other_show_what_differs(tmp_path: Path, capsys) -> None:
+    """Names, and what is the same, would only hide it."""
+    slow, fast = several(tmp_path)
+    main(ReportConfig(run=str(slow), beside=[str(fast)]))
+    page = (slow / "report" / "index.html").read_text()
+    differing = page.partition("Settings that differ")[2].partition("</table>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)<", differing) == ["optimizer.lr", "0.0001", "0.001"]
+    assert "Rows of other numbers of tokens are of other parts of the data" in page
+    assert ">1,280<" in page and "&lt;slow&gt;" in page and "&lt;fast&gt;" not in page
+    assert "Begun 2001-09-09 01:47 UTC, last heard of 59m 00s later." in page
+    with pytest.raises(ConfigError, match="named twice"):
+        main(ReportConfig(run=str(slow), beside=[str(slow)]))
+    other = tmp_path / "other"
+    other.mkdir()
+    fast.rename(other / "slow")
+    main(ReportConfig(run=str(slow), beside=[str(other / "slow")]))
+    assert "<th>other/slow</th>" in (slow / "report" / "index.html").read_text()
+
+
+def test_a_page_is_read_on_a_telephone_and_on_paper(tmp_path: Path) -> None:
+    """In a browser: nothing is wider than the window, every picture is there, the newest samples are open."""
+    slow, fast = several(tmp_path)
+    main(ReportConfig(run=str(slow), beside=[str(fast)]))
+    with browser(tmp_path / "profile") as page:
+        for width, columns in ((400, 1), (1300, 3)):
+            page.open((slow / "report" / "index.html").as_uri(), width=width, height=900)
+            assert page.value("document.documentElement.scrollWidth") <= width
+            assert (
+                page.value(
+                    "[...document.images].filter(i => i.complete && i.naturalWidth > 700).length"
+                )
+                == 8
+            )
+            lefts = page.value("[...document.images].map(i => i.getBoundingClientRect().left)")
+            assert len(set(lefts)) == columns
+            assert (
+                page.value(
+                    "[...document.querySelectorAll('.text')].filter(e => e.checkVisibility()).length"
+                )
+                == 1
+            )
+            page.screenshot(tmp_path / f"{width}.png")
+        assert page.command("Page.printToPDF")["data"] and page.said == []
 
 
 def test_heads_are_shown_where_somebody_looked(tmp_path: Path, capsys) -> None:

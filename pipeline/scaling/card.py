@@ -11,7 +11,7 @@ from pipeline.scaling.ladder import LadderConfig
 from pipeline.scaling.law import Fit
 from pipeline.scaling.prediction import Prediction
 from pipeline.scaling.runs import Run
-from pipeline.tracking.report_page import draw_interval
+from pipeline.tracking.curves import draw_interval
 
 # Okabe and Ito's colours, which most eyes tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#999999")

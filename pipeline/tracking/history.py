@@ -19,6 +19,7 @@ HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
 # What is read of a row and of evaluation.json; `?`: may be missing.
 ROW = {
     "event?": str,
+    "time?": _NUMBER,
     "facts?": {"num_parameters?": COUNT, "datasets?": dict},
     "step?": COUNT,
     "tokens?": COUNT,
@@ -39,17 +40,23 @@ class History:
     """A run's metrics by step; where a restart repeated steps, the later values count."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of logged steps, ascending."""
+    """Rows of logged steps, ascending; beside what was logged `hours` since the first start, and
+    `warm_rate`, tokens per second but of a start's first row, in which memory is allocated.
+    """
     evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Validation dataset to rows with step, tokens, loss, ppl, bits_per_byte; of dialogues exact,
-    percent of answers.
+    """Validation dataset to rows with step, tokens, hours, loss, ppl, bits_per_byte, scored, which
+    is how many tokens were; of dialogues exact, percent of answers.
     """
     heads: list[dict[str, Any]] = field(default_factory=list)
     """Rows with step and HEADS, ascending, where training.probe_every looked."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the last start recorded."""
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Dataset to what evaluation.json holds of it: the same, and how much was scored."""
+    """Dataset to what evaluation.json holds of it: scores, and how many tokens they are of."""
+    began: float = math.nan
+    """Seconds since 1970 of the first start; NaN: not known."""
+    ended: float = math.nan
+    """Likewise, of the last row."""
 
     @classmethod
     def load(cls, run_dir: Path) -> History:
@@ -62,15 +69,20 @@ class History:
         if not path.exists():
             raise DataError(f"there is no {path}. Give the folder of a run, runs/NAME.")
         history, steps, evaluations, heads = cls(), {}, {}, {}
+        is_first = True  # logged step of a start
         for row in read_rows(path):
             if wrong := next(misfits(row, ROW), None):
                 raise DataError(f"{path} has a row that is of no run: {wrong}.")
             if row.get("event") == "start":
                 history.facts = {"world_size": row.get("world_size"), **row.get("facts", {})}
+                is_first = True
+            hours = history._take_time(_number(row.get("time")))
             if "step" not in row or "tokens" not in row:
                 continue
             if "train/loss" in row:
-                steps[row["step"]] = row
+                rate = math.nan if is_first else _number(row.get("throughput/tokens_per_sec"))
+                steps[row["step"]] = {**row, "hours": hours, "warm_rate": rate}
+                is_first = False
             if f"probe/{HEADS[0]}" in row:
                 scores = {name: _number(row.get(f"probe/{name}")) for name in HEADS}
                 heads[row["step"]] = {"step": row["step"], **scores}
@@ -80,6 +92,8 @@ class History:
                     evaluations[name, row["step"]] = {
                         "step": row["step"],
                         "tokens": row["tokens"],
+                        "hours": hours,
+                        "scored": _number(row.get(f"val/{name}/tokens")),
                         **_scores(row, f"val/{name}/"),
                     }
         if not steps:
@@ -99,10 +113,16 @@ class History:
     @property
     def tokens_per_sec(self) -> float:
         """Median over the logged steps, without each process's first, which warms up."""
-        rates = sorted(
-            self.column("throughput/tokens_per_sec")[1:] or self.column("throughput/tokens_per_sec")
-        )
+        warm = [rate for rate in self.column("warm_rate") if math.isfinite(rate)]
+        rates = sorted(warm or self.column("throughput/tokens_per_sec"))
         return rates[len(rates) // 2]
+
+    def _take_time(self, time: float) -> float:
+        """Hours since the first start; NaN where a row does not say when it was written."""
+        if math.isfinite(time):
+            self.began = time if math.isnan(self.began) else self.began
+            self.ended = time
+        return (time - self.began) / 3600
 
 
 def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:

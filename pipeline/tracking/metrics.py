@@ -170,7 +170,8 @@ class Metrics:
                 "bits_per_byte": result.bits_per_byte,
                 **({} if result.exact is None else {"exact": result.exact}),
             }
-            self._send(state, {f"val/{name}/{key}": float(value) for key, value in values.items()})
+            sent = {**values, "tokens": result.tokens}
+            self._send(state, {f"val/{name}/{key}": float(value) for key, value in sent.items()})
             self._console.show_evaluation(state, name, values)
         self.restart_clock()
 

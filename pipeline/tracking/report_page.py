@@ -1,177 +1,239 @@
-"""A run's curves as a picture, and everything about it as one self-contained web page."""
+"""A run's pictures, and everything about it and those beside it, as one self-contained web page.
+
+    History, config.yaml, samples, Pictures --page--> HTML that needs no other file and no network
+
+It is read on a telephone and on paper too: pictures stand beside each other as there is room, wide
+tables scroll in a box of their own.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import visible
 from pipeline.files import read_file
+from pipeline.tracking.console import duration
+from pipeline.tracking.curves import Pictures
 from pipeline.tracking.history import HEADS, History
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pipeline.tracking.samples import Sample
 
 PROFILES = "profiles"
 """Folder of a run with the traces of training.profile_steps."""
 MAX_PROFILES = 32  # that the page names; the folder has all
-# Told apart by everyone.
-TRAIN_COLOR = "#4477aa"
-PREDICTED_COLOR = "#ee7733"
-VAL_COLORS = ("#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
+MAX_SAMPLED_STEPS = 12  # whose texts the page shows; samples.jsonl has all
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222;
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ width: 100%; }} table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto;
+       padding: 0 1rem; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr));
+          gap: 1rem; }}
+img {{ width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; margin: 1rem 0; overflow-wrap: normal; }}
+td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd;
+         vertical-align: top; }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
-</style>
+pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .85rem; }}
+pre.text {{ white-space: pre-wrap; }} pre b {{ color: #4477aa; font-weight: normal; }}
+@media print {{ body {{ max-width: none; margin: 0; font-size: 11px; }}
+  .curves {{ grid-template-columns: 1fr 1fr; }} img, tr, pre.text {{ break-inside: avoid; }} }}
+</style></head><body>
 <h1>{title}</h1>
 <p>{summary}</p>
-<img alt="Loss, learning rate, gradient norm and throughput over the steps"
-     src="data:image/png;base64,{picture}">
-<h2>Held-out data</h2>
+<div class="curves">
+{pictures}
+</div>
+{beside}<h2>Held-out data</h2>
 {evaluations}
-{heads}<h2>Run</h2>
+{samples}{heads}<h2>Run</h2>
 {facts}
 {profiles}<h2>Configuration</h2>
-<pre>{config}</pre>
-</html>
+<details><summary>all settings</summary><pre>{config}</pre></details>
+</body></html>
 """
+Runs = Mapping[str, tuple[Path, History]]
 
 
-@dataclass(frozen=True)
-class Band:
-    """What was predicted of a run's loss, by step."""
-
-    steps: list[float]
-    low: list[float]
-    high: list[float]
-    """Least and most training loss at each of `steps`."""
-    end: float
-    """The last step."""
-    loss: float
-    interval: tuple[float, float]
-    """Held-out loss after the last step: the likeliest, and between which it lies."""
-
-
-def draw(history: History, *, title: str, band: Band | None = None) -> bytes:
-    """The four curves as a PNG.
-
-    Args:
-        history: the run's.
-        title: of the picture.
-        band: drawn under the loss; None: nothing was predicted.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(_plain(title))
-    (loss, rate), (lr, norm) = figure.subplots(2, 2)
-    steps = history.column("step")
-    _curve(loss, steps, history.column("train/loss"), "Loss, nats per token", label="training")
-    for (name, rows), color in zip(
-        history.evaluations.items(), VAL_COLORS * len(history.evaluations)
-    ):
-        held_out = [row["step"] for row in rows], [row["loss"] for row in rows]
-        loss.plot(*held_out, "o-", color=color, markersize=4, label=_plain(f"held out: {name}"))
-    if band is not None:
-        _predicted(loss, band)
-    loss.legend(frameon=False)
-    _limit(loss, history.column("train/loss"))
-    _curve(
-        rate, steps, history.column("throughput/tokens_per_sec"), "Throughput, tokens per second"
-    )
-    rate.set_ylim(bottom=0)
-    _curve(lr, steps, history.column("train/lr"), "Learning rate")
-    _curve(norm, steps, history.column("train/grad_norm"), "Gradient norm, before clipping")
-    norm.set_yscale("log")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    return picture.getvalue()
-
-
-def _predicted(axes: Axes, band: Band) -> None:
-    """The predicted course and end, under the run's own curve."""
-    label = "predicted course"
-    axes.fill_between(
-        band.steps, band.low, band.high, color=PREDICTED_COLOR, alpha=0.2, label=label
-    )
-    draw_interval(
-        axes, band.end, band.loss, band.interval,
-        color=PREDICTED_COLOR, markersize=4, label="predicted, held out",
-    )  # fmt: skip
-
-
-def draw_interval(
-    axes: Axes, place: float, value: float, ends: tuple[float, float], *,
-    color: str, markersize: float, label: str,
-) -> None:  # fmt: skip
-    """A value and an interval, which need not hold it: a narrow one of a bootstrap may not."""
-    axes.plot([place], [value], "D", color=color, markersize=markersize, label=label)
-    half = (ends[1] - ends[0]) / 2
-    axes.errorbar([place], [ends[0] + half], yerr=half, fmt="none", capsize=4, ecolor=color)
-
-
-def _plain(text: str) -> str:
-    """A name in a picture: matplotlib would set what stands between dollars as a formula."""
-    return visible(text).replace("$", r"\$")
-
-
-def page(history: History, run_dir: Path, picture: bytes, *, remarks: Sequence[str] = ()) -> str:
+def page(
+    runs: Runs,
+    pictures: Pictures,
+    *,
+    samples: Mapping[int, Sequence[Sample]],
+    remarks: Sequence[str] = (),
+) -> str:
     """The web page; needs no other file.
 
     Args:
-        history: the run's.
-        run_dir: its folder.
-        picture: what draw gave.
+        runs: name to folder and history; of the first one everything is told, the others are
+            compared with it.
+        pictures: what curves.draw gave.
+        samples: of the first one, by step.
         remarks: lines under the summary.
     """
+    (name, (run_dir, history)), *_ = runs.items()
+    return PAGE.format(
+        title=html.escape(name),
+        summary="<br>\n".join(map(html.escape, [*_summary(history), *remarks])),
+        pictures="\n".join(
+            f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
+            f'{base64.b64encode(png).decode()}">'
+            for title, png in pictures.panels.items()
+        ),
+        beside=_beside(runs) if len(runs) > 1 else "",
+        evaluations=_evaluations(runs),
+        samples=_samples(samples),
+        heads=_heads(history),
+        facts=_table(["fact", "value"], [[key, str(v)] for key, v in _facts(history).items()]),
+        profiles=_profiles(run_dir),
+        config=html.escape(_config(run_dir)),
+    )
+
+
+def _summary(history: History) -> list[str]:
+    """What a run came to, in a few sentences."""
     last, facts = history.steps[-1], history.facts
-    summary = (
+    lines = [
         f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} "
         f"parameters, {history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x "
         f"{facts.get('device')}; training loss {_text(history.column('train/loss')[-1])}, "
         f"{last.get('resilience/restarts')} restarts, "
         f"{last.get('resilience/skipped_steps')} skipped steps."
-    )
+    ]
     if last.get("goodput/goodput") is not None and last.get("goodput/lost_steps") is not None:
-        summary += (
+        lines[0] += (
             f" Goodput {100 * last['goodput/goodput']:.0f} %, "
             f"{last['goodput/lost_steps']:.0f} steps done twice."
         )
-    found = [(name, row["step"], row) for name, r in history.evaluations.items() for row in r]
-    found += [(name, "evaluation.json", row) for name, row in history.final.items()]
-    columns = {"loss": "loss", "ppl": "perplexity", "bits_per_byte": "bits per byte"}
-    if any(row.get("exact") is not None for *_, row in found):
-        columns["exact"] = "exact answers, %"
-    rows = [[*place, *(row.get(key, "") for key in columns)] for *place, row in found]
+    if (began := _date(history.began)) and history.ended >= history.began:
+        took = duration(history.ended - history.began)
+        lines.append(f"Begun {began}, last heard of {took} later.")
+    return lines
+
+
+def _date(seconds: float) -> str:
+    """A time in words, UTC; empty where it is none that a calendar has."""
     try:
-        config = read_file(run_dir / "config.yaml", inside=run_dir).decode(errors="replace")
-    except OSError as error:  # the page tells of the run without it
-        config = f"config.yaml cannot be read: {error.strerror}"
-    return PAGE.format(
-        title=html.escape(run_dir.resolve().name),
-        summary="<br>\n".join(map(html.escape, [summary, *remarks])),
-        picture=base64.b64encode(picture).decode(),
-        evaluations=_table(["dataset", "step", *columns.values()], rows),
-        heads=_heads(history),
-        facts=_table(["fact", "value"], [[key, str(value)] for key, value in facts.items()]),
-        profiles=_profiles(run_dir),
-        config=html.escape(config),
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def _facts(history: History) -> dict[str, Any]:
+    """What the last start recorded, in words."""
+    facts = dict(history.facts)
+    if isinstance(versions := facts.get("versions"), dict):
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if isinstance(command := facts.get("command"), list):
+        facts["command"] = " ".join(map(str, command))
+    if isinstance(datasets := facts.pop("datasets", None), dict):
+        for identity, found in datasets.items():
+            row = found if isinstance(found, dict) else {}
+            facts[f"data {row.get('name', '')}"] = (
+                f"{_text(row.get('tokens', '?'))} tokens in {row.get('path', '?')}, {identity[:12]}"
+            )
+    return {key.replace("_", " "): value for key, value in facts.items()}
+
+
+def _evaluations(runs: Runs) -> str:
+    """Every evaluation of every run, with how many tokens it scored."""
+    several = len(runs) > 1
+    found: list[tuple[list[Any], dict[str, Any]]] = []
+    for name, (_, history) in runs.items():
+        own = [name] if several else []
+        for dataset, rows in history.evaluations.items():
+            found += [([*own, dataset, row["step"]], row) for row in rows]
+        for dataset, row in history.final.items():
+            found.append(([*own, dataset, "evaluation.json"], row | {"scored": row["tokens"]}))
+    columns = {"scored": "tokens scored", "loss": "loss", "ppl": "perplexity"}
+    columns["bits_per_byte"] = "bits per byte"
+    if any(row.get("exact") is not None for _, row in found):
+        columns["exact"] = "exact answers, %"
+    table = _table(
+        [*(["run"] if several else []), "dataset", "step", *columns.values()],
+        [[*place, *(_whole(row.get(key, "")) for key in columns)] for place, row in found],
     )
+    scored = {row["scored"] for _, row in found if math.isfinite(row.get("scored", math.nan))}
+    note = (
+        "<p>Rows of other numbers of tokens are of other parts of the data: their losses and bits "
+        "per byte do not compare (training.eval_sequences; pipeline.evaluate scores all).</p>\n"
+    )
+    return (note if len(scored) > 1 else "") + table
+
+
+def _samples(samples: Mapping[int, Sequence[Sample]]) -> str:
+    """What the model wrote, the newest step open; nothing where it was not asked to."""
+    if not samples:
+        return ""
+    parts: list[str] = []
+    for step in sorted(samples, reverse=True)[:MAX_SAMPLED_STEPS]:
+        texts = "".join(
+            f'<pre class="text"><b>{html.escape(visible(sample.prompt))}</b>'
+            f"{html.escape(visible(sample.text))}</pre>"
+            for sample in samples[step]
+        )
+        is_open = "" if parts else " open"
+        parts.append(f"<details{is_open}><summary>step {step:,}</summary>{texts}</details>")
+    return "<h2>Samples</h2>\n" + "\n".join(parts) + "\n"
+
+
+def _beside(runs: Runs) -> str:
+    """Where runs end, and which of their settings differ."""
+    ends = [
+        [
+            name, h.steps[-1]["step"], h.steps[-1]["tokens"], h.column("train/loss")[-1],
+            h.tokens_per_sec,
+        ]
+        for name, (_, h) in runs.items()
+    ]  # fmt: skip
+    settings = {name: _flat(_config(folder)) for name, (folder, _) in runs.items()}
+    keys = sorted({key for found in settings.values() for key in found} - {"name"})
+    differing = [
+        [key, *values]
+        for key in keys
+        if len(set(values := [found.get(key, "") for found in settings.values()])) > 1
+    ]
+    header = ["run", "step", "tokens", "training loss", "tokens/s"]
+    return (
+        f"<h2>Runs</h2>\n{_table(header, ends)}\n<h2>Settings that differ</h2>\n"
+        f"{_table(['setting', *runs], differing)}\n"
+    )
+
+
+def _config(run_dir: Path) -> str:
+    try:
+        return read_file(run_dir / "config.yaml", inside=run_dir).decode(errors="replace")
+    except OSError as error:  # the page tells of the run without it
+        return f"config.yaml cannot be read: {error.strerror}"
+
+
+def _flat(text: str) -> dict[str, str]:
+    """Dotted key to value of a config.yaml; nothing of what is none."""
+    import yaml
+
+    found: dict[str, str] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif prefix:
+            found[prefix] = str(value)
+
+    try:
+        add("", yaml.safe_load(text))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found
 
 
 def _heads(history: History) -> str:
@@ -205,22 +267,6 @@ def _profiles(run_dir: Path) -> str:
     )
 
 
-def _curve(axes: Axes, x: list[float], y: list[float], title: str, label: str = "") -> None:
-    axes.plot(x, y, color=TRAIN_COLOR, linewidth=1.2, label=label)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _limit(axes: Axes, values: list[float]) -> None:
-    """Leave a first loss or a spike that would flatten the rest outside the picture."""
-    finite = sorted(value for value in values if math.isfinite(value))
-    if len(finite) > 20:
-        low, high = finite[0], finite[int(0.97 * len(finite))]
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An HTML table; numbers are set right-aligned."""
     if not rows:
@@ -232,10 +278,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _whole(value: Any) -> Any:
+    """A count that went through a float as a whole number; nothing for what is not known."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
+    return int(value) if isinstance(value, float) and value > 1000 and value.is_integer() else value

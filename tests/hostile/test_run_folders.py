@@ -92,15 +92,18 @@ def test_run_folders(tmp_path, outside, monkeypatch, capsys):
     """Nor does anything but the report end for what only tells of a run."""
     pytest.importorskip("matplotlib")
     from pipeline.resilience import ownership
-    from pipeline.tracking import report_page
+    from pipeline.tracking import curves
 
     monkeypatch.setattr(ownership, "SILENCE_S", 0.0)
     monkeypatch.setattr(ownership, "BEAT_S", 0.0)
-    pictures = []  # each takes 0.3 s to draw, and 400 of them show nothing new
+    pictures = []  # each takes seconds to draw, and 400 of them show nothing new
 
-    def draw(*arguments: Any, **options: Any) -> bytes:
-        pictures.append(report_page.draw(*arguments, **options) if len(pictures) < 5 else b"")
-        return pictures[-1]
+    def draw(*arguments: Any, **options: Any) -> curves.Pictures:
+        drawn = (
+            curves.draw(*arguments, **options) if len(pictures) < 3 else curves.Pictures(b"", {})
+        )
+        pictures.append(drawn)
+        return drawn
 
     monkeypatch.setattr("pipeline.report.draw", draw)
     valid = run_folder(tmp_path / "valid")

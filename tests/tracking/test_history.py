@@ -37,17 +37,29 @@ def test_half_a_line_is_left_out(tmp_path):
 def test_evaluations_are_told_apart_by_dataset(tmp_path):
     rows = [
         {"step": 2, "tokens": 16, "val/wiki/loss": 2.0, "val/wiki/ppl": 7.4, "val/a/b/loss": 3.0},
-        {"step": 1, "tokens": 8, "val/wiki/loss": 2.5},
+        {"step": 1, "tokens": 8, "val/wiki/loss": 2.5, "val/wiki/tokens": 640},
     ]
     unknown = pytest.approx(math.nan, nan_ok=True)
     history = History.load(write(tmp_path, step(1), *rows))
+    common = {"hours": unknown, "scored": unknown, "ppl": unknown, "bits_per_byte": unknown}
     assert history.evaluations == {
-        "a/b": [{"step": 2, "tokens": 16, "loss": 3.0, "ppl": unknown, "bits_per_byte": unknown}],
+        "a/b": [{"step": 2, "tokens": 16, "loss": 3.0, **common}],
         "wiki": [
-            {"step": 1, "tokens": 8, "loss": 2.5, "ppl": unknown, "bits_per_byte": unknown},
-            {"step": 2, "tokens": 16, "loss": 2.0, "ppl": 7.4, "bits_per_byte": unknown},
+            {"step": 1, "tokens": 8, "loss": 2.5, **common, "scored": 640},
+            {"step": 2, "tokens": 16, "loss": 2.0, **common, "ppl": 7.4},
         ],
     }
+
+
+def test_time_runs_from_the_first_start_and_a_start_s_first_speed_is_none(tmp_path):
+    """A start allocates memory in its first step, and so does the one after a requeue."""
+    start = {"event": "start", "time": 1000.0}
+    rate = "throughput/tokens_per_sec"
+    rows = [step(n, time=1000.0 + 3600 * n, **{rate: 10.0 * n}) for n in (1, 2, 3, 4)]
+    history = History.load(write(tmp_path, start, *rows[:2], {**start, "time": 9e3}, *rows[2:]))
+    assert history.column("hours") == [1, 2, 3, 4]
+    assert [row["step"] for row in history.steps if math.isfinite(row["warm_rate"])] == [2, 4]
+    assert history.tokens_per_sec == 40.0 and (history.began, history.ended) == (1000, 15400)
 
 
 def test_a_value_that_is_not_known_is_nan(tmp_path):

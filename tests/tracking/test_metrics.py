@@ -192,7 +192,8 @@ def test_evaluations_events_and_extra_values_are_recorded(tmp_path):
         evaluation["val/wiki/loss"],
         evaluation["val/wiki/ppl"],
         evaluation["val/wiki/bits_per_byte"],
-    ) == (2, 7.4, 0.9)
+        evaluation["val/wiki/tokens"],
+    ) == (2, 7.4, 0.9, 10)
     assert event["resilience/checkpoint_stall_ms"] == 12.5
     assert step["moe/aux_loss"] == 0.5
 
