@@ -141,7 +141,7 @@ def ours(kind: str, shape: str, precision: str, tokens: Any) -> tuple[Step, Size
     engine = build_engine(cfg, run, connect(ranks_from_environment(), run.sizes))
     micro_batch: Any = SimpleNamespace(
         tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(), loss_mask=None, document_ids=None,
-        positions=None,
+        positions=None, images=None, patch_ids=None,
     )  # fmt: skip
     number = iter(range(10**9))
     sizes = Sizes(engine.runner.optimizer, engine.runner.module.parameters())

@@ -75,6 +75,8 @@ def random_batches(rung: Rung, vocab_size: int, device: Any) -> list[Any]:
                 loss_mask=None,
                 document_ids=None,
                 positions=None,
+                images=None,
+                patch_ids=None,
             )
         )
     return batches

@@ -69,6 +69,7 @@ def main(cfg: EvaluateConfig) -> int:
         world_size=ranks.world_size,
         tokenizer_vocab_size=data.vocab_size,
         row_tokens=data.row_tokens,
+        pictures=data.row_pictures,
     )
     for dataset in data.train:
         log.logger.info("evaluating on %s", _described(dataset, shape.seq_len, cfg.sequences))

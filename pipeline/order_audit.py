@@ -131,6 +131,7 @@ def _shape(cfg: AuditConfig, ranks: int) -> RunShape:
         world_size=ParallelSizes.of(cfg.parallel, data=ranks).world_size,
         tokenizer_vocab_size=facts.vocab_size,
         row_tokens=facts.row_tokens,
+        pictures=facts.row_pictures,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
@@ -69,13 +69,15 @@ def main(cfg: PlanConfig) -> None:
     cfg, data = _read_data(cfg)
     vocab_size = data.vocab_size if data else cfg.vocab_size or cfg.model.vocab_size
     vocab_size, lines = vocab_size or GPT2_VOCABULARY, []
-    row_tokens = data.row_tokens if data else None
+    of_data: dict[str, Any] = {}
+    if data is not None:
+        of_data = {"row_tokens": data.row_tokens, "pictures": data.row_pictures}
     try:
         shape = derive(
             cfg,
             world_size=cfg.world_size,
             tokenizer_vocab_size=vocab_size,
-            row_tokens=row_tokens,
+            **of_data,
         )
     except ConfigError as error:
         if not cfg.search or cfg.page or cfg.dry_run:
@@ -92,7 +94,7 @@ def main(cfg: PlanConfig) -> None:
             device,
             world_size=cfg.world_size,
             vocab_size=vocab_size,
-            row_tokens=row_tokens,
+            **of_data,
         )
         lines += table.layout_lines(*found)
     print("\n".join(lines))

@@ -58,6 +58,7 @@ TESTED_IN = {
     "data_prep/tokens/dataset_job.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/dataset_writer.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/find.py": ("test_trace.py", "the command prints what it finds"),
+    "pipeline/model/vision.py": ("engine/test_pictures.py", LAYOUTS),
     "data_prep/tokens/import_job.py": ("test_import_tokens.py", JOB),
     "data_prep/tokens/split.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/tokenize_job.py": ("test_tokenize.py", "tokenize.py is its entry point"),

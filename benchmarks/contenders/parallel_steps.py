@@ -219,6 +219,7 @@ def our_step(
         SimpleNamespace(
             tokens=part[:, :-1].contiguous(), labels=part[:, 1:].contiguous(),
             loss_mask=None, document_ids=None, positions=None,
+            images=None, patch_ids=None,
         )
         for part in mine.split(micro_batch_size)
     ]  # fmt: skip

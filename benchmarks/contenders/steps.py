@@ -173,7 +173,8 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
     shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab)
     engine = build_engine(cfg, shape, connect(ranks_from_environment(), shape.sizes))
     micro_batch: Any = SimpleNamespace(
-        tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None
-    )
+        tokens=inputs, labels=labels, loss_mask=None, document_ids=None, positions=None,
+        images=None, patch_ids=None,
+    )  # fmt: skip
     number = iter(range(10**9))
     return lambda: float(engine.train_step([micro_batch], step=next(number)).loss)

@@ -45,6 +45,7 @@ SHAPE = {
     "saved_at": str,
     "eod?": (None, range(2**31)),
     "end_of_turn?": (None, range(2**31)),
+    "image_token_id?": (None, range(2**31)),
     "base?": (None, {"path": str, "sha256": str}),
     "state": {str: COUNT},
     "config": {
@@ -94,6 +95,8 @@ class RunRecord:
     """Id of the token that ends the documents of the datasets; None: of an older program."""
     end_of_turn: int | None = None
     """Id of the token that ends an answer; None: the datasets were no dialogues."""
+    image_token_id: int | None = None
+    """Id of the token that stands for a patch; None: the datasets had no pictures."""
     base: dict[str, str] | None = None
     """Of which weights the tensors are a part (adapters.Base); None: they are a whole model."""
 
@@ -159,14 +162,14 @@ class CheckpointRecord(RunRecord):
     def to_json(self) -> str:
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
-                "versions", "saved_at", "eod", "end_of_turn", "base", "state", "loader", "guard",
-                "config", "size_bytes", "write_s")  # fmt: skip
+                "versions", "saved_at", "eod", "end_of_turn", "image_token_id", "base", "state",
+                "loader", "guard", "config", "size_bytes", "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
-        for key in ("eod", "end_of_turn", "base"):
+        for key in ("eod", "end_of_turn", "image_token_id", "base"):
             if content[key] is None:  # older records do not have the key, and stay as they are
                 del content[key]
         return json.dumps(content, indent=1, ensure_ascii=False)

@@ -151,7 +151,9 @@ def float8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfi
             "torch.compile was not tried on its products. Set model.compile=false."
         )
     tensor = parallel.tensor_parallel_size
-    for name, (rows, columns) in linear_shapes(replace(model, num_layers=1)).items():
+    vision = replace(model.vision, num_layers=min(1, model.vision.num_layers))
+    one = replace(model, num_layers=1, vision=vision)
+    for name, (rows, columns) in linear_shapes(one).items():
         is_column = name.endswith(("linear_qkv", "linear_fc1"))
         sides = (rows / tensor, columns) if is_column else (rows, columns / tensor)
         if ".local_experts." not in name and any(side % FLOAT8_SIDES for side in sides):

@@ -24,6 +24,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.stages import pad_vocabulary, partition, pipeline_costs, places_of
 from pipeline.config.step_shape import full_seq_len
 from pipeline.config.training import OptimizerConfig
+from pipeline.config.vision import RowPictures, images_per_row
 
 
 def names(cfg: PretrainConfig) -> Iterator[str]:
@@ -126,7 +127,9 @@ def muon(cfg: PretrainConfig) -> Iterator[str]:
         )
 
 
-def stages_train(cfg: PretrainConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
+def stages_train(
+    cfg: PretrainConfig, tokenizer_vocab_size: int | None, pictures: RowPictures | None
+) -> Iterator[str]:
     """Every stage of a pipeline has something to train.
 
     One that has not breaks the others: torch's AdamW refuses an empty list on that stage, and the
@@ -137,11 +140,12 @@ def stages_train(cfg: PretrainConfig, tokenizer_vocab_size: int | None) -> Itera
     if pipeline == 1 or vocab_size is None:
         return
     is_dual = cfg.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
-    tensor = cfg.parallel.tensor_parallel_size
+    tensor, seq_len = cfg.parallel.tensor_parallel_size, full_seq_len(cfg)
     costs = pipeline_costs(
         model,
         padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=tensor),
-        seq_len=full_seq_len(cfg),
+        seq_len=seq_len,
+        images_per_row=images_per_row(model, seq_len, pictures),
     )
     bounds = partition(costs, pipeline * (2 if is_dual else 1))
     names = parameter_names(model, cfg.finetune)

@@ -15,6 +15,7 @@ from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
+from pipeline.config.vision import encoder_of
 
 Shape = tuple[int, ...]
 Rows = tuple[int, int]
@@ -25,11 +26,28 @@ def parameter_shapes(
     model: ModelConfig, finetune: FinetuneConfig, *, vocab_size: int
 ) -> dict[str, Shape]:
     """Canonical name to whole shape of every parameter, low-rank matrices at the end."""
-    hidden, width = model.hidden_size, resolve(model).head_dim
-    linears = linear_shapes(model)
+    hidden, linears = model.hidden_size, linear_shapes(model)
     shapes: dict[str, Shape] = {"embedding.word.weight": (vocab_size, hidden)}
     if model.position is Position.learned:
         shapes["embedding.position.weight"] = (model.max_seq_len, hidden)
+    shapes |= _block_shapes(model)
+    if model.norm_placement is NormPlacement.pre:
+        shapes |= dict.fromkeys(_norm(model, "final_norm"), (hidden,))
+    if not model.tied_embeddings:
+        shapes["head.weight"] = (vocab_size, hidden)
+    if model.vision.num_layers:
+        shapes |= _encoder_shapes(model)
+    for stem in lora_stems(model, finetune):
+        rows, columns = linears[stem]
+        shapes[f"{stem}.lora_a"] = (finetune.lora_rank, columns)
+        shapes[f"{stem}.lora_b"] = (rows, finetune.lora_rank)
+    return shapes
+
+
+def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Of the parameters of the blocks, low-rank matrices left out."""
+    hidden, width = model.hidden_size, resolve(model).head_dim
+    shapes: dict[str, Shape] = {}
     for layer in range(model.num_layers):
         at = f"layers.{layer}"
         norms = {"input_layernorm": hidden, "pre_mlp_layernorm": hidden}
@@ -39,19 +57,28 @@ def parameter_shapes(
             shapes |= dict.fromkeys(_norm(model, f"{at}.{name}"), (size,))
         if model.moe.num_experts:
             shapes[f"{at}.mlp.router.weight"] = (model.moe.num_experts, hidden)
-    for stem, (rows, columns) in linears.items():
+    for stem, (rows, columns) in _block_linears(model).items():
         shapes[f"{stem}.weight"] = (rows, columns)
         if resolve(model).qkv_bias if stem.endswith("linear_qkv") else model.bias:
             shapes[f"{stem}.bias"] = (rows,)
-    if model.norm_placement is NormPlacement.pre:
-        shapes |= dict.fromkeys(_norm(model, "final_norm"), (hidden,))
-    if not model.tied_embeddings:
-        shapes["head.weight"] = (vocab_size, hidden)
-    for stem in lora_stems(model, finetune):
-        rows, columns = linears[stem]
-        shapes[f"{stem}.lora_a"] = (finetune.lora_rank, columns)
-        shapes[f"{stem}.lora_b"] = (rows, finetune.lora_rank)
     return shapes
+
+
+def _encoder_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Of the picture encoder and its projector."""
+    sizes, width, hidden = resolve(model).vision, model.vision.hidden_size, model.hidden_size
+    assert sizes is not None
+    blocks = _block_shapes(encoder_of(model))
+    return {
+        "vision.patch.weight": (width, sizes.patch_numbers),
+        "vision.patch.bias": (width,),
+        "vision.position.weight": (sizes.num_patches, width),
+        **{f"vision.{name}": shape for name, shape in blocks.items()},
+        "vision.linear_1.weight": (hidden, width),
+        "vision.linear_1.bias": (hidden,),
+        "vision.linear_2.weight": (hidden, hidden),
+        "vision.linear_2.bias": (hidden,),
+    }
 
 
 def parameter_names(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:
@@ -60,7 +87,19 @@ def parameter_names(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:
 
 
 def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Canonical name, without its end, to (rows, columns) of every linear of the blocks."""
+    """Canonical name, without its end, to (rows, columns) of every linear of the blocks.
+
+    Those of the picture encoder's blocks are behind the others.
+    """
+    linears = _block_linears(model)
+    if model.vision.num_layers:
+        of_encoder = _block_linears(encoder_of(model))
+        linears |= {f"vision.{name}": shape for name, shape in of_encoder.items()}
+    return linears
+
+
+def _block_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The same of a model's own blocks."""
     sizes, hidden = resolve(model), model.hidden_size
     heads, width = model.num_attention_heads, sizes.head_dim
     shapes: dict[str, tuple[int, int]] = {}
@@ -76,7 +115,7 @@ def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether a canonical name is that of the weight of a linear of a block."""
+    """Whether a canonical name is that of the weight of a linear of one of the GPT's blocks."""
     return re.fullmatch(r"layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight", name) is not None
 
 

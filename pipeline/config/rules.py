@@ -33,7 +33,7 @@ from pipeline.config.step_shape import (
 )
 from pipeline.config.training import ParallelConfig, TrainingConfig
 from pipeline.config.upcycling import upcycling
-from pipeline.config.vision import vision_cut, vision_fits
+from pipeline.config.vision import VISION, RowPictures, pictures_fit, vision_cut, vision_fits
 from pipeline.errors import ConfigError
 
 Rule = tuple[Iterator[str], set[str], str]
@@ -45,8 +45,6 @@ HEADS = {"model.hidden_size", "model.num_attention_heads", "model.head_dim"}
 GROUPS = {"model.num_attention_heads", "model.num_query_groups"}
 WIDTHS = {"model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.hidden_size"}
 WIDTHS |= {"model.moe.shared_expert_ffn_hidden_size"}
-VISION = {f"model.vision.{name}" for name in ("hidden_size", "num_attention_heads")}
-PIXELS = {f"model.vision.{name}" for name in ("num_layers", "image_size", "patch_size")}
 EXPERTS = {"parallel.expert_parallel_size", "model.moe.num_experts"}
 SIZES = {f"parallel.{kind}_parallel_size" for kind in ("tensor", "context", "pipeline")}
 
@@ -57,6 +55,7 @@ def problems(
     world_size: int,
     tokenizer_vocab_size: int | None,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> Iterator[str]:
     """Every rule that the settings of a run break, in words.
 
@@ -64,7 +63,7 @@ def problems(
         cfg: the composed config.
         world_size: number of ranks.
         tokenizer_vocab_size: of the training data; None where they cannot be read.
-        row_tokens: of packed training data; None: they are text, or cannot be read.
+        row_tokens, pictures: of the training data; None: they have none, or cannot be read.
     """
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     is_dual = layout_rules.is_dual(parallel)
@@ -81,7 +80,7 @@ def problems(
         (run_name(cfg.name), set(), ""),
         *_rules_of_a_model(
             model, cfg.data, parallel, is_dual=is_dual, world_size=world_size,
-            tokenizer_vocab_size=tokenizer_vocab_size,
+            tokenizer_vocab_size=tokenizer_vocab_size, pictures=pictures,
         ),
         (name_rules.names(cfg), named, ""),
         (upcycling(cfg), named, ""),
@@ -96,7 +95,7 @@ def problems(
             model_rules.sequence_length(model, "training.seq_len", training.seq_len),
             lengths, "seq_len",
         ),
-        (name_rules.stages_train(cfg, tokenizer_vocab_size), named | SIZES | staged, ""),
+        (name_rules.stages_train(cfg, tokenizer_vocab_size, pictures), named | SIZES | staged, ""),
         (ramp(cfg, world_size), batches | SIZES | {"seq_len", "data", "ramp"}, "ramp"),
         (
             data_rules.packed_rows(cfg.data, row_tokens, "training.seq_len", full_seq_len(cfg)),
@@ -117,6 +116,7 @@ def evaluation_problems(
     world_size: int,
     tokenizer_vocab_size: int,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> Iterator[str]:
     """Every rule that the settings of an evaluation break, in words; arguments as above."""
     model, parallel, seq_len = evaluation.model, evaluation.parallel, evaluation.seq_len
@@ -124,7 +124,7 @@ def evaluation_problems(
     rules: list[Rule] = [
         *_rules_of_a_model(
             model, evaluation.data, parallel, is_dual=False, world_size=world_size,
-            tokenizer_vocab_size=tokenizer_vocab_size,
+            tokenizer_vocab_size=tokenizer_vocab_size, pictures=pictures,
         ),
         (model_rules.sequence_length(model, "seq_len", seq_len), lengths, "length"),
         (layout_rules.sequence_splits(parallel, "seq_len", seq_len), SIZES | {"length"}, ""),
@@ -139,6 +139,7 @@ def check(
     world_size: int,
     tokenizer_vocab_size: int | None,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> None:
     """Raise one ConfigError with every broken rule, each on its own line; arguments as above."""
     found = problems(
@@ -146,6 +147,7 @@ def check(
         world_size=world_size,
         tokenizer_vocab_size=tokenizer_vocab_size,
         row_tokens=row_tokens,
+        pictures=pictures,
     )
     raise_all(found)
 
@@ -164,11 +166,11 @@ def _rules_of_a_model(
     is_dual: bool,
     world_size: int,
     tokenizer_vocab_size: int | None,
+    pictures: RowPictures | None,
 ) -> list[Rule]:
     """What holds for whoever computes with a model at a layout: a run, and an evaluation.
 
-    Args:
-        is_dual: each rank of the pipeline has two stages.
+    is_dual: each rank of the pipeline has two stages.
     """
     stages = SIZES | {"model.num_layers"}
     return [
@@ -178,7 +180,8 @@ def _rules_of_a_model(
         (model_rules.architecture(model), set(), ""),
         (model_rules.vocabulary(model, tokenizer_vocab_size), {"model.vocab_size"}, ""),
         (model_rules.tensor_parallel(model, parallel), WIDTHS | EXPERTS | SIZES | {"groups"}, ""),
-        (vision_fits(model), VISION | PIXELS, "vision"),
+        (vision_fits(model), VISION, "vision"),
+        (pictures_fit(model, pictures), {"vision"}, ""),
         (vision_cut(model, parallel), SIZES | {"vision", "model.vision.ffn_hidden_size"}, ""),
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),
         (layout_rules.sequence_parallel(model, parallel), SIZES, ""),

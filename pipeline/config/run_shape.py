@@ -25,6 +25,7 @@ from pipeline.config.step_shape import (
     run_length,
     warmup_steps,
 )
+from pipeline.config.vision import RowPictures, images_per_row
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ForwardShape:
     seq_len: int
     vocab_size: int
     padded_vocab_size: int
+    images_per_row: int
+    """Pictures that the encoder reads with each row, blank ones included; 0: there is none."""
 
     @property
     def world_size(self) -> int:
@@ -67,6 +70,7 @@ def derive(
     world_size: int,
     tokenizer_vocab_size: int,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> RunShape:
     """The run's derived numbers.
 
@@ -75,13 +79,20 @@ def derive(
         world_size: number of ranks (devices).
         tokenizer_vocab_size: of the training datasets' tokenizer.
         row_tokens: of packed training data; None: they are text.
+        pictures: of the training data; None: they are not known.
 
     Raises:
         ConfigError: settings contradict each other; every broken rule is named, with its values
             and a legal one, on a line of its own.
     """
     vocabulary = tokenizer_vocab_size
-    rules.check(cfg, world_size=world_size, tokenizer_vocab_size=vocabulary, row_tokens=row_tokens)
+    rules.check(
+        cfg,
+        world_size=world_size,
+        tokenizer_vocab_size=vocabulary,
+        row_tokens=row_tokens,
+        pictures=pictures,
+    )
     sizes = ParallelSizes.filling(cfg.parallel, world_size=world_size)
     ramp = ramp_shapes(cfg, sizes)
     total_steps, total_tokens = run_length(cfg.training, ramp)
@@ -96,6 +107,7 @@ def derive(
         padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=sizes.tensor),
         total_steps=total_steps,
         total_tokens=total_tokens,
+        images_per_row=images_per_row(cfg.model, full_seq_len(cfg), pictures),
         warmup_steps=warmup_steps(cfg, total_steps),
         ramp=ramp,
     )
@@ -107,6 +119,7 @@ def derive_evaluation(
     world_size: int,
     tokenizer_vocab_size: int,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> ForwardShape:
     """An evaluation's derived numbers; arguments and errors as above."""
     rules.raise_all(
@@ -115,6 +128,7 @@ def derive_evaluation(
             world_size=world_size,
             tokenizer_vocab_size=tokenizer_vocab_size,
             row_tokens=row_tokens,
+            pictures=pictures,
         )
     )
     sizes = ParallelSizes.filling(evaluation.parallel, world_size=world_size)
@@ -125,6 +139,7 @@ def derive_evaluation(
         seq_len=evaluation.seq_len,
         vocab_size=vocab_size,
         padded_vocab_size=pad_vocabulary(vocab_size, tensor_parallel_size=sizes.tensor),
+        images_per_row=images_per_row(evaluation.model, evaluation.seq_len, pictures),
     )
 
 

@@ -16,28 +16,61 @@ from itertools import accumulate
 from pipeline.config.choices import Precision, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
+from pipeline.config.vision import encoder_of
 
 # Rows of the embedding are padded to a multiple of this times tensor_parallel_size: GEMM tiles stay
 # full.
 VOCAB_MULTIPLE = 128
 
 
-def layer_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
-    """Relative cost of [embedding, blocks..., head]: a lookup is almost free, a product is not."""
+def layer_costs(
+    model: ModelConfig, *, padded_vocab_size: int, seq_len: int, images_per_row: int = 0
+) -> list[float]:
+    """Relative cost of [embedding, blocks..., head]: a lookup is almost free, a product is not.
+
+    images_per_row: that the encoder, a part of the embedding, reads with each sequence.
+    """
+    block = _block_cost(model, seq_len / 2)  # causal: half of the scores
+    encoder = 0.0
+    if images_per_row:
+        encoder = encoder_products(model) * images_per_row / seq_len / block
+    head = padded_vocab_size * model.hidden_size / block
+    return [0.01 + encoder, *[1.0] * model.num_layers, head]
+
+
+def encoder_products(model: ModelConfig) -> float:
+    """Multiply-adds of a picture on its way to the GPT's blocks, forward."""
+    sizes = resolve(model).vision
+    assert sizes is not None, "the model has no picture encoder"
+    width, hidden = model.vision.hidden_size, model.hidden_size
+    # No mask: a patch sees all patches.
+    blocks = model.vision.num_layers * _block_cost(encoder_of(model), sizes.num_patches)
+    projector = (width + hidden) * hidden
+    return sizes.num_patches * (sizes.patch_numbers * width + blocks + projector)
+
+
+def _block_cost(model: ModelConfig, keys: float) -> float:
+    """Multiply-adds of a token in a block whose queries see so many keys in the mean."""
     hidden, heads, sizes = model.hidden_size, model.num_attention_heads, resolve(model)
     width = sizes.head_dim
     projections = hidden * width * (2 * heads + 2 * sizes.num_query_groups)
-    scores = width * heads * seq_len  # causal: half of 2 S per token
+    scores = 2 * width * heads * keys
     inner = sizes.ffn_hidden_size
     if model.moe.num_experts:
         inner = model.moe.top_k * inner + model.moe.shared_expert_ffn_hidden_size
-    block = projections + scores + hidden * inner * sizes.num_mlp_matrices
-    return [0.01, *[1.0] * model.num_layers, padded_vocab_size * hidden / block]
+    return projections + scores + hidden * inner * sizes.num_mlp_matrices
 
 
-def pipeline_costs(model: ModelConfig, *, padded_vocab_size: int, seq_len: int) -> list[float]:
+def pipeline_costs(
+    model: ModelConfig, *, padded_vocab_size: int, seq_len: int, images_per_row: int = 0
+) -> list[float]:
     """`layer_costs` of a training pipeline, which has a layer more for a tied head's weight."""
-    costs = layer_costs(model, padded_vocab_size=padded_vocab_size, seq_len=seq_len)
+    costs = layer_costs(
+        model,
+        padded_vocab_size=padded_vocab_size,
+        seq_len=seq_len,
+        images_per_row=images_per_row,
+    )
     return [*costs[:-1], 0.0, costs[-1]] if model.tied_embeddings else costs
 
 
@@ -47,6 +80,8 @@ def places_of(name: str, model: ModelConfig) -> list[int]:
     copy = model.num_layers + 1
     if name.startswith("layers."):
         return [int(name.split(".")[1]) + 1]
+    if name.startswith("vision."):
+        return [0]
     if name.startswith("embedding."):
         return [0, copy] if name in tied else [0]
     return [copy + len(tied)]

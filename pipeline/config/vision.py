@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pipeline.config.choices import Activation, Init, Normalization, NormPlacement, Position
 from pipeline.config.model import ModelConfig, MoeConfig, VisionConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.training import ParallelConfig
 
+
+@dataclass(frozen=True)
+class RowPictures:
+    """What a dataset says of the pictures in its rows."""
+
+    image_size: int = 0
+    patch_size: int = 0
+    """Pixels of a side."""
+    per_row: int = 0
+    """Of the row that has most; 0: there are none."""
+
+
 NORM_EPS = 1e-6
 """Of the encoder's norms, as SigLIP has it."""
+
+
+VISION = {
+    f"model.vision.{name}"
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size")
+}
+"""What the sizes of an encoder follow from."""
 
 
 def encoder_of(model: ModelConfig) -> ModelConfig:
@@ -49,6 +68,17 @@ def encoder_of(model: ModelConfig) -> ModelConfig:
     )
 
 
+def images_per_row(model: ModelConfig, seq_len: int, pictures: RowPictures | None) -> int:
+    """Pictures that the encoder reads with each row, blank ones included.
+
+    pictures: of the data; None: as many as a row of seq_len tokens can hold.
+    """
+    sizes = resolve(model).vision
+    if sizes is None:
+        return 0
+    return max(1, seq_len // sizes.num_patches) if pictures is None else max(1, pictures.per_row)
+
+
 def vision_fits(model: ModelConfig) -> Iterator[str]:
     """Pictures are cut into whole patches, and the encoder's heads share its width."""
     vision = model.vision
@@ -73,6 +103,38 @@ def vision_fits(model: ModelConfig) -> Iterator[str]:
             "model.vision.num_layers needs another model.init than mup: which learning rates muP "
             "gives to a picture encoder is not known here. Set model.init=scaled."
         )
+
+
+def pictures_fit(model: ModelConfig, pictures: RowPictures | None) -> Iterator[str]:
+    """The encoder reads the pictures that the data have.
+
+    Args:
+        pictures: None: the data cannot be read, or are not known.
+    """
+    vision = model.vision
+    if pictures is None:
+        return
+    if not pictures.per_row:
+        if vision.num_layers:
+            yield (
+                f"model.vision.num_layers ({vision.num_layers}) reads pictures, and the data have "
+                "none: set it 0, or prepare data with pictures (docs/pictures.md)."
+            )
+        return
+    sizes = {"image_size": pictures.image_size, "patch_size": pictures.patch_size}
+    if not vision.num_layers:
+        typed = " ".join(f"model.vision.{name}={value}" for name, value in sizes.items())
+        yield (
+            "the data have pictures, and model.vision.num_layers is 0: the model would read "
+            f"placeholders only. Set model.vision.num_layers=12 {typed}, or read other data."
+        )
+        return
+    for name, value in sizes.items():
+        if getattr(vision, name) != value:
+            yield (
+                f"model.vision.{name} ({getattr(vision, name)}) is not that of the data's pictures "
+                f"({value}). Set model.vision.{name}={value}, or prepare the data again."
+            )
 
 
 def vision_cut(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -42,6 +42,10 @@ class Batch:
     their placeholders, then blank ones; the slots are those of the datasets, the same in every
     micro-batch on every rank. None: no dataset has pictures.
     """
+    patch_ids: Tensor | None = None
+    """(micro_batch_size, seq_len) int64: which patch of its row's pictures a token stands for,
+    counted over all of them; -1: it is text. None: as `images`.
+    """
 
     @classmethod
     def of_whole_sequences(
@@ -95,11 +99,12 @@ def make_batches(
     masks: Masks,
     eod: int,
     device: torch.device,
+    placeholder: int | None = None,
 ) -> list[Batch]:
     """Cut (n, full length + 1) ids into micro-batches of seq_len, a divisor of the full length.
 
     A sample is cut into full / seq_len sequences that follow each other; the label of a sequence's
-    last token is the first token of the next.
+    last token is the first token of the next. Tokens `placeholder` stand for patches of pictures.
     """
     # Row-major: a sample's pieces become rows that follow each other. Labels are the same ids one
     # further on, so the last label of a piece is the first token of the next.
@@ -119,33 +124,40 @@ def make_batches(
         starts = np.concatenate([places + row * full for row, places in enumerate(windows.starts)])
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None
+    patch_ids = None if windows.images is None else _patch_ids(tokens, placeholder)
     counts = _counts(document_ids, len(tokens))
+    fields: dict[str, Any] = {
+        "tokens": tokens, "labels": labels, "document_ids": document_ids, "positions": positions,
+        "patch_ids": patch_ids,
+    }  # fmt: skip
     # The whole step at once: large arrays come back from the allocator without page faults, small
     # ones do not.
-    moved = [
-        None if field is None else to_device(field, device)
-        for field in (tokens, labels, document_ids, positions)
-    ]
+    moved: dict[str, Tensor | None] = {
+        name: None if field is None else to_device(field, device) for name, field in fields.items()
+    }
     mask = None if loss_mask is None else to_device(loss_mask, device).to(torch.float32)
     assert windows.images is None or full == seq_len, "pictures belong to whole rows"
     images = None if windows.images is None else _pixels_to_device(windows.images, device)
+    moved |= {"loss_mask": mask, "images": images}
 
-    def rows(field: Tensor | None, at: int) -> Any:
-        return None if field is None else field[at : at + micro_batch_size]
+    def rows(part: slice) -> dict[str, Any]:
+        return {name: None if field is None else field[part] for name, field in moved.items()}
 
+    parts = [slice(at, at + micro_batch_size) for at in range(0, len(tokens), micro_batch_size)]
     return [
-        Batch(
-            tokens=rows(moved[0], at),
-            labels=rows(moved[1], at),
-            loss_mask=rows(mask, at),
-            document_ids=rows(moved[2], at),
-            positions=rows(moved[3], at),
-            sample_ids=sample_ids[at : at + micro_batch_size],
-            num_documents=int(counts[at : at + micro_batch_size].sum()),
-            images=rows(images, at),
-        )
-        for at in range(0, len(tokens), micro_batch_size)
+        Batch(**rows(part), sample_ids=sample_ids[part], num_documents=int(counts[part].sum()))
+        for part in parts
     ]
+
+
+def _patch_ids(tokens: np.ndarray, placeholder: int | None) -> Ints:
+    """A row's placeholders stand for the patches of its pictures in turn.
+
+    There are as many of them: the reader has seen to it, before the step.
+    """
+    stands = tokens == placeholder
+    patch_ids: Ints = np.where(stands, stands.cumsum(1) - 1, -1)
+    return patch_ids
 
 
 def _counts(document_ids: np.ndarray | None, rows: int) -> Ints:

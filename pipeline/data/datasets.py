@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.config.vision import RowPictures
 from pipeline.data.dataset_files import read_bytes
 from pipeline.data.dataset_folder import Folder, RemoteFile, open_folder
 from pipeline.data.manifest import Manifest
@@ -91,6 +92,14 @@ class DataSummary:
     """Path to identity of every training and validation dataset."""
     pictures: Pictures | None = None
     """How pictures stand in the rows of those that have them; None: none has."""
+
+    @property
+    def row_pictures(self) -> RowPictures:
+        """What the rules between data and model need to know of them."""
+        if self.pictures is None:
+            return RowPictures()
+        most = max(dataset.manifest.images_per_row_max for dataset in self.train)
+        return RowPictures(self.pictures.image_size, self.pictures.patch_size, max(1, most))
 
 
 def describe(cfg: DataConfig, *, cache_dir: Path | None = None) -> DataSummary:

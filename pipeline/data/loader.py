@@ -97,13 +97,17 @@ class Loader:
         """The tokenizer.json all datasets share."""
         return self.datasets[0].tokenizer_path
 
-    def ends(self) -> dict[str, int | None]:
-        """Ids of the tokens that end a document, and an answer: `eod` and `end_of_turn`.
+    def special_ids(self) -> dict[str, int | None]:
+        """`eod` ends a document, `end_of_turn` an answer, `image_token_id` stands for a patch.
 
-        There is no such answer where the data are no dialogues.
+        There are no answers where the data are no dialogues, and no patches without pictures.
         """
         chat = self.datasets[0].manifest.chat
-        return {"eod": self.reader.eod, "end_of_turn": chat.end_of_turn if chat else None}
+        return {
+            "eod": self.reader.eod,
+            "end_of_turn": chat.end_of_turn if chat else None,
+            "image_token_id": self.reader.placeholder,
+        }
 
     def attachments(self) -> dict[str, bytes]:
         """Name to content of what a checkpoint needs to be used: tokenizer, chat template."""
@@ -159,6 +163,7 @@ class Loader:
                 batch.document_ids,
                 batch.positions,
                 batch.images,
+                batch.patch_ids,
             ):
                 if field is not None:
                     field.record_stream(stream)
@@ -219,6 +224,7 @@ class Loader:
                 masks=self.masks,
                 eod=self.reader.eod,
                 device=self.device,
+                placeholder=self.reader.placeholder,
             )
 
         if self.device.type != "cuda":

@@ -89,6 +89,11 @@ class Reader:
         self.slots = max(1, *(m.images_per_row_max for m in manifests)) if self.pictures else 0
 
     @property
+    def placeholder(self) -> int | None:
+        """Id of the tokens that stand for patches; None: no dataset has pictures."""
+        return None if self.pictures is None else self.pictures.image_token_id
+
+    @property
     def is_packed(self) -> bool:
         """Whether the windows are packed rows."""
         return self.datasets[0].is_packed

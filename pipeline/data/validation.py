@@ -71,6 +71,7 @@ def validation_batches(
             masks=masks,
             eod=reader.eod,
             device=device,
+            placeholder=reader.placeholder,
         )
 
 

@@ -145,7 +145,7 @@ class Engine:
         self._verdict: Verdict | None = None
         self._set_micro_batches(len(batches))
         expect_documents(count_documents(batches))
-        batches = own_runs(batches, self.layout.context)
+        batches = own_runs(batches, self.layout.context, self.model)
         seed_step(self._seed, step, self.layout)
         lr = lr_at(
             step,
@@ -220,7 +220,7 @@ class Engine:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""
         expect_documents(count_documents(batches))
         count = count_all(batches, self.layout) if answers else None
-        batches = own_runs(batches, self.layout.context)
+        batches = own_runs(batches, self.layout.context, self.model)
         masks, tokens = loss_masks(batches, self.layout)
         measure = Loss.sums_and_exact if answers else Loss.sums
         return Scores.of(self.runner.evaluate(batches, masks, measure), tokens, count)
@@ -233,7 +233,7 @@ class Engine:
             batch: the same on every rank; its loss_mask is 1 at one token of each row.
         """
         expect_documents(count_documents([batch]))
-        (own,) = own_runs([batch], self.layout.context)
+        (own,) = own_runs([batch], self.layout.context, self.model)
         assert own.loss_mask is not None
         size = len(own.tokens) * self.shape.padded_vocab_size
         sums = self.runner.evaluate([own], [own.loss_mask], Loss.next_logits, size=size)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config.choices import Precision
 from pipeline.config.stages import layer_costs, partition
+from pipeline.config.vision import images_per_row
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.counting import count_all, count_documents, loss_masks
 from pipeline.engine.own_runs import own_runs
@@ -125,7 +126,7 @@ def sum_scores(
         sends: list[tuple[Any, Tensor]] = []  # a tensor must live until it is sent
         for number, batch in enumerate(batches):
             if stage.previous is None:
-                packed = schema.first.pack(_fields(batch))
+                packed = schema.first.pack(first_input(batch))
             else:
                 hidden = (
                     received[number]
@@ -156,9 +157,14 @@ def sum_scores(
     return total
 
 
-def _fields(batch: Batch) -> StageInput:
+def first_input(batch: Batch) -> StageInput:
+    """What the first stage is given of a micro-batch."""
     return StageInput(
-        tokens=batch.tokens, document_ids=batch.document_ids, positions=batch.positions
+        tokens=batch.tokens,
+        document_ids=batch.document_ids,
+        positions=batch.positions,
+        images=batch.images,
+        patch_ids=batch.patch_ids,
     )
 
 
@@ -194,7 +200,7 @@ class _Layers(nn.Module):
         is_first, is_last = 0 in places, model.num_layers + 1 in places
         self.embeds = is_first
         self.embedding = (
-            StageEmbedding(architecture, schema, with_positions=is_first)
+            StageEmbedding(architecture, schema, is_first=is_first)
             if is_first or (is_last and model.tied_embeddings)
             else None
         )
@@ -244,7 +250,10 @@ class ForwardOnly:
         self.model, self.schema, self.layout = architecture.model, schema, layout
         pin_attention_kernels()
         costs = layer_costs(
-            self.model, padded_vocab_size=architecture.padded_vocab_size, seq_len=seq_len
+            self.model,
+            padded_vocab_size=architecture.padded_vocab_size,
+            seq_len=seq_len,
+            images_per_row=images_per_row(self.model, seq_len, None),
         )
         self._bounds = bounds = partition(costs, layout.pipeline.size)
         here = layout.pipeline.rank
@@ -264,7 +273,7 @@ class ForwardOnly:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""
         expect_documents(count_documents(batches))
         count = count_all(batches, self.layout) if answers else None
-        batches = own_runs(batches, self.layout.context)
+        batches = own_runs(batches, self.layout.context, self.model)
         masks, tokens = loss_masks(batches, self.layout)
         loss = self.module.cross_entropy
         measure = loss.sums_and_exact if answers else loss.sums

@@ -157,6 +157,6 @@ def open_asked_model(
         vocab_size=shape.vocab_size,
         padded_vocab_size=shape.padded_vocab_size,
     )
-    schema = StageSchema.of(evaluation.data, evaluation.parallel)
+    schema = StageSchema.of(evaluation.data, evaluation.parallel, evaluation.model)
     model = ForwardOnly(architecture, schema, layout, seq_len=shape.seq_len)
     return model, load_weights(model, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pipeline.config.choices import Float8, Precision, Recompute
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import ParallelConfig
+from pipeline.config.vision import encoder_of
 from pipeline.model.megatron_config import transformer_config
 from pipeline.model.rope import RopeTable, rope_table
 
@@ -30,11 +31,21 @@ class Architecture:
     """recompute=full: every n-th block."""
     fp8: Float8 = Float8.none
     """Arithmetic of the blocks' linears."""
+    is_causal: bool = True
+    """Whether a token sees no later one; false in the picture encoder."""
 
     @property
     def transformer(self) -> TransformerConfig:
         """megatron-core's view of a block."""
         return transformer_config(self.model, self.parallel)
+
+    @property
+    def encoder(self) -> Architecture:
+        """Of the picture encoder's blocks: cut by tensor parallelism, never along a sequence."""
+        whole = replace(
+            self.parallel, sequence_parallel=False, context_parallel_size=1, expert_parallel_size=1
+        )
+        return replace(self, model=encoder_of(self.model), parallel=whole, is_causal=False)
 
     @cached_property
     def rope(self) -> RopeTable:

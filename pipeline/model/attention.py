@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention as McoreSelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,8 +55,15 @@ def one_key_head_per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v, by torch or, where it is faster, by block_attention."""
 
-    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *_: Any,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        **__: Any,
+    ) -> None:
         super().__init__()
+        self.is_causal = attn_mask_type is AttnMaskType.causal
         self.dropout = config.attention_dropout
         self.scale = config.softmax_scale
 
@@ -64,7 +72,8 @@ class CoreAttention(nn.Module):
 
         Args:
             q: (B, G * Q, S, D). k, v: (B, G, S, D).
-            starts: (B, S) int64, the first key each query sees; None: all that are not later.
+            starts: (B, S) int64, the first key each query sees; None: all that are not later, or
+                simply all where it was so built.
         """
         dropout = self.dropout if self.training else 0.0
         # Heads are split: every tensor-parallel rank its own stream.
@@ -73,12 +82,12 @@ class CoreAttention(nn.Module):
         with stream:
             if starts is not None:
                 return documents.attend(q, k, v, starts, scale=scale, dropout=dropout)
-            if not dropout and block_attention.is_faster(q):
+            if self.is_causal and not dropout and block_attention.is_faster(q):
                 return block_attention.causal_attention(q, k, v, scale)
             if q.is_cuda and q.dtype is torch.float32:
                 k, v = one_key_head_per_query_head(q, k, v)
             return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale,
+                q, k, v, is_causal=self.is_causal, dropout_p=dropout, scale=self.scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
 
@@ -108,7 +117,7 @@ class Attention(McoreSelfAttention):
             self.hidden_size_per_attention_head,
         )
         sequence_first = self.config.sequence_parallel
-        along, shared = 0 if sequence_first else 1, self.context_group.size() > 1
+        along, shared = 0 if sequence_first else 1, self.config.context_parallel_size > 1
         qkv = self.linear_qkv(hidden)[0]
         # Megatron's rows: for each group its query heads, then its key, then its value, so that
         # tensor parallelism cuts between groups.

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP as McoreMLP
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class Block(nn.Module):
             config,
             SelfAttentionSubmodules(ColumnLinear, CoreAttention, RowLinear, norm, norm),
             layer_number=layer + 1,
+            attn_mask_type=AttnMaskType.causal if architecture.is_causal else AttnMaskType.no_mask,
             pg_collection=groups,
             recompute_core=again is Recompute.selective,
         )

@@ -1,4 +1,4 @@
-"""The ends of the model: token and position tables, final norm and output weight."""
+"""The ends of the model: tables, picture encoder, final norm and output weight."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pipeline.config.choices import NormPlacement, Position
 from pipeline.model.architecture import Architecture
 from pipeline.model.context_parallel import context_group
 from pipeline.model.tensor_parallel import Norm, VocabEmbedding, dropout
+from pipeline.model.vision import Vision, put_into
 
 
 class Embedding(nn.Module):
-    """Word embedding, plus the position table where there is one."""
+    """Word embedding, plus the position table and the picture encoder where there are any."""
 
-    def __init__(self, architecture: Architecture, *, with_positions: bool = True) -> None:
+    def __init__(self, architecture: Architecture, *, is_first: bool = True) -> None:
+        """As the first layer, or the copy of a tied word embedding beside the loss."""
         super().__init__()
         model, self.config = architecture.model, architecture.transformer
         self.word = VocabEmbedding(
@@ -22,15 +24,28 @@ class Embedding(nn.Module):
         )
         self.context_rank = context_group().rank()
         self.position = None
-        if with_positions and model.position is Position.learned:
+        if is_first and model.position is Position.learned:
             self.position = nn.Embedding(model.max_seq_len, model.hidden_size)
+        self.vision = Vision(architecture) if is_first and model.vision.num_layers else None
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        images: Tensor | None = None,
+        patch_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden of `tokens` (B, S), laid out as the module says.
 
-        positions: (B, S), None counts from where this rank's run of the sequences begins.
+        Args:
+            positions: (B, S), None counts from where this rank's run of the sequences begins.
+            images: (B, pictures, 3, size, size) uint8; None: there are none.
+            patch_ids: (B, S), as in `put_into`.
         """
         hidden = self.word(tokens)
+        if images is not None:
+            assert self.vision is not None and patch_ids is not None
+            hidden = put_into(hidden, self.vision(images), patch_ids)
         if self.position is not None:
             size = tokens.shape[1]
             begin = self.context_rank * size

@@ -98,14 +98,17 @@ class GPT(nn.Module):
         token_weights: Tensor | None = None,
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        images: Tensor | None = None,
+        patch_ids: Tensor | None = None,
         *,
         loss: LossFunction | None = None,
     ) -> Tensor:
-        """0-dim loss. Each argument is (B, S); token_weights None is the mean.
+        """0-dim loss. Each argument but `images` is (B, S); token_weights None is the mean.
 
+        images: (B, pictures, 3, size, size) uint8.
         loss: what is computed from hidden in its place, such as `self.loss.sums`.
         """
-        hidden = self.embedding(tokens, positions)
+        hidden = self.embedding(tokens, positions, images, patch_ids)
         starts = None if document_ids is None else document_starts(document_ids)
         for layer in self.layers:
             hidden = layer(hidden, starts)

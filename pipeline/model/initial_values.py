@@ -43,7 +43,8 @@ def initial_std(name: str, model: ModelConfig) -> float:
     std = model.init_std
     is_hidden = name.startswith("layers.")
     if model.init is not Init.fixed and any(fnmatch.fnmatch(name, p) for p in RESIDUAL):
-        std /= math.sqrt(2.0 * model.num_layers)
+        is_of_encoder = name.startswith("vision.")
+        std /= math.sqrt(2.0 * (model.vision if is_of_encoder else model).num_layers)
     if model.init is Init.mup and is_hidden:
         std *= math.sqrt(model.mup_base_hidden_size / model.hidden_size)
     return std

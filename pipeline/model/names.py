@@ -1,7 +1,8 @@
 """Canonical parameter names: the same in every layout, in checkpoints, in settings and in the logs.
 
 They are embedding.word.weight, embedding.position.weight, layers.<i>.<module>.<parameter>,
-final_norm.weight, head.weight.
+final_norm.weight, head.weight; of a picture encoder vision.patch.weight, vision.position.weight,
+vision.layers.<i>.<module>.<parameter>, vision.linear_1.weight, vision.linear_2.weight.
 """
 
 from __future__ import annotations
@@ -23,4 +24,5 @@ def canonical_name(name: str, *, num_layers: int) -> str:
             name = f"layers.{index - 1}.{rest}"
         else:
             name = f"head.{rest}"
+    name = name.removeprefix("embedding.") if name.startswith("embedding.vision.") else name
     return name.replace("head.norm.", "final_norm.").replace("head.word.", "head.")

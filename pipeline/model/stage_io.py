@@ -17,9 +17,15 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig
 from pipeline.config.training import ParallelConfig
 
 Packed = Tensor | tuple[Tensor, ...]
+SHAPES = {
+    "hidden": "(B, S, H) or (S / ranks, B, H)",
+    "images": "(B, pictures, 3, size, size)",
+}
+"""Of the fields that are not (B, S)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,14 @@ class StageInput:
     """(B, S * context ranks) int64, whole sequences; every block's attention keeps to them."""
     positions: Tensor | None = None
     """(B, S) int64; reaches the embedding only."""
+    images: Tensor | None = None
+    """(B, pictures, 3, size, size) uint8: DeepSpeed asks every floating tensor for a gradient;
+    reaches the embedding only.
+    """
+    patch_ids: Tensor | None = None
+    """(B, S) int64: which patch of the row's pictures a token stands for; -1: it is text. Reaches
+    the embedding only.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,8 @@ class Packing:
             )
             raise ValueError(
                 f"{trouble}: by the config a stage is given {', '.join(self.names)}. "
-                "data.mask_documents brings document_ids, data.reset_positions brings positions."
+                "data.mask_documents brings document_ids, data.reset_positions brings positions, "
+                "model.vision brings images and patch_ids."
             )
         tensors = tuple(found[name] for name in self.names)
         self._check_shapes(tensors)
@@ -88,10 +103,13 @@ class Packing:
         expected: tuple[int, int] | None = None
         for name, tensor in zip(self.names, tensors):
             is_hidden = name == "hidden"
-            if tensor.dim() != (3 if is_hidden else 2):
-                wanted = "(B, S, H) or (S / ranks, B, H)" if is_hidden else "(B, S)"
+            wanted = SHAPES.get(name, "(B, S)")
+            if tensor.dim() != len(wanted.partition(" or ")[0].split(",")):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {wanted}")
             batch, size = tensor.shape[0], tensor.shape[1]
+            if name == "images":  # has rows only in common with the others
+                assert expected is not None
+                size = expected[1]
             if is_hidden and self.sequence_ranks > 1:
                 batch, size = tensor.shape[1], tensor.shape[0] * self.sequence_ranks
             if name == "document_ids" and not size % self.context_ranks:
@@ -117,17 +135,29 @@ class StageSchema:
     """As in Packing."""
     context_ranks: int = 1
     """As in Packing."""
+    pictures: bool = False
+    """Whether rows have pictures."""
 
     @classmethod
-    def of(cls, data: DataConfig, parallel: ParallelConfig) -> StageSchema:
+    def of(cls, data: DataConfig, parallel: ParallelConfig, model: ModelConfig) -> StageSchema:
         """The fields a config asks for."""
-        ranks = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
-        return cls(data.mask_documents, data.reset_positions, ranks, parallel.context_parallel_size)
+        return cls(
+            documents=data.mask_documents,
+            positions=data.reset_positions,
+            sequence_ranks=parallel.tensor_parallel_size if parallel.sequence_parallel else 1,
+            context_ranks=parallel.context_parallel_size,
+            pictures=model.vision.num_layers > 0,
+        )
 
     @property
     def first(self) -> Packing:
         """From the batch into the first stage."""
-        optional = {"document_ids": self.documents, "positions": self.positions}
+        optional = {
+            "document_ids": self.documents,
+            "positions": self.positions,
+            "images": self.pictures,
+            "patch_ids": self.pictures,
+        }
         names = ("tokens", *(name for name, is_on in optional.items() if is_on))
         return Packing(names, context_ranks=self.context_ranks)
 

@@ -21,16 +21,16 @@ class StageEmbedding(Embedding):
     """Embedding of a batch's packed fields."""
 
     def __init__(
-        self, architecture: Architecture, schema: StageSchema, *, with_positions: bool = True
+        self, architecture: Architecture, schema: StageSchema, *, is_first: bool = True
     ) -> None:
-        super().__init__(architecture, with_positions=with_positions)
+        super().__init__(architecture, is_first=is_first)
         self.packing, self.packing_after = schema.first, schema.between
 
     def forward(self, packed: Packed) -> Packed:  # type: ignore[override]
         """Packed hidden, and what the blocks need besides."""
         given = self.packing.unpack(packed)
         assert given.tokens is not None
-        hidden = super().forward(given.tokens, given.positions)
+        hidden = super().forward(given.tokens, given.positions, given.images, given.patch_ids)
         return self.packing_after.pack(StageInput(hidden=hidden, document_ids=given.document_ids))
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.finetune import FinetuneConfig
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ModelConfig, VisionConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.parameter_names import (
     linear_shapes,
@@ -21,6 +22,7 @@ from pipeline.config.parameter_names import (
     parameter_names,
     trained_names,
 )
+from pipeline.config.vision import encoder_of
 from pipeline.planning.trained import (
     first_trained_layer,
     num_low_rank_parameters,
@@ -95,7 +97,12 @@ def mfu(
 
 
 def flops_per_token(
-    model: ModelConfig, finetune: FinetuneConfig, *, vocab_size: int, seq_len: int
+    model: ModelConfig,
+    finetune: FinetuneConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    images_per_row: int = 0,
 ) -> float:
     """Floating-point operations that one training token costs, forward and backward.
 
@@ -111,6 +118,9 @@ def flops_per_token(
 
     A frozen matrix has no gradient, so 4 instead of 6; below the first trained block nothing goes
     backwards, so 2, and 4 instead of 12; low-rank matrices come on top.
+
+    Pictures are counted by the same rules, a patch as a token, and shared out over the row's
+    tokens: `images_per_row` of them, blank ones too.
     """
     weights = _attention_weights(model) + _mlp_weights(model, active=True)
     attention = model.num_attention_heads * resolve(model).head_dim * seq_len
@@ -126,13 +136,51 @@ def flops_per_token(
     names = trained_names(parameter_names(model, finetune), model, finetune)
     is_passed = any(name != "head.weight" for name in names)
     total += vocab_size * model.hidden_size * (2 + 2 * is_passed + 2 * is_head_trained)
+    if images_per_row:
+        total += _picture_flops(model, finetune) * images_per_row / seq_len
     return total + 6.0 * num_low_rank_parameters(model, finetune)
+
+
+def _picture_flops(model: ModelConfig, finetune: FinetuneConfig) -> float:
+    """Of one picture, forward and backward: patches, the encoder's blocks, projector.
+
+    Its input has no gradient, so the patches' matrix never more than 4.
+    """
+    sizes, encoder, width = resolve(model).vision, encoder_of(model), model.vision.hidden_size
+    assert sizes is not None
+    names = trained_names(parameter_names(model, finetune), model, finetune)
+    trained = [name for name in names if name.startswith("vision.")]
+
+    def is_trained(name: str) -> bool:
+        return f"vision.{name}.weight" in trained
+
+    first = min((_encoder_layer(name, encoder.num_layers) for name in trained), default=None)
+    total = sizes.patch_numbers * width * (2.0 + 2 * is_trained("patch"))
+    for layer in range(encoder.num_layers):
+        is_reached = first is not None and layer >= first
+        for stem, shape in linear_shapes(replace(encoder, num_layers=1)).items():
+            stem = stem.replace("layers.0.", f"layers.{layer}.")
+            total += math.prod(shape) * (2 + 2 * is_reached + 2 * is_trained(stem))
+        total += width * sizes.num_patches * (4 + 8 * is_reached)
+    is_reached = first is not None and first < encoder.num_layers
+    total += width * model.hidden_size * (2 + 2 * is_reached + 2 * is_trained("linear_1"))
+    is_passed = first is not None and trained != ["vision.linear_2.weight", "vision.linear_2.bias"]
+    total += model.hidden_size**2 * (2 + 2 * is_passed + 2 * is_trained("linear_2"))
+    return total * sizes.num_patches
+
+
+def _encoder_layer(name: str, num_layers: int) -> int:
+    """The first of the encoder's blocks that a parameter's gradient passes; num_layers: none."""
+    _, part, *rest = name.split(".")
+    if part == "layers":
+        return int(rest[0])
+    return 0 if part in ("patch", "position") else num_layers
 
 
 def _trained_shares(model: ModelConfig, finetune: FinetuneConfig) -> list[float]:
     """Of each block, which part of the weights of its linears is trained."""
     counts = [[0, 0] for _ in range(model.num_layers)]
-    for stem, shape in linear_shapes(model).items():
+    for stem, shape in linear_shapes(replace(model, vision=VisionConfig())).items():
         count = counts[int(stem.split(".")[1])]
         count[0] += math.prod(shape) * matches(f"{stem}.weight", finetune.train, model)
         count[1] += math.prod(shape)
@@ -165,7 +213,18 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     if model.position is Position.learned:
         embeddings += model.max_seq_len * model.hidden_size
     final_norm = _norm(model) if model.norm_placement is NormPlacement.pre else 0
-    return embeddings + model.num_layers * _block_parameters(model) + final_norm
+    blocks = model.num_layers * _block_parameters(model)
+    return embeddings + blocks + final_norm + _encoder_parameters(model)
+
+
+def _encoder_parameters(model: ModelConfig) -> int:
+    """Parameters of the picture encoder and its projector."""
+    sizes, width, hidden = resolve(model).vision, model.vision.hidden_size, model.hidden_size
+    if sizes is None:
+        return 0
+    ends = (sizes.patch_numbers + 1 + sizes.num_patches) * width
+    projector = (width + 1) * hidden + (hidden + 1) * hidden
+    return ends + projector + model.vision.num_layers * _block_parameters(encoder_of(model))
 
 
 def count_parameters(

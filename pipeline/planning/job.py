@@ -27,6 +27,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.stages import partition, pipeline_costs, places_of
 from pipeline.config.training import ParallelConfig, TrainingConfig
+from pipeline.config.vision import encoder_of
 from pipeline.planning.trained import first_trained_layer, is_of_expert, size_on_a_rank
 
 
@@ -131,6 +132,35 @@ class Job:
             return data
         return stage.trained / ((stage.trained - experts) / data + experts / self.expert_copies)
 
+    @cached_property
+    def encoder(self) -> Job | None:
+        """The picture encoder as a model of its own, whose sequences are pictures; None: none."""
+        sizes = self.sizes.vision
+        if sizes is None:
+            return None
+        shape = replace(
+            self.shape,
+            sizes=replace(self.shape.sizes, context=1, expert=1),
+            micro_batch_size=self.shape.micro_batch_size * self.shape.images_per_row,
+            seq_len=sizes.num_patches,
+            images_per_row=0,
+        )
+        parallel = replace(self.parallel, sequence_parallel=False)
+        return replace(
+            self,
+            model=encoder_of(self.model),
+            parallel=parallel,
+            shape=shape,
+            finetune=FinetuneConfig(),
+        )
+
+    @cached_property
+    def trains_encoder(self) -> bool:
+        """Whether a backward pass goes through the picture encoder's blocks."""
+        names = trained_names(parameter_names(self.model, self.finetune), self.model, self.finetune)
+        parts = {name.split(".")[1] for name in names if name.startswith("vision.")}
+        return bool(parts - {"linear_1", "linear_2"})
+
     @property
     def table(self) -> float:
         """Numbers of the word embedding on a tensor-parallel rank, padding included."""
@@ -144,6 +174,7 @@ class Job:
             self.model,
             padded_vocab_size=self.shape.padded_vocab_size,
             seq_len=self.shape.seq_len,
+            images_per_row=self.shape.images_per_row,
         )
         bounds = partition(costs, pipeline * (2 if self.is_dual else 1))
         places = [set(range(a, b)) for a, b in zip(bounds, bounds[1:])]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config.choices import Normalization, Position
+from pipeline.config.choices import Normalization, Position, Recompute
 from pipeline.planning.job import Job
 
 # fp32 logits of one chunk on a device: model/loss.py's CHUNK_BYTES["cuda"], which needs torch; a
@@ -100,6 +100,24 @@ def _mlp_bytes(job: Job) -> float:
 def recomputed_block_bytes(job: Job) -> float:
     """What a block keeps that is computed again: its input."""
     return hidden_bytes(job)
+
+
+def encoder_bytes(job: Job) -> float:
+    """What the picture encoder keeps of a micro-batch: patches, blocks, both linears' inputs.
+
+    A frozen one keeps the projector's inputs only.
+    """
+    encoder, vision = job.encoder, job.model.vision
+    if encoder is None or job.sizes.vision is None:
+        return 0.0
+    projector = encoder.micro_tokens * job.width * (vision.hidden_size + 3 * job.model.hidden_size)
+    if not job.trains_encoder:
+        return projector
+    again, layers = 0, vision.num_layers
+    if job.training.recompute is Recompute.full:
+        again = math.ceil(layers / job.training.recompute_every)
+    blocks = again * recomputed_block_bytes(encoder) + (layers - again) * block_bytes(encoder)
+    return blocks + projector + encoder.micro_tokens * job.width * job.sizes.vision.patch_numbers
 
 
 def backward_bytes(job: Job) -> float:

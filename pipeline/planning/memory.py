@@ -20,6 +20,7 @@ from pipeline.planning.job import Job, Stage
 from pipeline.planning.kept import (
     backward_bytes,
     block_bytes,
+    encoder_bytes,
     hidden_bytes,
     loss_bytes,
     recomputed_block_bytes,
@@ -54,7 +55,7 @@ class StageMemory:
     temporaries: float
     """At the moment that decides the peak."""
     moment: str
-    """Which that is: loss, backward or embedding."""
+    """Which that is: loss, backward, embedding or pictures."""
 
     @property
     def tensors(self) -> float:
@@ -138,6 +139,7 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
     head = job.table * job.width if stage.has_head else 0.0
     # A tied weight's gradient waits for the embedding's; another is added to the sums at once.
     waits = head if stage.has_embedding and job.model.tied_embeddings else 0.0
+    pictures = encoder_bytes(job) if stage.has_embedding else 0.0
     moments = []
     if stage.has_head:
         moments.append((flight * one, loss_bytes(job) + standing, "loss"))
@@ -151,7 +153,10 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
         used = table + hidden_bytes(job) + standing + buckets
         if job.shape.zero_stage == 2:
             used += _large_gradient_bytes(job, stage) + waits  # two gradients, and their sum
-        moments.append(((flight - 1) * one, used, "embedding"))
+        moments.append(((flight - 1) * one + pictures, used, "embedding"))
+    if stage.has_embedding and job.encoder is not None and job.trains_encoder:
+        used = backward_bytes(job.encoder) + standing + buckets
+        moments.append(((flight - 1) * one + pictures, used, "pictures"))
     return moments
 
 
@@ -214,4 +219,5 @@ def _activations(job: Job, stage: Stage) -> float:
         again = math.ceil(layers / job.training.recompute_every)
     kept = again * recomputed_block_bytes(job) + (layers - again) * block_bytes(job)
     ends = 1 + (1 if stage.rank and job.shape.sizes.pipeline > 1 else 0)
+    kept += encoder_bytes(job) if stage.has_embedding else 0.0
     return kept + ends * hidden_bytes(job)

@@ -66,7 +66,11 @@ class Plan:
         found = mfu(
             tokens_per_sec_per_device=self.tokens_per_s / shape.world_size,
             flops_per_token=flops_per_token(
-                job.model, job.finetune, vocab_size=shape.vocab_size, seq_len=shape.seq_len
+                job.model,
+                job.finetune,
+                vocab_size=shape.vocab_size,
+                seq_len=shape.seq_len,
+                images_per_row=shape.images_per_row,
             ),
             peak_tflops=self.device.peak / 1e12,
         )

@@ -17,6 +17,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.config.step_shape import full_seq_len
+from pipeline.config.vision import RowPictures
 from pipeline.errors import ConfigError
 from pipeline.planning.devices import Device
 from pipeline.planning.job import Job
@@ -44,6 +45,7 @@ def search(
     world_size: int,
     vocab_size: int,
     row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> tuple[list[Layout], int]:
     """The layouts that fit, fastest first, and how many are legal; as it is set is one of them.
 
@@ -52,13 +54,18 @@ def search(
         device: of which there are `world_size`.
         vocab_size: of the tokenizer.
         row_tokens: of packed data; None: they are text, or not known.
+        pictures: of the data; None: they are not known.
     """
     legal = [
         Layout(_difference(cfg, changed), Plan(Job.of(changed, shape), device))
         for changed in [cfg, *layouts(cfg, world_size=world_size, per_node=device.per_node)]
         if (
             shape := legal_shape(
-                changed, world_size=world_size, vocab_size=vocab_size, row_tokens=row_tokens
+                changed,
+                world_size=world_size,
+                vocab_size=vocab_size,
+                row_tokens=row_tokens,
+                pictures=pictures,
             )
         )
     ]
@@ -124,16 +131,25 @@ def contexts(cfg: PretrainConfig) -> list[int]:
 
 
 def legal_shape(
-    cfg: PretrainConfig, *, world_size: int, vocab_size: int, row_tokens: int | None = None
+    cfg: PretrainConfig,
+    *,
+    world_size: int,
+    vocab_size: int,
+    row_tokens: int | None = None,
+    pictures: RowPictures | None = None,
 ) -> RunShape | None:
     """The derived numbers of a run; None: a rule forbids it.
 
     Args:
-        row_tokens: as search; who changes a legal run, and no length of it, needs none.
+        row_tokens, pictures: as search; who changes a legal run, and no length of it, needs none.
     """
     try:
         return derive(
-            cfg, world_size=world_size, tokenizer_vocab_size=vocab_size, row_tokens=row_tokens
+            cfg,
+            world_size=world_size,
+            tokenizer_vocab_size=vocab_size,
+            row_tokens=row_tokens,
+            pictures=pictures,
         )
     except ConfigError:
         return None

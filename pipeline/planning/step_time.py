@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.choices import Recompute
 from pipeline.config.finetune import FinetuneConfig
+from pipeline.config.model import VisionConfig
 from pipeline.config.stages import sends_gradients_first
 from pipeline.planning.communication import (
     between_stages_seconds,
@@ -64,7 +65,7 @@ class StepTime:
     """Seconds of one optimizer step, by cause."""
 
     matrices: float
-    """Products with weights, the output head included."""
+    """Products with weights, the output head and the whole picture encoder included."""
     attention: float
     """Scores and context."""
     element_wise: float
@@ -135,14 +136,18 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
     """Seconds of a step once every ramp has ended, on the slowest stage of the pipeline."""
     pipeline, m = job.shape.sizes.pipeline, job.num_micro_batches
     block, head = _block(job, device, practice), _head_seconds(job, device)
-    stage = max(job.stages, key=lambda s: s.layers * block.total + s.has_head * head)
+    pictures = _picture_seconds(job, device)
+    stage = max(
+        job.stages,
+        key=lambda s: s.layers * block.total + s.has_head * head + s.has_embedding * pictures,
+    )
     layers = job.model.num_layers / pipeline if practice.chunks_per_stage > 1 else stage.layers
-    has_head = stage.has_head
-    per_pass = layers * block.total + has_head * head
+    ends = stage.has_head * head + stage.has_embedding * pictures
+    per_pass = layers * block.total + ends
     waited = per_pass - layers * _late_seconds(job, block, practice)
     bubble = (pipeline - 1) * waited / practice.chunks_per_stage * (0.5 if job.is_dual else 1.0)
     seconds = StepTime(
-        matrices=m * (layers * (1 + block.products_back) * block.matrices + has_head * head),
+        matrices=m * (layers * (1 + block.products_back) * block.matrices + ends),
         attention=m * layers * (1 + ATTENTION_BACKWARD) * block.attention,
         element_wise=m * layers * 3 * block.element_wise,
         recomputed=m * layers * block.again,
@@ -157,6 +162,18 @@ def step_time(job: Job, device: Device, practice: Practice = Practice()) -> Step
         unexplained=0.0,
     )
     return replace(seconds, unexplained=UNEXPLAINED * seconds.total)
+
+
+def _picture_seconds(job: Job, device: Device) -> float:
+    """The picture encoder on a micro-batch, forward and backward; its projector is left out.
+
+    A frozen one goes forward only.
+    """
+    if job.encoder is None:
+        return 0.0
+    block = _block(job.encoder, device, Practice())
+    forward = block.matrices + block.attention + block.element_wise
+    return job.encoder.model.num_layers * (block.total if job.trains_encoder else forward)
 
 
 def _share_of_peak(device: Device, *sides: float) -> float:
@@ -260,7 +277,7 @@ def _product_seconds(job: Job, device: Device) -> float:
 
 def _product_flops(job: Job) -> float:
     """Operations of one token in a block's products, forward: a third of what all of them cost."""
-    one = replace(job.model, num_layers=1)
+    one = replace(job.model, num_layers=1, vision=VisionConfig())
     return flops_per_token(one, FinetuneConfig(), vocab_size=0, seq_len=0) / 3
 
 

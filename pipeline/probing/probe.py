@@ -163,7 +163,8 @@ def _beginning(batch: Batch, count: int) -> Batch:
     return Batch(
         tokens=cut(batch.tokens), labels=cut(batch.labels), loss_mask=cut(batch.loss_mask),
         document_ids=cut(batch.document_ids), positions=cut(batch.positions),
-        sample_ids=batch.sample_ids[:1],
+        sample_ids=batch.sample_ids[:1], patch_ids=cut(batch.patch_ids),
+        images=None if batch.images is None else batch.images[:1],
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def _without_numbers(cfg: Any, shape: RunShape) -> Iterator[None]:
     if cfg.parallel.sequence_parallel:
         hidden = [rows // shape.sizes.tensor, shape.micro_batch_size, cfg.model.hidden_size]
     dtype = DTYPES[cfg.training.precision]
-    names = StageSchema.of(cfg.data, cfg.parallel).between.names
+    names = StageSchema.of(cfg.data, cfg.parallel, cfg.model).between.names
 
     def receive(self: Any, _: int) -> Any:
         """Buffers for what the stage before sends, whose shapes would arrive as numbers."""
@@ -199,6 +199,7 @@ def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
     import torch
 
     from pipeline.data.batch import Batch, Masks
+    from pipeline.engine.own_runs import no_pictures
 
     masks = Masks.of(cfg.data, packed=False)
     size = (shape.micro_batch_size, shape.at(shape.total_steps).seq_len)
@@ -206,6 +207,9 @@ def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
     def ids(is_there: bool = True) -> Any:
         return torch.zeros(size, dtype=torch.long, device=layout.device) if is_there else None
 
+    pictures: dict[str, Any] = {}
+    if shape.images_per_row:
+        pictures = no_pictures(cfg.model, ids(), per_row=shape.images_per_row)
     return Batch(
         tokens=ids(),
         labels=ids(),
@@ -214,6 +218,7 @@ def _batch(cfg: Any, shape: RunShape, layout: Any) -> Any:
         positions=ids(masks.positions),
         sample_ids=np.zeros(size[0], dtype=np.int64),
         num_documents=size[0] if masks.documents else 0,
+        **pictures,
     )
 
 

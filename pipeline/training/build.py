@@ -67,7 +67,7 @@ def _parts(
         recompute_every=cfg.training.recompute_every,
         fp8=cfg.training.fp8,
     )
-    return architecture, StageSchema.of(cfg.data, cfg.parallel), layout
+    return architecture, StageSchema.of(cfg.data, cfg.parallel, cfg.model), layout
 
 
 def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def build_looks(
     cfg: PretrainConfig, *, engine: Engine, loader: Loader, metrics: Metrics, clock: Clock
 ) -> Looks:
     """What the run looks at every so many steps; what it finds goes to `metrics`."""
-    schema, training = StageSchema.of(cfg.data, cfg.parallel), cfg.training
+    schema, training = StageSchema.of(cfg.data, cfg.parallel, cfg.model), cfg.training
     looks: list[tuple[int, Look]] = []
     if training.probe_every:
         heads = HeadProbe(engine, schema)

@@ -33,7 +33,11 @@ def open_metrics(
         config=cli.to_dict(cfg),
         shape=shape,
         flops_per_token=flops_per_token(
-            cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=shape.seq_len
+            cfg.model,
+            cfg.finetune,
+            vocab_size=shape.vocab_size,
+            seq_len=shape.seq_len,
+            images_per_row=shape.images_per_row,
         ),
         goodput=Goodput(run_dir, clock),
         facts={

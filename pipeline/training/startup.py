@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import cli, log
 from pipeline.config import rules
@@ -74,15 +74,19 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
     problems, data = Problems(), None
     with problems:
         data = describe(cfg.data)
-    vocab_size, row_tokens = (data.vocab_size, data.row_tokens) if data else (None, None)
     with problems:
-        rules.check(
-            cfg, world_size=world_size, tokenizer_vocab_size=vocab_size, row_tokens=row_tokens
-        )
+        read = (data.vocab_size, data.row_tokens, data.row_pictures) if data else (None,) * 3
+        known: Any = dict(zip(("tokenizer_vocab_size", "row_tokens", "pictures"), read))
+        rules.check(cfg, world_size=world_size, **known)
     problems.raise_all()
     assert data is not None
     cfg = replace(cfg, data=follow_data(cfg.data, data))
-    shape = derive(cfg, world_size=world_size, tokenizer_vocab_size=data.vocab_size)
+    shape = derive(
+        cfg,
+        world_size=world_size,
+        tokenizer_vocab_size=data.vocab_size,
+        pictures=data.row_pictures,
+    )
     run_dir = Path(cfg.runs_dir) / cfg.name
     with problems:
         # A lost one would end the run at its first evaluation. Training shards are many: preflight

@@ -56,7 +56,7 @@ class TextSamples:
             ConfigError: the chat template refuses a prompt.
         """
         self.cfg, self.engine, self.schema, self.seed = cfg, engine, schema, seed
-        files, ends = loader.attachments(), loader.ends()
+        files, ends = loader.attachments(), loader.special_ids()
         self.tokenizer = Tokenizer(
             files["tokenizer.json"], path=str(loader.tokenizer_path), eod=ends["eod"]
         )

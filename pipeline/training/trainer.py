@@ -312,7 +312,7 @@ class Trainer:
             state=asdict(self.state),
             loader=self.loader.state(),
             guard=self.guard.state(),
-            **self.loader.ends(),
+            **self.loader.special_ids(),
             base=as_json(self.base),
             config=cli.to_dict(self.cfg),
         )

@@ -28,7 +28,9 @@ def test_names_are_those_of_the_reference(model: str) -> None:
 
 
 def test_a_built_model_has_exactly_these_names() -> None:
-    for model, found in run_on_ranks(built_names, 1, ["gpt2-untied", "moe", "mqa"])[0].items():
+    for model, found in run_on_ranks(built_names, 1, ["gpt2-untied", "moe", "mqa", "pictures"])[
+        0
+    ].items():
         assert sorted(
             names.parameter_names(ModelConfig(**MODELS[model]), FinetuneConfig())
         ) == sorted(found)

@@ -74,8 +74,11 @@ def test_a_row_gets_its_own_pictures_in_order_and_blank_ones_behind(tmp_path: Pa
     assert windows.images[:, :, 0, 0, 0].tolist() == [[1, 2], [0, 0], [3, 0], [4, 0]]
     batches = make_batches(
         windows, np.arange(4), seq_len=ROW, micro_batch_size=2, masks=Masks.of(DataConfig(), packed=True),
-        eod=0, device=torch.device("cpu"),
+        eod=0, device=torch.device("cpu"), placeholder=3,
     )  # fmt: skip
+    patches = torch.cat([batch.patch_ids for batch in batches if batch.patch_ids is not None])
+    assert patches[0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1]
+    assert patches[1].eq(-1).all() and patches[3].tolist() == [-1] * 8 + [0, 1, 2, 3]
     found = torch.cat([batch.images for batch in batches if batch.images is not None])
     assert found.dtype == torch.uint8 and torch.equal(found, torch.from_numpy(windows.images))
     assert all(

@@ -150,7 +150,7 @@ def answers(cases: list[Case]) -> list[Any]:
             engine.train_step(parts[number], step=number)
         scores = [float(x) for x in vars(engine.evaluate(parts[7], answers=True)).values()]
         asked = ForwardOnly(
-            engine.architecture, StageSchema.of(cfg.data, cfg.parallel), engine.layout,
+            engine.architecture, StageSchema.of(cfg.data, cfg.parallel, cfg.model), engine.layout,
             seq_len=engine.shape.seq_len, seed=cfg.seed,
         )  # fmt: skip
         fresh = [float(x) for x in vars(asked.evaluate(parts[0], answers=True)).values()]

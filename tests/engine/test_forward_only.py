@@ -169,7 +169,7 @@ def asked(case: Case) -> dict[str, Any]:
     del engine
     gc.collect()
     before = living_bytes()
-    schema = StageSchema.of(cfg.data, cfg.parallel)
+    schema = StageSchema.of(cfg.data, cfg.parallel, cfg.model)
     model = ForwardOnly(architecture, schema, layout, seq_len=seq_len, seed=cfg.seed)
     answer = numbers(model.evaluate(parts, answers=True))
     hidden = model.hidden_states(parts[:2], layer=2)

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig, VisionConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.model.stage_io import StageInput, StageSchema
 
 BATCH, SIZE, WIDTH = 2, 8, 4
+MODEL = ModelConfig(name="m", num_layers=2, hidden_size=4, num_attention_heads=2)
 SCHEMAS = [
-    StageSchema(documents, positions, ranks)
+    StageSchema(documents, positions, ranks, pictures=pictures)
     for documents in (False, True)
     for positions in (False, True)
     for ranks in (1, 2)
+    for pictures in (False, True)
 ]
 
 
@@ -27,6 +30,8 @@ def of_batch(schema: StageSchema) -> StageInput:
         tokens=ids,
         document_ids=ids + 100 if schema.documents else None,
         positions=ids + 200 if schema.positions else None,
+        images=torch.zeros(BATCH, 3, 3, 2, 2, dtype=torch.uint8) if schema.pictures else None,
+        patch_ids=ids - 300 if schema.pictures else None,
     )
 
 
@@ -53,10 +58,33 @@ def test_every_combination_of_fields_comes_back_as_it_was(schema: StageSchema) -
 def test_the_schema_follows_from_the_config() -> None:
     data = DataConfig(mask_documents=True, reset_positions=True)
     parallel = ParallelConfig(tensor_parallel_size=4, sequence_parallel=True)
-    assert StageSchema.of(data, parallel) == StageSchema(True, True, 4)
-    assert StageSchema.of(DataConfig(), replace(parallel, sequence_parallel=False)) == StageSchema()
-    assert StageSchema.of(data, parallel).first.names == ("tokens", "document_ids", "positions")
-    assert StageSchema.of(data, parallel).between.names == ("hidden", "document_ids")
+    assert StageSchema.of(data, parallel, MODEL) == StageSchema(True, True, 4)
+    assert (
+        StageSchema.of(DataConfig(), replace(parallel, sequence_parallel=False), MODEL)
+        == StageSchema()
+    )
+    assert StageSchema.of(data, parallel, MODEL).first.names == (
+        "tokens",
+        "document_ids",
+        "positions",
+    )
+    assert StageSchema.of(data, parallel, MODEL).between.names == ("hidden", "document_ids")
+    sees = StageSchema.of(data, parallel, replace(MODEL, vision=VisionConfig(num_layers=1)))
+    assert sees.first.names == ("tokens", "document_ids", "positions", "images", "patch_ids")
+    assert sees.between.names == ("hidden", "document_ids")
+
+
+def test_pictures_of_other_rows_are_refused() -> None:
+    """Pictures travel beside the tokens that stand for them."""
+    schema = StageSchema(pictures=True)
+    given = of_batch(schema)
+    assert given.images is not None
+    with pytest.raises(ValueError, match="images has shape .*tokens has 2 sequences"):
+        schema.first.pack(replace(given, images=given.images[:1]))
+    with pytest.raises(ValueError, match=r"images has shape .* not \(B, pictures, 3, size, size\)"):
+        schema.first.pack(replace(given, images=given.images[0]))
+    with pytest.raises(ValueError, match="model.vision brings images"):
+        StageSchema().first.pack(given)
 
 
 FULL = StageSchema(documents=True, positions=True)

@@ -61,7 +61,14 @@ VARIANTS = [
         "model.activation=swiglu",
     ],
     ["model.bias=false", "model.moe.num_experts=4", "model.moe.shared_expert_ffn_hidden_size=32"],
+    ["model.bias=false", "model.vision.num_layers=2", "model.vision.image_size=32"],
 ]
+
+
+VISION = (
+    "model.vision.num_layers=2", "model.vision.hidden_size=32", "model.vision.num_attention_heads=4",
+    "model.vision.image_size=16", "model.vision.patch_size=8",
+)  # fmt: skip
 
 
 def count_built(models: list[tuple[ModelConfig, int]]) -> list[int]:
@@ -116,6 +123,25 @@ def test_mfu_of_megatron_gpt3_is_the_one_palm_published():
     rate = 65.43e3 / 2240
     share = mfu(tokens_per_sec_per_device=rate, flops_per_token=flops, peak_tflops=312.0)
     assert share == pytest.approx(0.302, abs=0.002)
+
+
+def test_pictures_cost_what_their_matrices_and_scores_do():
+    """A patch is counted as a token; the row's tokens share what its pictures cost, whether blank or not."""
+    text = preset("tiny")
+    model = preset("tiny", *VISION)
+    layers, width, patches, inputs, hidden = 2, 32, 4, 3 * 8 * 8, text.hidden_size
+    matrices = layers * 12 * width**2 + inputs * width + width * hidden + hidden**2
+    picture = patches * (6 * matrices - 2 * inputs * width + 12 * layers * width * patches)
+    sizes = dict(vocab_size=512, seq_len=64)
+    assert flops_per_token(model, FinetuneConfig(), images_per_row=3, **sizes) == pytest.approx(
+        flops_per_token(text, FinetuneConfig(), **sizes) + 3 / 64 * picture, rel=1e-12
+    )
+    projector = FinetuneConfig(train=["vision.linear_?.*"])
+    forward = patches * (2 * (matrices - width * hidden - hidden**2) + 4 * layers * width * patches)
+    both = patches * (4 * width * hidden + 6 * hidden**2)
+    frozen = flops_per_token(text, FinetuneConfig(train=["embedding.position.*"]), **sizes)
+    found = flops_per_token(model, projector, images_per_row=1, **sizes) - frozen
+    assert found == pytest.approx((forward + both) / 64, rel=1e-9)
 
 
 def test_only_the_experts_a_token_visits_cost_flops():

@@ -34,7 +34,7 @@ def seen(cases: list[Case], folder: Path) -> list[Any]:
         cfg = config("modern", **case)
         run = Run(cfg, folder / str(number))
         run.train(0, 2)
-        probe = HeadProbe(run.engine, StageSchema.of(cfg.data, cfg.parallel))
+        probe = HeadProbe(run.engine, StageSchema.of(cfg.data, cfg.parallel, cfg.model))
         tables = {name: table.tolist() for name, table in probe.scores().items()}
         found.append((tables, probe.run(), run.train(2, 4)))
         run.close()

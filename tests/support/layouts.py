@@ -24,7 +24,7 @@ from pipeline.config.choices import (
 )
 from pipeline.config.data import DataConfig
 from pipeline.config.finetune import FinetuneConfig
-from pipeline.config.model import ModelConfig, MoeConfig
+from pipeline.config.model import ModelConfig, MoeConfig, VisionConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
 from pipeline.config.training import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainingConfig
@@ -45,6 +45,9 @@ MODERN: dict[str, Any] = {
     **GPT2, "name": "modern", "num_query_groups": 2, "position": Position.rope, "normalization": Normalization.rmsnorm,
     "activation": Activation.swiglu, "bias": False, "qk_norm": True, "tied_embeddings": False, "ffn_hidden_size": 96,
 }  # fmt: skip
+PICTURES = VisionConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=4, image_size=16, patch_size=8
+)
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "modern": MODERN,
@@ -85,6 +88,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 253,
         "tied_embeddings": True,
     },
+    "pictures": {**GPT2, "vision": PICTURES},
+    "modern-pictures": {**MODERN, "vision": PICTURES},
     "mqa": {
         **MODERN,
         "num_query_groups": 1,
@@ -163,7 +168,9 @@ def rank_batches(
         data_rank=layout.data.rank, data_parallel_size=layout.data.size,
     ).number  # fmt: skip
     size = shape.micro_batch_size
-    optional = {"loss_mask": "mask", "document_ids": "document_ids", "positions": "positions"}
+    optional = {"loss_mask": "mask"} | {
+        name: name for name in ("document_ids", "positions", "images", "patch_ids")
+    }
     return [
         SimpleNamespace(
             tokens=step["tokens"][rows],

@@ -50,6 +50,7 @@ RUN = RunShape(
     seq_len=8,
     vocab_size=256,
     padded_vocab_size=256,
+    images_per_row=0,
     total_steps=20,
     total_tokens=640,
     warmup_steps=0,

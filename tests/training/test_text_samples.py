@@ -30,7 +30,7 @@ def loader(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     return SimpleNamespace(
         attachments=lambda: {"tokenizer.json": path.read_bytes()},
-        ends=lambda: {"eod": 0, "end_of_turn": None},
+        special_ids=lambda: {"eod": 0, "end_of_turn": None},
         tokenizer_path=path,
     )
 
@@ -42,7 +42,7 @@ def written(run: Run, folder: Path, *, temperature: float) -> list[str]:
     cfg = TrainingConfig(
         sample_prompts=PROMPTS, sample_tokens=NEW_TOKENS, sample_temperature=temperature
     )
-    schema = StageSchema.of(run.cfg.data, run.cfg.parallel)
+    schema = StageSchema.of(run.cfg.data, run.cfg.parallel, run.cfg.model)
     samples = TextSamples(cfg, engine=run.engine, schema=schema, loader=loader(folder), seed=3)
     return [sample.text for sample in samples.draw(2)]
 

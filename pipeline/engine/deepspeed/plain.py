@@ -81,7 +81,7 @@ class PlainRunner(DeepSpeedRunner):
         loss: LossFunction | None = None,
     ) -> Tensor:
         fields = (batch.tokens, batch.labels, token_weights, batch.document_ids, batch.positions)
-        return model(*fields, loss=loss)
+        return model(*fields, batch.images, batch.patch_ids, loss=loss)
 
     def _mean_loss(self) -> Tensor:
         total = self._loss_sum / self._num_micro_batches

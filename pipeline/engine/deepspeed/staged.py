@@ -29,12 +29,12 @@ from pipeline.engine.deepspeed.base import DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
 from pipeline.engine.deepspeed.gradient_first import send_gradients_first
-from pipeline.engine.forward_only import Stage, asking, sum_scores
+from pipeline.engine.forward_only import Stage, asking, first_input, sum_scores
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss, LossFunction, Measure
 from pipeline.model.linear import LateProducts
 from pipeline.model.names import canonical_name
-from pipeline.model.stage_io import StageInput, StageSchema
+from pipeline.model.stage_io import StageSchema
 from pipeline.model.stage_layers import StageBlock, StageEmbedding, StageHead
 from pipeline.patching import replace
 
@@ -158,11 +158,16 @@ def pipeline_module(
         LayerSpec(StageHead, architecture, schema),
     ]
     if tied:
-        # The copy next to the loss owns no position table, and hands hidden through: the loss takes
-        # its weight.
-        through: Any = {"forward_fn": lambda _, hidden: hidden, "with_positions": False, **tie}
+        # The copy next to the loss owns neither position table nor picture encoder, and hands
+        # hidden through: the loss takes its weight.
+        through: Any = {"forward_fn": lambda _, hidden: hidden, "is_first": False, **tie}
         specs.append(TiedLayerSpec("embedding", StageEmbedding, architecture, schema, **through))
-    costs = pipeline_costs(model, padded_vocab_size=shape.padded_vocab_size, seq_len=shape.seq_len)
+    costs = pipeline_costs(
+        model,
+        padded_vocab_size=shape.padded_vocab_size,
+        seq_len=shape.seq_len,
+        images_per_row=shape.images_per_row,
+    )
     is_dual = architecture.parallel.pipeline_schedule is PipelineSchedule["dualpipev"]
     head = "embedding.word.weight" if tied else "head.weight"
     cross_entropy = Loss(architecture, layout.tensor.group)
@@ -196,11 +201,10 @@ def micro_batch_stream(
 ) -> Iterator[tuple[Any, Any]]:
     """(inputs, labels) a micro-batch, as PipelineEngine takes them."""
     for batch, token_weights in zip(batches, weights, strict=True):
-        given = StageInput(
-            tokens=batch.tokens, document_ids=batch.document_ids, positions=batch.positions
+        yield (
+            schema.first.pack(first_input(batch)),
+            batch.labels if token_weights is None else (batch.labels, token_weights),
         )
-        inputs = schema.first.pack(given)
-        yield inputs, batch.labels if token_weights is None else (batch.labels, token_weights)
 
 
 class _Staged(PipelineModule):
