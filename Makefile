@@ -49,5 +49,5 @@ soak: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/core
-	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk,serve]"
+	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk,serve,notebook]"
 	@touch $@

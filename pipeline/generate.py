@@ -14,29 +14,25 @@ computes the whole prefix for every token.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 
 from pipeline import cli, log
 from pipeline.errors import ConfigError
 from pipeline.files import read_file
-from pipeline.inference.samplers import GenerateConfig, TextSampler, check_model, open_sampler
+from pipeline.inference.samplers import (
+    GenerateConfig,
+    TextSampler,
+    check_drawing,
+    check_model,
+    open_sampler,
+)
 
 
 def main(cfg: GenerateConfig) -> int:
     """Print continuations of every prompt."""
     log.setup()
-    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise ConfigError(
-            f"temperature ({cfg.temperature}) and top_k ({cfg.top_k}) must be at least 0, "
-            f"top_p ({cfg.top_p}) in (0, 1]."
-        )
-    if min(cfg.num_samples, cfg.batch_size, cfg.max_new_tokens) < 1:
-        raise ConfigError(
-            f"num_samples ({cfg.num_samples}), batch_size ({cfg.batch_size}) and max_new_tokens "
-            f"({cfg.max_new_tokens}) must be at least 1."
-        )
+    check_drawing(cfg)
     prompts = _prompts(cfg)
     check_model(cfg)  # before torch is imported and a checkpoint read, which takes seconds
     import torch

@@ -15,6 +15,7 @@ SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py"
 # `commands` are the files directly in the folder, except its leaves.
 LAYERS = {
     "pipeline": """
+        api
         commands
         rehearsal | scaling
         training, inference
@@ -85,7 +86,7 @@ TAKERS_OF_ALL_SETTINGS = {
     "pipeline.config", "pipeline.planning.job", "pipeline.planning.advice",
     "pipeline.planning.search", "pipeline.planning.page", "pipeline.rehearsal", "pipeline.scaling",
     "pipeline.training",
-    "pipeline.train",
+    "pipeline.train", "pipeline.api",
     "pipeline.preflight", "pipeline.plan", "pipeline.order_audit",
 }  # fmt: skip
 ENTRY_POINTS = [
@@ -134,10 +135,13 @@ def package_of(module: str) -> str:
     """The row of LAYERS that a module belongs to: its package, `commands`, or `leaves`.
 
     A package's __main__ is a command: pipeline.checkpoint merges with bases of Hugging Face folders.
+    pipeline.api is for Python what the commands are for the terminal, and starts one of them.
     """
     top, *rest = module.split(".")
     if rest and rest[-1] == "__main__":
         return "commands"
+    if rest == ["api"]:
+        return "api"
     if not rest or rest[0] in LEAVES[top]:
         return "leaves"
     return rest[0] if (ROOT / top / rest[0]).is_dir() else "commands"
@@ -191,6 +195,7 @@ def test_every_package_stands_in_the_table():
             path.name for path in (ROOT / top).iterdir() if path.is_dir() and any(path.glob("*.py"))
         }
         assert folders == set(table.replace(",", " ").replace("|", " ").split()) - {
+            "api",
             "commands",
             "leaves",
         }

@@ -8,11 +8,13 @@ the whole prefix for every token.
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, Self
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
@@ -21,12 +23,9 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.drawing import choose
+from pipeline.inference.streaming import cut_at_stop, stop_at, streamer
 from pipeline.inference.turns import fitting
 from pipeline.log import logger
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 NO_TEMPLATE = (
     "this model has no chat template: it was not trained on dialogues (data_prep.conversations). "
@@ -69,6 +68,9 @@ class GenerateConfig:
 class TextSampler(Protocol):
     """Continues prompts."""
 
+    def drawing(self, cfg: GenerateConfig) -> TextSampler:
+        """The same model with other settings of how to draw."""
+
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
 
@@ -80,6 +82,32 @@ class TextSampler(Protocol):
         Raises:
             ConfigError: the model has no chat template, or it refuses a dialogue.
         """
+
+
+class _Drawing:
+    """What both samplers have."""
+
+    cfg: GenerateConfig
+
+    def drawing(self, cfg: GenerateConfig) -> Self:
+        """The same model with other settings of how to draw."""
+        other = copy.copy(self)
+        other.cfg = cfg
+        return other
+
+
+def check_drawing(cfg: GenerateConfig) -> None:
+    """Raise ConfigError where nothing can be drawn so."""
+    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+        raise ConfigError(
+            f"temperature ({cfg.temperature}) and top_k ({cfg.top_k}) must be at least 0, "
+            f"top_p ({cfg.top_p}) in (0, 1]."
+        )
+    if min(cfg.num_samples, cfg.batch_size, cfg.max_new_tokens) < 1:
+        raise ConfigError(
+            f"num_samples ({cfg.num_samples}), batch_size ({cfg.batch_size}) and max_new_tokens "
+            f"({cfg.max_new_tokens}) must be at least 1."
+        )
 
 
 def check_model(cfg: GenerateConfig) -> None:
@@ -118,7 +146,7 @@ def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
         yield TransformersSampler(Path(scratch), cfg)
 
 
-class TransformersSampler:
+class TransformersSampler(_Drawing):
     """transformers' generate on a Hugging Face folder."""
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
@@ -180,9 +208,9 @@ class TransformersSampler:
         if cfg.temperature > 0:
             options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         if cfg.stop:
-            options["stopping_criteria"] = [_stop_at(cfg.stop, self.tokenizer, length)]
+            options["stopping_criteria"] = [stop_at(cfg.stop, self.tokenizer, length)]
         if on_text is not None:
-            options["streamer"] = _streamer(self.tokenizer, on_text, stop=cfg.stop, ends=self.ends)
+            options["streamer"] = streamer(self.tokenizer, on_text, stop=cfg.stop, ends=self.ends)
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=padded.to(self.device),
@@ -201,7 +229,7 @@ class TransformersSampler:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class LocalSampler:
+class LocalSampler(_Drawing):
     """Our own forward pass on a checkpoint."""
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
@@ -269,46 +297,3 @@ class LocalSampler:
             if len(text) < len(so_far):
                 break
         return text
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings, which is left out."""
-    ends = [text.find(end) for end in stop if end and end in text]
-    return text[: min(ends)] if ends else text
-
-
-def _stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
-    """Stopping criterion that reads the text; transformers 5.23's fails on some tokenizers."""
-    import torch
-    from transformers import StoppingCriteria
-
-    class StopAt(StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            texts = tokenizer.batch_decode(input_ids[:, prompt_length:], skip_special_tokens=True)
-            ended = [any(end in text for end in stop) for text in texts]
-            return torch.tensor(ended, device=input_ids.device)
-
-    return StopAt()
-
-
-def _streamer(
-    tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str], ends: Sequence[int]
-) -> Any:
-    """Transformers' streamer that hands on whole words, up to a stop string or an end's id."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        seen = ""
-        shown = 0
-
-        def put(self, value: Tensor) -> None:
-            if self.next_tokens_are_prompt or int(value.view(-1)[-1]) not in ends:
-                super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.seen += text
-            allowed = cut_at_stop(self.seen, stop)
-            on_text(allowed[self.shown :])
-            self.shown = max(self.shown, len(allowed))
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
