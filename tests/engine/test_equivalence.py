@@ -14,7 +14,15 @@ import pytest
 
 from pipeline.config.choices import Init
 from tests.support.equivalence import Case, check, compare
-from tests.support.layouts import BATCH, batches, config, reference, train, train_all
+from tests.support.layouts import (
+    BATCH,
+    FEW_STEPS,
+    batches,
+    config,
+    reference,
+    train,
+    train_all,
+)
 from tests.support.ranks import run_on_ranks
 
 FAST: dict[int, list[Case]] = {
@@ -118,7 +126,8 @@ ALL: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world_size", FAST)
 def test_layouts_match_plain_torch(world_size: int) -> None:
     """The promise of the project, on the layouts that once broke it."""
-    check(world_size, [four_micro_batches(world_size, case) for case in FAST[world_size]])
+    cases = [four_micro_batches(world_size, case) for case in FAST[world_size]]
+    check(world_size, cases, num_steps=FEW_STEPS)
 
 
 def four_micro_batches(world_size: int, case: Case) -> Case:
@@ -135,17 +144,22 @@ def test_every_layout_matches_plain_torch(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size, layout",
-    [(1, dict()), (2, dict(tp=2, sp=True)), (2, dict(pp=2)), (2, dict(tp=2, zero=3))],
+    "world_size, layouts",
+    [(1, [dict()]), (2, [dict(tp=2, sp=True), dict(pp=2), dict(tp=2, zero=3)])],
 )
-def test_recompute_is_exact_with_dropout(world_size: int, layout: Case) -> None:
+def test_recompute_is_exact_with_dropout(world_size: int, layouts: list[Case]) -> None:
     """Recomputed blocks must draw the masks of the forward pass, also from megatron-core's tracked streams."""
     cases = [
         config("modern", dropout=0.2, recompute=r, micro_batch_size=4, **layout)
+        for layout in layouts
         for r in ("none", "full", "selective")
     ]
-    stored, full, selective = run_on_ranks(train_all, world_size, cases, [{}] * 3)[0]
-    assert stored["history"] == full["history"] == selective["history"]
+    found = run_on_ranks(train_all, world_size, cases, [{}] * len(cases), FEW_STEPS)[0]
+    histories = iter(run["history"] for run in found)
+    for layout, stored, full, selective in zip(
+        layouts, histories, histories, histories, strict=True
+    ):
+        assert stored == full == selective, layout
 
 
 def with_groups(kind: str, **layout: Any) -> Any:
@@ -192,7 +206,7 @@ def test_sabotage_turns_the_comparison_red(sabotage: str) -> None:
         train_sabotaged, 4 if sabotage == "pipe_partitioned" else 2, cfg, sabotage
     )[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
-        compare({"history": history}, reference(cfg), "fp32", sabotage)
+        compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp32", sabotage)
 
 
 def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
@@ -213,4 +227,4 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
 
         written = base.deepspeed_config
         base.deepspeed_config = lambda *a: {k: v for k, v in written(*a).items() if k != "pipeline"}
-    return train(cfg, batches())
+    return train(cfg, batches()[:FEW_STEPS])

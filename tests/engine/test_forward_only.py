@@ -55,10 +55,14 @@ def test_a_group_of_any_size_is_evaluated_alike_at_every_layout(world_size: int)
         assert losses[is_comparable] == pytest.approx(expected[is_comparable], rel=1e-5), case
 
 
-DROPOUT: dict[int, list[Case]] = {
-    1: [dict(zero=0), dict(model="modern", zero=1, precision="bf16"), dict(model="moe-aux")],
-    2: [dict(zero=3), dict(pp=2), dict(pp=2, schedule="dualpipev"), dict(model="modern", tp=2, sp=True)],
-}  # fmt: skip
+DROPOUT: list[tuple[int, list[Case]]] = [
+    (1, [dict(zero=0), dict(model="modern", zero=1, precision="bf16")]),
+    (2, [dict(zero=3), dict(pp=2, schedule="dualpipev")]),
+]
+MORE_DROPOUT: list[tuple[int, list[Case]]] = [
+    (1, [dict(model="moe-aux")]),
+    (2, [dict(pp=2), dict(model="modern", tp=2, sp=True)]),
+]
 
 
 def histories(cases: list[Case], folder: Path) -> list[list[Any]]:
@@ -93,13 +97,16 @@ def histories(cases: list[Case], folder: Path) -> list[list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", DROPOUT)
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [*DROPOUT, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_DROPOUT)],
+)
 def test_training_with_dropout_does_not_know_of_evaluations(
-    world_size: int, tmp_path: Path
+    world_size: int, cases: list[Case], tmp_path: Path
 ) -> None:
     """After one the plain engine went on without dropout: its train() asked DeepSpeed's own flag."""
-    for ranks in run_on_ranks(histories, world_size, DROPOUT[world_size], tmp_path):
-        for case, (alone, *others) in zip(DROPOUT[world_size], ranks):
+    for ranks in run_on_ranks(histories, world_size, cases, tmp_path):
+        for case, (alone, *others) in zip(cases, ranks):
             assert all(other == alone for other in others), case
 
 
@@ -143,7 +150,7 @@ EXACT: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize("model", ["gpt2", "modern"])
+@pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "modern"])
 def test_exact_answers_are_counted_alike_at_every_layout(model: str) -> None:
     """A vocabulary in parts, stages that see no logits, ranks with a part of the batch: one number."""
     [[(_, tokens, exact, answers)]] = run_on_ranks(exact_answers, 1, [dict(model=model)])

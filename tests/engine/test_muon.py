@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.model.partition import Partition
 from tests.support.checkpoint_runs import resume, train_and_save
 from tests.support.equivalence import Case, check, compare
-from tests.support.layouts import VOCAB, batches, config, reference, train
+from tests.support.layouts import FEW_STEPS, VOCAB, batches, config, reference, train
 from tests.support.ranks import run_on_ranks
 from tests.support.reference import newton_schulz
 
@@ -52,7 +52,7 @@ ALL: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world_size", FAST)
 def test_layouts_match_plain_torch(world_size: int) -> None:
     """A rank that makes its shard orthogonal trains another model at every layout."""
-    check(world_size, FAST[world_size])
+    check(world_size, FAST[world_size], num_steps=FEW_STEPS)
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_matrix_that_is_not_whole_or_not_alone_turns_the_comparison_red(world_
     cfg = config("modern", tp=world_size, **MUON)
     history = run_on_ranks(train_sabotaged, world_size, cfg)[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
-        compare({"history": history}, reference(cfg), "fp32", "sabotage")
+        compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp32", "sabotage")
 
 
 def train_sabotaged(cfg: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def train_sabotaged(cfg: Any) -> dict[str, Any]:
             for run in right(engine)
             for r in [engine.layout.tensor.rank]
         ]
-    return train(cfg, batches())
+    return train(cfg, batches()[:FEW_STEPS])
 
 
 def test_query_key_value_and_gate_up_are_matrices_of_their_own() -> None:

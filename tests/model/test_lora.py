@@ -12,7 +12,7 @@ from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
 from tests.support.equivalence import Case, check, compare
-from tests.support.layouts import VOCAB, batches, config, reference, train
+from tests.support.layouts import FEW_STEPS, VOCAB, batches, config, reference, train
 from tests.support.ranks import run_on_ranks
 
 LORA: Case = dict(train="*.lora_?", lora_rank=4)
@@ -80,7 +80,7 @@ ALL: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world_size", FAST)
 def test_what_is_trained_gives_one_result_at_every_layout(world_size: int) -> None:
     """Against plain torch. A whole matrix times a split one is where others went wrong."""
-    check(world_size, FAST[world_size])
+    check(world_size, FAST[world_size], num_steps=FEW_STEPS)
 
 
 def check_gradients() -> None:
@@ -118,7 +118,7 @@ def test_a_planted_fault_turns_the_comparison_red(fault: str) -> None:
     cfg = config("modern", tp=2, sp=True, **LORA)
     history = run_on_ranks(train_with, 2, cfg, fault)[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
-        compare({"history": history}, reference(cfg), "fp32", fault)
+        compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp32", fault)
 
 
 def train_with(cfg: Any, fault: str) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def train_with(cfg: Any, fault: str) -> dict[str, Any]:
                 vars(matrix)["has_partial_gradient"] = False
 
         LowRank.add_low_rank = unmarked  # type: ignore[method-assign]
-    return train(cfg, batches())
+    return train(cfg, batches()[:FEW_STEPS])
 
 
 def frozen_and_trained(cfg: Any) -> tuple[bool, bool, int, set[str]]:

@@ -154,7 +154,7 @@ ROUTER_LOSSES: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", ROUTER_LOSSES)
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_router_losses_match_plain_torch(world_size: int) -> None:
     """They ride on the activations past the engine's loss scaling; a wrong scale shows in the gradient norm.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.layouts import config, reference, train_all
+from tests.support.layouts import STEPS, config, reference, train_all
 from tests.support.ranks import run_on_ranks
 
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
@@ -15,11 +15,11 @@ Case = dict[str, Any]
 KINDS = ("documents", "masked", "positions", "batch_size")  # of the data
 
 
-def check(world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
+def check(world_size: int, cases: list[Case], *, num_steps: int = STEPS) -> list[dict[str, Any]]:
     """Run all cases of one world size in one set of processes and compare each; what rank 0 found."""
     kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
     configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
-    results = run_on_ranks(train_all, world_size, configs, kinds, timeout_s=1800.0)
+    results = run_on_ranks(train_all, world_size, configs, kinds, num_steps, timeout_s=1800.0)
     for ranks in zip(*results):
         assert all(r["history"] == ranks[0]["history"] for r in ranks), (
             "ranks disagree about loss or gradient norm"
@@ -29,7 +29,7 @@ def check(world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
         key = f"{case['model']} {kind} {cfg.optimizer} {cfg.finetune}"
         expected.setdefault(key, None)
         if expected[key] is None:
-            expected[key] = reference(cfg, **kind)
+            expected[key] = reference(cfg, num_steps=num_steps, **kind)
         precision = "fp8" if "fp8" in case else case.get("precision", "fp32")
         compare(got, expected[key], precision, str(case))
     return results[0]

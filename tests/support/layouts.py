@@ -33,6 +33,8 @@ from pipeline.distributed.layout import ParallelLayout, connect
 from pipeline.distributed.ranks import ranks_from_environment
 
 VOCAB, SEQ_LEN, BATCH, STEPS = 250, 32, 16, 10
+FEW_STEPS = 5
+"""What a fast test trains: four updates, of which a wrong one shows in the losses and norms behind it."""
 
 GPT2: dict[str, Any] = {
     "name": "gpt2",
@@ -221,12 +223,17 @@ def reset_parallel_state() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def train_all(configs: list[PretrainConfig], kinds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def train_all(
+    configs: list[PretrainConfig], kinds: list[dict[str, Any]], num_steps: int = STEPS
+) -> list[dict[str, Any]]:
     """`train` for several layouts of one world size, in one set of processes."""
-    return [train(cfg, batches(**kind)) for cfg, kind in zip(configs, kinds, strict=True)]
+    pairs = zip(configs, kinds, strict=True)
+    return [train(cfg, batches(**kind)[:num_steps]) for cfg, kind in pairs]
 
 
-def reference(cfg: PretrainConfig, **kind: Any) -> list[tuple[float, float]]:
+def reference(
+    cfg: PretrainConfig, *, num_steps: int = STEPS, **kind: Any
+) -> list[tuple[float, float]]:
     """The same run in plain torch."""
     from tests.support.reference import ReferenceGPT
 
@@ -234,5 +241,5 @@ def reference(cfg: PretrainConfig, **kind: Any) -> list[tuple[float, float]]:
         replace(cfg, parallel=ParallelConfig()), world_size=1, tokenizer_vocab_size=VOCAB
     )
     return ReferenceGPT(cfg, shape.vocab_size).train(
-        batches(**kind), shape, cfg.training.micro_batch_size
+        batches(**kind)[:num_steps], shape, cfg.training.micro_batch_size
     )

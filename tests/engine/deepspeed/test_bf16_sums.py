@@ -164,7 +164,9 @@ def reduced(cases: list[dict[str, Any]]) -> list[tuple[list[tuple[float, float]]
         dtypes.clear()
         found.append(
             (
-                train(config(**case, precision="bf16", micro_batch_size=1), batches())["history"],
+                train(config(**case, precision="bf16", micro_batch_size=1), batches()[:4])[
+                    "history"
+                ],
                 set(dtypes),
             )
         )
