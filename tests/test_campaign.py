@@ -15,6 +15,7 @@ from tests.support.campaign_faults import KINDS
 from tests.support.campaign_ledger import Ledger
 from tests.support.campaign_run import CampaignError, Progress, wait_for
 from tests.support.preloaded import Preloaded
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,7 +144,7 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
             seen.append(told.stdout.readline())
             told.stdout.readline()  # from here on it hears
             told.send_signal(signal.SIGUSR2)
-            seen.append(told.wait(60))
+            seen.append(told.wait(HANG_S))
             told.communicate()
         assert forked == plain
         assert "['wait'] a word" in plain[-2] and plain[1] == -signal.SIGKILL and plain[-1] == 7
@@ -156,7 +157,7 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
         os.kill(pid, signal.SIGSTOP)  # what is stopped dies with its client all the same
         killed.kill()
         killed.communicate()
-        assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), 60)
+        assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), HANG_S)
 
 
 @pytest.mark.slow

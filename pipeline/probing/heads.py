@@ -56,11 +56,12 @@ def looks(attention: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 def kinds(attention: Tensor, half: int) -> dict[str, Tensor]:
-    """0-dim fp64 means of a head's (B, 2 T, 2 T) attention on repeated random tokens.
+    """0-dim fp64 means of a head's (B, 2 T or more, the same) attention on repeated random tokens.
 
     Args:
-        half: T.
+        half: T; what lies behind 2 T fills up.
     """
+    attention = attention[:, : 2 * half, : 2 * half]
 
     def back(distance: int, skipped: int) -> Tensor:
         """Mean attention to the token `distance` before, over the tokens that have one."""
@@ -89,10 +90,18 @@ def of_all_heads(
                 scores[name][number, head] = value
 
 
-def repeated_tokens(vocab_size: int, *, seq_len: int, seed: int = 0) -> Tensor:
-    """(REPEATS, 2 T) int64 ids: random ones, and the same again."""
-    # A power of two, so that sequence-parallel ranks have equal parts.
+def repeated_tokens(
+    vocab_size: int, *, seq_len: int, parts: int = 1, seed: int = 0
+) -> tuple[Tensor, int]:
+    """(REPEATS, 2 T) int64 ids, random ones and the same again; and T.
+
+    The same at every layout; behind them what no earlier token sees fills up.
+
+    Args:
+        seq_len: tokens of the longest sequence, a multiple of `parts`.
+        parts: sequence-parallel ranks, which take equal parts.
+    """
     half = min(HALF, 1 << ((seq_len // 2).bit_length() - 1))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab_size, (REPEATS, half), generator=generator)
-    return torch.cat([ids, ids], dim=1)
+    return torch.nn.functional.pad(torch.cat([ids, ids], dim=1), (0, -2 * half % parts)), half

@@ -82,9 +82,10 @@ class Measures:
 
         seq_len: longest sequence.
         """
-        ids = repeated_tokens(self.readout.projection.vocab_size, seq_len=seq_len)
+        vocab_size, parts = self.readout.projection.vocab_size, self.model.schema.sequence_ranks
+        ids, half = repeated_tokens(vocab_size, seq_len=seq_len, parts=parts)
         passage = look(self.model, self.batch_of(ids))
-        found = self._of_heads(passage, partial(kinds, half=ids.shape[1] // 2), KINDS)
+        found = self._of_heads(passage, partial(kinds, half=half), KINDS)
         copies = self.layout.data.size  # every data-parallel rank reads the same
         return {n: (v / copies).tolist() for n, v in over_ranks(found, self.layout).items()}
 

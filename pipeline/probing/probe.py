@@ -60,7 +60,8 @@ def probe(
     if prompt is None:
         batches = list(_held_out(model, request, shape))
         size = min(SHOWN, shape.seq_len)
-        shown = _beginning(batches[0], size)
+        parts = model.schema.sequence_ranks  # which take equal parts
+        shown = _beginning(batches[0], -(-size // parts) * parts)
     else:
         size = min(SHOWN, len(prompt))
         shown = measures.batch_of(_padded(prompt, shape), count=len(prompt))

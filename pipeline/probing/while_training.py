@@ -62,15 +62,18 @@ class HeadProbe:
     def scores(self) -> dict[str, Tensor]:
         """Each of KINDS and LOOKS by (block, head), fp64, the same on every rank."""
         layout, model = self.engine.layout, self.engine.model
-        ids = repeated_tokens(self.engine.shape.vocab_size, seq_len=self.engine.shape.seq_len)
+        shape = self.engine.shape
+        ids, half = repeated_tokens(
+            shape.vocab_size, seq_len=shape.seq_len, parts=self.schema.sequence_ranks
+        )
         batch = Batch.of_whole_sequences(
             ids.to(layout.device),
             loss_mask=None,
             documents=self.schema.documents,
             positions=self.schema.positions,
         )
-        half = ids.shape[1] // 2
         weights = torch.ones(ids.shape, device=layout.device)
+        weights[:, 2 * half :] = 0.0
         passage: Passage = {}
 
         def keep(number: int) -> Any:

@@ -35,7 +35,16 @@ def test_entropy_and_sink_count_the_tokens_that_count() -> None:
 
 @pytest.mark.parametrize(("seq_len", "half"), [(1024, HALF), (100, 32), (32, 16)])
 def test_random_tokens_are_repeated_once_and_fit_the_model(seq_len: int, half: int) -> None:
-    ids = repeated_tokens(250, seq_len=seq_len)
-    assert ids.shape == (REPEATS, 2 * half)
+    ids, found = repeated_tokens(250, seq_len=seq_len)
+    assert ids.shape == (REPEATS, 2 * half) and found == half
     assert torch.equal(ids[:, :half], ids[:, half:]) and int(ids.max()) < 250
-    assert torch.equal(ids, repeated_tokens(250, seq_len=seq_len))
+    assert torch.equal(ids, repeated_tokens(250, seq_len=seq_len)[0])
+
+
+def test_three_ranks_that_share_a_sequence_have_equal_parts_of_it() -> None:
+    """128 tokens do not divide by 3, 6 or 12; what fills up changes no score."""
+    ids, half = repeated_tokens(250, seq_len=768, parts=3)
+    assert ids.shape == (REPEATS, 129) and half == HALF
+    assert torch.equal(ids[:, :128], repeated_tokens(250, seq_len=768)[0])
+    attention = torch.rand(2, 2 * T + 1, 2 * T + 1)
+    assert kinds(attention, T) == kinds(attention[:, :-1, :-1], T)

@@ -80,6 +80,35 @@ def test_heads_in_training_are_those_of_the_checkpoint(
             np.testing.assert_allclose(later, losses, rtol=1e-5, err_msg=str(case))
 
 
+def of_three_parts(**layout: Any) -> dict[str, Any]:
+    """Scores of a fresh model whose sequences are a multiple of 3."""
+    from pipeline.model.stage_io import StageSchema
+    from pipeline.probing.while_training import HeadProbe
+    from tests.engine.test_engine import engine_of
+
+    cfg = config("odd", **layout)
+    cfg.model.max_seq_len = cfg.training.seq_len = 48
+    probe = HeadProbe(engine_of(cfg), StageSchema.of(cfg.data, cfg.parallel, cfg.model))
+    return {name: table.tolist() for name, table in probe.scores().items()}
+
+
+def alone_in_three_parts() -> dict[str, Any]:
+    return of_three_parts()
+
+
+def shared_by_three() -> dict[str, Any]:
+    return of_three_parts(tp=3, sp=True)
+
+
+@pytest.mark.slow
+def test_three_ranks_may_share_sequences() -> None:
+    """32 repeated tokens do not divide by 3: training ended at its first look."""
+    [alone] = run_on_ranks(alone_in_three_parts, 1)
+    for found in run_on_ranks(shared_by_three, 3):
+        for name, table in alone.items():
+            np.testing.assert_allclose(found[name], table, atol=1e-5, err_msg=name)
+
+
 def test_compiled_blocks_are_not_looked_into() -> None:
     """Their hooks would not be called, and every score would be 0."""
     cfg = config("modern")
