@@ -69,15 +69,10 @@ def experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> It
     name = f"parallel.expert_parallel_size ({expert})"
     if expert > 1 and not count:
         yield f"{name} shares out experts; model.moe.num_experts is 0. Set it 1."
-    if expert > 1 and parallel.context_parallel_size > 1:
-        yield (
-            f"{name} and parallel.context_parallel_size ({parallel.context_parallel_size}) have "
-            "not been trained together: set one of them 1."
-        )
-    if expert == 1 or not count or parallel.context_parallel_size > 1:
+    if expert == 1 or not count:
         return
     sizes = ParallelSizes.filling(parallel, world_size=world_size)
-    ranks = sizes.tensor * sizes.data
+    ranks = sizes.tensor * sizes.replicas
     fitting = [
         e for e in range(sizes.tensor, ranks + 1, sizes.tensor) if not (count % e or ranks % e)
     ]
@@ -86,7 +81,8 @@ def experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> It
         yield (
             f"{name} must be 1, or a multiple of parallel.tensor_parallel_size ({sizes.tensor}) "
             f"that divides both model.moe.num_experts ({count}) and the ranks that share a layer's "
-            f"tokens (tensor_parallel_size * data_parallel_size = {ranks}). "
+            "tokens (tensor_parallel_size * context_parallel_size * data_parallel_size = "
+            f"{ranks}). "
             f"Legal here: {', '.join(map(str, fitting))}."
         )
 

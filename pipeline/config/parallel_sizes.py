@@ -23,8 +23,8 @@ class ParallelSizes:
     context: int = 1
     """Ranks that share each sequence of a part."""
     expert: int = 1
-    """Ranks, of those along tensor and data, that share each layer's experts; no axis of its own.
-    1: there are none, or every expert is split as any other matrix.
+    """Ranks, of those along tensor, context and data, that share each layer's experts; no axis of
+    its own. 1: there are none, or every expert is split as any other matrix.
     """
 
     @classmethod

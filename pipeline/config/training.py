@@ -74,7 +74,8 @@ class ParallelConfig:
     """
     expert_parallel_size: int = 1
     """Ranks that share each layer's experts, whole ones on each: 1, or tensor_parallel_size times
-    some of the data-parallel ranks; 1 splits every expert over the tensor-parallel ranks.
+    some of the context- and data-parallel ranks; 1 splits every expert over the tensor-parallel
+    ranks.
     """
     context_parallel_size: int = 1
     """Ranks that share each sequence, for long ones: in attention each has whole sequences of some

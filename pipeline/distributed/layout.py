@@ -54,7 +54,9 @@ class ParallelLayout:
     stage: Axis
     """Ranks that share this rank's layers, in whatever way: tensor-parallel peers and copies."""
     expert: Axis
-    """Ranks that share each layer's experts, of those along tensor and data; alone: no sharing."""
+    """Ranks that share each layer's experts, of those along tensor, context and data; alone: no
+    sharing.
+    """
     expert_data: Axis
     """Copies of the same experts; the same ranks as `replica` unless experts span it."""
     host_group: dist.ProcessGroup

@@ -105,7 +105,6 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("sequence over context ranks", {"parallel": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, context_parallel_size=2), "training": TrainingConfig(total_steps=1, seq_len=30, precision=Precision.fp32)}, 4, r"training.seq_len \(30\) must be a multiple of parallel.context_parallel_size \* parallel.tensor_parallel_size \(4\).*Set training.seq_len=32"),
     ("ramp over context ranks", {"parallel": ParallelConfig(context_parallel_size=4), "training": TrainingConfig(total_steps=9, seq_len=32, ramp=[RampStage(4, None, 2)], precision=Precision.fp32)}, 4, r"training.ramp\[0\].seq_len \(2\) must be a multiple of parallel.context_parallel_size \(4\). Set training.ramp\[0\].seq_len=4"),
     ("heads over context ranks", {"parallel": ParallelConfig(tensor_parallel_size=2, context_parallel_size=4)}, 8, r"\(4 / 2 = 2\) must be a multiple of parallel.context_parallel_size \(4\).*fits this model: 2"),
-    ("experts and context ranks", {"model": replace(config().model, bias=False, moe=MoeConfig(num_experts=4)), "parallel": ParallelConfig(context_parallel_size=2, expert_parallel_size=2)}, 4, r"expert_parallel_size \(2\) and parallel.context_parallel_size \(2\) have not been trained together"),
     ("heads looked at under context parallel", {"parallel": ParallelConfig(context_parallel_size=2), "training": TrainingConfig(total_steps=9, probe_every=3, precision=Precision.fp32)}, 2, r"training.probe_every \(3\) needs parallel.context_parallel_size=1"),
     ("no context ranks", {"parallel": ParallelConfig(context_parallel_size=0)}, 1, r"^parallel.context_parallel_size \(0\) must be at least 1.$"),
     ("world size with context ranks", {"parallel": ParallelConfig(context_parallel_size=2, pipeline_parallel_size=2)}, 6, r"ranks \(6\) must be a multiple of .*\(1 \* 2 \* 2 = 4\). Start 8 ranks"),
@@ -150,7 +149,7 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism() -> None:
 SPREAD: list[tuple[str, PretrainConfig, int, str]] = [
     ("no experts", config("modern", ep=2), 2, r"expert_parallel_size \(2\) shares out experts; model.moe.num_experts is 0"),
     ("more than experts", config("moe", ep=8), 8, r"\(8\) must be 1, or .*num_experts \(4\).*Legal here: 1, 2, 4"),
-    ("more than ranks", config("moe", ep=4), 2, r"tensor_parallel_size \* data_parallel_size = 2\)\. Legal here: 1, 2\."),
+    ("more than ranks", config("moe", ep=4), 2, r"context_parallel_size \* data_parallel_size = 2\)\. Legal here: 1, 2\."),
     ("ranks of other stages", config("moe", ep=4, pp=2), 4, r"= 2\)\. Legal here: 1, 2\."),
     ("part of a tensor-parallel group", config("moe", ep=2, tp=4, sp=True), 4, r"multiple of parallel.tensor_parallel_size \(4\).*Legal here: 1, 4\."),
     ("weights partitioned", config("moe", ep=4, tp=2, sp=True, zero=3), 4, r"zero_stage=3 works with .* \(4\) up to .*\(2\).*Set parallel.zero_stage=2"),
@@ -175,6 +174,7 @@ def test_experts_spread_over_tensor_and_data_ranks() -> None:
     for cfg, world_size in (
         (config("moe", ep=4, tp=2, sp=True, zero=2), 4),
         (config("moe", ep=2, tp=2, sp=True, zero=3), 8),
+        (config("moe", ep=4, cp=2), 4),
     ):
         assert shape_of(cfg, world_size).sizes.expert == cfg.parallel.expert_parallel_size
 

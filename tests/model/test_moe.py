@@ -43,6 +43,9 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         dict(ep=2, pp=2),
         dict(ep=2, pp=2, schedule="dualpipev"),
         dict(ep=2, pp=2, precision="bf16"),
+        dict(ep=2, cp=2, zero=2),
+        dict(ep=4, cp=2, precision="bf16"),
+        dict(ep=4, cp=2, tp=2, sp=True),
     ],
 }
 """World size to layouts of experts on ranks of their own: EP2 x DP4 has two copies of each, EP4 over
