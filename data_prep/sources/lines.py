@@ -55,6 +55,7 @@ def read_objects(
     for offset, line_number, line in read_lines(file, piece, cfg, rejects):
         place: dict[str, int | None] = {"line": line_number, "offset": offset}
         reason, detail, record = _record_of(line, fields)
+        del line  # of a huge document as large as its text
         if may_be_one_value and reason in ("broken_json", "not_an_object"):
             rejects.add("not_json_lines", piece.path, detail)
             return
@@ -169,7 +170,10 @@ def read_lines(
             if offset == 0 and line.startswith(BYTE_ORDER_MARK):
                 line = line[len(BYTE_ORDER_MARK) :]
             if line := _strip(line):
-                yield offset, line_number, line
+                # Not held here meanwhile: a line of 1 GB would lie beside its text and its ids.
+                found = [(offset, line_number, line)]
+                del line
+                yield found.pop()
         offset += size
         line_number = None if line_number is None else line_number + 1
 

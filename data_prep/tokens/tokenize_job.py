@@ -45,6 +45,7 @@ from pipeline.files import sha256_of
 from pipeline.log import logger
 
 BATCH_CHARACTERS = 2 * 2**20  # text encoded at once
+PIECE_TOKENS = 2**21  # marked and handed on at once: all of a batch, a part of a huge document
 CANARY = "canary"  # id of the documents that are planted; those of files name file and place
 DIGEST_BYTES = 16  # of a removed text: two different ones never share it by chance
 
@@ -215,13 +216,36 @@ class _Batch:
         if not self._texts:
             return
         ids, lengths = self._encoder.encode(self._texts)
-        # Document i ends at ends[i], one place later for each end mark before it: everything else
-        # is text, in the order of `ids`.
-        ends = np.cumsum(lengths + 1)
-        tokens = np.full(ends[-1], self._eod, self._dtype)
-        is_text = np.ones(len(tokens), bool)
-        is_text[ends - 1] = False
-        tokens[is_text] = ids
-        size = sum(map(text_bytes, self._texts))
-        self._writer.add(self._split, tokens, ends - lengths - 1, self._ids, size)
+        size, names = sum(map(text_bytes, self._texts)), self._ids
         self._texts, self._ids, self._waiting = [], [], 0
+        for tokens, starts, here in with_end_marks(ids, lengths, self._eod, self._dtype):
+            self._writer.add(self._split, tokens, starts, names[here], size)
+            size = 0  # counted once
+
+
+def with_end_marks(
+    ids: np.ndarray, lengths: np.ndarray, eod: int, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
+    """Documents one behind the other, each with its end mark, in pieces of PIECE_TOKENS.
+
+    Args:
+        ids: (sum of lengths,) of all documents.
+        lengths: (documents,) ids of each.
+
+    Yields:
+        (tokens, places in them where documents start, which documents these are).
+    """
+    # Document i ends before ends[i], one place later for each end mark before it: everything else
+    # is text, in the order of `ids`. Whole, the marked ids and the mask that places them were three
+    # bytes a token of a huge document, beside the four of `ids`.
+    ends = np.cumsum(lengths + 1)
+    starts = ends - lengths - 1
+    for begin in range(0, int(ends[-1]), PIECE_TOKENS):
+        stop = min(begin + PIECE_TOKENS, int(ends[-1]))
+        first, last = np.searchsorted(ends - 1, (begin, stop))
+        tokens = np.full(stop - begin, eod, dtype)
+        is_text = np.ones(stop - begin, bool)
+        is_text[ends[first:last] - 1 - begin] = False
+        tokens[is_text] = ids[begin - first : stop - last]
+        low, high = np.searchsorted(starts, (begin, stop))
+        yield tokens, starts[low:high] - begin, slice(low, high)

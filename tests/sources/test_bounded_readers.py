@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -284,3 +285,18 @@ def test_a_dialogue_of_a_table_is_no_larger_than_a_document(tmp_path):
     (talk,) = read_talks(find_units(cfg)[0], cfg, found)
     assert talk.messages == rows[1]["messages"]
     assert [(row["row"], row["reason"]) for row in found.rows] == [(0, "too_large")]
+
+
+def test_a_line_is_let_go_when_its_text_is_handed_on(tmp_path: Path) -> None:
+    """Beside a document of 1 GB there lay the line it was read from, until it was on the disk."""
+    size = 8_000_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b " * (size // 4)}) + "\n")
+    cfg = InputConfig(input=str(tmp_path / "a.jsonl"))
+    unit = find_units(cfg)[0]  # the line begins in the first piece
+    tracemalloc.start()
+    try:
+        document = next(read_documents(unit, cfg, Rejects(OnError.fail)))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(document.text) == size and held < 1.5 * size
