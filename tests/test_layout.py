@@ -61,7 +61,6 @@ TESTED_IN = {
     "pipeline/model/vision.py": ("engine/test_pictures.py", LAYOUTS),
     "data_prep/tokens/import_job.py": ("test_import_tokens.py", JOB),
     "data_prep/tokens/split.py": ("test_tokenize.py", JOB),
-    "data_prep/tokens/tokenize_job.py": ("test_tokenize.py", "tokenize.py is its entry point"),
     "pipeline/checkpoint/__main__.py": ("checkpoint/test_folder.py", SAVED),
     "pipeline/checkpoint/restore.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/checkpoint/seen.py": ("test_trace.py", "the command that asks what was read"),

@@ -17,7 +17,6 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from data_prep import finalize
-from data_prep.tokens import tokenize_job
 from data_prep.tokens.check import find_faults
 from data_prep.tokens.split import digest_text, is_held_out
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
@@ -112,7 +111,7 @@ def test_stock_webdataset_yields_the_same_tokens(reference):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     ours = [manifest.map_block(s, 0) for s in range(manifest.num_shards)]
     assert sum(len(sample["tokens.npy"]) for sample in samples) == manifest.tokens
-    for sample, (tokens, starts, _) in zip(samples, ours, strict=True):
+    for sample, (tokens, starts, *_) in zip(samples, ours, strict=True):
         assert np.array_equal(sample["tokens.npy"], tokens)
         assert np.array_equal(sample["docs.npy"], starts)
 
@@ -344,21 +343,3 @@ def test_workers_do_not_import_torch(corpus, tmp_path):
         "assert 'torch' not in sys.modules, 'torch'\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-
-
-@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
-def test_pieces_of_marked_documents_join_to_the_whole(piece, monkeypatch):
-    """Where a piece ends must not show: at an end mark, inside a document, or before an empty one."""
-    monkeypatch.setattr(tokenize_job, "PIECE_TOKENS", piece)
-    texts = [list(range(1, 8)), [], [8], [9, 10, 11], []]
-    lengths = np.array([len(text) for text in texts])
-    ids = np.array([i for text in texts for i in text], np.uint32)
-    pieces = list(tokenize_job.with_end_marks(ids, lengths, 0, np.dtype("<u2")))
-    assert max(len(tokens) for tokens, _, _ in pieces) <= piece
-    assert np.concatenate([tokens for tokens, _, _ in pieces]).tolist() == [
-        i for text in texts for i in [*text, 0]
-    ]
-    before = np.cumsum([0, *(len(tokens) for tokens, _, _ in pieces)])
-    places = [int(s) + b for (_, starts, _), b in zip(pieces, before.tolist()) for s in starts]
-    assert places == [0, 8, 9, 11, 15]
-    assert [n for _, _, here in pieces for n in range(5)[here]] == list(range(5))
