@@ -95,9 +95,9 @@ def _help(
     problem, own = "", None
     try:
         own = presets.take_folder(words, CONF_DIR)[1]
-        values = _values(schema, words, config, positional)
+        values = composed_values(schema, words, config, positional)
     except ConfigError as error:  # who asks for help next to a mistake still gets the page
-        problem, values = printed(error), _values(schema, [], config, positional)
+        problem, values = printed(error), composed_values(schema, [], config, positional)
     groups = presets.groups(schema, config, _folders(own)) if _has_yaml(config) else {}
     print(help_text(main, schema, groups=groups, values=values, positional=positional))
     if problem:
@@ -105,7 +105,7 @@ def _help(
     return 2 if problem else 0
 
 
-def _values(
+def composed_values(
     schema: type, words: Sequence[str], config: str, positional: Sequence[str]
 ) -> dict[str, Any]:
     """Composed values, enums by name; what has none is `???`. Without presets it needs no hydra."""

@@ -49,7 +49,7 @@ def help_text(
     ]
     for key, field, owner in schemas.settings(schema):
         hint = typing.get_type_hints(owner)[field.name]
-        value = default_of(field) if "[]" in key else _look_up(values, key)
+        value = default_of(field) if "[]" in key else look_up(values, key)
         mark = " (may be given without its name)" if key in positional else ""
         lines.append(f"  {key} = {shown(value)}{_choices(hint)}{mark}")
         lines += _wrapped(schemas.documentation(field, owner), "      ", "      ")
@@ -78,7 +78,8 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _look_up(values: Any, key: str) -> Any:
+def look_up(values: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings."""
     for part in key.split("."):
         values = values[part] if isinstance(values, Mapping) else getattr(values, part)
     return values
