@@ -70,7 +70,7 @@ def reads_of(cases: list[dict[str, Any]]) -> list[list[str]]:
     answers = []
     allow_fp16_on_the_cpu()
     for case in cases:
-        engine = engine_of(config(**case))
+        engine = engine_of(config(**{"micro_batch_size": 4, **case}))  # two to four a step
         for number, step in enumerate(batches(masked=True)[:2]):
             engine.train_step(rank_batches(step, engine.shape, engine.layout), step=number)
         parts = rank_batches(batches(masked=True)[2], engine.shape, engine.layout)
