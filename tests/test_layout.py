@@ -58,6 +58,8 @@ TESTED_IN = {
     "data_prep/tokens/dataset_job.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/dataset_writer.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/find.py": ("test_trace.py", "the command prints what it finds"),
+    "pipeline/huggingface/other_families.py": ("huggingface/test_settings.py", "a table of words"),
+    "pipeline/huggingface/processor.py": ("huggingface/test_llava.py", FOLDER),
     "pipeline/model/vision.py": ("engine/test_pictures.py", LAYOUTS),
     "data_prep/tokens/import_job.py": ("test_import_tokens.py", JOB),
     "data_prep/tokens/split.py": ("test_tokenize.py", JOB),

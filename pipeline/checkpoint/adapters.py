@@ -102,20 +102,24 @@ def delta(a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
     return (b.float() @ a.float()) * (alpha / a.shape[0])
 
 
-class ModelTensors(Protocol):
-    """The weights of a whole model, whatever files they are in; entries as in CheckpointTensors."""
-
-    folder: Path
-
-    @property
-    def parameters(self) -> list[str]:
-        """Canonical names."""
+class WholeTensors(Protocol):
+    """The weights of a whole model, one after the other; entries as in CheckpointTensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of an entry."""
 
     def tensor(self, name: str) -> Tensor:
         """A whole entry, fp32 on the host."""
+
+
+class ModelTensors(WholeTensors, Protocol):
+    """The same, in whatever files, at any layout."""
+
+    folder: Path
+
+    @property
+    def parameters(self) -> list[str]:
+        """Canonical names."""
 
     def read_into(self, chunks: Iterable[Chunk]) -> None:
         """Fill each chunk's data, on whatever device it is."""

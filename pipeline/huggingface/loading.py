@@ -26,15 +26,16 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
     Raises:
         CheckpointError: transformers cannot load it, or it asks for what a model does not need.
     """
-    check_folder(folder)  # first: it takes milliseconds
+    reads_pictures = check_folder(folder).get("model_type") == "llava"  # takes milliseconds
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        classes = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+        model: Any = classes.from_pretrained(folder, **options)
         return model.to(device).eval()
     except (MemoryError, torch.OutOfMemoryError):  # not the folder's fault
         raise
@@ -61,8 +62,12 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
-    """Raise CheckpointError where loading the folder would do more than read its files."""
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        CheckpointError: loading the folder would do more than read its files.
+    """
     weight_files(folder)  # safetensors, and of this folder
     try:
         for path in folder.iterdir():
@@ -76,10 +81,31 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds an adapter (adapter_config.json), which may name weights anywhere. "
             "Merge it into its base first, or take that file away."
         )
-    for key in _CODE:
-        named = config.get(key) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, part in ((key, part) for part in parts for key in _CODE):
+        named = part.get(key)
         if named is not None and (not isinstance(named, str) or "/" in named):
             raise CheckpointError(
                 f"{folder}/config.json asks for code from elsewhere: {key} is {named!r}. Take the "
                 "line out."
             )
+    return config
+
+
+def load_processor(folder: Path) -> Any:
+    """What turns texts and pictures into a model's input.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
+    check_folder(folder)
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} has no processor that transformers can load: {type(error).__name__}: {error}"
+        ) from error

@@ -1,7 +1,8 @@
 """One model, two spellings: our parameters and settings, and those of a transformers class.
 
     mapping_for(model) -> Mapping(class, config.json, one Rule a parameter)
-    writer.py writes by it, reader.py reads by it; families: gpt2.py, decoder.py, mixtures.py
+    writer.py writes by it, reader.py reads by it; families: gpt2.py, decoder.py, mixtures.py, and
+    llava.py around them where the model reads pictures
 
 A model that no class computes is refused with the reason.
 """
@@ -16,6 +17,7 @@ from pipeline.config.model_shape import resolve
 from pipeline.errors import ConfigError
 from pipeline.huggingface.decoder import llama
 from pipeline.huggingface.gpt2 import gpt2
+from pipeline.huggingface.llava import llava
 from pipeline.huggingface.mixtures import mixture
 from pipeline.huggingface.rules import Mapping
 
@@ -33,9 +35,8 @@ def mapping_for(model: ModelConfig) -> Mapping:
             f"no transformers class computes this model: {'; '.join(reasons)}. It can be trained, "
             "evaluated and sampled (python -m pipeline.generate), but not exported."
         )
-    if is_gpt2:
-        return gpt2(model)
-    return mixture(model) if model.moe.num_experts else llama(model)
+    family = gpt2 if is_gpt2 else mixture if model.moe.num_experts else llama
+    return llava(model, family(model)) if model.vision.num_layers else family(model)
 
 
 def _obstacles(model: ModelConfig, *, is_gpt2: bool) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint.adapters import find_base, recorded_base
 from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachment, read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import write_durably
 from pipeline.huggingface.loading import load_transformers
 from pipeline.huggingface.mapping import mapping_for
@@ -60,6 +60,11 @@ def export_adapter(
 
     record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
     _check_is_adapter(checkpoint, record, tensors)
+    if record.model().vision.num_layers:
+        raise ConfigError(
+            f"{checkpoint} reads pictures: an adapter folder of such a model is not written. "
+            "Export it merged, without adapter=true."
+        )
     wanted = recorded_base(record)
     assert wanted is not None
     source = find_base(wanted, base)

@@ -42,6 +42,9 @@ class Mapping:
     rules: list[Rule]
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensors the class has and we have not: biases, which are 0."""
+    idle: dict[str, tuple[tuple[int, ...], float]] = field(default_factory=dict)
+    """Tensors the class has and computes nothing with that we look at: shape, and what is written.
+    """
 
     @property
     def is_transposed(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pipeline.errors import CheckpointError
 from pipeline.files import parse_json, read_file
 from pipeline.huggingface.decoder import LLAMA3
 from pipeline.huggingface.gpt2 import ACTIVATIONS
+from pipeline.huggingface.llava import text_of, tower_of
+from pipeline.huggingface.other_families import OTHERS
 from pipeline.shapes import misfits
 
 _DECODER = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps"]
@@ -118,33 +121,6 @@ MEANINGLESS = set(
     num_return_sequences
     """.split()
 )
-# What other families have that this program has not.
-OTHERS = {
-    "gemma": "norms that multiply by 1 + weight, and a scaled embedding",
-    "gemma2": "norms that multiply by 1 + weight, and capped attention logits",
-    "gemma3_text": "norms that multiply by 1 + weight, and sliding windows",
-    "gemma3": "norms that multiply by 1 + weight, and sliding windows",
-    "bloom": "ALiBi in place of positions",
-    "mpt": "ALiBi in place of positions",
-    "gptj": "rotary positions on a part of each head",
-    "codegen": "rotary positions on a part of each head",
-    "cohere": "a scale of the logits",
-    "olmo": "norms without weights",
-    "smollm3": "layers without positions",
-    "qwen3_next": "linear attention",
-    "mamba": "state spaces",
-    "olmo2": "norms behind attention and MLP, and q/k-norm over all heads together",
-    "phi3": "query, key and value in one matrix",
-    "phi": "rotary positions on a part of each head",
-    "gpt_neox": "rotary positions on a part of each head",
-    "stablelm": "rotary positions on a part of each head",
-    "granite": "multipliers of embedding, attention, residual and logits",
-    "opt": "positions counted from 2, and relu",
-    "qwen2_moe": "a shared expert with a gate",
-    "deepseek_v2": "latent attention",
-    "deepseek_v3": "latent attention",
-    "gpt_oss": "attention sinks",
-}
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -158,6 +134,22 @@ def read_model_config(folder: Path) -> ModelConfig:
         config = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if isinstance(config, dict) and config.get("model_type") == "llava":
+        try:
+            vision, inner = tower_of(config.get("vision_config")), text_of(config)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        model = replace(_text_model(folder, inner), vision=vision)
+    else:
+        model = _text_model(folder, config)
+    if problem := next(model_rules.alone(model), None):
+        raise CheckpointError(f"{path} describes no model: {problem}")
+    return model
+
+
+def _text_model(folder: Path, config: Any) -> ModelConfig:
+    """The settings of a text model's config.json, or of a part of one."""
+    path = folder / "config.json"
     kind = str(config.get("model_type")) if isinstance(config, dict) else None
     if kind not in REQUIRED:
         missing = f" (it needs {OTHERS[kind]})" if kind in OTHERS else ""
@@ -175,10 +167,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     if problem := next(chain(_missing(config), _unlike(config), _unknown(config)), None):
         raise CheckpointError(f"{path} {problem}")
     name = re.sub(r"[^\w.]+", "-", folder.resolve().name).strip("-") or kind
-    model = _from_gpt2(config, name) if kind == "gpt2" else _from_decoder(config, name)
-    if problem := next(model_rules.alone(model), None):
-        raise CheckpointError(f"{path} describes no model: {problem}")
-    return model
+    return _from_gpt2(config, name) if kind == "gpt2" else _from_decoder(config, name)
 
 
 def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def check_tensors(folder: Path, mapping: Mapping) -> dict[str, Place]:
     found = index(folder)
     wanted = {name for rule in mapping.rules for name in rule.theirs}
     head = {"lm_head.weight"}  # under a tied config a copy of the word embedding: the reader looks
-    others = sorted(found.keys() - wanted - mapping.zeros.keys() - head)
+    others = sorted(found.keys() - wanted - mapping.zeros.keys() - mapping.idle.keys() - head)
     unused = [name for name in others if not name.endswith(BUFFERS)]
     if unused:
         more = f" and {len(unused) - 3} more" if unused[3:] else ""

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachment, read_record
 from pipeline.config.model import ModelConfig
+from pipeline.config.model_shape import resolve
 from pipeline.files import write_durably
 from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.processor import fixed_pictures, write_json, write_processor
 from pipeline.huggingface.rules import Mapping, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.checkpoint.adapters import ModelTensors
+    from pipeline.checkpoint.adapters import WholeTensors
     from pipeline.data.tokenizer import Tokenizer
 
 DType = Enum("DType", ["fp32", "bf16", "fp16"])
@@ -50,7 +52,8 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(tensors, mapping, output, dtype=dtype)
-    eod = copy_tokenizer(checkpoint, record, output)
+    tokenizer = copy_tokenizer(checkpoint, record, output)
+    eod = record.eod if tokenizer is None else tokenizer.eod
     ends = {"bos_token_id": eod, "eos_token_id": eod}
     config = {
         "architectures": [mapping.architecture],
@@ -58,6 +61,10 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         **ends,
         "torch_dtype": DTYPES[dtype],
     }
+    if model.vision.num_layers:
+        config |= {"image_token_index": record.image_token_id}
+        config["text_config"] = config["text_config"] | ends
+        write_processor(model, output, tokenizer, record.image_token_id)
     generation: dict[str, Any] = {**ends, "pad_token_id": eod}
     template = attachment(checkpoint, CHAT_TEMPLATE)
     if template is not None:  # it stops where a turn ends, and where a document does
@@ -69,16 +76,16 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
     return mapping
 
 
-def copy_tokenizer(checkpoint: Path, record: CheckpointRecord, output: Path) -> int | None:
-    """Write the checkpoint's tokenizer, if it has one; the id that ends documents, if known."""
+def copy_tokenizer(checkpoint: Path, record: CheckpointRecord, output: Path) -> Tokenizer | None:
+    """Write the checkpoint's tokenizer, if it has one, and give it."""
     from pipeline.data.tokenizer import Tokenizer
 
     raw = attachment(checkpoint, "tokenizer.json")
     if raw is None:
-        return record.eod
+        return None
     tokenizer = Tokenizer(raw, path=str(checkpoint / "tokenizer.json"), eod=record.eod)
     write_tokenizer(tokenizer, output, max_seq_len=record.model().max_seq_len)
-    return tokenizer.eod
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> None:
@@ -113,7 +120,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, *, max_seq_len: int) -> 
     write_json(output / "tokenizer_config.json", settings)
 
 
-def write_weights(tensors: ModelTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
+def write_weights(tensors: WholeTensors, mapping: Mapping, output: Path, *, dtype: DType) -> None:
     """Write the safetensors files and their index, holding one parameter at a time."""
     import torch
 
@@ -137,7 +144,7 @@ def write_weights(tensors: ModelTensors, mapping: Mapping, output: Path, *, dtyp
         write_json(output / "model.safetensors.index.json", document)
 
 
-def _shards(tensors: ModelTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
+def _shards(tensors: WholeTensors, mapping: Mapping, dtype: DType) -> Iterator[list[Rule]]:
     """The rules in files of at most SHARD_BYTES, or one parameter; absent biases in the last."""
     current: list[Rule] = []
     size = 0
@@ -148,14 +155,15 @@ def _shards(tensors: ModelTensors, mapping: Mapping, dtype: DType) -> Iterator[l
             current, size = [], 0
         current.append(rule)
         size += more
-    zeros = [
-        Rule("", (name,), split=partial(_only_zeros, shape))
-        for name, shape in mapping.zeros.items()
+    absent = {name: (shape, 0.0) for name, shape in mapping.zeros.items()} | mapping.idle
+    constants = [
+        Rule("", (name,), split=partial(_constant, shape, value))
+        for name, (shape, value) in absent.items()
     ]
-    yield current + zeros
+    yield current + constants
 
 
-def _shapes(tensors: ModelTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: WholeTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
     """Their names and shapes, found out on tensors without memory."""
     import torch
 
@@ -165,19 +173,16 @@ def _shapes(tensors: ModelTensors, rule: Rule) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _values(tensors: ModelTensors, rules: list[Rule]) -> Iterator[Tensor]:
+def _values(tensors: WholeTensors, rules: list[Rule]) -> Iterator[Tensor]:
     for rule in rules:
-        yield from rule.split(tensors.tensor(f"weights/{rule.name}") if rule.name else _zeros((0,)))
+        whole = tensors.tensor(f"weights/{rule.name}") if rule.name else None
+        yield from rule.split(whole)  # type: ignore[arg-type]  # a constant looks at nothing
 
 
-def _only_zeros(shape: tuple[int, ...], _: Tensor) -> list[Tensor]:
-    return [_zeros(shape)]
-
-
-def _zeros(shape: tuple[int, ...]) -> Tensor:
+def _constant(shape: tuple[int, ...], value: float, _: Tensor) -> list[Tensor]:
     import torch
 
-    return torch.zeros(shape)
+    return [torch.full(shape, value)]
 
 
 def _num_bytes(shapes: dict[str, tuple[int, ...]], dtype: DType) -> int:
@@ -194,21 +199,31 @@ def logits_difference(
     from pipeline.huggingface.whole_model import open_model
     from pipeline.model.local_model import LocalModel
 
-    tensors, model = open_model(checkpoint, base=base), read_record(checkpoint).model()
+    tensors, record = open_model(checkpoint, base=base), read_record(checkpoint)
+    model = record.model()
     rounded = getattr(torch, DTYPES[dtype])
     ours = LocalModel(model, lambda name: tensors.tensor(f"weights/{name}").to(rounded).float())
     theirs = load_transformers(output, torch.float32, ours.device)
     tokens = fixed_tokens(model)
+    seen: tuple[Tensor, ...] = ()
+    shown: dict[str, Tensor] = {}
+    if model.vision.num_layers:
+        assert record.image_token_id is not None  # or the export would have said so
+        tokens, images, patch_ids = fixed_pictures(model, tokens, record.image_token_id)
+        seen = images, patch_ids
+        shown = {"pixel_values": images.flatten(0, 1).to(ours.device).float() / 127.5 - 1}
     with torch.no_grad():
-        logits = theirs(input_ids=tokens.to(ours.device)).logits.float()
-    return float((logits - ours.logits(tokens)).abs().max())
+        logits = theirs(input_ids=tokens.to(ours.device), **shown).logits.float()
+    return float((logits - ours.logits(tokens, *seen)).abs().max())
 
 
 def fixed_tokens(model: ModelConfig) -> Tensor:
-    """(2, at most 64) token ids on which logits are compared."""
+    """(2, at most 64 and a picture's) token ids on which logits are compared."""
     import torch
 
-    shape = (2, min(model.max_seq_len, 64))
+    vision = resolve(model).vision
+    patches = 0 if vision is None else vision.num_patches
+    shape = (2, min(model.max_seq_len, patches + 64))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, model.vocab_size or 1, shape, generator=generator)
 
@@ -285,8 +300,3 @@ def _identities(record: CheckpointRecord) -> str:
         )
         or "unknown"
     )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    write_durably(path, (json.dumps(value, indent=2) + "\n").encode())

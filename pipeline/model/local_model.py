@@ -55,10 +55,13 @@ class LocalModel:
             parameter.copy_(weight(canonical_name(name, num_layers=model.num_layers)))
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(B, S, vocab_size) fp32 for (B, S) token ids."""
+    def logits(
+        self, tokens: Tensor, images: Tensor | None = None, patch_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, S, vocab_size) fp32 for (B, S) token ids, and pictures as in Embedding."""
         gpt, projection = self.gpt, self.gpt.loss.projection
-        hidden = gpt.embedding(tokens.to(self.device))
+        given = (None if t is None else t.to(self.device) for t in (images, patch_ids))
+        hidden = gpt.embedding(tokens.to(self.device), None, *given)
         for layer in gpt.layers:
             hidden = layer(hidden)
         logits = F.linear(gpt.head(hidden), gpt.output_weight) * projection.scale

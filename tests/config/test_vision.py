@@ -10,7 +10,7 @@ from pipeline.config.choices import Activation, Init, Normalization, Position
 from pipeline.config.model import ModelConfig, VisionConfig
 from pipeline.config.model_shape import VisionShape, resolve
 from pipeline.config.run_shape import derive
-from pipeline.config.vision import encoder_of
+from pipeline.config.vision import RowPictures, encoder_of
 from pipeline.errors import ConfigError
 from tests.support.layouts import VOCAB, config
 
@@ -69,3 +69,34 @@ def test_mup_knows_no_encoder() -> None:
     model = replace(cfg.model, vision=VISION, init=Init.mup)
     with pytest.raises(ConfigError, match="another model.init than mup"):
         derive(replace(cfg, model=model), world_size=1, tokenizer_vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    "vision, pictures, message",
+    [
+        (VISION, RowPictures(), "reads pictures, and the data have none"),
+        (VisionConfig(), RowPictures(16, 8, 2), r"Set model.vision.num_layers=12 .*image_size=16"),
+        (
+            VISION,
+            RowPictures(16, 4, 2),
+            r"patch_size \(8\) is not that of the data's pictures \(4\)",
+        ),
+    ],
+)
+def test_an_encoder_reads_the_pictures_of_the_data(
+    vision: VisionConfig, pictures: RowPictures, message: str
+) -> None:
+    """Before the first step, and before any process group."""
+    cfg = config("gpt2")
+    cfg = replace(cfg, model=replace(cfg.model, vision=vision))
+    with pytest.raises(ConfigError, match=message):
+        derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB, pictures=pictures)
+
+
+def test_a_row_is_full_of_pictures_where_no_data_say_better() -> None:
+    cfg = config("gpt2")
+    cfg = replace(cfg, model=replace(cfg.model, vision=VISION))
+    sizes = {"world_size": 1, "tokenizer_vocab_size": VOCAB}
+    assert derive(cfg, **sizes).images_per_row == 32 // 4
+    assert derive(cfg, pictures=RowPictures(16, 8, 3), **sizes).images_per_row == 3
+    assert derive(config("gpt2"), **sizes).images_per_row == 0

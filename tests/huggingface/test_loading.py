@@ -24,7 +24,7 @@ def test_a_full_memory_is_not_the_folders_fault(tmp_path, monkeypatch, raised, s
     def load(*_, **__):
         raise raised
 
-    monkeypatch.setattr(loading, "check_folder", lambda folder: None)
+    monkeypatch.setattr(loading, "check_folder", lambda folder: {})
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(seen):
         loading.load_transformers(tmp_path, torch.float32, torch.device("cpu"))
