@@ -4,14 +4,15 @@
     python -m pipeline.evaluate runs/NAME/checkpoints/step-00001000 'data.validation=[{path: A}]'
     torchrun --nproc-per-node 4 -m pipeline.evaluate runs/NAME parallel.tensor_parallel_size=4
 
-Of dialogues also how many answers greedy decoding would give word for word. The trainer evaluates
-with the same Evaluator. Hugging Face folders are evaluated too:
-checkpoint=FOLDER.
+Of dialogues also how many answers greedy decoding would give word for word; of pictures also the
+loss with wrong ones. The trainer evaluates with the same Evaluator. Hugging Face folders are
+evaluated too: checkpoint=FOLDER.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,7 @@ def main(cfg: EvaluateConfig) -> int:
         engine=model,
         sequences=evaluation.sequences,
         cache_dir=Path(evaluation.data.cache_dir or CACHE_DIR),
+        wrong_pictures=True,
     )
     results = evaluator.run()
     if ranks.is_main:
@@ -117,6 +119,13 @@ def _report(path: Path, results: dict[str, EvalResult], output: str | None) -> N
             f"{result.loss:8.4f}  {result.ppl:11.4f}  {result.bits_per_byte:9.4f}  "
             f"{result.tokens:14,}  {exact}{name}"
         )
+    for name, result in results.items():
+        if result.wrong_pictures_loss is not None:
+            right, wrong = (x / math.log(2) for x in (result.loss, result.wrong_pictures_loss))
+            print(
+                f"{name}: {right:.2f} bits per token with the right pictures, {wrong:.2f} with "
+                "those of another row"
+            )
     if output is not None:
         document = {
             "checkpoint": str(path),

@@ -4,6 +4,7 @@
     python -m pipeline.generate runs/NAME file=prompts.txt num_samples=4
     python -m pipeline.generate FOLDER interactive=true
     python -m pipeline.generate runs/chat chat=true temperature=0
+    python -m pipeline.generate runs/caption "What is this?" image=FILE
 
 A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D,
 and so does a chat.
@@ -15,11 +16,13 @@ computes the whole prefix for every token.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pipeline import cli, log
+from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError
 from pipeline.files import read_file
+from pipeline.inference.pictures import about_picture, open_picture
 from pipeline.inference.samplers import (
     GenerateConfig,
     TextSampler,
@@ -34,26 +37,28 @@ def main(cfg: GenerateConfig) -> int:
     log.setup()
     check_drawing(cfg)
     prompts = _prompts(cfg)
+    if cfg.image is not None:
+        open_picture(cfg.image)  # else a damaged one is heard of only after the model was loaded
     check_model(cfg)  # before torch is imported and a checkpoint read, which takes seconds
     import torch
 
     with open_sampler(cfg) as sampler:
         torch.manual_seed(cfg.seed)
         if cfg.chat:
-            _talk(sampler)
+            _talk(sampler, cfg)
             return 0
         if cfg.interactive:
             for prompt in _typed_prompts():
-                _print_one(sampler, prompt)
+                _print_one(sampler, prompt, cfg)
             return 0
         prompts = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
         if len(prompts) == 1:
-            _print_one(sampler, prompts[0])
+            _print_one(sampler, prompts[0], cfg)
             return 0
         for start in range(0, len(prompts), cfg.batch_size):
             batch = prompts[start : start + cfg.batch_size]
             for number, (prompt, text) in enumerate(
-                zip(batch, sampler.sample(batch, on_text=None), strict=True), start + 1
+                zip(batch, _continue(sampler, batch, cfg), strict=True), start + 1
             ):
                 print(f"--- {number}\n{prompt}{text}")
     return 0
@@ -76,13 +81,26 @@ def _typed_prompts() -> Iterator[str]:
             return
 
 
-def _talk(sampler: TextSampler) -> None:
+def _continue(
+    sampler: TextSampler,
+    prompts: list[str],
+    cfg: GenerateConfig,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Continuations of prompts, or what is said of the picture that is shown with each."""
+    if cfg.image is None:
+        return sampler.sample(prompts, on_text=on_text)
+    return sampler.answer([[about_picture(prompt)] for prompt in prompts], on_text=on_text)
+
+
+def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
     """A dialogue on the terminal; the model sees all of it, or as many last turns as fit."""
-    messages: list[dict[str, str]] = []
+    messages: Messages = []
     for said in _typed_prompts():
         if not sys.stdin.isatty():  # nobody typed it here: what was asked stands beside the answer
             sys.stdout.write(said + "\n")
-        messages.append({"role": "user", "content": said})
+        is_shown = cfg.image is not None and not messages
+        messages.append(about_picture(said) if is_shown else {"role": "user", "content": said})
         (answer,) = sampler.answer([messages], on_text=_show)
         sys.stdout.write("\n")
         messages.append({"role": "assistant", "content": answer})
@@ -93,9 +111,11 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_one(sampler: TextSampler, prompt: str) -> None:
+def _print_one(sampler: TextSampler, prompt: str, cfg: GenerateConfig) -> None:
     sys.stdout.write(prompt)
-    sampler.sample([prompt], on_text=_show)
+    if cfg.image is not None and prompt:  # an answer, not a continuation
+        sys.stdout.write("\n")
+    _continue(sampler, [prompt], cfg, on_text=_show)
     sys.stdout.write("\n")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +48,10 @@ class EvalResult:
     """Of dialogues: answers that greedy decoding would give word for word, percent."""
     answers: int = 0
     """Answers that were scored."""
+    wrong_pictures_loss: float | None = None
+    """`loss` where each row is shown the pictures of the row before: what looking is worth is the
+    difference. None: nobody asked, or there are no pictures.
+    """
 
 
 class LabelBytes:
@@ -91,6 +95,21 @@ class LabelBytes:
         return (sizes if batch.loss_mask is None else sizes * batch.loss_mask).sum()
 
 
+def with_wrong_pictures(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The micro-batches, each row with the pictures of the row before it.
+
+    The first row gets those of the last row of its micro-batch.
+    """
+    import torch
+
+    last = None
+    for batch in batches:
+        assert batch.images is not None, "a dataset with pictures gives them to every batch"
+        before = batch.images[-1:] if last is None else last
+        last = batch.images[-1:]
+        yield replace(batch, images=torch.cat([before, batch.images[:-1]]))
+
+
 class Scorer(Protocol):
     """An engine that trains, or a model that is only asked (engine/forward_only.py)."""
 
@@ -111,6 +130,7 @@ class Evaluator:
         engine: Scorer,
         sequences: int,
         cache_dir: Path,
+        wrong_pictures: bool = False,
     ) -> None:
         """Open the datasets.
 
@@ -118,6 +138,7 @@ class Evaluator:
             data: what is held out, and how it is masked.
             sequences: per dataset and evaluation; 0: all of it.
             cache_dir: for shards that are not local.
+            wrong_pictures: score datasets with pictures a second time, with wrong ones.
 
         Raises:
             DataError: a dataset is missing or damaged.
@@ -125,7 +146,7 @@ class Evaluator:
         from pipeline.data.datasets import open_datasets
 
         self.data, self.shape, self.engine = data, shape, engine
-        self.sequences = sequences
+        self.sequences, self.wrong_pictures = sequences, wrong_pictures
         held_out = data.validation
         self.datasets = open_datasets(held_out, cfg=data, cache_dir=cache_dir) if held_out else []
         self._label_bytes = [
@@ -148,21 +169,16 @@ class Evaluator:
         self, dataset: Dataset, label_bytes: LabelBytes, alive: Callable[[], None]
     ) -> EvalResult:
         """What the model makes of one dataset. Collective: call on every rank."""
-        import torch
         import torch.distributed as dist
 
-        layout = self.engine.layout
-        # nats, tokens, exact answers, answers; bytes of this rank's labels
-        totals = torch.zeros(5, dtype=torch.float64, device=layout.device)
-        batches = self._batches(dataset)
-        while group := list(islice(batches, MICRO_BATCHES)):
-            scores = self.engine.evaluate(group, answers=dataset.is_packed)
-            size = sum(label_bytes.count(batch) for batch in group)
-            sums = [scores.nats, scores.tokens, scores.exact, scores.answers]
-            totals += torch.stack([*(s.double() for s in sums), torch.as_tensor(size).to(totals)])
-            alive()
+        totals = self._totals(self._batches(dataset), dataset, label_bytes, alive)
+        wrong = None
+        if self.wrong_pictures and dataset.manifest.pictures is not None:
+            batches = with_wrong_pictures(self._batches(dataset))
+            nats, tokens = self._totals(batches, dataset, label_bytes, alive)[:2].tolist()
+            wrong = nats / tokens
         size_bytes = totals[4].clone()
-        dist.all_reduce(size_bytes, group=layout.data.group)
+        dist.all_reduce(size_bytes, group=self.engine.layout.data.group)
         nats, tokens, exact, answers = totals[:4].tolist()
         loss, num_bytes = nats / tokens, float(size_bytes)
         return EvalResult(
@@ -172,7 +188,27 @@ class Evaluator:
             tokens=round(tokens),
             exact=100 * exact / answers if answers else None,
             answers=round(answers),
+            wrong_pictures_loss=wrong,
         )
+
+    def _totals(
+        self,
+        batches: Iterator[Any],
+        dataset: Dataset,
+        label_bytes: LabelBytes,
+        alive: Callable[[], None],
+    ) -> torch.Tensor:
+        """(5,) fp64: nats, tokens, exact answers, answers; bytes of this rank's labels."""
+        import torch
+
+        totals = torch.zeros(5, dtype=torch.float64, device=self.engine.layout.device)
+        while group := list(islice(batches, MICRO_BATCHES)):
+            scores = self.engine.evaluate(group, answers=dataset.is_packed)
+            size = sum(label_bytes.count(batch) for batch in group)
+            sums = [scores.nats, scores.tokens, scores.exact, scores.answers]
+            totals += torch.stack([*(s.double() for s in sums), torch.as_tensor(size).to(totals)])
+            alive()
+        return totals
 
     def _batches(self, dataset: Dataset) -> Iterator[Any]:
         """This rank's share of a dataset's held-out windows."""

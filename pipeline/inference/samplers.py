@@ -23,6 +23,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.drawing import choose
+from pipeline.inference.pictures import ShownPicture
 from pipeline.inference.streaming import cut_at_stop, stop_at, streamer
 from pipeline.inference.turns import fitting
 from pipeline.log import logger
@@ -41,6 +42,8 @@ class GenerateConfig:
     """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
     prompt: str = ""
     """Text to continue; empty: the start of a document."""
+    image: str | None = None
+    """A png, jpeg or webp file that the prompt, or the first turn of a chat, is about."""
     file: str | None = None
     """Text file with one prompt a line; replaces `prompt`."""
     interactive: bool = False
@@ -165,7 +168,8 @@ class TransformersSampler(_Drawing):
         self.ends: list[int] = [end for end in ends if type(end) is int]
         # Of the folder's generation_config.json nothing else counts: our settings say how to draw.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None)
-        self.max_seq_len = int(self.model.config.max_position_embeddings)
+        self.max_seq_len = int(self.model.config.get_text_config().max_position_embeddings)
+        self.shown = ShownPicture(cfg.image, folder, self.model) if cfg.image else None
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
@@ -187,7 +191,8 @@ class TransformersSampler(_Drawing):
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            row = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return row if self.shown is None else self.shown.spread(row)
 
         return self._continue([fitting(m, ids, self._room) for m in dialogues], on_text)
 
@@ -209,6 +214,8 @@ class TransformersSampler(_Drawing):
             options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         if cfg.stop:
             options["stopping_criteria"] = [stop_at(cfg.stop, self.tokenizer, length)]
+        if self.shown is not None:
+            options |= self.shown.given(rows)
         if on_text is not None:
             options["streamer"] = streamer(self.tokenizer, on_text, stop=cfg.stop, ends=self.ends)
         with torch.no_grad():
@@ -237,6 +244,11 @@ class LocalSampler(_Drawing):
         from pipeline.huggingface.whole_model import open_model
         from pipeline.model.local_model import LocalModel
 
+        if cfg.image:
+            raise ConfigError(
+                f"image={cfg.image} needs transformers and a model that it computes: our own "
+                "forward pass samples text. Leave it out."
+            )
         tensors = open_model(folder)
         self.cfg = cfg
         record = read_record(folder)

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.data.batch import Batch
 from pipeline.data.datasets import Dataset, open_datasets
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.evaluation.perplexity import LabelBytes
+from pipeline.evaluation.perplexity import LabelBytes, with_wrong_pictures
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
 from tests.support.token_dataset import write_dataset
 
@@ -70,3 +71,19 @@ def test_the_manifest_says_what_ends_documents(tmp_path: Path) -> None:
     tokens = stream(ours)
     counter = LabelBytes(dataset(tmp_path, tokens, path), vocab_size=400, device=torch.device("cpu"))  # fmt: skip
     assert float(counter.count(batch(tokens))) == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_wrong_pictures_are_those_of_the_row_before() -> None:
+    """Across micro-batches too, so that rows that are scored one by one see another picture."""
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1, 1)
+    empty = torch.zeros(2, 1, dtype=torch.int64)
+    pairs = [
+        Batch(
+            tokens=empty, labels=empty, loss_mask=None, document_ids=None, positions=None,
+            sample_ids=np.arange(2), images=images[at : at + 2], patch_ids=empty,
+        )
+        for at in (0, 2)
+    ]  # fmt: skip
+    wrong = [b.images.flatten().tolist() for b in with_wrong_pictures(iter(pairs)) if b.images is not None]  # fmt: skip
+    assert wrong == [[1, 0], [1, 2]]
+    assert pairs[0].images is not None and pairs[0].images.flatten().tolist() == [0, 1]
