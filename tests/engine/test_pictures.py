@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 from pipeline.distributed.layout import connect
 from pipeline.distributed.ranks import ranks_from_environment
+from tests.support.checkpoint_runs import Run
 from tests.support.layouts import (
     BATCH,
     PICTURES,
@@ -148,3 +150,37 @@ def test_text_is_computed_bit_for_bit_as_without_an_encoder() -> None:
     assert on[1] == plain[1]
     assert [name for name in on[0] if not name.startswith("vision.")] == plain[0]
     assert off.model.vision == VisionConfig() and SEQ_LEN == 32
+
+
+def trained_and_saved(folder: Path) -> list[tuple[float, float]]:
+    """Two steps at ZeRO-3, kept; two more."""
+    run = Run(config("pictures", zero=3), folder, ends={"image_token_id": PLACEHOLDER})
+    run.steps = pictured()
+    run.train(0, 2)
+    run.save(2)
+    history = run.train(2, 4)
+    run.close()
+    return history
+
+
+def resumed(folder: Path, layouts: list[dict[str, Any]]) -> list[list[tuple[float, float]]]:
+    found = []
+    for layout in layouts:
+        run = Run(config("pictures", **layout), folder)
+        record = run.checkpointer.restore(run.engine)
+        assert record is not None and record.image_token_id == PLACEHOLDER
+        run.steps = pictured()
+        found.append(run.train(2, 4))
+        run.close()
+    return found
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_any_layout(tmp_path: Path) -> None:
+    """The encoder's weights and moments with it, wherever its first stage is."""
+    expected = run_on_ranks(trained_and_saved, 2, tmp_path)[0]
+    two = [dict(tp=2, sp=True), dict(pp=2), dict(cp=2)]
+    histories = [*run_on_ranks(resumed, 2, tmp_path, two)[0], *run_on_ranks(resumed, 1, tmp_path, [{}])[0]]  # fmt: skip
+    for history in histories:
+        for have, want in zip(history, expected, strict=True):
+            assert have == pytest.approx(want, rel=1e-5)
