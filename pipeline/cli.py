@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from pipeline import log, presets, suggestions
+from pipeline import completion, log, presets, suggestions
 from pipeline import schema as schemas
 from pipeline.errors import ConfigError, PipelineError, of_the_machine, printed
 from pipeline.files import own_compiled_code
@@ -57,6 +57,9 @@ def run(
     sys.excepthook = log.say_traceback
     arguments = sys.argv[1:]
     try:
+        if arguments[:1] == [completion.ASK]:
+            groups = presets.groups(schema, config, _folders(None)) if _has_yaml(config) else {}
+            sys.exit(completion.answer(arguments[-1], schema, groups))
         if {"-h", "--help"} & set(arguments):
             words = [a for a in arguments if a not in ("-h", "--help")]
             sys.exit(_help(main, schema, words, config=config, positional=positional))

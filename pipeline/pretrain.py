@@ -5,6 +5,7 @@
     pretrain train model=tiny data.path=data/corpus
     pretrain chat runs/chat
     pretrain serve runs/chat                   a page to talk to
+    eval "$(pretrain completion)"              the shell completes commands, settings, presets
     pretrain train --help                      what a command is, and its settings
 
 Each of them is a module too: `pretrain train` is `python -m pipeline.train`, which launchers start
@@ -20,7 +21,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from pipeline import log, suggestions
+from pipeline import completion, log, suggestions
 from pipeline.errors import ConfigError, printed
 
 # name -> its module, and words that it begins with; in the order in which one uses them
@@ -73,14 +74,27 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         print(commands_page())
         sys.exit(0)
+    if name == "completion":
+        print(completion.SCRIPT, end="")
+        sys.exit(0)
+    if name == completion.ASK:
+        name, *words = _asked(words)
     name = name.replace("_", "-")
     if name not in COMMANDS:
         log.say(printed(ConfigError(_no_command(name))))
         sys.exit(ConfigError.exit_code)
     module, *first = COMMANDS[name]
-    sys.argv[1:] = [*first, *words]
+    sys.argv[1:] = words if words[:1] == [completion.ASK] else [*first, *words]
     # As `python -m module` does it: processes that the command starts find its name.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _asked(words: list[str]) -> list[str]:
+    """The command that is asked what it offers; a name that is not whole: print names."""
+    if len(words) > 1 and words[0] in COMMANDS:
+        return [words[0], completion.ASK, words[-1]]
+    print("\n".join(name for name in COMMANDS if name.startswith(words[-1] if words else "")))
+    sys.exit(0)
 
 
 def commands_page() -> str:

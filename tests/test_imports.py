@@ -37,6 +37,7 @@ LAYERS = {
 LEAVES = {
     "pipeline": {
         "cli",
+        "completion",
         "errors",
         "files",
         "help_page",

@@ -143,5 +143,12 @@ def setting_rows(schema: type, config: str, positional: list[str]) -> Iterator[t
         value = help_page.default_of(field) if "[]" in key else help_page.look_up(values, key)
         cells = [f"`{key}`" + (" (its name may be left out)" if key in positional else ""),
                  f"`{help_page.shown(value)}`".replace("``", ""),
-                 re.sub(r"([*_])", r"\\\1", escape(schemas.documentation(field, owner), quote=False))]  # fmt: skip
+                 meaning(schemas.documentation(field, owner))]  # fmt: skip
         yield key, "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def meaning(text: str) -> str:
+    """A setting's line as markdown: what stands between backticks is code, nothing else is markup."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_])", r"\\\1", escape(part, quote=False)) for part in parts[::2]]
+    return "`".join(parts)
