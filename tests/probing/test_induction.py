@@ -36,6 +36,8 @@ def repeats(generator: torch.Generator) -> Any:
         loss_mask=mask,
         document_ids=None,
         positions=None,
+        images=None,
+        patch_ids=None,
     )
 
 
