@@ -1,5 +1,6 @@
 # quickstart  data, training, evaluation, a sample and curves on this machine's CPU, in minutes
 # talk        the quickstart's model learns to answer: dialogues, training, answers with base rates, a chat
+# caption     pictures of letters and their names, from scratch: training, scores with a right and a wrong picture, a sheet
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
 # soak        hours of faults and restarts (cut off, it goes on), and 20,000 steps in one go: campaign.md, soak.md
@@ -9,13 +10,16 @@ PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
 INSTALL = DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart talk test test-all check bench soak
+.PHONY: quickstart talk caption test test-all check bench soak
 
 quickstart: .venv/core
 	launch/quickstart.sh
 
 talk: .venv/talk
 	launch/talk.sh
+
+caption: .venv/core
+	launch/caption.sh
 
 test: .venv/dev
 	$(PYTEST) -m "not slow"

@@ -30,8 +30,10 @@ RECIPE_WORLD_SIZE = {
     "talk": 1,
     "your-text": 1,
     "chars": 1,
+    "caption": 1,
     "gpt2-124m": 8,
     "modern-1.3b": 8,
+    "pictures-1.3b": 64,
     "modern-7b-128k": 64,
     "gpt3-6.7b": 64,
     "gpt3-175b": 1024,
@@ -79,7 +81,7 @@ def test_all_published_sizes_are_there():
         f"gpt3-{s}" for s in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b")
     }
     expected |= {f"modern-{s}" for s in ("125m", "350m", "1.3b", "7b")}
-    expected |= {"mixtral-8x7b", "qwen3-moe-30b"}
+    expected |= {"mixtral-8x7b", "qwen3-moe-30b", "caption"}
     assert {path.stem for path in OPTIONS if path.parent.name == "model"} == expected
 
 
