@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import runpy
+import signal
 import sys
 import textwrap
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline import completion, log, suggestions
-from pipeline.errors import ConfigError, printed
+from pipeline.errors import ConfigError, of_the_machine, printed
 
 # name -> its module, and words that it begins with; in the order in which one uses them
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -72,11 +75,9 @@ def main() -> None:
     log.open_standard_streams()
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(commands_page())
-        sys.exit(0)
+        _show(commands_page() + "\n")
     if name == "completion":
-        print(completion.SCRIPT, end="")
-        sys.exit(0)
+        _show(completion.SCRIPT)
     if name == completion.ASK:
         name, *words = _asked(words)
     name = name.replace("_", "-")
@@ -87,6 +88,19 @@ def main() -> None:
     sys.argv[1:] = words if words[:1] == [completion.ASK] else [*first, *words]
     # As `python -m module` does it: processes that the command starts find its name.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _show(text: str) -> NoReturn:
+    """Print and exit: 2 where the output is full, and as a pipe's end where nobody reads it."""
+    try:
+        print(text, end="", flush=True)
+        sys.exit(0)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
+        refused = of_the_machine(error)
+        if refused is not None:
+            log.say(printed(refused))
+        sys.exit(refused.exit_code if refused is not None else 128 + signal.SIGPIPE)
 
 
 def _asked(words: list[str]) -> list[str]:

@@ -62,6 +62,15 @@ def test_a_command_is_told_its_words_and_its_exit_code_is_the_doors():
     assert done.returncode == 2 and "Did you mean folder?" in done.stderr
 
 
+@pytest.mark.parametrize("word", ["--help", "completion"])
+def test_a_full_output_is_a_sentence(word):
+    """As of every command; the page of the door was printed outside of what says so."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pipeline.pretrain", word]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: the output: No space left")
+
+
 def five_commands() -> list[list[str]]:
     """Of docs/your-text.md, word by word."""
     page = (ROOT / "docs" / "your-text.md").read_text()
