@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "scaling": ("pipeline.scaling.__main__",),
     "preflight": ("pipeline.preflight",),
     "train": ("pipeline.train",),
+    "sweep": ("pipeline.sweep",),
     "report": ("pipeline.report",),
     "evaluate": ("pipeline.evaluate",),
     "generate": ("pipeline.generate",),

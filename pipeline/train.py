@@ -3,6 +3,7 @@
     python -m pipeline.train model=gpt2-124m data.path=OUT          one process
     launch/local.sh 4 parallel.tensor_parallel_size=2 ...           4 processes on this machine
     sbatch launch/pretrain.slurm model=gpt3-6.7b ...                a cluster
+    python -m pipeline.train --multirun ...                         a sweep (pipeline.sweep)
 
 The run lives in runs/<name>/; the same command continues it at the newest checkpoint.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
+import sys
 from pathlib import Path
 
 from pipeline import cli, log
@@ -96,4 +99,7 @@ def train(
 
 
 if __name__ == "__main__":
+    if "--multirun" in sys.argv:  # Hydra's spelling of another command
+        sys.argv.remove("--multirun")
+        runpy.run_module("pipeline.sweep", run_name="__main__")
     cli.run(main, PretrainConfig, config="pretrain")

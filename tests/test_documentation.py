@@ -13,9 +13,11 @@ from unittest.mock import patch
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli, sweep
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 from pipeline.pretrain import COMMANDS as FRONT_DOOR
+from pipeline.sweeping.points import points_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -44,6 +46,7 @@ PROGRAMS = {
     r"(?:\S*/)?launch/local\.sh \d+": "pipeline.train",
     rf"sbatch{OPTIONS} launch/pretrain\.slurm": "pipeline.train",
     rf"sbatch{OPTIONS} launch/ladder\.slurm": "pipeline.scaling",
+    rf"sbatch{OPTIONS} launch/sweep\.slurm": "pipeline.sweep",
     rf"sbatch{OPTIONS} launch/tokenize\.slurm": "data_prep.tokenize",
     rf"sbatch{OPTIONS} launch/clean\.slurm": "data_prep.clean",
 }
@@ -100,6 +103,13 @@ def compose(module: str, settings: list[str]) -> None:
     Raises:
         ConfigError: the command would refuse them.
     """
+
+    if module == "pipeline.sweep":  # the others' settings may have several values here
+        own, theirs = sweep.split_words(settings)
+        for point in points_of(theirs):
+            cli.compose(PretrainConfig, point.words, config="pretrain")
+        cli.compose(sweep.SweepConfig, own, config="sweep")
+        return
 
     def only_compose(main, schema, *, config, positional=()):
         cli.compose(schema, settings, config=config, positional=positional)

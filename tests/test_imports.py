@@ -17,7 +17,7 @@ LAYERS = {
     "pipeline": """
         api
         commands
-        rehearsal | scaling
+        rehearsal | scaling | sweeping
         training, inference
         huggingface, tracking
         probing
@@ -55,7 +55,7 @@ LEAVES = {
 
 # library -> places that may import it
 FENCES = {
-    "hydra": ["pipeline.cli"],
+    "hydra": ["pipeline.cli", "pipeline.sweeping.points"],
     "deepspeed": ["pipeline.engine.deepspeed", "pipeline.rehearsal"],
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],
     "wandb": ["pipeline.tracking.wandb_run"],
@@ -87,7 +87,7 @@ TAKERS_OF_ALL_SETTINGS = {
     "pipeline.config", "pipeline.planning.job", "pipeline.planning.advice",
     "pipeline.planning.search", "pipeline.planning.page", "pipeline.rehearsal", "pipeline.scaling",
     "pipeline.training",
-    "pipeline.train", "pipeline.api",
+    "pipeline.train", "pipeline.api", "pipeline.sweep", "pipeline.sweeping.points",
     "pipeline.preflight", "pipeline.plan", "pipeline.order_audit",
 }  # fmt: skip
 ENTRY_POINTS = [

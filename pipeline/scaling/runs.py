@@ -94,18 +94,26 @@ def make(rung: Rung, *, processes: int) -> None:
     Raises:
         MachineError: it ended before its last step; what it said stands above.
     """
-    command = [sys.executable, "-m", "pipeline.train", *rung.words]
-    if LAUNCHER.exists():
-        command = [str(LAUNCHER), str(processes), *rung.words]
-    # The launcher looks for an interpreter of its own; in a container there is none but this one.
-    python = {} if " " in sys.executable else {"PYTHON": sys.executable}
-    with _started(command, {**os.environ, **python}) as child:
-        code = child.wait()
+    code = launch(rung.words, processes=processes)
     if not (run_dir(rung) / "DONE").exists():
         raise MachineError(
             f"run {rung.name} ended before its last step, with exit code {code}. The same command "
             "goes on with it; runs that are done are not made again."
         )
+
+
+def launch(words: Sequence[str], *, processes: int) -> int:
+    """Train here with these settings of pipeline.train until that ends; its exit code.
+
+    A notice that this process is given goes to the run, which saves and ends.
+    """
+    command = [sys.executable, "-m", "pipeline.train", *words]
+    if LAUNCHER.exists():
+        command = [str(LAUNCHER), str(processes), *words]
+    # The launcher looks for an interpreter of its own; in a container there is none but this one.
+    python = {} if " " in sys.executable else {"PYTHON": sys.executable}
+    with _started(command, {**os.environ, **python}) as child:
+        return child.wait()
 
 
 def read(rung: Rung, *, held_out: str | None) -> Run:

@@ -103,8 +103,16 @@ def test_a_bad_setting_ends_the_job_before_any_rank_starts(cluster, tmp_path):
     assert not (tmp_path / "ranks").exists()
 
 
-def test_each_task_of_a_ladder_makes_its_own_run(cluster, tmp_path):
-    """launch/ladder.slurm: the task's number is the run's; the cores are shared out by the run's launcher."""
+@pytest.mark.parametrize(
+    "script, module, words",
+    [
+        ("ladder", "scaling", ["ladder=quickstart", "processes=2"]),
+        ("sweep", "sweep", ["name=lr", "optimizer.lr=1e-3,3e-4"]),
+    ],
+)
+def test_each_task_of_an_array_makes_its_own_run(cluster, tmp_path, script, module, words):
+    """launch/ladder.slurm, sweep.slurm: the task's number is the run's; the cores are shared out by the run's launcher."""
+    number_of = {"ladder": "rung", "sweep": "point"}[script]
     stand_in = tmp_path / "python"
     stand_in.write_text(
         '#!/bin/bash\necho "$* OMP ${OMP_NUM_THREADS:-none}" >task-$SLURM_ARRAY_TASK_ID\n'
@@ -112,13 +120,12 @@ def test_each_task_of_a_ladder_makes_its_own_run(cluster, tmp_path):
     stand_in.chmod(0o755)
     options = ["--array=0-1", "--gres=none"]
     environment = {"PYTHON": str(stand_in), "OMP_NUM_THREADS": ""}
-    words = ["ladder=quickstart", "processes=2"]
     job = cluster.submit(
-        "launch/ladder.slurm", *words, options=options, env=environment, cwd=tmp_path
+        f"launch/{script}.slurm", *words, options=options, env=environment, cwd=tmp_path
     )
     files = [tmp_path / f"task-{number}" for number in (0, 1)]
     cluster.wait_for(lambda: all(f.exists() and f.read_text() for f in files), "tasks", 60, job=job)
     assert [file.read_text() for file in files] == [
-        f"-m pipeline.scaling ladder=quickstart processes=2 rung={number} OMP none\n"
+        f"-m pipeline.{module} {' '.join(words)} {number_of}={number} OMP none\n"
         for number in (0, 1)
     ]
