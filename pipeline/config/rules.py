@@ -33,7 +33,7 @@ from pipeline.config.step_shape import (
 )
 from pipeline.config.training import ParallelConfig, TrainingConfig
 from pipeline.config.upcycling import upcycling
-from pipeline.config.vision import VISION, RowPictures, pictures_fit, vision_cut, vision_fits
+from pipeline.config.vision import CUT, VISION, RowPictures, pictures_fit, vision_cut, vision_fits
 from pipeline.errors import ConfigError
 
 Rule = tuple[Iterator[str], set[str], str]
@@ -182,7 +182,7 @@ def _rules_of_a_model(
         (model_rules.tensor_parallel(model, parallel), WIDTHS | EXPERTS | SIZES | {"groups"}, ""),
         (vision_fits(model), VISION, "vision"),
         (pictures_fit(model, pictures), {"vision"}, ""),
-        (vision_cut(model, parallel), SIZES | {"vision", "model.vision.ffn_hidden_size"}, ""),
+        (vision_cut(model, parallel), SIZES | HEADS | CUT, ""),
         (layout_rules.stages_have_layers(model, parallel, is_dual=is_dual), stages, "stages"),
         (layout_rules.sequence_parallel(model, parallel), SIZES, ""),
         (layout_rules.context_parallel(model, parallel), SIZES | HEADS | {"groups"}, ""),

@@ -36,6 +36,8 @@ VISION = {
     for name in ("num_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size")
 }
 """What the sizes of an encoder follow from."""
+CUT = {"vision", "model.vision.ffn_hidden_size"}
+"""What the sizes of its parts follow from, beside those of the ranks and the model's heads."""
 
 
 def encoder_of(model: ModelConfig) -> ModelConfig:
