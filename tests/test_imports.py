@@ -72,6 +72,7 @@ SHARED = {
     "pipeline.data.dataset_files",
     "pipeline.data.manifest",
     "pipeline.data.pictures",
+    "pipeline.data.pii_report",
     "pipeline.data.shard_format",
     "pipeline.data.special_tokens",
     "pipeline.data.tokenizer",

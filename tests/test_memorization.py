@@ -18,6 +18,7 @@ from pipeline.checkpoint.seen import Seen
 from pipeline.data.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import memorization_file
+from pipeline.huggingface.card_facts import privacy_facts
 from pipeline.inference.known_windows import known_windows
 from pipeline.memorization import MemorizationConfig, main, print_findings
 from tests.support.corpus import make_tokenizer, write_jsonl
@@ -79,6 +80,34 @@ def test_an_overtrained_model_gives_away_what_was_repeated_and_nothing_that_was_
     assert "planted 64 times" in printed and "never planted" in printed
 
 
+@pytest.mark.slow
+def test_with_noise_the_same_training_gives_away_no_canary(tmp_path: Path) -> None:
+    """Epsilon 4: those planted once, and even 64 times, have the exposure of chance; without noise the latter had 6.4 bits."""
+    pytest.importorskip("opacus")
+    settings = {
+        "training.total_steps": 100, "training.eval_every": 0, "checkpoint.save_every": 100,
+        "optimizer.lr": 3e-3, "model.num_layers": 2, "model.hidden_size": 128,
+        "training.global_batch_size": 16, "training.micro_batch_size": 16,
+    }  # fmt: skip
+    dp = {"finetune.dp.clip_norm": 0.5, "finetune.dp.noise_multiplier": 2.0}
+    folder = run(tmp_path, documents=150, **settings, **dp, **{"optimizer.clip_grad": 0.0})
+    record = read_record(folders.find(folder))
+    assert record.privacy is not None and record.privacy["reads"] == 3  # 2.4 epochs
+    assert 3.8 < record.privacy["epsilon"] < 8
+    assert (folder / "dp_noise.key").is_file()
+    key = (folder / "dp_noise.key").read_bytes()
+    kept = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
+    assert not [path for path in kept if key in path.read_bytes()]
+    found = measured(folder, references=255, prefixes=[8], continuation=8, windows=60)["canaries"]
+    # The mean of six has a standard deviation of 1.44 / sqrt 6 = 0.59 by chance.
+    assert found["repetitions"]["1"]["value"] < found["chance"] + 1.8
+    assert found["repetitions"]["64"]["value"] < 4
+    card = privacy_facts(record, folders.find(folder))
+    assert card["Differential privacy"].startswith(f"epsilon {record.privacy['epsilon']:.2f} at delta 1e-05 for one sequence of 64 tokens")  # fmt: skip
+    assert "planted 64 times" in card["Memorization"] and "(chance 1.4, most 8.0)" in card["Memorization"]  # fmt: skip
+    assert card["Personal data in the training text"] == "not looked for"
+
+
 def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_path: Path) -> None:
     """Ten steps of a small run: every window that is called read was in one of their batches."""
     data = write_data(tmp_path / "data")
@@ -88,7 +117,7 @@ def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_pa
     record = read_record(folder)
     seen = Seen(record)
     numbers = np.arange(seen.num_samples)
-    assert seen.num_samples == 80 and seen.most_reads() == 1
+    assert seen.num_samples == 80 and seen.sampler.most_reads(seen.position) == 1
     source, shard, sequence = seen.places(numbers)
     firsts = seen.firsts(0)
     by_piece = np.concatenate([windows for _, windows in seen.windows(0)])
@@ -107,6 +136,9 @@ def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_pa
     assert findings["canaries"] is None and findings["step"] == 10
     assert [row["prefix"] for row in findings["extraction"]] == [4, 8]
     assert findings["windows"] == {"read": 60, "held_out": 60}
+    assert privacy_facts(record, None) == {}
+    card = privacy_facts(record, folder)
+    assert "of windows read 0.0% continue" in card["Memorization"]
     own = {"reference": str(folder)}  # compared with itself nobody is told apart
     again = measured(tmp_path / "runs/run", windows=60, prefixes=[8], continuation=8, **own)
     assert again["membership"]["reference"]["auc"]["value"] == 0.5

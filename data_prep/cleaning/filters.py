@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.cleaning import recipes
 from data_prep.cleaning.decontaminate import decontaminate
-from data_prep.cleaning.pii import remove_pii
+from data_prep.sources.pii import remove_pii
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -29,9 +29,11 @@ from data_prep.jobs import (
     read_own,
 )
 from data_prep.sources.rejects import WANTED
+from data_prep.tokens import pii_tally
 from data_prep.tokens.held_out import ensure_held_out
 from data_prep.tokens.shard_writer import PART, PICTURES, Part, copy_parts, layout_of
 from data_prep.tokens.split import SPLITS, documents_in
+from pipeline.data import pii_report
 from pipeline.data import shard_format as fmt
 from pipeline.data.dataset_files import read_bytes
 from pipeline.data.tokenizer import Tokenizer
@@ -47,6 +49,7 @@ JOB = {
     "validation_fraction": float,
     "tokenizer": {"sha256": str, "vocab_size": range(1, 2**31), "eod": range(2**31)},
     "row_tokens?": (range(1, 2**31), None),
+    "pii_max_rate?": float,
     "image_size?": range(1, fmt.MOST_IMAGE_SIZE + 1),
     "patch_size?": range(1, fmt.MOST_IMAGE_SIZE + 1),
     "image_token_id?": range(2**31),
@@ -57,6 +60,7 @@ RESULT = {
     "rejects": {str: COUNT},
     "nearest?": (None, LOWEST),
     "held?": (None, LOWEST),
+    "pii?": {str: pii_report.OF_SOURCE},
 }
 PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed rows adds
 
@@ -85,6 +89,8 @@ def finalize(output: Path, *, max_rejected_fraction: float) -> None:
             result["splits"] = {name: result["splits"][name] for name in names}
             rejects.update(result["rejects"])
         _check_documents(output, results, rejects, max_rejected_fraction)
+        if "pii_max_rate" in facts:
+            pii_tally.report(output, results, facts["pii_max_rate"])
         results, note = ensure_held_out(output, results, facts, parts_folder(output))
         splits = {name: _gather(results, name) for name in names}
         _join_rejects(output, facts["units"])

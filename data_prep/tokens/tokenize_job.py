@@ -25,7 +25,7 @@ from data_prep.sources.inputs import InputConfig, Unit, find_units
 from data_prep.sources.kinds import Format
 from data_prep.sources.rejects import Document, Rejects
 from data_prep.sources.text import text_bytes
-from data_prep.tokens import canaries, dataset_writer
+from data_prep.tokens import canaries, dataset_writer, pii_tally
 from data_prep.tokens.canaries import CanaryConfig
 from data_prep.tokens.dataset_job import (
     DatasetJobConfig,
@@ -36,6 +36,7 @@ from data_prep.tokens.dataset_job import (
     run_dataset_job,
 )
 from data_prep.tokens.encode import Encoder, EncoderName, get_encoder
+from data_prep.tokens.pii_tally import PiiTally
 from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_text
 from pipeline import cli, log
 from pipeline.data.shard_format import VERSION, ShardLayout, TokenizerIdentity, token_dtype
@@ -60,6 +61,11 @@ class TokenizeConfig(DatasetJobConfig):
     """Documents that are left out wherever the input has the same text: a file, or several, read as
     input= is; null: none.
     """
+    pii_max_rate: float | None = None
+    """Largest share of documents with e-mail addresses, IP addresses, telephone numbers or keys, as
+    data_prep.clean finds them; what is found stands in OUT/pii.json. 1: all are let through; null:
+    nothing is looked for.
+    """
     canaries: CanaryConfig = field(default_factory=CanaryConfig)
     """Made-up secrets that are planted in OUT/train, to measure what a model gives away."""
 
@@ -78,6 +84,7 @@ def main(cfg: TokenizeConfig) -> None:
     log.setup()
     check_fraction(cfg.validation_fraction)
     canaries.check(cfg.canaries)
+    pii_tally.check_rate(cfg.pii_max_rate)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, eod=cfg.eod)
     units = find_units(cfg)
     reading = ("format", "text_field", "max_document_mb")
@@ -86,6 +93,8 @@ def main(cfg: TokenizeConfig) -> None:
         removed = b"".join(sorted(_removed(cfg)))
         facts["removed_sha256"] = sha256_of(removed)
         logger.info(f"remove={cfg.remove}: {len(removed) // DIGEST_BYTES:,} different texts")
+    if cfg.pii_max_rate is not None:
+        facts["pii_max_rate"] = cfg.pii_max_rate
     planted: dict[int, list[tuple[int, str]]] = {}
     if cfg.canaries.each:
         facts["canaries"] = asdict(cfg.canaries)
@@ -115,7 +124,7 @@ def tokenize_unit(
     """
     output = Path(cfg.output)
     encoder = get_encoder(cfg.tokenizer, tokenizer.sha256, tokenizer.eod, cfg.encoder)
-    rejects, removed = Rejects(cfg.on_error), _removed(cfg)
+    rejects, removed, pii = Rejects(cfg.on_error), _removed(cfg), PiiTally()
     dtype = token_dtype(tokenizer.vocab_size)
     with UnitWriter(
         dataset_writer.parts_folder(output),
@@ -132,12 +141,16 @@ def tokenize_unit(
             if removed and _digest(document.text) in removed:
                 rejects.add("removed", document.id)
                 continue
+            if cfg.pii_max_rate is not None:
+                pii.add(document.text)
             digest = digest_text(document.text) if cfg.validation_fraction else 0
             size = partial(text_bytes, document.text)
             batches[writer.split_of(digest, document.id, size)].add(document)
         for batch in batches.values():
             batch.flush()
         result = writer.close()
+    if cfg.pii_max_rate is not None:
+        result["pii"] = {unit.source: asdict(pii)}
     return result | {"rejects": record_rejects(output, unit, rejects)}
 
 

@@ -47,6 +47,11 @@ SHAPE = {
     "end_of_turn?": (None, range(2**31)),
     "image_token_id?": (None, range(2**31)),
     "base?": (None, {"path": str, "sha256": str}),
+    "privacy?": (
+        None,
+        {"epsilon": float, "delta": float, "clip_norm": float, "noise_multiplier": float}
+        | {"reads": COUNT, "unit": str},
+    ),
     "state": {str: COUNT},
     "config": {
         **{f"{section}?": dict for section in ("model", "data", "training")},
@@ -99,6 +104,8 @@ class RunRecord:
     """Id of the token that stands for a patch; None: the datasets had no pictures."""
     base: dict[str, str] | None = None
     """Of which weights the tensors are a part (adapters.Base); None: they are a whole model."""
+    privacy: dict[str, Any] | None = None
+    """What a private run has spent (training/privacy.py); None: training is not private."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +169,14 @@ class CheckpointRecord(RunRecord):
     def to_json(self) -> str:
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
-                "versions", "saved_at", "eod", "end_of_turn", "image_token_id", "base", "state",
-                "loader", "guard", "config", "size_bytes", "write_s")  # fmt: skip
+                "versions", "saved_at", "eod", "end_of_turn", "image_token_id", "base", "privacy",
+                "state", "loader", "guard", "config", "size_bytes", "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
-        for key in ("eod", "end_of_turn", "image_token_id", "base"):
+        for key in ("eod", "end_of_turn", "image_token_id", "base", "privacy"):
             if content[key] is None:  # older records do not have the key, and stay as they are
                 del content[key]
         return json.dumps(content, indent=1, ensure_ascii=False)

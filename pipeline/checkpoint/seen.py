@@ -104,14 +104,3 @@ class Seen:
             for begin in range(segment.start, stop, AT_ONCE):
                 numbers = np.arange(begin, min(begin + AT_ONCE, stop))
                 yield Samples(numbers, *segment.locate(numbers))
-
-    def most_reads(self) -> int:
-        """How often any one window can have been read: whole epochs of a dataset, begun ones too.
-
-        An epoch reads each window once, so that a dataset of which n samples were read has read
-        none more than ceil(n / windows) times.
-        """
-        return max(
-            -(-int(count) // order.epoch_size)
-            for count, order in zip(self.position.ledger, self.sampler.orders)
-        )

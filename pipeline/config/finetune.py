@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class PrivacyConfig:
+    """Differential privacy of the sequences that are trained on; none with clip_norm=null."""
+
+    clip_norm: float | None = None
+    """Norm to which the gradient of each sequence is clipped; null: training is not private."""
+    noise_multiplier: float = 1.0
+    """Standard deviation of the noise on the sum of a step's clipped gradients, over clip_norm."""
+    delta: float = 1e-5
+    """Chance with which epsilon need not hold; well below one over the number of sequences."""
+
+
+@dataclass
 class FinetuneConfig:
     """Which parameters are trained; the others stay as they were read. Presets: conf/finetune/."""
 
@@ -25,3 +37,5 @@ class FinetuneConfig:
     """Patterns of the linears that get lora_a and lora_b: linear_qkv, linear_proj, linear_fc1,
     linear_fc2 of each block, not those of experts.
     """
+    dp: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """Differential privacy (docs/privacy.md)."""

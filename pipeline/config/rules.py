@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pipeline.config import data_rules, layout_rules, model_rules, name_rules
+from pipeline.config import data_rules, layout_rules, model_rules, name_rules, privacy_rules
 from pipeline.config.choices import Decay, Recompute
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
@@ -87,7 +87,7 @@ def problems(
         (layout_rules.zero(parallel, training.precision), SIZES, ""),
         (layout_rules.experts_train(parallel), EXPERTS | SIZES, ""),
         (layout_rules.dual_schedule(parallel), SIZES, ""),
-        (recompute(training), set(), ""),
+        (recompute(training), set(), ""), (privacy_rules.privacy(cfg), SIZES | EXPERTS, ""),
         (layout_rules.heads_are_seen(model, parallel, training.probe_every), set(), ""),
         (model_rules.float8(model, parallel, training), named | SIZES, ""),
         (profile_steps(training), {"training.total_steps"}, ""),

@@ -25,6 +25,7 @@ from pipeline.config.choices import OnCorrupt
 from pipeline.config.data import DataConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.step_shape import StepShape
+from pipeline.data import pii_report
 from pipeline.data.batch import Batch, Masks, make_batches
 from pipeline.data.dataset_files import read_bytes
 from pipeline.data.datasets import open_datasets
@@ -112,6 +113,11 @@ class Loader:
     def attachments(self) -> dict[str, bytes]:
         """Name to content of what a checkpoint needs to be used: tokenizer, chat template."""
         files = {"tokenizer.json": read_bytes(str(self.tokenizer_path))}
+        reports = [
+            d.folder.local.parent / pii_report.NAME for d in self.datasets if not d.is_remote
+        ]
+        if found := [path for path in reports if path.is_file()]:
+            files[pii_report.NAME] = pii_report.merged(found)
         if (chat := self.datasets[0].manifest.chat) is not None:
             files["chat_template.jinja"] = chat.template.encode()
         return files
@@ -171,6 +177,10 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """JSON for the checkpoint: place after the last next_step(), ledger, blends, datasets."""
         return self.sampler.state(self._position)
+
+    def most_reads(self) -> int:
+        """How often a sequence can have been read so far, at most."""
+        return self.sampler.most_reads(self._position)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue at a state of any layout; O(1).

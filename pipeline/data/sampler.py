@@ -97,6 +97,16 @@ class Sampler:
             shard[at], sequence[at] = self.orders[index](samples.index[at])
         return shard, sequence
 
+    def most_reads(self, position: Position) -> int:
+        """How often any one sequence can have been read: whole epochs of a dataset, begun ones too.
+
+        An epoch reads each sequence once, so that a dataset of which n samples were read has read
+        none more than ceil(n / sequences) times.
+        """
+        return max(
+            -(-int(count) // order.epoch_size) for count, order in zip(position.ledger, self.orders)
+        )
+
     def prefetch(self, samples: Samples) -> None:
         """Begin to fetch the remote shards that these samples and their successors lie in."""
         for index, at in _by_source(samples):

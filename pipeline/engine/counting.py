@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.data.batch import Batch
 
 
-def _loss_mask(batch: Batch) -> Tensor:
+def loss_mask_of(batch: Batch) -> Tensor:
     """(B, S) fp32, 1 where a token counts."""
     if batch.loss_mask is None:
         return torch.ones_like(batch.labels, dtype=torch.float32)
@@ -25,7 +25,7 @@ def _loss_mask(batch: Batch) -> Tensor:
 
 def loss_masks(batches: Sequence[Batch], layout: ParallelLayout) -> tuple[list[Tensor], Tensor]:
     """([(B, S) fp32 loss mask], 0-dim sum of them over all copies of the model). Collective."""
-    masks = [_loss_mask(batch) for batch in batches]
+    masks = [loss_mask_of(batch) for batch in batches]
     count = torch.stack([mask.sum() for mask in masks]).sum()
     dist.all_reduce(count, group=layout.replica.group)
     return masks, count
@@ -38,6 +38,6 @@ def count_documents(batches: Sequence[Batch]) -> list[int]:
 
 def count_all(batches: Sequence[Batch], layout: ParallelLayout) -> Tensor:
     """0-dim fp32: answers in whole sequences, over all parts of the batch. Collective."""
-    count = torch.stack([count_answers(_loss_mask(batch)) for batch in batches]).sum()
+    count = torch.stack([count_answers(loss_mask_of(batch)) for batch in batches]).sum()
     dist.all_reduce(count, group=layout.data.group)
     return count

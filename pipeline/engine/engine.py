@@ -35,6 +35,7 @@ from pipeline.engine.lr_schedule import lr_at
 from pipeline.engine.muon import Muon
 from pipeline.engine.optimizer import parameter_groups, set_lr
 from pipeline.engine.own_runs import own_runs
+from pipeline.engine.private import PrivateGradients
 from pipeline.engine.runner import Runner
 from pipeline.engine.verdict import Verdict, decide_update
 from pipeline.engine.weights import named_parameters, partition_of
@@ -83,6 +84,7 @@ class Engine:
         schedule: ScheduleConfig,
         finetune: FinetuneConfig,
         seed: int,
+        noise_key: str = "",
     ) -> None:
         """Build this rank's stage, with its initial weights, and its optimizer.
 
@@ -90,6 +92,7 @@ class Engine:
             schedule: of the learning rate.
             finetune: which parameters are trained.
             seed: of the initial weights and of every step's random streams.
+            noise_key: of a private run, its secret (training/privacy.py).
         """
         self.architecture, self.model = architecture, architecture.model
         self.shape, self.layout = shape, layout
@@ -122,7 +125,18 @@ class Engine:
                 flats=[flat for flat, _ in self.runner.flats()],
                 model=self.model,
             )
+        self.private = self._private_gradients(finetune, noise_key)
         self.runner.optimizer.register_step_pre_hook(self._before_update)
+
+    def _private_gradients(self, finetune: FinetuneConfig, key: str) -> PrivateGradients | None:
+        """What makes the steps of a private run; None: the run is not private."""
+        if finetune.dp.clip_norm is None:
+            return None
+        sequences = self.shape.at(0).global_batch_size
+        named = self.all_parameters()
+        return PrivateGradients(
+            finetune.dp, self.runner, named, self.layout, sequences=sequences, key=key
+        )
 
     @property
     def optimizer_name(self) -> str:
@@ -141,7 +155,7 @@ class Engine:
             step: 0 is the first.
             max_loss: the update is left out when the step's loss is above.
         """
-        self._max_loss = max_loss
+        self._max_loss, self._step = max_loss, step
         self._verdict: Verdict | None = None
         self._set_micro_batches(len(batches))
         expect_documents(count_documents(batches))
@@ -155,14 +169,20 @@ class Engine:
             total_steps=self.shape.total_steps,
         )
         set_lr(self.runner.optimizer, lr)
-        self.runner.run(batches, self._token_weights(batches))
+        if self.private is None:
+            self.runner.run(batches, self._token_weights(batches))
+        else:
+            self.runner.run(batches, self.private.token_weights(batches))
         assert self._verdict is not None, "the optimizer made no step"
-        return StepResult(self.runner.loss(), self._verdict.grad_norm, lr, self._verdict.left_out)
+        loss = self.runner.loss() if self.private is None else self.private.loss
+        return StepResult(loss, self._verdict.grad_norm, lr, self._verdict.left_out)
 
     def _before_update(self, optimizer: Any, *_: Any) -> None:
         """Hand the step's verdict to the optimizer, once a step or once a parameter group."""
         verdict = self._verdict = self._verdict or self._judge()
         optimizer.grad_scale, optimizer.found_inf = verdict.grad_scale, verdict.left_out.float()
+        if self.private is not None:  # behind the verdict, whose norm is that of the gradients
+            self.private.add_noise(optimizer, self._step)
 
     def _judge(self) -> Verdict:
         """The step's verdict; in fp16 the loss scale hears of it too."""

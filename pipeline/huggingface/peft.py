@@ -85,7 +85,8 @@ def export_adapter(
     copy_tokenizer(checkpoint, record, output)
     if (template := attachment(checkpoint, CHAT_TEMPLATE)) is not None:
         write_durably(output / CHAT_TEMPLATE, template)
-    write_durably(output / "README.md", model_card(record, mapping, dtype, library="peft").encode())
+    card = model_card(record, mapping, dtype, library="peft", checkpoint=checkpoint)
+    write_durably(output / "README.md", card.encode())
     write_json(
         output / "adapter_config.json",  # last: without it the folder is no adapter
         {

@@ -21,6 +21,7 @@ from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachme
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.files import write_durably
+from pipeline.huggingface.card_facts import privacy_facts
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.processor import fixed_pictures, write_json, write_processor
 from pipeline.huggingface.rules import Mapping, Rule
@@ -71,7 +72,8 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         write_durably(output / CHAT_TEMPLATE, template)
         generation["eos_token_id"] = list(dict.fromkeys([eod, record.end_of_turn]))
     write_json(output / "generation_config.json", generation)
-    write_durably(output / "README.md", model_card(record, mapping, dtype).encode())
+    card = model_card(record, mapping, dtype, checkpoint=checkpoint)
+    write_durably(output / "README.md", card.encode())
     write_json(output / "config.json", config)  # last: without it the folder is no model
     return mapping
 
@@ -229,11 +231,18 @@ def fixed_tokens(model: ModelConfig) -> Tensor:
 
 
 def model_card(
-    record: CheckpointRecord, mapping: Mapping, dtype: DType, *, library: str = "transformers"
+    record: CheckpointRecord,
+    mapping: Mapping,
+    dtype: DType,
+    *,
+    library: str = "transformers",
+    checkpoint: Path | None = None,
 ) -> str:
-    """README.md of an exported folder: what was trained, on what, and how.
+    """README.md of an exported folder: what was trained, on what, and how, and what it gives away.
 
-    library: that loads it; peft, where it is an adapter.
+    Args:
+        library: that loads it; peft, where it is an adapter.
+        checkpoint: of the record, beside which findings may lie; None: there are none.
     """
     config, model = record.config, record.model()
     facts = {
@@ -252,6 +261,7 @@ def model_card(
             f"{record.training().precision.name}, {dtype.name}"
         ),
         **_fine_tuning(record, is_merged=library == "transformers"),
+        **privacy_facts(record, checkpoint),
         "Seed": config.get("seed", "unknown"),
         "Checkpoint": f"step {record.step}, saved {record.saved_at}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),

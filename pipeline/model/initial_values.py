@@ -118,7 +118,18 @@ def _runs(part: Partition) -> Iterator[Run]:
             yield (slice(offset, offset + stop - start), *local[1:]), block, (source, *rest)
 
 
-def draw(shape: tuple[int, ...], name: str, block: int, *, seed: int) -> Tensor:
+def normal(name: str, part: Partition, *, seed: int | str) -> Tensor:
+    """Standard normal numbers of this rank's share of a parameter, fp32 on the CPU; padding 0.
+
+    The same for the same element of the whole parameter, whatever the layout.
+    """
+    found = torch.zeros(part.local_shape)
+    for target, block, source in _runs(part):
+        found[target] = draw(part.global_shape, name, block, seed=seed)[source]
+    return found
+
+
+def draw(shape: tuple[int, ...], name: str, block: int, *, seed: int | str) -> Tensor:
     """Standard normal numbers of a block: (min(ROWS, rows left), *shape[1:]) fp32 on the CPU."""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -17,6 +17,7 @@ from pipeline.probing.while_training import HeadProbe
 from pipeline.resilience.clock import Clock
 from pipeline.tracking.metrics import Metrics
 from pipeline.training.looks import Look, Looks
+from pipeline.training.privacy import noise_key
 from pipeline.training.profile import StepProfile
 from pipeline.training.state import TrainState
 from pipeline.training.text_samples import TextSamples
@@ -45,6 +46,7 @@ def build_watched_engine(
     return WatchedEngine(
         *_parts(cfg, shape, layout),
         **_sections(cfg, shape),
+        noise_key="" if cfg.finetune.dp.clip_norm is None else noise_key(run_dir, layout),
         profile=profile,
         timeout_s=step_timeout_s(
             hang_timeout_s=cfg.resilience.hang_timeout_s,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.best import BestCheckpoint
 from pipeline.training.build import build_loader, build_looks, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
+from pipeline.training.privacy import check_same, spent
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState, is_due
 from pipeline.training.step_extras import StepExtras
@@ -261,6 +263,7 @@ class Trainer:
             self.base = load_base(self.engine, Path(source))
         record = self.checkpoints.restore(self.engine) if self.cfg.checkpoint.resume else None
         if record is not None:
+            check_same(self.cfg.finetune.dp, record)
             self.state = TrainState.of(record.state)
             self.state.restarts += 1
             self.loader.restore(record.loader)
@@ -314,8 +317,15 @@ class Trainer:
             guard=self.guard.state(),
             **self.loader.special_ids(),
             base=as_json(self.base),
+            privacy=self.spent_privacy(),
             config=cli.to_dict(self.cfg),
         )
+
+    def spent_privacy(self) -> dict[str, Any] | None:
+        """What a private run has spent; None: training is not private."""
+        if (dp := self.cfg.finetune.dp).clip_norm is None:
+            return None
+        return spent(dp, reads=self.loader.most_reads(), seq_len=self.shape.seq_len)
 
     def finish(self) -> None:
         """Leave everything on disk.

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from data_prep.cleaning.pii import EMAIL, IP, PHONE, SECRET, remove_pii
+from data_prep.sources.pii import EMAIL, IP, PHONE, SECRET, remove_pii
 from tests.support.cpu_limit import cpu_limit
 
 EVERYTHING = {"emails": True, "ips": True, "phones": True, "secrets": True}

@@ -84,6 +84,23 @@ def remove_pii(text: str, *, emails: bool, ips: bool, phones: bool, secrets: boo
     return text
 
 
+STAND_INS = {"secrets": SECRET, "emails": EMAIL, "ips": IP, "phones": PHONE}
+
+
+def count_pii(text: str) -> dict[str, int]:
+    """How many things of each kind remove_pii would replace; kinds without any are left out.
+
+    A stand-in that was there before counts as nothing found.
+    """
+    found = {}
+    for kind, stand_in in STAND_INS.items():
+        cleaned = remove_pii(text, **{name: name == kind for name in STAND_INS})
+        if count := cleaned.count(stand_in) - text.count(stand_in):
+            found[kind] = count
+        text = cleaned
+    return found
+
+
 def _replace_email(match: re.Match[str]) -> str:
     return match[0] if _RESERVED.search(match[1]) else EMAIL
 

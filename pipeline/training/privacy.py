@@ -1,0 +1,99 @@
+"""What a private run owes: its secret key, and the epsilon it has spent.
+
+runs/NAME/dp_noise.key --every rank--> noise          (never in a checkpoint)
+order of the data -> how often a sequence was read, at most -> epsilon, in every checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.checkpoint.record import CheckpointRecord
+from pipeline.config.finetune import PrivacyConfig
+from pipeline.distributed.layout import ParallelLayout
+from pipeline.errors import CheckpointError
+from pipeline.files import create_durably, read_file
+
+KEY_FILE = "dp_noise.key"
+KEY_BYTES = 32
+
+
+def noise_key(run_dir: Path, layout: ParallelLayout) -> str:
+    """The run's secret, made when it begins; the same on all ranks. Collective.
+
+    Not the seed, which stands in every config and model card: with it the noise could be taken off.
+    A run that goes on adds the noise it would have added, so that a step made twice tells nothing.
+    """
+    found: list[Any] = [None]
+    if layout.ranks.is_main:
+        try:
+            found[0] = _own_key(run_dir / KEY_FILE)
+        except OSError as error:
+            found[0] = CheckpointError(f"{run_dir / KEY_FILE} cannot be used: {error}.")
+    dist.broadcast_object_list(found, src=0, group=layout.host_group)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    return str(found[0])
+
+
+def _own_key(path: Path) -> str:
+    """The key of a file, which is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if create_durably(path, secrets.token_hex(KEY_BYTES).encode()):
+        os.chmod(path, 0o600)
+    key = read_file(path).decode("ascii", "replace")
+    if len(key) != 2 * KEY_BYTES:
+        raise OSError(f"it holds {len(key)} characters, not {2 * KEY_BYTES}: it is no key")
+    return key
+
+
+def spent(dp: PrivacyConfig, *, reads: int, seq_len: int) -> dict[str, Any]:
+    """What a checkpoint says of the privacy of the sequences it was trained on; JSON-able.
+
+    Args:
+        reads: how often a sequence was read, at most.
+        seq_len: tokens of a sequence.
+    """
+    return {
+        "epsilon": epsilon(dp.noise_multiplier, reads, dp.delta),
+        "delta": dp.delta,
+        "clip_norm": dp.clip_norm,
+        "noise_multiplier": dp.noise_multiplier,
+        "reads": reads,
+        "unit": f"one sequence of {seq_len} tokens, left out or not",
+    }
+
+
+def epsilon(noise_multiplier: float, reads: int, delta: float) -> float:
+    """Epsilon of a Gaussian mechanism applied `reads` times, by Opacus's RDP accountant.
+
+    Nothing is gained from sampling: that holds where each step draws its sequences by chance, each
+    alone (Poisson), and here they come in a shuffled order, each once an epoch (Chua et al. 2024,
+    arXiv:2403.17673). A sequence is in `reads` steps; the others do not depend on it.
+    """
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, 1.0, reads)]
+    return float(accountant.get_epsilon(delta)) if reads else 0.0
+
+
+def check_same(dp: PrivacyConfig, record: CheckpointRecord) -> None:
+    """Refuse to go on with other noise than a checkpoint was made with.
+
+    Raises:
+        CheckpointError: epsilon would be that of neither.
+    """
+    before = record.finetune().dp
+    if (before.clip_norm, before.noise_multiplier) != (dp.clip_norm, dp.noise_multiplier):
+        raise CheckpointError(
+            f"the run so far was made with finetune.dp.clip_norm={before.clip_norm} "
+            f"noise_multiplier={before.noise_multiplier}, and now they are {dp.clip_norm} and "
+            f"{dp.noise_multiplier}: its epsilon would be that of neither. Restore them, or begin "
+            "again under another name=..."
+        )

@@ -1,0 +1,115 @@
+"""Epsilon is the accountant's; the secret of the noise is one file of the run, and no checkpoint's."""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.choices import OnSpike, OptimizerName, Precision
+from pipeline.config.finetune import FinetuneConfig, PrivacyConfig
+from pipeline.config.privacy_rules import privacy
+from pipeline.config.run_shape import derive
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.privacy import _own_key, check_same, epsilon, spent
+from tests.support.checkpoint_runs import record_of
+from tests.support.layouts import VOCAB, config
+
+PRIVATE = replace(config(clip_grad=0.0), finetune=FinetuneConfig(dp=PrivacyConfig(clip_norm=1.0)))
+
+
+def exact(noise_multiplier: float, reads: int, delta: float) -> float:
+    """Least epsilon of a Gaussian mechanism (Balle & Wang 2018, arXiv:1805.06530, theorem 8), by bisection."""
+    mu = math.sqrt(reads) / noise_multiplier
+    phi = lambda x: math.erfc(-x / math.sqrt(2)) / 2  # noqa: E731
+    low, high = 0.0, 100.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        left = phi(mu / 2 - middle / mu) - math.exp(middle) * phi(-mu / 2 - middle / mu)
+        low, high = (middle, high) if left > delta else (low, middle)
+    return high
+
+
+def test_the_installed_accountant_gives_the_value_of_its_own_example() -> None:
+    """opacus/tests/accountants_test.py, test_rdp_accountant: another release must not change what a card says."""
+    accountants = pytest.importorskip("opacus.accountants")
+    accountant = accountants.RDPAccountant()
+    for _ in range(int(90 / 0.04)):
+        accountant.step(noise_multiplier=1.5, sample_rate=0.04)
+    assert accountant.get_epsilon(delta=1e-5) == pytest.approx(7.32911117143, abs=1e-6)
+
+
+@pytest.mark.parametrize("noise_multiplier, reads", [(1.0, 1), (2.0, 1), (1.0, 2), (4.0, 50)])
+def test_epsilon_is_an_upper_bound_close_to_the_least_one(
+    noise_multiplier: float, reads: int
+) -> None:
+    pytest.importorskip("opacus")
+    found, least = epsilon(noise_multiplier, reads, 1e-5), exact(noise_multiplier, reads, 1e-5)
+    assert least < found < 1.1 * least
+
+
+def test_a_run_that_has_read_nothing_has_spent_nothing() -> None:
+    dp = PrivacyConfig(clip_norm=1.0)
+    assert spent(dp, reads=0, seq_len=8) | {"unit": ""} == {
+        "epsilon": 0.0, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 0, "unit": "",
+    }  # fmt: skip
+
+
+def test_the_key_is_made_once_for_its_owner_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run/dp_noise.key"
+    key = _own_key(path)
+    assert len(key) == 64 and _own_key(path) == key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert _own_key(tmp_path / "other/dp_noise.key") != key
+    path.write_text("short")
+    with pytest.raises(OSError, match="it is no key"):
+        _own_key(path)
+
+
+def test_a_private_run_goes_on_with_the_noise_it_began_with() -> None:
+    before = {"finetune": {"dp": {"clip_norm": 1.0, "noise_multiplier": 2.0}}}
+    record = replace(record_of(1), config=before)
+    check_same(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0), record)
+    for now in (PrivacyConfig(), PrivacyConfig(clip_norm=1.0)):
+        with pytest.raises(CheckpointError, match="epsilon would be that of neither"):
+            check_same(now, record)
+    check_same(PrivacyConfig(), replace(record_of(1), config={}))  # of an older program
+
+
+@pytest.mark.parametrize(
+    "section, change, message",
+    [
+        ("parallel", {"pipeline_parallel_size": 2}, "adds up over all stages"),
+        ("parallel", {"context_parallel_size": 2}, "a part of each sequence only"),
+        ("parallel", {"zero_stage": 3}, "weights are gathered"),
+        ("parallel", {"offload_optimizer": True}, "they have left the device"),
+        ("model", {"hidden_dropout": 0.1}, "under another mask"),
+        ("training", {"precision": Precision.fp16}, "bf16 or fp32"),
+        ("optimizer", {"name": OptimizerName.muon}, "optimizer=adamw"),
+        ("optimizer", {"clip_grad": 1.0}, "from before the noise"),
+        ("resilience", {"on_spike": OnSpike.skip}, "would tell of the data"),
+        ("data", {"allow_dataset_change": True}, "from one order alone"),
+        ("finetune", {"dp": PrivacyConfig(clip_norm=0.0)}, "must be above 0"),
+        ("finetune", {"dp": PrivacyConfig(clip_norm=1.0, noise_multiplier=0.0)}, "without noise"),
+        ("finetune", {"dp": PrivacyConfig(clip_norm=1.0, delta=1.0)}, "below 1"),
+        ("finetune", {"dp": PrivacyConfig(noise_multiplier=2.0)}, "count only with"),
+    ],
+)
+def test_what_privacy_would_not_hold_with_is_refused_with_the_reason(
+    section: str, change: dict, message: str
+) -> None:
+    pytest.importorskip("opacus")
+    assert not list(privacy(PRIVATE))
+    cfg = replace(PRIVATE, **{section: replace(getattr(PRIVATE, section), **change)})
+    (found,) = privacy(cfg)
+    assert message in found
+
+
+def test_experts_are_refused_and_the_rules_are_asked() -> None:
+    pytest.importorskip("opacus")
+    cfg = replace(config("moe", clip_grad=0.0), finetune=PRIVATE.finetune)
+    with pytest.raises(ConfigError, match="couples the sequences of a batch"):
+        derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
