@@ -23,7 +23,10 @@ from pipeline.planning.memory import memory_of_stages
 from pipeline.rehearsal.dry_run import rehearse
 
 FILES = (cli.CONF_DIR / "model").glob("*.yaml")
-PRESETS = sorted(path.stem for path in FILES if "moe:" not in path.read_text())
+# Of text, and dense.
+PRESETS = sorted(
+    path.stem for path in FILES if not {"moe:", "vision:"} & set(path.read_text().split())
+)
 RECOMPUTE = ("none", "full")
 # Ranks along the pipeline, the stage that is looked at, the ZeRO stage.
 KINDS = {

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages that lie elsewhere, by their name on the site.
@@ -37,7 +36,8 @@ SECTIONS = {
     "Reference": ["settings.md", "changelog.md", "contributing.md", "security.md"],
 }  # fmt: skip
 WITHOUT_SETTINGS = {"pipeline.node_check"}
-START = "__name__ == '__main__'"
+# What calls cli.run, where it is not the command's own module.
+CALLERS = {"data_prep.tokenize": "data_prep.tokens.tokenize_job"}
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?:|#)[^)\s]+)\)")
 
 
@@ -112,25 +112,19 @@ def settings_page() -> str:
 def command(name: str) -> tuple[type, str, list[str]] | None:
     """A command's schema, config name, and what may be given without its name; None: no settings.
 
-    Its module is imported, and what stands under `if __name__ == "__main__"` is done without a start.
+    Read from the call of cli.run in its module.
     """
-    from pipeline import cli
-
     if name in WITHOUT_SETTINGS:
         return None
-    found: list[tuple[type, str, list[str]]] = []
-
-    def keep(main: Any, schema: type, *, config: str, positional: Any = ()) -> None:
-        found.append((schema, config, list(positional)))
-
-    module = importlib.import_module(name)
-    body = ast.parse(inspect.getsource(module)).body
-    (start,) = (
-        node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == START
+    module = importlib.import_module(CALLERS.get(name, name))
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "cli.run"
     )
-    with patch.object(cli, "run", keep):
-        exec(compile(ast.Module(start.body, []), name, "exec"), vars(module))
-    return found[0]
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    schema = getattr(module, ast.unparse(call.args[1]))
+    return schema, given["config"], list(given.get("positional", ()))
 
 
 def setting_rows(schema: type, config: str, positional: list[str]) -> Iterator[tuple[str, str]]:

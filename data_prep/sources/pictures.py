@@ -196,6 +196,9 @@ def _content_of(source: Any, folder: str, cfg: PictureConfig) -> bytes:
         if source.startswith("/") or ".." in source.split("/"):
             raise BadPicture("picture_place", f"{source} leads out of {root}")
         return _fetch(f"{root}/{source}", most)
+    # By its words: whether there is such a file outside is nobody's business.
+    if not Path(os.path.abspath(Path(root, source))).is_relative_to(os.path.abspath(root)):
+        raise BadPicture("picture_place", f"{source} leads out of {root}")
     try:
         return read_file(Path(root, source), most=most, inside=root)
     except OSError as error:

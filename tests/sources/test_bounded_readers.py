@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.sources import documents, lines, pieces, rejects
-from data_prep.sources.dialogues import read_talks
+from data_prep.sources.dialogues import TalkConfig, read_talks
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.sources.lines import structure_bytes
@@ -280,7 +280,7 @@ def test_a_dialogue_of_a_table_is_no_larger_than_a_document(tmp_path):
         for text in ("a" * 9000, "a")
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    cfg = InputConfig(input=str(tmp_path / "a.parquet"), max_document_mb=0.002)
+    cfg = TalkConfig(input=str(tmp_path / "a.parquet"), max_document_mb=0.002)
     found = Rejects(OnError.quarantine)
     (talk,) = read_talks(find_units(cfg)[0], cfg, found)
     assert talk.messages == rows[1]["messages"]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.sources import documents, tables
-from data_prep.sources.dialogues import read_talks
+from data_prep.sources.dialogues import TalkConfig, read_talks
 from data_prep.sources.documents import read_documents
 from data_prep.sources.inputs import InputConfig, OnError, find_units
 from data_prep.sources.records import read_records
@@ -80,7 +80,7 @@ def test_lists_that_share_a_large_value_are_measured_before_they_are_decoded(tmp
     assert [row for _, rows in sizes for row in rows] == [240_000_000, 1]
     assert max(taken for taken, _ in sizes) < 10_000_000
 
-    cfg = InputConfig(input=str(path), max_document_mb=2)
+    cfg = TalkConfig(input=str(path), max_document_mb=2)
     rejects = Rejects(OnError.quarantine)
     assert not list(read_documents(find_units(cfg)[0], cfg, rejects))
     assert [row["detail"] for row in rejects.rows] == ["list", "list"]

@@ -41,7 +41,7 @@ def test_a_name_is_one_of_a_folder() -> None:
         (["seed=interval(0,1)"], "has no end of values"),
         (["seed=range(0,2000)"], "at most 1000 points"),
         (["seed=1,,2"], "is not understood"),
-        (["model=glob(nothing*)"], "fits no value. Known: gpt1-117m"),
+        (["model=glob(nothing*)"], "fits no value. Known: caption, gpt1-117m"),
     ],
 )
 def test_what_is_no_sweep_is_said(words: list[str], message: str) -> None:
