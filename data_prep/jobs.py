@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -171,6 +172,9 @@ def run_units(
         logger.info(f"{label}: {len(mine) - len(todo)} of {len(mine)} units are done already")
     total = sum(weight(units[i]) for i in mine)
     first = total - sum(weight(units[i]) for i in todo)
+    # One process draws. tqdm's own lock is shared with whatever this process forks: a fork that is
+    # killed while it draws would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     with contextlib.ExitStack() as stack:
         size = {"total": total, "initial": first, "unit": unit_name, "unit_scale": True}
         bar = stack.enter_context(tqdm(desc=label, disable=None, smoothing=0.1, **size))
