@@ -20,15 +20,13 @@ from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
-from pipeline.inference.asked_model import evaluation_of, open_asked_model
+from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
 from pipeline.probing.places import Place
 
 if TYPE_CHECKING:
     from pipeline.distributed.ranks import Ranks
 
 DType = Enum("DType", ["float32", "float16"])
-CACHE_DIR = "runs/evaluate/cache"
-"""Local folder for remote shards where data.cache_dir names none; evaluate's."""
 
 
 @dataclass

@@ -23,13 +23,11 @@ from pipeline.config.data import DataConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from pipeline.files import check_writable, write_durably
-from pipeline.inference.asked_model import evaluation_of, open_asked_model
+from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
 
-CACHE_DIR = "runs/evaluate/cache"
-"""Local folder for remote shards where data.cache_dir names none."""
 
 # ---- command line --------------------------------------------------------------------------------
 

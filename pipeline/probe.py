@@ -25,6 +25,7 @@ from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import check_writable
 from pipeline.inference.asked_model import (
+    CACHE_DIR,
     evaluation_of,
     model_of,
     open_asked_model,
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from pipeline.distributed.ranks import Ranks
 
 LENS = "tuned_lens.safetensors"
-CACHE_DIR = "runs/evaluate/cache"
-"""Local folder for remote shards where data.cache_dir names none; evaluate's."""
 
 
 @dataclass

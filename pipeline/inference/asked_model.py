@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from pipeline.engine.forward_only import ForwardOnly
 
 
+CACHE_DIR = "runs/evaluate/cache"
+"""Local folder for remote shards where data.cache_dir names none."""
+
+
 class Asked(Protocol):
     """The settings that such commands have in common."""
 
