@@ -59,6 +59,7 @@ def test_the_check_of_a_device_runs_on_a_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text().count("| ok |") == 4
 
 
+@pytest.mark.slow
 def test_the_ladder_measures_its_smallest_rung() -> None:
     row = run("benchmarks/gpu_ladder.py", "--rungs", "tiny", "--steps", "2").splitlines()[-1]
     name, parameters, tokens_per_s, *_ = (cell.strip() for cell in row.strip("|").split("|"))

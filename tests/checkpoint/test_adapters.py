@@ -73,6 +73,7 @@ def resume_all(layouts: list[dict[str, Any]], root: Path, base: Path) -> list[An
     return [resume(config(MODEL, **LORA, **layout), root, 6, base=base) for layout in layouts]
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_at_any_layout(base: Path, adapter: tuple[Path, Any]) -> None:
     """Written by two ranks of ZeRO-3; the next losses and norms are those of the run that went on."""
     root, history = adapter

@@ -126,7 +126,8 @@ def test_experts_move_between_ranks_of_their_own_and_one_process(tmp_path: Path)
         assert main(ToolConfig("diff", str(original), str(tmp_path / copy))) == 0
 
 
-@pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "modern"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
 def test_same_layout_resumes_bitwise_in_bf16_with_dropout(model: str, tmp_path: Path) -> None:
     """A restart must not show: master weights, moments and dropout streams continue exactly."""
     found = run_on_ranks(four_ranks, 4, model, "bf16", tmp_path)[0]

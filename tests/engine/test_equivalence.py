@@ -145,7 +145,12 @@ def test_every_layout_matches_plain_torch(world_size: int) -> None:
 
 @pytest.mark.parametrize(
     "world_size, layouts",
-    [(1, [dict()]), (2, [dict(tp=2, sp=True), dict(pp=2), dict(tp=2, zero=3)])],
+    [
+        (1, [dict()]),
+        pytest.param(
+            2, [dict(tp=2, sp=True), dict(pp=2), dict(tp=2, zero=3)], marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_recompute_is_exact_with_dropout(world_size: int, layouts: list[Case]) -> None:
     """Recomputed blocks must draw the masks of the forward pass, also from megatron-core's tracked streams."""

@@ -176,7 +176,7 @@ class _Named:
         tokens = 69984
 
 
-@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_files_of_checkpoints(tmp_path, outside, capsys, stride):
     valid = checkpoint(tmp_path / "valid")
 

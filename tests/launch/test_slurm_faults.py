@@ -49,6 +49,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     assert int(job.fact("Restarts")) == 3
 
 
+@pytest.mark.slow
 def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
     """Its claim stays behind: the requeued job takes over at once, another job when the claim has been silent.
 

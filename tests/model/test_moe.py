@@ -157,7 +157,9 @@ ROUTER_LOSSES: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))]
+)
 def test_router_losses_match_plain_torch(world_size: int) -> None:
     """They ride on the activations past the engine's loss scaling; a wrong scale shows in the gradient norm.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
@@ -66,6 +67,7 @@ def growth(init: str, optimizer: str) -> list[float]:
     return [wide[key] / narrow[key] for key in narrow]
 
 
+@pytest.mark.slow
 def test_activations_keep_their_size_with_width_under_mup_and_explode_without() -> None:
     assert all(0.25 < ratio < 2 for ratio in growth("mup", "adamw"))
     assert all(ratio > 4 for ratio in growth("scaled", "adamw"))

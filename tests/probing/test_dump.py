@@ -126,6 +126,7 @@ def wanted(root: Path) -> dict[str, list[np.ndarray]]:
 
 
 @unclosed
+@pytest.mark.slow
 def test_activations_are_transformers_and_a_dump_goes_on_where_it_was_killed(
     root: Path, wanted: dict[str, list[np.ndarray]], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_rank_of_a_pipeline_is_on_its_one_device_and_reads_nothing_back() -> N
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_mixture_in_fp32_with_shared_key_heads_takes_a_kernel_without_scores() -> None:
     """Without Transformer Engine the router named what was not there; fp32 and groups took plain attention."""
     report = rehearse(config("moe"), rank=1, world_size=2, tokenizer_vocab_size=VOCAB)

@@ -77,6 +77,7 @@ def history(run: Path) -> dict[int, tuple[float, float, str]]:
     return {row["step"]: tuple(row[key] for key in keys) for row in rows if keys[0] in row}
 
 
+@pytest.mark.slow
 def test_two_epochs_with_a_resume_in_mid_epoch_at_another_layout(
     talks: Path, tmp_path: Path
 ) -> None:

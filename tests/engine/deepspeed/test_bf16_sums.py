@@ -55,7 +55,13 @@ def histories(skips: bool) -> list[list[tuple[float, float]]]:
     return found
 
 
-@pytest.mark.parametrize("skips", [False, True], ids=["all used", "a layer passed by"])
+@pytest.mark.parametrize(
+    "skips",
+    [
+        pytest.param(False, id="all used"),
+        pytest.param(True, id="a layer passed by", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_norms_are_deepspeeds_own(skips: bool) -> None:
     for found, expected in run_on_ranks(histories, 2, skips):
         assert [loss for loss, _ in found] == [loss for loss, _ in expected]
@@ -93,6 +99,7 @@ def test_one_rank_copies_no_gradients() -> None:
     assert not {"aten::cat", "aten::zero_"} & set(found), found
 
 
+@pytest.mark.slow
 def test_a_pipeline_copies_no_gradients() -> None:
     """Its sums are reduced where they lie, or not at all on one data-parallel rank."""
     for found in run_on_ranks(large_ops, 2, {"pp": 2}):
@@ -179,7 +186,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_summed_in_fp32_is_reduced_in_fp32(world_size: int) -> None:
     """DeepSpeed reduces in the model's precision: the sums of data-parallel ranks lost 16 bits."""
     first, *others = run_on_ranks(reduced, world_size, CASES[world_size])[0]
