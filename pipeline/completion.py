@@ -1,9 +1,11 @@
 """What a shell offers behind `pretrain`: commands, settings, presets, values.
 
-    eval "$(pretrain completion)"      in ~/.bashrc
+    eval "$(pretrain completion)"           in ~/.bashrc
+    eval "$(pretrain completion zsh)"       in ~/.zshrc
+    pretrain completion fish | source       in ~/.config/fish/config.fish
 
 The shell asks the program (`pretrain --complete WORDS`): what is offered is what is there. Files it
-offers itself.
+offers itself, where the program offers nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from enum import Enum
 from typing import Any
 
 from pipeline import schema as schemas
+from pipeline.errors import ConfigError
 
 ASK = "--complete"
-SCRIPT = """\
+SCRIPTS = {
+    "bash": """\
 _pretrain() {
   local line=${COMP_LINE:0:COMP_POINT} found
   local word=${line##* }
@@ -30,7 +34,46 @@ _pretrain() {
   [[ ${#found[@]} -gt 0 && ${found[0]} == *= ]] && compopt -o nospace
 }
 complete -o default -F _pretrain pretrain
-"""
+""",
+    "zsh": """\
+_pretrain() {
+  local -a found
+  found=("${(@f)$(command pretrain --complete "${(@Q)words[2,CURRENT-1]}" "$PREFIX" 2> /dev/null)}")
+  found=(${found:#})
+  if (( ! $#found )); then
+    compset -P '*='  # of key=PATH the path
+    _files
+    return
+  fi
+  compadd -S '' -- ${(M)found:#*=}
+  compadd -- ${found:#*=}
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _pretrain pretrain
+""",
+    "fish": """\
+function __pretrain
+    set -l before (commandline -opc)
+    set -l word (commandline -ct)
+    command pretrain --complete $before[2..-1] "$word" 2> /dev/null
+end
+complete -c pretrain -f -a '(__pretrain)'
+complete -c pretrain -F -n 'test -z "$(__pretrain)"'
+""",
+}
+"""By the shell that reads it; each asks `--complete` with the words behind `pretrain`, up to the
+cursor."""
+
+
+def script(shell: str) -> str:
+    """What a shell reads when it starts.
+
+    Raises:
+        ConfigError: no such shell is known.
+    """
+    if shell not in SCRIPTS:
+        raise ConfigError(f"{shell} cannot complete these commands; {', '.join(SCRIPTS)} can.")
+    return SCRIPTS[shell]
 
 
 def answer(word: str, schema: type, groups: Mapping[str, Sequence[str]]) -> int:

@@ -5,7 +5,8 @@
     pretrain train model=tiny data.path=data/corpus
     pretrain chat runs/chat
     pretrain serve runs/chat                   a page to talk to
-    eval "$(pretrain completion)"              the shell completes commands, settings, presets
+    eval "$(pretrain completion)"              bash completes commands, settings, presets
+                                               (completion zsh, completion fish: those)
     pretrain train --help                      what a command is, and its settings
 
 Each of them is a module too: `pretrain train` is `python -m pipeline.train`, which launchers start
@@ -78,7 +79,7 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         _show(commands_page() + "\n")
     if name == "completion":
-        _show(completion.SCRIPT)
+        _show_completion(words)
     if name == completion.ASK:
         name, *words = _asked(words)
     name = name.replace("_", "-")
@@ -104,11 +105,25 @@ def _show(text: str) -> NoReturn:
         sys.exit(refused.exit_code if refused is not None else 128 + signal.SIGPIPE)
 
 
+def _show_completion(words: list[str]) -> NoReturn:
+    """The script of the shell that is named; bash, where none is."""
+    try:
+        shell, *more = words or ["bash"]
+        if more:
+            raise ConfigError(f"one shell at a time: pretrain completion {shell}.")
+        text = completion.script(shell)
+    except ConfigError as error:
+        log.say(printed(error))
+        sys.exit(error.exit_code)
+    _show(text)
+
+
 def _asked(words: list[str]) -> list[str]:
     """The command that is asked what it offers; a name that is not whole: print names."""
     if len(words) > 1 and words[0] in COMMANDS:
         return [words[0], completion.ASK, words[-1]]
-    print("\n".join(name for name in COMMANDS if name.startswith(words[-1] if words else "")))
+    known = completion.SCRIPTS if words[:-1] == ["completion"] else [*COMMANDS, "completion"]
+    print("\n".join(name for name in known if name.startswith(words[-1] if words else "")))
     sys.exit(0)
 
 
