@@ -50,7 +50,7 @@ SHAPE = {
     "privacy?": (
         None,
         {"epsilon": float, "delta": float, "clip_norm": float, "noise_multiplier": float}
-        | {"reads": COUNT, "unit": str},
+        | {"reads": COUNT, "unit": str, "salt?": str},
     ),
     "state": {str: COUNT},
     "config": {

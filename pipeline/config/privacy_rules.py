@@ -10,6 +10,8 @@ from pipeline.config.choices import Float8, OnSpike, OptimizerName, Precision
 from pipeline.config.finetune import PrivacyConfig
 from pipeline.config.pretrain import PretrainConfig
 
+LIBRARIES = {"opacus": "the accountant of Opacus", "cryptography": "the cipher of its noise"}
+
 
 def privacy(cfg: PretrainConfig) -> Iterator[str]:
     """The settings of finetune.dp, and what they do not go with."""
@@ -31,10 +33,11 @@ def privacy(cfg: PretrainConfig) -> Iterator[str]:
             f"finetune.dp.delta ({dp.delta}) must be above 0 and below 1, and well below one over "
             "the number of sequences."
         )
-    if importlib.util.find_spec("opacus") is None:
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
         yield (
-            "finetune.dp.clip_norm needs the accountant of Opacus, which is not installed: "
-            'pip install -e ".[privacy]".'
+            f"finetune.dp.clip_norm needs {' and '.join(map(LIBRARIES.__getitem__, missing))}: "
+            f'{", ".join(missing)} is not installed. pip install -e ".[privacy]".'
         )
     for setting, why, way_out in (*_layouts(cfg), *_steps(cfg)):
         yield f"finetune.dp.clip_norm does not go with {setting}: {why}. Set {way_out}."

@@ -82,11 +82,14 @@ class Masks:
     positions: bool = False
 
     @classmethod
-    def of(cls, cfg: DataConfig, *, packed: bool) -> Masks:
-        """The fields that a config asks for; of packed rows all, whatever it says."""
+    def of(cls, cfg: DataConfig, *, packed: bool, some_left_out: bool = False) -> Masks:
+        """The fields that a config asks for; of packed rows all, whatever it says.
+
+        some_left_out: sequences may be among the others of which no label counts.
+        """
         if packed:
             return cls(loss=True, documents=True, positions=True)
-        loss = cfg.mask_eod_loss or cfg.on_corrupt is OnCorrupt.skip
+        loss = cfg.mask_eod_loss or some_left_out or cfg.on_corrupt is OnCorrupt.skip
         return cls(loss, cfg.mask_eod_loss, cfg.mask_documents, cfg.reset_positions)
 
 

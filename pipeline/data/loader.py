@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.config.choices import OnCorrupt
@@ -58,6 +59,7 @@ class Loader:
         device: torch.device,
         cache_dir: Path,
         reads_tokens: bool = True,
+        once_a_step: bool = False,
     ) -> None:
         """Open the datasets; reading starts with the first next_step().
 
@@ -71,6 +73,8 @@ class Loader:
             reads_tokens: false on ranks that only pass activations on (middle pipeline stages):
                 they get batches of zeros in the right shape and read no shard. Loss masks and
                 documents are real everywhere.
+            once_a_step: a sequence that a step reads twice, at the end of an epoch, counts once: no
+                label of it counts the second time. A private run promises that of each.
 
         Raises:
             ConfigError, DataError: settings and datasets do not fit together.
@@ -85,8 +89,9 @@ class Loader:
         self.sampler = Sampler(cfg, self.datasets, seq_len=shape.seq_len, seed=seed)
         skips = cfg.on_corrupt is OnCorrupt.skip
         self.reader = Reader(self.sampler.datasets, seq_len=shape.seq_len, skip_corrupt=skips)
-        self.masks = Masks.of(cfg, packed=self.reader.is_packed)
+        self.masks = Masks.of(cfg, packed=self.reader.is_packed, some_left_out=once_a_step)
         self.reads_tokens = reads_tokens or self.masks.loss or self.masks.documents
+        self.once_a_step = once_a_step
         self.wait_ms = 0.0
         self.corrupt_samples = 0
         self._position = self.sampler.start()
@@ -217,6 +222,9 @@ class Loader:
             )
         else:
             windows = self.reader.blank(len(mine.number), documents=self.masks.documents)
+        if self.once_a_step:  # of the whole step: the first time may be another rank's
+            again = _repeated(samples, self.sampler)[mine.number - samples.number[0]]
+            windows.num_labels[again] = 0
         batches, ready = self._batches(windows, mine.number, shape)
         return _Step(batches, samples, after, windows.num_corrupt, ready)
 
@@ -242,6 +250,17 @@ class Loader:
         # A stream of its own, so that the copies overlap with the compute of the steps before.
         with torch.cuda.stream(self._copy_stream):
             return make(), self._copy_stream.record_event()
+
+
+def _repeated(samples: Samples, sampler: Sampler) -> np.ndarray:
+    """(n,) bool: an earlier one of a step's samples, which ascend, is the same sequence.
+
+    So it is where an epoch ends among them: the next one may begin with what the last one read.
+    """
+    places = np.stack([samples.source, *sampler.addresses(samples)])
+    again = np.ones(len(samples.number), bool)
+    again[np.unique(places, axis=1, return_index=True)[1]] = False  # the first of each
+    return again
 
 
 class _Ahead:

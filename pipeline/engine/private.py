@@ -2,7 +2,7 @@
 
     micro-batches --a sequence at a time--> gradient norm of each -> clip_norm / norm, at most 1
     those as weights of the sequences' tokens -> an ordinary step -> mean of clipped gradients
-    + noise of the parameter's canonical name and the step -> the optimizer
+    + noise of the parameter's canonical name, the step and the salt -> the optimizer
 
 Two passes, so that whoever holds the numbers reduces and partitions as ever: the second one is the
 step that every runner makes, and what it sums is sum_i min(1, C / |g_i|) g_i. The first leaves
@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from pipeline.config.finetune import PrivacyConfig
 from pipeline.distributed.layout import ParallelLayout
-from pipeline.engine.counting import count_documents, loss_mask_of
+from pipeline.engine.counting import loss_mask_of
 from pipeline.engine.runner import Runner
-from pipeline.model.documents import expect_documents
-from pipeline.model.initial_values import normal
+from pipeline.engine.secret_noise import secret_normal
 from pipeline.model.partition import Partition, is_shared
 from pipeline.model.tensor_parallel import partial_parameters, sum_at_once
 
@@ -67,6 +66,10 @@ class PrivateGradients:
         self._partial = {id(p) for p in partial if not p._backward_hooks}
         self.loss = torch.zeros((), device=layout.device)
         """0-dim: mean over the sequences of the last step of the mean over their tokens."""
+        self.salt = ""
+        """Known to all: steps of one number and salt add the same noise, so that they must be the
+        same step. Set before the first one.
+        """
 
     def token_weights(self, batches: Sequence[Batch]) -> list[Tensor]:
         """(B, S) each: with them, the runner's mean is that of the clipped gradients. Collective.
@@ -74,7 +77,6 @@ class PrivateGradients:
         A sequence's loss is the mean over its own unmasked tokens: were it divided by those of the
         batch, its gradient would depend on what else is in the batch.
         """
-        expect_documents(count_documents(batches))
         losses, squares = [], []
         for batch in batches:
             for row in range(len(batch.tokens)):
@@ -119,12 +121,14 @@ class PrivateGradients:
     @torch.no_grad()
     def add_noise(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Add this step's noise to the gradients that the optimizer is about to use."""
+        assert self.salt, "nobody has said which noise"
+        purpose = f"{self.salt}/{step}"
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for slot in self._runner.slots():
             if id(slot.flat) not in held:
                 continue  # DeepSpeed updates a parameter group at a time
             name, part = self._named[id(slot.parameter)]
-            noise = normal(name, part, seed=f"{self._key}/{step}").flatten()
+            noise = secret_normal(name, part, key=self._key, purpose=purpose).flatten()
             run = noise[slot.start : slot.start + slot.numel]
             gradient = slot.flat.grad
             assert gradient is not None, name

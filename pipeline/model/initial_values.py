@@ -89,7 +89,7 @@ def initialize(
             target, numbers = drawn.popleft().result()
             parameter[target] = numbers.to(parameter)
 
-        for run in _runs(part):
+        for run in runs_of_blocks(part):
             drawn.append(pool.submit(numbers_of, run))
             # Threads outrun the one that copies: without a bound a whole fp32 shard piles up.
             if len(drawn) > 2 * num_threads:
@@ -103,7 +103,7 @@ def threads_for(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def _runs(part: Partition) -> Iterator[Run]:
+def runs_of_blocks(part: Partition) -> Iterator[Run]:
     """(where, block, which of its numbers) for all that a rank keeps.
 
     A block is drawn whole, in all its columns, and the rank keeps its own rows and columns: which
@@ -118,19 +118,13 @@ def _runs(part: Partition) -> Iterator[Run]:
             yield (slice(offset, offset + stop - start), *local[1:]), block, (source, *rest)
 
 
-def normal(name: str, part: Partition, *, seed: int | str) -> Tensor:
-    """Standard normal numbers of this rank's share of a parameter, fp32 on the CPU; padding 0.
-
-    The same for the same element of the whole parameter, whatever the layout.
-    """
-    found = torch.zeros(part.local_shape)
-    for target, block, source in _runs(part):
-        found[target] = draw(part.global_shape, name, block, seed=seed)[source]
-    return found
-
-
-def draw(shape: tuple[int, ...], name: str, block: int, *, seed: int | str) -> Tensor:
-    """Standard normal numbers of a block: (min(ROWS, rows left), *shape[1:]) fp32 on the CPU."""
+def draw(shape: tuple[int, ...], name: str, block: int, *, seed: int) -> Tensor:
+    """Standard normal numbers of a block, fp32 on the CPU."""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(min(ROWS, shape[0] - block * ROWS), *shape[1:], generator=generator)
+    return torch.randn(block_shape(shape, block), generator=generator)
+
+
+def block_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+    """Of a block of a parameter of this shape: ROWS rows, in the last one those that are left."""
+    return min(ROWS, shape[0] - block * ROWS), *shape[1:]

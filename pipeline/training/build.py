@@ -114,4 +114,5 @@ def build_loader(
         device=layout.device,
         cache_dir=cache_dir,
         reads_tokens=layout.pipeline.rank in (0, shape.sizes.pipeline - 1),
+        once_a_step=cfg.finetune.dp.clip_norm is not None,
     )

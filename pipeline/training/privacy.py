@@ -1,6 +1,7 @@
-"""What a private run owes: its secret key, and the epsilon it has spent.
+"""What a private run owes: its secret key, noise that is never used twice, the epsilon it spends.
 
 runs/NAME/dp_noise.key --every rank--> noise          (never in a checkpoint)
+what the steps follow from, as before? -> the salt of the checkpoint, else a new one
 order of the data -> how often a sequence was read, at most -> epsilon, in every checkpoint
 """
 
@@ -21,13 +22,14 @@ from pipeline.files import create_durably, read_file
 
 KEY_FILE = "dp_noise.key"
 KEY_BYTES = 32
+STEPS_FOLLOW_FROM = ("seed", "data", "model", "training", "optimizer", "schedule", "finetune")
+"""Settings with which a step of a checkpoint's run would be another one than it was."""
 
 
 def noise_key(run_dir: Path, layout: ParallelLayout) -> str:
     """The run's secret, made when it begins; the same on all ranks. Collective.
 
     Not the seed, which stands in every config and model card: with it the noise could be taken off.
-    A run that goes on adds the noise it would have added, so that a step made twice tells nothing.
     """
     found: list[Any] = [None]
     if layout.ranks.is_main:
@@ -41,6 +43,28 @@ def noise_key(run_dir: Path, layout: ParallelLayout) -> str:
     return str(found[0])
 
 
+def noise_salt(
+    record: CheckpointRecord | None, config: dict[str, Any], layout: ParallelLayout
+) -> str:
+    """Which of the key's noises a run adds; the same on all ranks. Collective.
+
+    A run that goes on as it was makes its steps once more with the noise they had: who sees both
+    learns nothing new. With another learning rate, or from the start again, they are other steps,
+    and the same noise on both would be gone from their difference.
+
+    Args:
+        record: of the checkpoint that the run goes on from; None: it begins.
+        config: of the run, as a checkpoint has it.
+    """
+    if record is not None and record.privacy is not None:
+        is_same = all(record.config.get(name) == config[name] for name in STEPS_FOLLOW_FROM)
+        if is_same and (salt := record.privacy.get("salt")):
+            return str(salt)
+    found = [secrets.token_hex(16)]
+    dist.broadcast_object_list(found, src=0, group=layout.host_group)
+    return found[0]
+
+
 def _own_key(path: Path) -> str:
     """The key of a file, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,12 +76,13 @@ def _own_key(path: Path) -> str:
     return key
 
 
-def spent(dp: PrivacyConfig, *, reads: int, seq_len: int) -> dict[str, Any]:
+def spent(dp: PrivacyConfig, *, reads: int, seq_len: int, salt: str) -> dict[str, Any]:
     """What a checkpoint says of the privacy of the sequences it was trained on; JSON-able.
 
     Args:
         reads: how often a sequence was read, at most.
         seq_len: tokens of a sequence.
+        salt: of the noise.
     """
     return {
         "epsilon": epsilon(dp.noise_multiplier, reads, dp.delta),
@@ -65,6 +90,7 @@ def spent(dp: PrivacyConfig, *, reads: int, seq_len: int) -> dict[str, Any]:
         "clip_norm": dp.clip_norm,
         "noise_multiplier": dp.noise_multiplier,
         "reads": reads,
+        "salt": salt,
         "unit": f"one sequence of {seq_len} tokens, left out or not",
     }
 

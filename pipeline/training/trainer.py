@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,7 +41,7 @@ from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.best import BestCheckpoint
 from pipeline.training.build import build_loader, build_looks, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
-from pipeline.training.privacy import check_same, spent
+from pipeline.training.privacy import check_same, noise_salt, spent
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState, is_due
 from pipeline.training.step_extras import StepExtras
@@ -273,6 +272,8 @@ class Trainer:
             self.evaluated_step = self.recorded_evaluation()  # collective
         else:
             begin(self.engine, self.cfg.checkpoint, self.cfg.finetune, base=self.base)
+        if self.engine.private is not None:
+            self.engine.private.salt = noise_salt(record, cli.to_dict(self.cfg), self.layout)
 
     def recorded_evaluation(self) -> int | None:
         """The present step, if metrics.jsonl has its evaluation, as the main rank sees it.
@@ -311,21 +312,20 @@ class Trainer:
 
     def record(self) -> RunRecord:
         """What a checkpoint holds besides tensors."""
+        spent_privacy = None
+        if (private := self.engine.private) is not None:
+            reads, seq_len = self.loader.most_reads(), self.shape.seq_len
+            dp = self.cfg.finetune.dp
+            spent_privacy = spent(dp, reads=reads, seq_len=seq_len, salt=private.salt)
         return RunRecord(
             state=asdict(self.state),
             loader=self.loader.state(),
             guard=self.guard.state(),
             **self.loader.special_ids(),
             base=as_json(self.base),
-            privacy=self.spent_privacy(),
+            privacy=spent_privacy,
             config=cli.to_dict(self.cfg),
         )
-
-    def spent_privacy(self) -> dict[str, Any] | None:
-        """What a private run has spent; None: training is not private."""
-        if (dp := self.cfg.finetune.dp).clip_norm is None:
-            return None
-        return spent(dp, reads=self.loader.most_reads(), seq_len=self.shape.seq_len)
 
     def finish(self) -> None:
         """Leave everything on disk.

@@ -153,6 +153,27 @@ def test_skipping_damage_masks_its_samples_and_counts_them(data, tmp_path):
     assert (loader.corrupt_samples, labels) == (18, 18 * SEQ_LEN)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sequence_counts_once_a_step_where_a_private_run_promises_it(data, ranks):
+    """Two epochs end in steps of 40 of 95 sequences: what a step reads twice would weigh twice in its sum of gradients."""
+    cfg = config(data, {"a": None}, prefetch_steps=0)
+    made = loaders(cfg, shape_of(ranks, batch=40), once_a_step=True)
+    epoch, twice = made[0].sampler.orders[0].epoch_size, 0
+    for _ in range(6):
+        counted, read = [], []
+        for loader in made:
+            for batch in loader.next_step():
+                here = batch.tokens[:, 0].tolist()
+                read += here
+                labels = batch.loss_mask.sum(1).tolist()
+                assert set(labels) <= {0, SEQ_LEN}
+                counted += [first for first, number in zip(here, labels) if number]
+        assert sorted(counted) == sorted(set(read))
+        twice += len(read) - len(counted)
+    assert epoch == 95 and twice > 0
+    assert made[0].most_reads() == 3
+
+
 def test_an_error_of_any_kind_reaches_the_training_loop(data, monkeypatch):
     loader = loaders(config(data), shape_of(1))[0]
     monkeypatch.setattr(loader.reader, "gather", lambda *a, **k: 1 / 0)

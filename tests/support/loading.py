@@ -60,7 +60,7 @@ def shape_of(
 
 
 def loaders(
-    cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: int = 3
+    cfg: DataConfig, shape: RunShape, state: dict | None = None, seed: int = 3, **settings: bool
 ) -> list[Loader]:
     made = [
         Loader(
@@ -70,6 +70,7 @@ def loaders(
             data_rank=rank,
             device=CPU,
             cache_dir=Path(cfg.train[0].path),
+            **settings,
         )
         for rank in range(shape.sizes.data)
     ]

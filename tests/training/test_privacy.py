@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pipeline import cli
 from pipeline.config.choices import OnSpike, OptimizerName, Precision
 from pipeline.config.finetune import FinetuneConfig, PrivacyConfig
 from pipeline.config.privacy_rules import privacy
 from pipeline.config.run_shape import derive
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.training.privacy import _own_key, check_same, epsilon, spent
+from pipeline.training import privacy as privacy_module
+from pipeline.training.privacy import _own_key, check_same, epsilon, noise_salt, spent
 from tests.support.checkpoint_runs import record_of
 from tests.support.layouts import VOCAB, config
 
@@ -53,8 +58,8 @@ def test_epsilon_is_an_upper_bound_close_to_the_least_one(
 
 def test_a_run_that_has_read_nothing_has_spent_nothing() -> None:
     dp = PrivacyConfig(clip_norm=1.0)
-    assert spent(dp, reads=0, seq_len=8) | {"unit": ""} == {
-        "epsilon": 0.0, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 0, "unit": "",
+    assert spent(dp, reads=0, seq_len=8, salt="s") | {"unit": ""} == {
+        "epsilon": 0.0, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 0, "salt": "s", "unit": "",
     }  # fmt: skip
 
 
@@ -77,6 +82,21 @@ def test_a_private_run_goes_on_with_the_noise_it_began_with() -> None:
         with pytest.raises(CheckpointError, match="epsilon would be that of neither"):
             check_same(now, record)
     check_same(PrivacyConfig(), replace(record_of(1), config={}))  # of an older program
+
+
+def test_other_steps_have_other_noise_and_the_same_ones_theirs(monkeypatch: Any) -> None:
+    """With one noise on both, the difference of two models would have none, and be that of the gradients."""
+    monkeypatch.setattr(privacy_module.dist, "broadcast_object_list", lambda found, **_: None)
+    layout: Any = SimpleNamespace(host_group=None)
+    now = json.loads(json.dumps(cli.to_dict(PRIVATE)))
+    first, again = noise_salt(None, now, layout), noise_salt(None, now, layout)
+    assert len(first) == len(again) == 32 and first != again
+    record = replace(record_of(3), config=now, privacy={"salt": first})
+    goes_on = replace(PRIVATE, parallel=replace(PRIVATE.parallel, tensor_parallel_size=2))
+    assert noise_salt(record, cli.to_dict(goes_on), layout) == first
+    for change in ({"seed": 7}, {"optimizer": replace(PRIVATE.optimizer, lr=1.0)}):
+        assert noise_salt(record, cli.to_dict(replace(PRIVATE, **change)), layout) != first
+    assert noise_salt(replace(record, privacy={}), now, layout) not in (first, "", "None")
 
 
 @pytest.mark.parametrize(
