@@ -20,6 +20,7 @@ from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
+from pipeline.files import check_writable
 from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
 from pipeline.probing.places import Place
 
@@ -123,6 +124,10 @@ def _check(cfg: ActivationsConfig) -> None:
             f"({cfg.micro_batch_size}) must be at least 1, sequences ({cfg.sequences}) at least 0 "
             "(all)."
         )
+    output = Path(cfg.output)
+    check_writable(output / "plan.json", "output=")
+    if output.is_dir() and not (output / "plan.json").exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} holds other files: choose another output=FOLDER.")
     if (ranks := cfg.parallel.context_parallel_size) != 1:
         raise ConfigError(
             f"parallel.context_parallel_size ({ranks}) must be 1: what is written are whole "

@@ -21,7 +21,8 @@ from pipeline import cli, log
 from pipeline.errors import ConfigError
 from pipeline.evaluation.answers import Question, read_questions, score_all
 from pipeline.files import check_writable, write_durably
-from pipeline.inference.samplers import GenerateConfig, TextSampler, open_sampler
+from pipeline.inference.generation import GenerateConfig
+from pipeline.inference.samplers import TextSampler, open_sampler
 
 
 @dataclass
@@ -61,7 +62,7 @@ def main(cfg: AnswerConfig) -> int:
     check_writable(output, "output=")
     questions = read_questions(Path(cfg.data))[: cfg.limit or None]
     generation = GenerateConfig(
-        checkpoint=cfg.checkpoint, temperature=0.0, max_new_tokens=cfg.max_new_tokens
+        checkpoint=cfg.checkpoint, chat=True, temperature=0.0, max_new_tokens=cfg.max_new_tokens
     )
     with open_sampler(generation) as sampler:
         answers = ask(sampler, questions, batch_size=cfg.batch_size)

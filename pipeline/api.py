@@ -36,7 +36,8 @@ from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError, DivergedError, MachineError, PipelineError
-from pipeline.inference.samplers import GenerateConfig, check_drawing, check_model, open_sampler
+from pipeline.inference.generation import GenerateConfig, check_drawing
+from pipeline.inference.samplers import open_sampler
 from pipeline.tracking.history import History
 from pipeline.training import startup
 
@@ -167,10 +168,9 @@ class Model:
     """A model that continues texts, and answers if it was trained on dialogues."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """Load it, which for a checkpoint takes an export to a temporary folder."""
+        """Load it; nothing is written."""
         self._stack = ExitStack()
         self._cfg = GenerateConfig(checkpoint=str(checkpoint))
-        check_model(self._cfg)
         self._sampler = self._stack.enter_context(open_sampler(self._cfg))
 
     def generate(

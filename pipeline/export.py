@@ -19,9 +19,12 @@ from pathlib import Path
 
 from pipeline import cli, log
 from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.adapters import find_base, recorded_base
+from pipeline.checkpoint.record import read_record
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import check_writable
-from pipeline.huggingface.peft import adapter_difference, export_adapter
+from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.peft import adapter_difference, check_is_adapter, export_adapter
 from pipeline.huggingface.writer import TOLERANCE, DType, export, logits_difference
 
 
@@ -59,6 +62,7 @@ def main(cfg: ExportConfig) -> int:
             f'the check needs {library}, which is not installed: pip install -e ".[hf]", or leave '
             "the check out with check=false."
         )
+    _check(cfg, checkpoint)  # before every byte of the checkpoint is read
     if problems := folders.damage(checkpoint):
         raise CheckpointError(
             f"{checkpoint} is damaged: {'; '.join(problems)}. Export another one."
@@ -90,6 +94,21 @@ def main(cfg: ExportConfig) -> int:
     if cfg.adapter:
         print(f"{output}: the adapter changes the logits of its base by up to {moved:.2e}")
     return 0
+
+
+def _check(cfg: ExportConfig, checkpoint: Path) -> None:
+    """Raise where the checkpoint's record says that it cannot be exported so."""
+    record = read_record(checkpoint)
+    mapping_for(record.model())
+    wanted = recorded_base(record)
+    if wanted is None and cfg.base is not None:
+        raise ConfigError(
+            f"base={cfg.base} has no effect: {checkpoint} holds a whole model. Leave it out."
+        )
+    if cfg.adapter:
+        check_is_adapter(checkpoint)
+    if wanted is not None:
+        find_base(wanted, Path(cfg.base) if cfg.base else None)
 
 
 if __name__ == "__main__":

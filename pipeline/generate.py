@@ -8,9 +8,8 @@
 
 A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D,
 and so does a chat.
-transformers samples, with its key/value cache: a checkpoint is exported to a temporary folder
-first. A model that no transformers class computes is sampled through our own forward pass, which
-computes the whole prefix for every token.
+A checkpoint is sampled by our own decoder, which needs no more than torch; a Hugging Face folder,
+and a checkpoint that is shown a picture, by transformers.
 """
 
 from __future__ import annotations
@@ -22,14 +21,9 @@ from pipeline import cli, log
 from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError
 from pipeline.files import read_file
+from pipeline.inference.generation import GenerateConfig, check_drawing
 from pipeline.inference.pictures import about_picture, open_picture
-from pipeline.inference.samplers import (
-    GenerateConfig,
-    TextSampler,
-    check_drawing,
-    check_model,
-    open_sampler,
-)
+from pipeline.inference.samplers import TextSampler, open_sampler
 
 
 def main(cfg: GenerateConfig) -> int:
@@ -39,10 +33,9 @@ def main(cfg: GenerateConfig) -> int:
     prompts = _prompts(cfg)
     if cfg.image is not None:
         open_picture(cfg.image)  # else a damaged one is heard of only after the model was loaded
-    check_model(cfg)  # before torch is imported and a checkpoint read, which takes seconds
-    import torch
-
     with open_sampler(cfg) as sampler:
+        import torch  # takes seconds; open_sampler has found what is wrong before it does so
+
         torch.manual_seed(cfg.seed)
         if cfg.chat:
             _talk(sampler, cfg)

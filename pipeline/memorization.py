@@ -24,6 +24,7 @@ from pipeline.checkpoint.seen import Seen
 from pipeline.data.canary_list import CANARIES, read_list
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import memorization_file
+from pipeline.files import check_writable
 from pipeline.inference.asked_model import tokenizer_of
 from pipeline.redaction import redact
 
@@ -72,10 +73,11 @@ def main(cfg: MemorizationConfig) -> int:
     log.setup()
     folder = folders.find(Path(cfg.checkpoint))
     record = read_record(folder)
+    path = memorization_file.place_of(folder)
+    check_writable(path, "another copy of the run as checkpoint=")
     seen = _seen(record, folder)
     _check(cfg, seen.seq_len)
     findings = measure(cfg, folder, record, seen)
-    path = memorization_file.place_of(folder)
     memorization_file.write(findings, path)
     print_findings(findings)
     print(redact(f"written: {path}"))
@@ -89,19 +91,20 @@ def measure(
     from pipeline.evaluation.memorization import Audit, canaries_exposed, extraction, membership
     from pipeline.inference.known_windows import known_windows
 
+    # All that can be wrong is looked at before a model is opened.
     listed = _canaries(cfg, seen)
-    windows = known_windows(record, seen, count=cfg.windows, seed=cfg.seed)
-    model, audit = _open(folder, record), Audit(cfg.batch_size, cfg.seed)
-    reference = None
+    planted = None if listed is None else (tokenizer_of(folder), *read_list(listed))
+    others = None
     if cfg.reference is not None:
         other = folders.find(Path(cfg.reference))
-        other_record = read_record(other)
-        _check_reference(record, other_record, other)
-        reference = _open(other, other_record)
+        others = other, read_record(other)
+        _check_reference(record, others[1], other)
+    windows = known_windows(record, seen, count=cfg.windows, seed=cfg.seed)
+    model, audit = _open(folder, record), Audit(cfg.batch_size, cfg.seed)
+    reference = None if others is None else _open(*others)
     exposed = None
-    if listed is not None:
-        tokenizer = tokenizer_of(folder)
-        template, canaries = read_list(listed)
+    if planted is not None:
+        tokenizer, template, canaries = planted
         exposed = canaries_exposed(
             model, template, canaries, encode=tokenizer.encode, eod=tokenizer.eod,
             references=cfg.references, audit=audit,
@@ -169,6 +172,8 @@ def _check(cfg: MemorizationConfig, seq_len: int) -> None:
     }  # fmt: skip
     if low := [name for name, value in counts.items() if value < 1]:
         raise ConfigError(f"{', '.join(low)} must be at least 1.")
+    if not 0 <= cfg.seed < 2**63:
+        raise ConfigError(f"seed ({cfg.seed}) must be at least 0, and below 2**63.")
     if not 0 < cfg.min_k_percent <= 100:
         raise ConfigError(f"min_k_percent ({cfg.min_k_percent}) must be above 0, at most 100.")
     if (needed := max(cfg.prefixes) + cfg.continuation) > seq_len + 1:

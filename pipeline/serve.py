@@ -22,7 +22,7 @@ from types import FrameType
 from pipeline import cli, log
 from pipeline.errors import ConfigError
 from pipeline.inference import front
-from pipeline.inference.samplers import GenerateConfig, check_model
+from pipeline.inference.generation import GenerateConfig, check_model
 from pipeline.inference.served import prepare
 
 NEEDED = ("transformers", "fastapi", "uvicorn", "openai", "multipart")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.activations import ActivationsConfig, _check
 from pipeline.config.training import ParallelConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,13 @@ from pipeline.errors import ConfigError
 def test_sizes_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _check(ActivationsConfig(checkpoint="x", place="layers.0", output="y", **settings))
+
+
+def test_a_folder_of_something_else_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """It was found when the weights had been read."""
+    (tmp_path / "notes.txt").touch()
+    cfg = ActivationsConfig(checkpoint="x", place="layers.0", output=str(tmp_path))
+    with pytest.raises(ConfigError, match="holds other files: choose another output=FOLDER"):
+        _check(cfg)
+    with pytest.raises(MachineError, match="plan.json cannot be written .* with output="):
+        _check(replace(cfg, output=str(tmp_path / "notes.txt")))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint import folder as folders
 from pipeline.config.model import ModelConfig
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import ExportConfig, main
 from pipeline.huggingface import writer
 from pipeline.huggingface.writer import DType
@@ -49,6 +50,20 @@ def test_wrong_export_is_not_called_good(checkpoints: Path, tmp_path: Path) -> N
     message = run_on_ranks(wrong_export, 1, checkpoints, tmp_path / "wrong")[0]
     assert "the export is wrong" in message
     assert not (tmp_path / "wrong" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [({"base": "elsewhere"}, "base=elsewhere has no effect"), ({"adapter": True}, "it is no adapter")],
+)  # fmt: skip
+def test_what_the_record_forbids_is_refused_before_the_checkpoint_is_read(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict, message: str
+) -> None:
+    """Every byte of a checkpoint was read first, which takes minutes where it is large."""
+    monkeypatch.setattr(folders, "damage", lambda folder: pytest.fail("it was read"))
+    cfg = ExportConfig(checkpoint=str(checkpoints / "gpt2"), output=str(tmp_path / "out"), **wrong)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        main(cfg)
 
 
 LM_EVAL_TASK = """

@@ -145,6 +145,10 @@ def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_pa
     print_findings(again)
     with pytest.raises(ConfigError, match="have 80 tokens, a window of the run 65"):
         main(MemorizationConfig(str(folder), prefixes=[48]))
+    with pytest.raises(DataError, match="the list of canaries nowhere cannot be read"):
+        main(MemorizationConfig(str(folder), prefixes=[8], canaries="nowhere", windows=10**9))
+    with pytest.raises(ConfigError, match="seed .-1. must be at least 0"):
+        main(MemorizationConfig(str(folder), prefixes=[8], seed=-1))
     with pytest.raises(ConfigError, match="windows, prefixes must be at least 1"):
         main(MemorizationConfig(str(folder), prefixes=[], windows=0))
     place = memorization_file.place_of(folder)

@@ -7,7 +7,7 @@ import pytest
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from pipeline import schema, suggestions
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.inference.samplers import GenerateConfig
+from pipeline.inference.generation import GenerateConfig
 
 
 @pytest.mark.parametrize(

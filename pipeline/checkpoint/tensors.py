@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import dcp
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.folder import INDEX
 from pipeline.checkpoint.rectangles import Entry, Rectangle, check_filled
@@ -175,6 +174,8 @@ class CheckpointTensors:
             self._check_sizes()
             self._load: Callable[[Any], Tensor] = _Files(folder).load
         else:
+            from pipeline.checkpoint import dcp  # 1 s of CPU, for old checkpoints alone
+
             stored, self._load = dcp.open_version_1(folder)
             self._entries = {
                 name: Entry(shape, [Rectangle(*part) for part in parts])

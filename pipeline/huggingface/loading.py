@@ -94,6 +94,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
+def holds_template(folder: Path) -> bool:
+    """Whether a folder has a chat template, in a file of its own or in the tokenizer's settings."""
+    if any(folder.glob("chat_template.*")):
+        return True
+    try:
+        settings = parse_json(read_file(folder / "tokenizer_config.json"))
+    except (OSError, ValueError):  # the tokenizer's loading says what is wrong
+        return True
+    return not isinstance(settings, dict) or settings.get("chat_template") is not None
+
+
 def load_processor(folder: Path) -> Any:
     """What turns texts and pictures into a model's input.
 

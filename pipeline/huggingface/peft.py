@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.adapters import find_base, recorded_base
-from pipeline.checkpoint.record import CHAT_TEMPLATE, CheckpointRecord, attachment, read_record
+from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import write_durably
@@ -58,13 +58,8 @@ def export_adapter(
     from pipeline.checkpoint.tensors import CheckpointTensors
     from pipeline.huggingface.whole_model import whole_base
 
+    check_is_adapter(checkpoint)
     record, tensors = read_record(checkpoint), CheckpointTensors(checkpoint)
-    _check_is_adapter(checkpoint, record, tensors)
-    if record.model().vision.num_layers:
-        raise ConfigError(
-            f"{checkpoint} reads pictures: an adapter folder of such a model is not written. "
-            "Export it merged, without adapter=true."
-        )
     wanted = recorded_base(record)
     assert wanted is not None
     source = find_base(wanted, base)
@@ -104,16 +99,27 @@ def export_adapter(
     )
 
 
-def _check_is_adapter(
-    checkpoint: Path, record: CheckpointRecord, tensors: CheckpointTensors
-) -> None:
-    """Raise CheckpointError unless low-rank matrices are all there is."""
-    more = [name for name in tensors.parameters if not is_lora(name)]
+def check_is_adapter(checkpoint: Path) -> None:
+    """Raise unless low-rank matrices are all there is, by the record and the tensors' names.
+
+    Raises:
+        CheckpointError: the checkpoint is no adapter, or more was trained.
+        ConfigError: it reads pictures.
+    """
+    from pipeline.checkpoint.tensors import CheckpointTensors
+
+    record = read_record(checkpoint)
+    more = [name for name in CheckpointTensors(checkpoint).parameters if not is_lora(name)]
     if record.base is None or not record.finetune().lora_rank or more:
         reason = f"{more[0]} was trained too" if record.base and more else "it is no adapter"
         raise CheckpointError(
             f"{checkpoint} cannot become a PEFT folder, which holds low-rank matrices only: "
             f"{reason}. Export it merged: adapter=false."
+        )
+    if record.model().vision.num_layers:
+        raise ConfigError(
+            f"{checkpoint} reads pictures: an adapter folder of such a model is not written. "
+            "Export it merged, without adapter=true."
         )
 
 

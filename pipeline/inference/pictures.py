@@ -67,17 +67,12 @@ class ShownPicture:
 
         Args:
             folder: of the model.
-            model: transformers'.
+            model: transformers', which reads pictures.
 
         Raises:
-            ConfigError: the model reads no pictures, or the file is none.
+            ConfigError: the file is none.
         """
         config = model.config
-        if config.model_type != "llava":
-            raise ConfigError(
-                f"image={path} has no effect: this model reads no pictures ({config.model_type}). "
-                "Leave it out."
-            )
         processor = load_processor(folder).image_processor
         pixels = processor(images=open_picture(path), return_tensors="pt")["pixel_values"]
         self._pixels = pixels.to(model.device, model.dtype)

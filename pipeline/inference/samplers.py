@@ -1,20 +1,17 @@
-"""Text from a model: transformers' sampler on an exported folder, or our own forward pass.
+"""Text from a model: our own decoder on a checkpoint, transformers' sampler on its folders.
 
-transformers samples with its key/value cache; a checkpoint is exported to a temporary folder first.
-A model that no transformers class computes is sampled through our own forward pass, which computes
-the whole prefix for every token.
+Both keep the keys and values of what was read. A checkpoint that is shown a picture is exported to
+a temporary folder, for transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
@@ -23,49 +20,14 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.drawing import choose
+from pipeline.inference.generation import NO_TEMPLATE, GenerateConfig, check_model
 from pipeline.inference.pictures import ShownPicture
 from pipeline.inference.streaming import cut_at_stop, stop_at, streamer
 from pipeline.inference.turns import fitting
 from pipeline.log import logger
 
-NO_TEMPLATE = (
-    "this model has no chat template: it was not trained on dialogues (data_prep.conversations). "
-    "Give it a prompt= instead."
-)
-
-
-@dataclass
-class GenerateConfig:
-    """Sample text."""
-
-    checkpoint: str = "???"
-    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
-    prompt: str = ""
-    """Text to continue; empty: the start of a document."""
-    image: str | None = None
-    """A png, jpeg or webp file that the prompt, or the first turn of a chat, is about."""
-    file: str | None = None
-    """Text file with one prompt a line; replaces `prompt`."""
-    interactive: bool = False
-    """Ask for prompts on the terminal until end of file."""
-    chat: bool = False
-    """Talk on the terminal until end of file, by the model's chat template."""
-    max_new_tokens: int = 128
-    """Longest continuation, tokens; it ends earlier with the document."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token every time."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability; 1: all."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    batch_size: int = 16
-    """Continuations that are computed together."""
-    stop: list[str] = field(default_factory=list)
-    """A continuation ends with the first of these strings."""
-    seed: int = 1234
-    """Of what is drawn."""
+if TYPE_CHECKING:
+    from pipeline.data.tokenizer import Tokenizer
 
 
 class TextSampler(Protocol):
@@ -91,6 +53,12 @@ class _Drawing:
     """What both samplers have."""
 
     cfg: GenerateConfig
+    max_seq_len: int
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.max_seq_len - min(self.cfg.max_new_tokens, self.max_seq_len // 2)
 
     def drawing(self, cfg: GenerateConfig) -> Self:
         """The same model with other settings of how to draw."""
@@ -99,33 +67,10 @@ class _Drawing:
         return other
 
 
-def check_drawing(cfg: GenerateConfig) -> None:
-    """Raise ConfigError where nothing can be drawn so."""
-    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise ConfigError(
-            f"temperature ({cfg.temperature}) and top_k ({cfg.top_k}) must be at least 0, "
-            f"top_p ({cfg.top_p}) in (0, 1]."
-        )
-    if min(cfg.num_samples, cfg.batch_size, cfg.max_new_tokens) < 1:
-        raise ConfigError(
-            f"num_samples ({cfg.num_samples}), batch_size ({cfg.batch_size}) and max_new_tokens "
-            f"({cfg.max_new_tokens}) must be at least 1."
-        )
-
-
-def check_model(cfg: GenerateConfig) -> None:
-    """Raise CheckpointError or ConfigError where, by its files' names, no such model is there."""
-    path = Path(cfg.checkpoint)
-    if (path / "config.json").is_file():
-        return
-    folder = folders.find(path)
-    if cfg.chat and not (folder / CHAT_TEMPLATE).is_file():
-        raise ConfigError(NO_TEMPLATE)
-
-
 @contextlib.contextmanager
 def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
     """The sampler that can compute the model."""
+    check_model(cfg)
     path = Path(cfg.checkpoint)
     if (path / "config.json").is_file():
         yield TransformersSampler(path, cfg)
@@ -134,18 +79,11 @@ def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
     if problems := folders.damage(folder):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}.")
     logger.info("sampling from %s", folder)
+    if cfg.image is None:
+        yield LocalSampler(folder, cfg)
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            import transformers  # noqa: F401
-
-            export(folder, Path(scratch), dtype=DType.fp32)
-        except (ConfigError, ImportError) as error:
-            logger.warning(
-                "%s Sampling with our own forward pass, which is slower.",
-                str(error).partition(". It can be")[0] + ".",
-            )
-            yield LocalSampler(folder, cfg)
-            return
+        export(folder, Path(scratch), dtype=DType.fp32)
         yield TransformersSampler(Path(scratch), cfg)
 
 
@@ -196,11 +134,6 @@ class TransformersSampler(_Drawing):
 
         return self._continue([fitting(m, ids, self._room) for m in dialogues], on_text)
 
-    @property
-    def _room(self) -> int:
-        """Tokens that a prompt may have."""
-        return self.max_seq_len - min(self.cfg.max_new_tokens, self.max_seq_len // 2)
-
     def _continue(self, rows: list[list[int]], on_text: Callable[[str], None] | None) -> list[str]:
         """Texts after rows of ids, padded on the left to one batch."""
         import torch
@@ -237,21 +170,15 @@ class TransformersSampler(_Drawing):
 
 
 class LocalSampler(_Drawing):
-    """Our own forward pass on a checkpoint."""
+    """Our own decoder on a checkpoint; needs torch alone, whose import is most of its start."""
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
         from pipeline.data.tokenizer import Tokenizer
         from pipeline.huggingface.whole_model import open_model
-        from pipeline.model.local_model import LocalModel
+        from pipeline.model.decoder import Decoder
 
-        if cfg.image:
-            raise ConfigError(
-                f"image={cfg.image} needs transformers and a model that it computes: our own "
-                "forward pass samples text. Leave it out."
-            )
-        tensors = open_model(folder)
+        tensors, record = open_model(folder), read_record(folder)
         self.cfg = cfg
-        record = read_record(folder)
         raw = attachment(folder, "tokenizer.json")
         if raw is None:
             raise CheckpointError(f"{folder} has no tokenizer.json: it can be asked nothing.")
@@ -266,15 +193,14 @@ class LocalSampler(_Drawing):
                     f"{folder / CHAT_TEMPLATE} cannot be read: {error}."
                 ) from None
             self.template = ChatTemplate(template, self.tokenizer)
-        self.model = LocalModel(
-            record.model(),
-            lambda name: tensors.tensor(f"weights/{name}"),
-        )
+        self.decoder = Decoder(record.model(), lambda name: tensors.tensor(f"weights/{name}"))
+        self.max_seq_len = record.model().max_seq_len
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
-        rows = [self.tokenizer.encode(prompt) or [self.tokenizer.eod] for prompt in prompts]
-        return [self._continue(row, on_text or (lambda _: None)) for row in rows]
+        # An empty prompt begins a document, which its end does; a long one loses its beginning.
+        rows = [self.tokenizer.encode(p)[-self._room :] or [self.tokenizer.eod] for p in prompts]
+        return self._continue(rows, on_text)
 
     def answer(
         self, dialogues: Sequence[Messages], *, on_text: Callable[[str], None] | None
@@ -282,30 +208,50 @@ class LocalSampler(_Drawing):
         """What the assistant says next in each dialogue."""
         if self.template is None:
             raise ConfigError(NO_TEMPLATE)
-        room = self.model.model.max_seq_len // 2
-        rows = [fitting(messages, self.template.prompt_ids, room) for messages in dialogues]
-        return [self._continue(row, on_text or (lambda _: None)) for row in rows]
+        rows = [fitting(messages, self.template.prompt_ids, self._room) for messages in dialogues]
+        return self._continue(rows, on_text)
 
-    def _continue(self, prefix: list[int], on_text: Callable[[str], None]) -> str:
-        """Text after a row of ids, a token at a time; `on_text` hears each whole character."""
+    def _continue(self, rows: list[list[int]], on_text: Callable[[str], None] | None) -> list[str]:
+        """Texts after rows of ids, a token of each at a time."""
         import torch
 
-        cfg, text = self.cfg, ""
-        tokens: list[int] = []
-        while len(tokens) < cfg.max_new_tokens:
-            window = torch.tensor([[*prefix, *tokens][-self.model.model.max_seq_len :]])
-            logits = self.model.logits(window)[0, -1]
-            token = int(
-                choose(logits, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-            )
-            if token in self.ends:
+        cfg, hears = self.cfg, on_text or (lambda _: None)
+        texts = [_Text(self.tokenizer, stop=cfg.stop, ends=self.ends, on_text=hears) for _ in rows]
+        logits, memory = self.decoder.begin(rows)
+        for left in reversed(range(min(cfg.max_new_tokens, self.max_seq_len - memory.length))):
+            drawn = [
+                choose(row, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+                for row in logits
+            ]
+            tokens = torch.stack(drawn)
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                text.add(token)
+            if not left or all(text.is_over for text in texts):
                 break
-            tokens.append(token)
-            so_far = self.tokenizer.decode(tokens)
-            if so_far.endswith("\ufffd"):  # in the middle of a character
-                continue
-            before, text = text, cut_at_stop(so_far, cfg.stop)
-            on_text(text[len(before) :])
-            if len(text) < len(so_far):
-                break
-        return text
+            logits = self.decoder.read(tokens[:, None], memory)
+        return [text.text for text in texts]
+
+
+class _Text:
+    """A continuation as it grows; `on_text` hears each whole character once."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: Sequence[str], ends: set, on_text: Callable
+    ) -> None:
+        self._tokenizer, self._stop, self._ends = tokenizer, stop, ends
+        self._on_text = on_text
+        self._tokens: list[int] = []
+        self.text, self.is_over = "", False
+
+    def add(self, token: int) -> None:
+        """Go on with a token, unless the text is over."""
+        self.is_over |= token in self._ends
+        if self.is_over:
+            return
+        self._tokens.append(token)
+        so_far = self._tokenizer.backend.decode(self._tokens, skip_special_tokens=True)
+        if so_far.endswith("\ufffd"):  # in the middle of a character
+            return
+        before, self.text = self.text, cut_at_stop(so_far, self._stop)
+        self._on_text(self.text[len(before) :])
+        self.is_over = len(self.text) < len(so_far)

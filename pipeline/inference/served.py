@@ -23,7 +23,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import parse_json, read_file
 from pipeline.huggingface.loading import check_folder
 from pipeline.huggingface.writer import DType, export, write_json
-from pipeline.inference.samplers import NO_TEMPLATE
+from pipeline.inference.generation import NO_TEMPLATE
 from pipeline.inference.turns import fitting_turns
 from pipeline.log import logger
 

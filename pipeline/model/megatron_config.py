@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from pipeline.config.choices import Activation, Init, Normalization
+from pipeline.config.choices import Init, Normalization
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.training import ParallelConfig
+from pipeline.model.activations import ACTIVATIONS
 
 PER_SEQUENCE = "seq_aux_loss"  # megatron-core's name for the load-balancing loss of experts.py
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
-    return F.relu(x).square()
-
-
-ACTIVATIONS = {
-    Activation.gelu: F.gelu,
-    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
-    Activation.swiglu: F.silu,
-    Activation.squared_relu: squared_relu,
-}
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

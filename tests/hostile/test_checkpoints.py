@@ -142,7 +142,8 @@ def use_record(folder: Path) -> None:
 def use_checkpoint(folder: Path) -> None:
     """The tools, evaluation, generation and export, each in spite of the others."""
     from pipeline import export
-    from pipeline.inference.samplers import GenerateConfig, LocalSampler
+    from pipeline.inference.generation import GenerateConfig
+    from pipeline.inference.samplers import LocalSampler
 
     exported = str(folder / "exported")
     all_of(

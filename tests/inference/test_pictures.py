@@ -13,8 +13,9 @@ from PIL import Image
 from pipeline import cli
 from pipeline.errors import ConfigError
 from pipeline.generate import main
+from pipeline.inference.generation import GenerateConfig
 from pipeline.inference.pictures import about_picture, open_picture
-from pipeline.inference.samplers import GenerateConfig, TransformersSampler, open_sampler
+from pipeline.inference.samplers import TransformersSampler, open_sampler
 from tests.engine.test_pictures import PATCHES, PLACEHOLDER, pictured
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import save_models, tokenizer_file
@@ -128,4 +129,4 @@ def test_the_model_answers_about_the_picture_that_is_shown(tmp_path: Path) -> No
     run_on_ranks(save, 1, tmp_path)
     found = run_on_ranks(answers, 1, tmp_path)[0]
     assert found["picture 1"] == found["own"]
-    assert "this model reads no pictures (gpt2)" in found["blind"]
+    assert "this model reads no pictures" in found["blind"]

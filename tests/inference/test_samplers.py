@@ -12,13 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.huggingface.writer import DType, export
-from pipeline.inference.samplers import (
-    GenerateConfig,
-    LocalSampler,
-    TransformersSampler,
-    cut_at_stop,
-    open_sampler,
-)
+from pipeline.inference.generation import GenerateConfig
+from pipeline.inference.samplers import LocalSampler, TransformersSampler, cut_at_stop, open_sampler
 from tests.support.exported import save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
@@ -37,22 +32,23 @@ def both_samplers(root: Path) -> dict[str, list[str]]:
     warnings.simplefilter("ignore")
     cfg = GenerateConfig(checkpoint=str(root / "gpt2"), temperature=0.0, max_new_tokens=12)
     prompts = ["t5 t6 t7", "t1"]
-    found = {}
-    with open_sampler(cfg) as sampler:
-        assert isinstance(sampler, TransformersSampler)
-        found["transformers"] = [sampler.sample([prompt], on_text=None)[0] for prompt in prompts]
-        found["batch"] = sampler.sample(prompts, on_text=None)
-    found["own"] = LocalSampler(next((root / "gpt2").glob("step-*")), cfg).sample(
-        prompts, on_text=None
-    )
-    return found
+    export(next((root / "gpt2").glob("step-*")), root / "gpt2-hf", dtype=DType.fp32)
+    theirs = TransformersSampler(root / "gpt2-hf", cfg)
+    with open_sampler(cfg) as ours:
+        assert isinstance(ours, LocalSampler)
+        return {
+            "transformers": [theirs.sample([prompt], on_text=None)[0] for prompt in prompts],
+            "their batch": theirs.sample(prompts, on_text=None),
+            "own": [ours.sample([prompt], on_text=None)[0] for prompt in prompts],
+            "own batch": ours.sample(prompts, on_text=None),
+        }
 
 
 def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
-    """Greedy: with and without key/value cache, alone and left-padded in a batch."""
+    """Greedy, alone and left-padded in a batch."""
     found = run_on_ranks(both_samplers, 1, checkpoints)[0]
     words = {kind: [text.split() for text in texts] for kind, texts in found.items()}
-    assert words["transformers"] == words["batch"] == words["own"]
+    assert words["transformers"] == words["their batch"] == words["own"] == words["own batch"]
     assert len(words["own"][0]) == 12
 
 

@@ -72,7 +72,8 @@ def beside_training(cases: list[Case], folder: Path) -> list[Any]:
 
 def of_the_checkpoint(folder: Path) -> list[str]:
     """What `pipeline.generate` makes of the second step's checkpoint by our own forward pass."""
-    from pipeline.inference.samplers import GenerateConfig, LocalSampler
+    from pipeline.inference.generation import GenerateConfig
+    from pipeline.inference.samplers import LocalSampler
 
     files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
     run = Run(config("modern"), folder / "run", attachments=files, ends={"eod": 0})
