@@ -13,7 +13,7 @@ mean. One process: the model must fit on one device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from pipeline.model.local_model import LocalModel
+
+MOST_LOGITS = 1 << 28
 
 
 @dataclass
@@ -57,7 +59,7 @@ class MemorizationConfig:
     none.
     """
     batch_size: int = 32
-    """Texts computed together."""
+    """Texts computed together; of whole windows only as many as have a GiB of logits."""
     seed: int = 0
     """Of what is drawn."""
 
@@ -118,9 +120,18 @@ def measure(
         "continuation": cfg.continuation,
         "windows": {name: len(ids) for name, ids in windows.items()},
         "membership": membership(
-            model, windows, reference=reference, percent=cfg.min_k_percent, audit=audit
+            model,
+            windows,
+            reference=reference,
+            percent=cfg.min_k_percent,
+            audit=replace(audit, rows=_rows_of_windows(cfg.batch_size, record, seen.seq_len)),
         ),
     }
+
+
+def _rows_of_windows(batch_size: int, record: CheckpointRecord, seq_len: int) -> int:
+    """Windows computed together: 32 of 1,024 tokens and 50,000 columns had 6.6 GB of logits."""
+    return max(1, min(batch_size, MOST_LOGITS // (seq_len * record.vocab_size)))
 
 
 def print_findings(findings: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ RESULT = {
     "rejects": {str: COUNT},
     "nearest?": (None, LOWEST),
     "held?": (None, LOWEST),
+    "planted?": COUNT,
     "pii?": {str: pii_report.OF_SOURCE},
 }
 PACKING = ("row_tokens", "chat_template", "end_of_turn")  # what a job of packed rows adds

@@ -65,13 +65,22 @@ def ensure_held_out(
 
 
 def _documents(results: list[dict[str, Any]], split: str) -> int:
-    """Documents of a split."""
-    return sum(documents_in(result, split) for result in results)
+    """Documents of a split; planted ones are none of the input's."""
+    planted = sum(result.get("planted", 0) for result in results) if split == "train" else 0
+    return sum(documents_in(result, split) for result in results) - planted
 
 
 def _as_train(result: dict[str, Any]) -> dict[str, Any]:
-    """A unit's result as if nothing had been held out; all of it was."""
-    splits = {"train": result["splits"]["validation"], "validation": {"parts": [], "text_bytes": 0}}
+    """A unit's result as if nothing had been held out; all of it was, but for what was planted.
+
+    What was held out comes first: `held` counts its documents.
+    """
+    held, planted = result["splits"]["validation"], result["splits"]["train"]
+    train = {
+        "parts": held["parts"] + planted["parts"],
+        "text_bytes": held["text_bytes"] + planted["text_bytes"],
+    }
+    splits = {"train": train, "validation": {"parts": [], "text_bytes": 0}}
     found = {"splits": splits, "nearest": result.get("held"), "all_held": True}
     if "dialogues" in result:
         found["dialogues"] = {"train": result["dialogues"]["validation"], "validation": 0}
@@ -107,10 +116,10 @@ def _choose(results: list[dict[str, Any]], facts: dict[str, Any], parts: Path) -
 def _hold_out_tail(
     number: int, results: list[dict[str, Any]], facts: dict[str, Any], parts: Path, why: str
 ) -> dict[str, Any]:
-    """The end of a unit's last document becomes a document of its own."""
+    """The end of a unit's last document that was not planted becomes a document of its own."""
     rewriter = _Rewriter(number, results[number], facts, parts)
-    eod = facts["tokenizer"]["eod"]
-    begin, end = rewriter.starts[-1], rewriter.ends[-1] - 1  # without its end mark
+    eod, last = facts["tokenizer"]["eod"], results[number]["nearest"]["documents"][-1]
+    begin, end = rewriter.starts[last], rewriter.ends[last] - 1  # without its end mark
     size = int(end - begin)
     if size < 2:
         return {"splits": {}, "note": f"{why}a document of {size} token cannot be divided"}
@@ -119,9 +128,9 @@ def _hold_out_tail(
     cut = end - tail
     rewriter.insert_end(cut, eod)
     is_validation = np.zeros(len(rewriter.ends), bool)
-    is_validation[-1] = True
+    is_validation[last + 1] = True
     tokenizer = Tokenizer(read_bytes(str(parts.parent / "tokenizer.json")), path="", eod=eod)
-    text_bytes = int(tokenizer.token_byte_lengths()[rewriter.tokens[cut + 1 :]].sum())
+    text_bytes = int(tokenizer.token_byte_lengths()[rewriter.tokens[cut + 1 : end + 1]].sum())
     name = results[number]["nearest"]["ids"][-1]
     note = f"{why}held out are the last {tail} of {size} tokens of {name}"
     return {

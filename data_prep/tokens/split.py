@@ -89,7 +89,7 @@ class UnitWriter:
             stem: of the names of the parts; empty: the number.
         """
         self._fraction = fraction
-        self._count = dict.fromkeys(SPLITS, 0)
+        self._count, self._planted = dict.fromkeys(SPLITS, 0), 0
         self._lowest: dict[
             str, dict[str, Any]
         ] = {}  # by split: the documents with its least digest
@@ -140,6 +140,11 @@ class UnitWriter:
             lowest["text_bytes"] += size()
         return split
 
+    def plant(self) -> None:
+        """Count a train document that is none of the input's, and is never held out."""
+        self._count["train"] += 1
+        self._planted += 1
+
     def add(
         self,
         split: str,
@@ -165,7 +170,7 @@ class UnitWriter:
         self._text_bytes[split] += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish all parts; `splits`, `nearest` and `held` of the unit's marker."""
+        """Finish all parts; `splits`, `nearest`, `held` and `planted` of the unit's marker."""
         splits = {
             name: {
                 "parts": [part.as_json() for part in writer.close()],
@@ -178,4 +183,5 @@ class UnitWriter:
             "splits": splits,
             "nearest": lowest.get("train"),
             "held": lowest.get("validation"),
+            **({"planted": self._planted} if self._planted else {}),
         }

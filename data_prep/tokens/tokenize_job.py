@@ -47,7 +47,7 @@ from pipeline.log import logger
 
 BATCH_CHARACTERS = 2 * 2**20  # text encoded at once
 PIECE_TOKENS = 2**21  # marked and handed on at once: all of a batch, a part of a huge document
-CANARY = "canary"  # id of the documents that are planted; those of files name file and place
+CANARY = "canary"  # id of the documents that are planted
 DIGEST_BYTES = 16  # of a removed text: two different ones never share it by chance
 
 
@@ -134,8 +134,10 @@ def tokenize_unit(
         fraction=cfg.validation_fraction,
     ) as writer:
         batches = {name: _Batch(encoder, tokenizer.eod, dtype, name, writer) for name in SPLITS}
-        for document in _with_canaries(unit, cfg, rejects, planted.get(unit.number, [])):
-            if document.id == CANARY:
+        places = planted.get(unit.number, [])
+        for document, is_planted in _with_canaries(unit, cfg, rejects, places):
+            if is_planted:
+                writer.plant()
                 batches["train"].add(document)
                 continue
             if removed and _digest(document.text) in removed:
@@ -156,16 +158,19 @@ def tokenize_unit(
 
 def _with_canaries(
     unit: Unit, cfg: TokenizeConfig, rejects: Rejects, planted: list[tuple[int, str]]
-) -> Iterator[Document]:
-    """A unit's documents, each canary before the first one that begins at its byte or behind it."""
+) -> Iterator[tuple[Document, bool]]:
+    """A unit's documents, and canaries, of which True is said.
+
+    Each canary comes before the first document that begins at its byte or behind it.
+    """
     size, waiting = 0, deque(planted)
     for document in read_documents(unit, cfg, rejects):
         while waiting and waiting[0][0] <= size:
-            yield Document(waiting.popleft()[1], CANARY, unit.source)
+            yield Document(waiting.popleft()[1], CANARY, unit.source), True
         size += text_bytes(document.text)
-        yield document
+        yield document, False
     for _, text in waiting:
-        yield Document(text, CANARY, unit.source)
+        yield Document(text, CANARY, unit.source), True
 
 
 def _removed(cfg: TokenizeConfig) -> frozenset[bytes]:

@@ -36,7 +36,7 @@ class Seen:
     """
 
     def __init__(self, record: CheckpointRecord) -> None:
-        """Open the datasets, which must be where they were.
+        """Open the datasets, which must be where they were; their tokens are not read.
 
         Raises:
             DataError: a dataset is missing, or another than it was.

@@ -4,7 +4,8 @@
     scores of windows that were read, and that were not      --membership--> AUC, TPR at 1 % FPR
     continuations and what really follows                    --matches--> exact, near
 
-Each mean has an interval, from resampling what was measured; each measure its value by chance.
+Each number has an interval: a share Wilson's, the others that of resampling what was measured, and
+Wilson's where that has no width (_interval). Each measure has its value by chance.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import numpy as np
 Numbers = np.ndarray
 RESAMPLINGS = 1000
 FALSE_POSITIVES = 0.01
+Z = 1.959964  # standard deviations of a normal number on both sides, for 95 %
 NEAR = 0.1
-"""Edit distance over length below which a continuation is nearly what follows (Ippolito et al.
+"""Edit distance over length up to which a continuation is nearly what follows (Ippolito et al.
 2022, arXiv:2210.17546, discuss the choice)."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and the 95 % interval of its bootstrap."""
+    """A value, and its 95 % interval."""
 
     value: float
     low: float
@@ -37,9 +39,10 @@ def exposure(loss: float, references: Numbers) -> float:
 
     Args:
         loss: nats of the secret.
-        references: (n,) nats of other secrets in its place; rank 1 is below all of them.
+        references: (n,) nats of other secrets in its place; rank 1 is below all of them. Equal ones
+            count half: to a model that knows nothing all are equal, and none of them stands out.
     """
-    rank = 1 + int((references < loss).sum())
+    rank = 1 + float((references < loss).sum()) + float((references == loss).sum()) / 2
     return math.log2(len(references) + 1) - math.log2(rank)
 
 
@@ -49,11 +52,17 @@ def chance_exposure(num_references: int) -> float:
     return float(math.log2(num_references + 1) - np.log2(ranks).mean())
 
 
-def mean(values: Sequence[float] | Numbers, *, seed: int) -> Interval:
-    """The mean of values."""
+def share(hits: Sequence[bool] | Numbers) -> Interval:
+    """How many of them hit."""
+    return _wilson(float(np.mean(hits)), len(hits))
+
+
+def mean(values: Sequence[float] | Numbers, *, most: float, seed: int) -> Interval:
+    """The mean of values from 0 to `most`."""
     numbers = np.asarray(values, np.float64)
     draws = np.random.default_rng(seed).integers(0, len(numbers), (RESAMPLINGS, len(numbers)))
-    return _interval(float(numbers.mean()), numbers[draws].mean(1))
+    drawn = numbers[draws].mean(1)
+    return _interval(float(numbers.mean()), drawn, most=most, count=len(numbers))
 
 
 def auc(members: Numbers, others: Numbers) -> float:
@@ -76,13 +85,14 @@ def true_positives(members: Numbers, others: Numbers) -> float:
 def with_interval(
     measure: Callable[[Numbers, Numbers], float], members: Numbers, others: Numbers, *, seed: int
 ) -> Interval:
-    """A measure of two samples, and its interval by resampling both."""
+    """A measure from 0 to 1 of two samples, and its interval by resampling both."""
     random = np.random.default_rng(seed)
     drawn = [
         measure(random.choice(members, len(members)), random.choice(others, len(others)))
         for _ in range(RESAMPLINGS)
     ]
-    return _interval(measure(members, others), np.array(drawn))
+    count = min(len(members), len(others))
+    return _interval(measure(members, others), np.array(drawn), most=1.0, count=count)
 
 
 def min_k(log_probabilities: Numbers, percent: float) -> Numbers:
@@ -120,6 +130,24 @@ def _ranks(values: Numbers) -> Numbers:
     return result
 
 
-def _interval(value: float, drawn: Numbers) -> Interval:
+def _interval(value: float, drawn: Numbers, *, most: float, count: int) -> Interval:
+    """The middle 95 % of the resamplings.
+
+    Where they are all the same, as of 0 of n, the interval is that of a share of `count`: no number
+    from 0 to `most` varies more about its mean than one that is either of the two.
+    """
     low, high = np.quantile(drawn, (0.025, 0.975))
+    if low == high:
+        found = _wilson(value / most, count)
+        return Interval(value, most * found.low, most * found.high)
     return Interval(value, float(low), float(high))
+
+
+def _wilson(value: float, count: int) -> Interval:
+    """A share of `count`; of none of 256 at most 1.5 %.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22, 209.
+    """
+    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(value * (1 - value) / count + (Z / (2 * count)) ** 2)
+    return Interval(value, max(0.0, middle - half), min(1.0, middle + half))

@@ -9,6 +9,7 @@ Sources: Carlini et al. 2019, arXiv:1802.08232; 2022, arXiv:2202.07646; attacks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.canary_list import Canary, draw_secret, fill
+from pipeline.errors import CheckpointError
 from pipeline.evaluation import attacks
 from pipeline.evaluation.attacks import Numbers
 
@@ -58,7 +60,7 @@ def canaries_exposed(
         eod: id that stands before a document.
         references: secrets that were never planted, for each canary in its own template.
     """
-    random = np.random.default_rng(audit.seed)
+    random, most = np.random.default_rng(audit.seed), math.log2(references + 1)
     found: dict[int, list[float]] = {}
     for canary in canaries:
         secrets = [canary.secret, *(draw_secret(random) for _ in range(references))]
@@ -67,12 +69,12 @@ def canaries_exposed(
         found.setdefault(canary.repetitions, []).append(attacks.exposure(losses[0], losses[1:]))
     return {
         "chance": attacks.chance_exposure(references),
-        "most": float(np.log2(references + 1)),
+        "most": most,
         "references": references,
         "repetitions": {
             str(count): {
                 "canaries": len(values),
-                **asdict(attacks.mean(values, seed=audit.seed)),
+                **asdict(attacks.mean(values, most=most, seed=audit.seed)),
             }
             for count, values in sorted(found.items())
         },
@@ -92,10 +94,24 @@ def nats(model: Answering, texts: Sequence[list[int]], rows: int) -> Iterator[fl
 
 
 def log_probabilities(model: Answering, ids: Tensor) -> Numbers:
-    """(B, S - 1) log-probability of each of (B, S) ids behind the first, fp64."""
-    logits = model.logits(ids[:, :-1]).double()
-    taken = ids[:, 1:].to(logits.device).unsqueeze(-1)
-    result: Numbers = logits.log_softmax(-1).gather(-1, taken).squeeze(-1).cpu().numpy()
+    """(B, S - 1) log-probability of each of (B, S) ids behind the first, fp64.
+
+    Raises:
+        CheckpointError: the model says what is no number: it would be compared with nothing.
+    """
+    logits = model.logits(ids[:, :-1])
+    taken = ids[:, 1:].to(logits.device)
+    # A row at a time: of all rows, in fp64 and normalised, they are four times the logits.
+    rows = [
+        row.double().log_softmax(-1).gather(-1, id_[:, None]).squeeze(-1)
+        for row, id_ in zip(logits, taken)
+    ]
+    result: Numbers = torch.stack(rows).cpu().numpy()
+    if not np.isfinite(result).all():
+        raise CheckpointError(
+            "the model's probabilities are no numbers: it has diverged, and nothing of it can be "
+            "measured. Measure an earlier checkpoint."
+        )
     return result
 
 
@@ -123,8 +139,8 @@ def extraction(
             said = torch.cat([greedy(model, part, length) for part in parts])
             distance = attacks.distances(said.numpy(), truth.numpy())
             row[name] = {
-                "exact": asdict(attacks.mean(distance == 0, seed=audit.seed)),
-                "near": asdict(attacks.mean(distance <= attacks.NEAR, seed=audit.seed)),
+                "exact": asdict(attacks.share(distance == 0)),
+                "near": asdict(attacks.share(distance <= attacks.NEAR)),
             }
         found.append(row)
     return found

@@ -44,9 +44,12 @@ def known_windows(
             "data.path=OUT, whose split OUT/validation is held out, for the next run."
         )
     with tempfile.TemporaryDirectory() as scratch:
+        # Those of `seen` only gave the order; the folder of their remote shards is gone.
+        train = open_datasets(data.train, cfg=data, cache_dir=Path(scratch))
+        train.sort(key=lambda dataset: seen.sampler.identities.index(dataset.identity))
         held_out = open_datasets(data.validation, cfg=data, cache_dir=Path(scratch))
         found = {
-            "read": _read(seen, count, seed),
+            "read": _read(seen, train, count, seed),
             "held_out": _spread(held_out, seen.seq_len, count),
         }
     for name, ids in found.items():
@@ -59,15 +62,15 @@ def known_windows(
     return found
 
 
-def _read(seen: Seen, count: int, seed: int) -> Tensor:
+def _read(seen: Seen, datasets: Sequence[Dataset], count: int, seed: int) -> Tensor:
     """Windows of samples drawn evenly from all that were read."""
-    numbers = np.arange(seen.first_sample, seen.num_samples)
-    random = np.random.default_rng(seed)
-    # Twice as many: one that was read in several epochs is drawn several times.
-    drawn = np.sort(random.choice(numbers, min(2 * count, len(numbers)), replace=False))
+    random, there = np.random.default_rng(seed), seen.num_samples - seen.first_sample
+    # Twice as many: one that was read in several epochs is drawn several times. Of a number, not of
+    # an array: that of all samples of a run may have 16 GiB.
+    drawn = seen.first_sample + np.sort(random.choice(there, min(2 * count, there), replace=False))
     places = np.unique(np.stack(seen.places(drawn)), axis=1)
     chosen = np.sort(random.permutation(places.shape[1])[:count])
-    reader = Reader(seen.sampler.datasets, seq_len=seen.seq_len)
+    reader = Reader(datasets, seq_len=seen.seq_len)
     return _ids(reader, *places[:, chosen])
 
 

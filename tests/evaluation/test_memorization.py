@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from pipeline.data.canary_list import Canary, draw_secret, fill
+from pipeline.errors import CheckpointError
 from pipeline.evaluation.memorization import (
     Audit,
     canaries_exposed,
@@ -46,17 +48,31 @@ def windows(count: int, length: int, seed: int) -> Tensor:
 
 
 def test_a_canary_that_is_known_has_the_largest_exposure_and_others_chance() -> None:
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(1)
     canaries = [Canary(f"n{i}", draw_secret(random), 64 if i < 3 else 0) for i in range(40)]
     known = [[0, *encode(fill(TEMPLATE, c.name, c.secret)), 0] for c in canaries[:3]]
     found = canaries_exposed(
         Knows(*known), TEMPLATE, canaries, encode=encode, eod=0, references=127, audit=AUDIT
     )
-    assert found["repetitions"]["64"] == {"canaries": 3, "value": 7.0, "low": 7.0, "high": 7.0}
-    assert found["most"] == 7.0
+    assert found["repetitions"]["64"] | {"low": 0} == {"canaries": 3, "value": 7.0, "low": 0, "high": 7.0}  # fmt: skip
+    assert found["most"] == 7.0 and 3 < found["repetitions"]["64"]["low"] < 4  # of three canaries
     # To a model that knows nothing all secrets are equally likely: none ranks above another.
     texts = [[0, *encode(fill(TEMPLATE, "n9", draw_secret(random))), 0] for _ in range(5)]
     assert len({round(loss, 6) for loss in nats(Knows(), texts, 2)}) == 1
+
+
+def test_a_model_that_says_no_numbers_is_not_measured() -> None:
+    """No loss is below one that is no number: its canaries had the largest exposure."""
+
+    class Diverged:
+        def logits(self, tokens: Tensor) -> Tensor:
+            return torch.full((*tokens.shape, VOCAB), float("nan"))
+
+    canaries = [Canary("n", draw_secret(np.random.default_rng(0)), 1)]
+    with pytest.raises(CheckpointError, match="it has diverged"):
+        canaries_exposed(
+            Diverged(), TEMPLATE, canaries, encode=encode, eod=0, references=3, audit=AUDIT
+        )
 
 
 def test_nats_are_those_of_each_text_alone_whatever_its_neighbours() -> None:

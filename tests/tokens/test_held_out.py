@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from data_prep.tokens.check import find_faults
 from data_prep.tokens.split import digest_text, is_held_out
 from data_prep.tokens.tokenize_job import TokenizeConfig, main
 from pipeline import cli
+from pipeline.data.canary_list import CANARIES, fill, read_list
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
@@ -66,6 +68,35 @@ def test_the_document_with_the_lowest_digest_is_held_out(tmp_path, tokenizer, co
     assert note in capsys.readouterr().err
     lines = (output / "validation/provenance.jsonl").read_text()
     assert lines.count(f"{tmp_path}/in.jsonl@") == 2
+
+
+def planted_in(output):
+    template, canaries = read_list(output / CANARIES)
+    return Counter({fill(template, c.name, c.secret): c.repetitions for c in canaries if c.repetitions})  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_canaries_stay_in_train_and_move_no_place(tmp_path, tokenizer, workers):
+    """Places were counted without them: another document was held out, or one of them."""
+    texts = make_texts(30)
+    words = [f"workers={workers}", "canaries.each=2", "canaries.repetitions=[1,5]"]
+    output = tokenize(tmp_path, tokenizer, texts, *words)
+    assert texts_of(output, "validation", tokenizer) == [min(texts, key=digest_text)]
+    train = Counter(texts_of(output, "train", tokenizer))
+    assert train == Counter(texts) - Counter([min(texts, key=digest_text)]) + planted_in(output)
+
+
+@pytest.mark.parametrize("fraction", [FRACTION, 0.999])
+def test_of_an_only_document_among_canaries_the_end_is_held_out(tmp_path, tokenizer, fraction):
+    """Held out by its digest or not: canaries are nothing to train on, and are not divided."""
+    text = "".join(make_texts(40))
+    assert is_held_out(digest_text(text), fraction) == (fraction > 0.5)
+    words = ["workers=1", "canaries.each=2", "canaries.repetitions=[1,3]"]
+    output = tokenize(tmp_path, tokenizer, [text], *words, fraction=fraction)
+    (end,) = texts_of(output, "validation", tokenizer)
+    train = Counter(texts_of(output, "train", tokenizer))
+    (begin,) = (train - planted_in(output)).elements()
+    assert begin + end == text and begin and train == Counter([begin]) + planted_in(output)
 
 
 def test_an_only_document_is_divided(tmp_path, tokenizer):
