@@ -54,6 +54,9 @@ class DumpPlan:
     """What is dumped; the same plan goes on where it ended."""
 
     checkpoint: str
+    precision: str
+    mask_documents: bool
+    reset_positions: bool
     place: str
     dtype: str
     hidden_size: int
@@ -264,8 +267,19 @@ def plan_of(
                 "sequences": min(asked, there) if asked else there,
             }
         )
-    size = evaluation.model.hidden_size
-    return DumpPlan(checkpoint, place, dtype, size, seq_len, shard_sequences, rows)
+    data = evaluation.data
+    return DumpPlan(
+        checkpoint=checkpoint,
+        precision=evaluation.precision.name,
+        mask_documents=data.mask_documents,
+        reset_positions=data.reset_positions,
+        place=place,
+        dtype=dtype,
+        hidden_size=evaluation.model.hidden_size,
+        seq_len=seq_len,
+        shard_sequences=shard_sequences,
+        datasets=rows,
+    )
 
 
 def reading(

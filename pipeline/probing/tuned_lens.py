@@ -100,6 +100,8 @@ class TunedLens:
         if layout.data.size > 1:
             for value in (sums, *totals):
                 dist.all_reduce(value, group=layout.data.group)
+        if layout.pipeline.size > 1:  # they are known where the head is, and told on the main rank
+            dist.all_reduce(sums, group=layout.pipeline.group)
         blocks = len(self.weights)
         for weight, bias in zip(totals[:blocks], totals[blocks:], strict=True):
             norm = (weight.square().sum() + bias.square().sum()).sqrt()

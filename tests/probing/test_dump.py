@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,23 @@ def refusals(root: Path, folder: Path) -> None:
     from pipeline.activations import write_activations
     from pipeline.distributed.ranks import ranks_from_environment
 
-    ranks = ranks_from_environment()
-    for place, output, said in (
-        ("layers.2", folder, "holds a dump of something else .*place 'layers.1', now 'layers.2'"),
-        ("layers.2", root, "holds other files: choose another output"),
-        ("layers.4", folder, r"place=layers.4 is none of this model.*layers.0 to layers.3 "),
+    ranks, held_out = ranks_from_environment(), settings(root, "layers.1", folder).data
+    bf16 = {"precision": Precision.bf16}
+    masked = {"data": replace(held_out, mask_documents=True)}
+    for place, output, more, said in (
+        (
+            "layers.2",
+            folder,
+            {},
+            "holds a dump of something else .*place 'layers.1', now 'layers.2'",
+        ),
+        ("layers.1", folder, bf16, "something else .precision 'fp32', now 'bf16'"),
+        ("layers.1", folder, masked, "something else .mask_documents False, now True"),
+        ("layers.2", root, {}, "holds other files: choose another output"),
+        ("layers.4", folder, {}, r"place=layers.4 is none of this model.*layers.0 to layers.3 "),
     ):
         with pytest.raises(ConfigError, match=said):
-            write_activations(settings(root, place, output), ranks)
+            write_activations(replace(settings(root, place, output), **more), ranks)
         reset_parallel_state()
 
 

@@ -45,8 +45,16 @@ def trained(layouts: list[dict[str, Any]], root: Path) -> list[Any]:
     """By layout and model: findings of a probe that trains a lens, and of one that reads it."""
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.probe import ProbeConfig, look_into
+    from pipeline.probing.tuned_lens import TunedLens
 
-    ranks, answers = ranks_from_environment(), []
+    ranks, answers, histories = ranks_from_environment(), [], []
+    train = TunedLens.train
+
+    def remembering(self: TunedLens, *args: Any, **kwargs: Any) -> list[float]:
+        histories.append(train(self, *args, **kwargs))
+        return histories[-1]
+
+    TunedLens.train = remembering
     for number, layout in enumerate(layouts):
         for name in MODELS:
             common: dict[str, Any] = dict(
@@ -60,7 +68,9 @@ def trained(layouts: list[dict[str, Any]], root: Path) -> list[Any]:
             for more in (dict(train_lens=STEPS, output=str(output)), dict(tuned_lens=file)):
                 pair.append(look_into(ProbeConfig(**common, **more), ranks))
                 reset_parallel_state()
-            answers.append((pair, {name: t.numpy() for name, t in load_file(file).items()}))
+            tensors = {name: t.numpy() for name, t in load_file(file).items()}
+            answers.append((pair, tensors, histories[-1]))
+    TunedLens.train = train
     return answers
 
 
@@ -91,7 +101,9 @@ def expected(root: Path) -> list[Any]:
         optimizers = [
             torch.optim.SGD(t.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-3) for t in lens
         ]  # fmt: skip
+        history = []
         for step in range(STEPS):
+            apart = []
             first = MEASURED + step % 2 * 32
             seen = theirs.run(tokens[first : first + 32])
             target = seen["logits"].log_softmax(-1)
@@ -99,11 +111,14 @@ def expected(root: Path) -> list[Any]:
                 optimizer.param_groups[0]["lr"] = 1 - step / STEPS
                 optimizer.zero_grad()
                 said = theirs.logits(hidden + linear(hidden)).log_softmax(-1)
-                F.kl_div(
+                loss = F.kl_div(
                     said.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
-                ).backward()
+                )
+                loss.backward()
+                apart.append(float(loss.detach()))
                 torch.nn.utils.clip_grad_norm_(linear.parameters(), 1.0)
                 optimizer.step()
+            history.append(sum(apart) / len(apart))
         with torch.no_grad():
             after = theirs.run(tokens[:MEASURED])["after"]
             said = [theirs.logits(h + t(h)) for h, t in zip(after, lens)] + [
@@ -115,7 +130,7 @@ def expected(root: Path) -> list[Any]:
             for i, t in enumerate(lens)
             for n, v in t.named_parameters()
         }
-        answers.append((losses, tensors))
+        answers.append((losses, tensors, history))
     return answers
 
 
@@ -125,10 +140,11 @@ def wanted(root: Path) -> list[Any]:
 
 
 def compare(layouts: list[dict[str, Any]], ranks: list[Any], wanted: list[Any]) -> None:
-    """Losses by block and translators, and that the file gives what training gave."""
+    """Losses by block and translators, divergences as every rank knows them, and that the file gives what training gave."""
     cases = [(layout, i) for layout in layouts for i in range(len(MODELS))]
-    for ((first, again), tensors), (layout, i) in zip(ranks, cases, strict=True):
-        losses, theirs = wanted[i]
+    for ((first, again), tensors, history), (layout, i) in zip(ranks, cases, strict=True):
+        losses, theirs, apart = wanted[i]
+        np.testing.assert_allclose(history, apart, rtol=1e-4, atol=1e-5, err_msg=str(layout))
         assert tensors.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(
