@@ -20,8 +20,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,13 @@ class Contender:
             "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         words = ["--profiled"] if profile else []
+        # Files, not pipes, which nobody reads until the end: a process that has written 64 KiB waits.
+        self.said = [tempfile.TemporaryFile("w+") for _ in range(world)]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", __file__, "--worker", name, precision, *words],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE if rank == 0 else self.said[rank], stderr=self.said[rank],
+                text=True, cwd=ROOT,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(world)
@@ -69,16 +74,18 @@ class Contender:
         Raises:
             ChildProcessError: it died, with the end of what it said.
         """
-        for process in self.processes:
-            if steps is not None and process.stdin is not None:
-                process.stdin.write(f"{steps}\n")
-                process.stdin.flush()
-        out, err = self.processes[0].stdout, self.processes[0].stderr
-        assert out is not None and err is not None
+        with suppress(BrokenPipeError):  # it died: what it said is below
+            for process in self.processes:
+                if steps is not None and process.stdin is not None:
+                    process.stdin.write(f"{steps}\n")
+                    process.stdin.flush()
+        out = self.processes[0].stdout
+        assert out is not None
         for line in out:
             if line.startswith("{"):
                 return json.loads(line)
-        raise ChildProcessError(err.read()[-1500:])
+        self.said[0].seek(0)
+        raise ChildProcessError(self.said[0].read()[-1500:])
 
     def begin(self, seconds: float) -> float:
         """Wait for it, and find how many steps fill a round; the loss after those steps."""
@@ -97,6 +104,8 @@ class Contender:
             process.kill()
         for process in self.processes:
             process.wait()
+        for file in self.said:
+            file.close()
 
 
 def worker(name: str, precision: str, *, profiled: bool) -> None:

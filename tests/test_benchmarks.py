@@ -25,6 +25,33 @@ def test_help_of_every_benchmark(name: str) -> None:
     assert len(run(f"benchmarks/{name}", "--help").splitlines()) > 5
 
 
+def test_a_contender_that_says_much_is_heard_out(tmp_path: Path) -> None:
+    """Nobody read what its processes wrote beside their numbers: 64 KiB of warnings and they waited for ever."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys\n"
+        "print('w' * 300_000, file=sys.stderr, flush=True)\n"
+        "print('x' * 300_000, flush=True)\n"
+        "print('{\"loss\": 2.5}', flush=True)\n"
+        "input()\n"
+        "sys.exit('no kernel')\n"
+    )
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import parallel
+parallel.__file__ = {str(worker)!r}
+contender = parallel.Contender("DDP", "fp32")
+print(contender.answer())
+try:
+    contender.answer(3)
+except ChildProcessError as error:
+    print(str(error).splitlines()[-1])
+contender.stop()
+"""
+    assert run("-c", program).splitlines() == ["{'loss': 2.5}", "no kernel"]
+
+
 def test_a_check_of_a_device_ends_with_a_table_whatever_happens(tmp_path: Path) -> None:
     """A device is lent for minutes: a stage that fails, hangs or does not fit costs only itself."""
     program = f"""

@@ -17,7 +17,7 @@ from pipeline.planning.devices import Device, load_device
 from pipeline.planning.job import Job
 from pipeline.planning.memory import GIB
 from pipeline.planning.plan import Plan
-from pipeline.planning.search import Layout, contexts, legal_shape
+from pipeline.planning.search import Layout, contexts, expert_sizes, legal_shape
 
 MOST_CHANGES = 5
 # Stands in for a device that is not known: neither its memory nor its speed is said then.
@@ -99,6 +99,12 @@ def _changes(cfg: PretrainConfig, shape: RunShape, device: Device) -> Iterator[L
         in_parallel[f"parallel.context_parallel_size={2 * context}"] = {
             "context_parallel_size": 2 * context
         }
+    experts = expert_sizes(cfg.model, tensor=tensor, ranks=shape.world_size // pipeline)
+    in_parallel |= {
+        f"parallel.expert_parallel_size={n}": {"expert_parallel_size": n}
+        for n in experts
+        if n > parallel.expert_parallel_size
+    }
     in_parallel[f"parallel.pipeline_parallel_size={2 * pipeline}"] = {
         "pipeline_parallel_size": 2 * pipeline
     }

@@ -90,7 +90,7 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
     ):
         if world_size % (tensor * context * pipeline):
             continue
-        experts = _expert_sizes(cfg.model, tensor=tensor, ranks=world_size // pipeline)
+        experts = expert_sizes(cfg.model, tensor=tensor, ranks=world_size // pipeline)
         is_staged = pipeline > 1
         ways = (
             [(1, schedule) for schedule in PipelineSchedule]
@@ -116,7 +116,7 @@ def layouts(cfg: PretrainConfig, *, world_size: int, per_node: int) -> Iterator[
                 yield changed
 
 
-def _expert_sizes(model: ModelConfig, *, tensor: int, ranks: int) -> list[int]:
+def expert_sizes(model: ModelConfig, *, tensor: int, ranks: int) -> list[int]:
     """Ranks that may share a layer's experts, of those that share its tokens."""
     count = model.moe.num_experts
     spread = range(tensor, min(count, ranks) + 1, tensor)

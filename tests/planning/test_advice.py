@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.planning.advice import advice, fitting_changes
+from pipeline.planning.advice import advice, fitting_changes, lower_changes
 from pipeline.planning.devices import load_device
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
@@ -51,6 +51,22 @@ def test_an_unknown_device_is_told_what_saves_memory_least_need_first():
     assert lines[1] == "settings that lower it:"
     needs = [float(re.findall(r": ([\d.]+) GiB", line)[0]) for line in lines[2:]]
     assert needs == sorted(needs) and len(needs) == 5
+
+
+def test_a_mixture_is_told_of_the_ranks_that_may_share_its_experts():
+    """Of eight experts on eight devices; a copy of each on every device is what does not fit."""
+    words = ["model=mixtral-8x7b", "parallel.zero_stage=1"]
+    cfg, shape = run_of(*words)
+    found = {f.settings for f in lower_changes(cfg, shape, Plan(Job.of(cfg, shape), H100))}
+    sizes = {f"parallel.expert_parallel_size={n}" for n in (2, 4, 8)}
+    assert sizes <= found
+    for size in sizes:
+        assert run_of(*words, size)[1].sizes.expert > 1
+    shared, more = run_of(*words, "parallel.expert_parallel_size=4")
+    again = {f.settings for f in lower_changes(shared, more, Plan(Job.of(shared, more), H100))}
+    assert not again & {"parallel.expert_parallel_size=2", "parallel.expert_parallel_size=4"}
+    dense, of_dense = run_of()
+    assert "expert_parallel" not in advice(dense, of_dense, None)
 
 
 def test_a_pipeline_is_not_told_to_use_zero_2():
