@@ -87,7 +87,7 @@ class Metrics:
         self.plan, self._num_steps = plan, 0
         self._logged_steps = self._interval_steps = self._interval_tokens = 0
         self._interval_s = self._interval_wait_ms = 0.0
-        self._losses: list[Tensor] = []  # of the steps since the last logged one
+        self._losses: list[tuple[int, Tensor]] = []  # of the steps since the last logged one
         self.restart_clock()
         device = (
             torch.cuda.get_device_name()
@@ -119,6 +119,11 @@ class Metrics:
         """Leave the time since the last record out of the throughput: it went to no step."""
         self._mark = time.perf_counter()
 
+    def undo(self, state: State) -> None:
+        """The run is back at `state`: no mean counts the steps behind it, nor their way back."""
+        self._losses = [(step, loss) for step, loss in self._losses if step <= state.step]
+        self.restart_clock()
+
     def record(
         self,
         state: State,
@@ -141,7 +146,7 @@ class Metrics:
         self._interval_tokens += self.shape.at(state.step - 1).tokens
         self._interval_wait_ms += data_wait_ms
         # A copy: the engine may sum the next step's in the same place. Nothing waits for it.
-        self._losses.append(torch.as_tensor(result.loss).detach().clone())
+        self._losses.append((state.step, torch.as_tensor(result.loss).detach().clone()))
         # The first step of a process shows at once whether it works; the last one is what a run has
         # reached.
         is_due = state.step % self.cfg.log_every == 0 or state.step == self.shape.total_steps
@@ -202,7 +207,7 @@ class Metrics:
     def _values(self, state: State, result: StepResult, extra: Mapping[str, Any]) -> dict[str, Any]:
         """The step's numbers; .item() waits for the device, so the clock is read after it."""
         loss, grad_norm = float(result.loss), float(result.grad_norm)
-        losses = torch.stack(self._losses)
+        losses = torch.stack([of_step for _, of_step in self._losses])
         mean_loss = float(losses[losses.isfinite()].mean())  # NaN where none is finite
         self._losses.clear()
         now = time.perf_counter()
@@ -255,7 +260,7 @@ class SilentMetrics(Metrics):
     def _nothing(self, *_: Any, **__: Any) -> None:
         """Instead of every public method."""
 
-    begin = restart_clock = record = record_eval = record_samples = event = close = _nothing
+    begin = restart_clock = undo = record = record_eval = record_samples = event = close = _nothing
 
 
 def _number(value: Any) -> Any:

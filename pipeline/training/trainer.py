@@ -219,6 +219,7 @@ class Trainer:
         self.loader.skip_samples(skipped)
         self.warn(f"rolled back to step {self.state.step}; {skipped} samples are skipped")
         self.state.samples_seen = reached
+        self.metrics.undo(self.state)
 
     def evaluate(self) -> None:
         """Loss, perplexity and bits per byte on the held-out datasets."""
@@ -314,9 +315,8 @@ class Trainer:
         """What a checkpoint holds besides tensors."""
         spent_privacy = None
         if (private := self.engine.private) is not None:
-            reads, seq_len = self.loader.most_reads(), self.shape.seq_len
-            dp = self.cfg.finetune.dp
-            spent_privacy = spent(dp, reads=reads, seq_len=seq_len, salt=private.salt)
+            dp, reads = self.cfg.finetune.dp, self.loader.most_reads()
+            spent_privacy = spent(dp, reads=reads, seq_len=self.shape.seq_len, salt=private.salt)
         return RunRecord(
             state=asdict(self.state),
             loader=self.loader.state(),

@@ -141,6 +141,20 @@ def test_a_logged_step_carries_the_documented_names(tmp_path):
     assert last["memory/peak_gib"] > 0
 
 
+def test_steps_that_a_rollback_undid_are_in_no_mean(tmp_path):
+    """Nor is the time that it takes to read a checkpoint in the throughput."""
+    tracker, state = make(tmp_path), State()
+    train(tracker, state, 8)
+    state.step, state.tokens_seen = 6, 192  # logged at 5; 7 and 8 were bad
+    time.sleep(0.5)
+    tracker.undo(state)
+    train(tracker, state, 4)
+    tracker.close()
+    last = rows(tmp_path)[-1]
+    assert last["step"] == 10 and last["throughput/step_ms"] < 50
+    assert last["train/mean_loss"] == pytest.approx(sum(1 / step for step in range(6, 11)) / 5)
+
+
 def test_throughput_is_tokens_over_the_time_of_steps_alone(tmp_path):
     """An evaluation or checkpoint between steps is not training time."""
     tracker, state = make(tmp_path), State()
