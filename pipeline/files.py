@@ -26,6 +26,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @contextlib.contextmanager
 def whole_file(
-    path: Path, *, scratch: Path | None = None, durable: bool = True
+    path: Path, *, scratch: Path | None = None, durable: bool = True, mode: int = 0o666
 ) -> Iterator[BinaryIO]:
     """A file that gets its name, on disk to stay, when the block ends without an error.
 
@@ -50,12 +51,14 @@ def whole_file(
             None: beside `path`.
         durable: false spares the two fsyncs, tens of milliseconds on a network file system; then a
             power cut may leave an empty file, and the reader must cope.
+        mode: who may read it, less the umask; of a secret 0o600, from its first byte on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
     try:
         # "x": a link that somebody has put under this name is not followed.
-        with open(unfinished, "xb", buffering=1 << 20) as file:
+        opener = partial(os.open, mode=mode)
+        with open(unfinished, "xb", buffering=1 << 20, opener=opener) as file:
             yield file
             file.flush()
             if durable:
@@ -88,14 +91,18 @@ def check_writable(path: Path, setting: str) -> None:
         ) from None
 
 
-def write_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> str:
+def write_durably(
+    path: Path, data: bytes, *, scratch: Path | None = None, mode: int = 0o666
+) -> str:
     """Hex sha256 of `data`, which is on the disk under `path` when this returns; see whole_file."""
-    with whole_file(path, scratch=scratch) as file:
+    with whole_file(path, scratch=scratch, mode=mode) as file:
         file.write(data)
     return sha256_of(data)
 
 
-def create_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
+def create_durably(
+    path: Path, data: bytes, *, scratch: Path | None = None, mode: int = 0o666
+) -> bool:
     """Whether this call made the file; false when there is one, which stays as it is.
 
     Of any number of processes, on any number of machines that share the file system, one gets true.
@@ -103,10 +110,10 @@ def create_durably(path: Path, data: bytes, *, scratch: Path | None = None) -> b
     Args:
         path: final name.
         data: content.
-        scratch: see whole_file.
+        scratch, mode: see whole_file.
     """
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.new.tmp"
-    write_durably(unfinished, data)
+    write_durably(unfinished, data, mode=mode)
     try:
         os.link(unfinished, path)
     except FileExistsError:

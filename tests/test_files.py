@@ -104,6 +104,17 @@ def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
     assert (tmp_path / "claim").read_bytes() == b"mine"
 
 
+def test_a_secret_is_its_owner_s_from_the_first_byte(tmp_path, monkeypatch):
+    """Made for all and then closed to them, it could be read in between."""
+    modes, write = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (modes.append(os.fstat(fd).st_mode & 0o777), write(fd)))  # fmt: skip
+    write_durably(tmp_path / "a", b"secret", mode=0o600)
+    assert create_durably(tmp_path / "b", b"secret", mode=0o600)
+    folder = tmp_path.stat().st_mode & 0o777
+    assert [mode for mode in modes if mode != folder] == [0o600, 0o600]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 def test_sha256_of_a_file_and_of_its_bytes_agree_with_hashlib(tmp_path):
     """Also beyond one block of reading."""
     content = os.urandom(5 * 2**20 + 3)

@@ -12,7 +12,6 @@ Source: Carlini et al. 2019, arXiv:1802.08232.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,5 +104,5 @@ def write_list(cfg: CanaryConfig, output: Path) -> None:
         "template": cfg.template,
         "canaries": [asdict(canary) for canary in draw(cfg)],
     }
-    write_durably(output / CANARIES, seal((json.dumps(content, indent=1) + "\n").encode()))
-    os.chmod(output / CANARIES, 0o600)
+    sealed = seal((json.dumps(content, indent=1) + "\n").encode())
+    write_durably(output / CANARIES, sealed, mode=0o600)

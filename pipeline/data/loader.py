@@ -122,7 +122,8 @@ class Loader:
             d.folder.local.parent / pii_report.NAME for d in self.datasets if not d.is_remote
         ]
         if found := [path for path in reports if path.is_file()]:
-            files[pii_report.NAME] = pii_report.merged(found)
+            without = len(self.datasets) - len(found)
+            files[pii_report.NAME] = pii_report.merged(found, without=without)
         if (chat := self.datasets[0].manifest.chat) is not None:
             files["chat_template.jinja"] = chat.template.encode()
         return files

@@ -17,7 +17,8 @@ NAME = "pii.json"
 KINDS = ("secrets", "emails", "ips", "phones")
 OF_SOURCE = {"documents": COUNT, "with_any": COUNT, "found": {str: COUNT}}
 """Of one source: documents, those in which anything was found, things found by kind."""
-SHAPE = {"sources": {str: OF_SOURCE}}
+SHAPE = {"sources": {str: OF_SOURCE}, "datasets_without?": COUNT}
+"""`datasets_without`: other datasets of the run, in which nobody looked."""
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -36,8 +37,12 @@ def parse(raw: bytes) -> dict[str, Any]:
     return content
 
 
-def merged(paths: list[Path]) -> bytes:
+def merged(paths: list[Path], *, without: int = 0) -> bytes:
     """The reports of several datasets as one; sources of one name are added up.
+
+    Args:
+        paths: of the reports.
+        without: datasets of the run that have none.
 
     Raises:
         DataError: one of them cannot be read.
@@ -48,7 +53,7 @@ def merged(paths: list[Path]) -> bytes:
             add(total, parse(read_file(path))["sources"])
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}.") from None
-    return to_json(total)
+    return to_json(total, without=without)
 
 
 def add(total: dict[str, Any], sources: dict[str, Any]) -> None:
@@ -61,9 +66,12 @@ def add(total: dict[str, Any], sources: dict[str, Any]) -> None:
             into["found"][kind] = into["found"].get(kind, 0) + count
 
 
-def to_json(sources: dict[str, Any]) -> bytes:
-    """The file of all sources."""
-    return (json.dumps({"sources": dict(sorted(sources.items()))}, indent=1) + "\n").encode()
+def to_json(sources: dict[str, Any], *, without: int = 0) -> bytes:
+    """The file of all sources; `without`: as in merged."""
+    content: dict[str, Any] = {"sources": dict(sorted(sources.items()))}
+    if without:
+        content["datasets_without"] = without
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def rate(report: dict[str, Any]) -> float:
@@ -79,4 +87,6 @@ def summary(report: dict[str, Any]) -> str:
     kinds = ", ".join(
         f"{sum(row['found'].get(kind, 0) for row in rows):,} {kind}" for kind in KINDS
     )
-    return f"{kinds} left in {rate(report):.3%} of {documents:,} documents"
+    without = report.get("datasets_without", 0)
+    unknown = f"; not looked for in {without} more datasets" if without else ""
+    return f"{kinds} left in {rate(report):.3%} of {documents:,} documents{unknown}"

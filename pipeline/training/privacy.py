@@ -7,7 +7,6 @@ order of the data -> how often a sequence was read, at most -> epsilon, in every
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,7 @@ def noise_salt(
 def _own_key(path: Path) -> str:
     """The key of a file, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if create_durably(path, secrets.token_hex(KEY_BYTES).encode()):
-        os.chmod(path, 0o600)
+    create_durably(path, secrets.token_hex(KEY_BYTES).encode(), mode=0o600)
     key = read_file(path).decode("ascii", "replace")
     if len(key) != 2 * KEY_BYTES:
         raise OSError(f"it holds {len(key)} characters, not {2 * KEY_BYTES}: it is no key")

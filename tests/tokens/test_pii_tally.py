@@ -59,5 +59,8 @@ def test_reports_of_several_datasets_add_up(tmp_path: Path) -> None:
     merged = pii_report.parse(pii_report.merged([tmp_path / "a", tmp_path / "b"]))
     assert merged["sources"]["web"] == {"documents": 6, "with_any": 2, "found": {"ips": 4}}
     assert set(merged["sources"]) == {"web", "a", "b"}
+    assert "; not looked for" not in pii_report.summary(merged)
+    some = pii_report.parse(pii_report.merged([tmp_path / "a"], without=2))
+    assert pii_report.summary(some).endswith("of 6 documents; not looked for in 2 more datasets")
     with pytest.raises(DataError, match="is not what data_prep"):
         pii_report.parse(b'{"sources": 1}')
