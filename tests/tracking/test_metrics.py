@@ -43,32 +43,17 @@ class State:
 
 
 RUN = RunShape(
-    sizes=ParallelSizes(tensor=2),
-    zero_stage=0,
-    micro_batch_size=1,
-    global_batch_size=4,
-    seq_len=8,
-    vocab_size=256,
-    padded_vocab_size=256,
-    images_per_row=0,
-    total_steps=20,
-    total_tokens=640,
-    warmup_steps=0,
-    ramp=((20, StepShape(4, 8, 4, 4)),),
-)
+    sizes=ParallelSizes(tensor=2), zero_stage=0, micro_batch_size=1, global_batch_size=4, seq_len=8, vocab_size=256,
+    padded_vocab_size=256, images_per_row=0, total_steps=20, total_tokens=640, warmup_steps=0, ramp=((20, StepShape(4, 8, 4, 4)),),
+)  # fmt: skip
 
 
 def make(run_dir: Path, **tracking: object) -> Metrics:
     cfg = TrackingConfig(**{"wandb": WandbMode.disabled, "log_every": 5, **tracking})
     return Metrics(
-        cfg,
-        run_dir=run_dir,
-        config={"seed": 1},
-        shape=RUN,
-        flops_per_token=1e6,
-        goodput=Goodput(run_dir, Clock()),
+        cfg, run_dir=run_dir, config={"seed": 1}, shape=RUN, flops_per_token=1e6, goodput=Goodput(run_dir, Clock()),
         facts={"dataset": "abc"},
-    )
+    )  # fmt: skip
 
 
 def train(tracker: Metrics, state: State, num_steps: int, *, step_s: float = 0.0) -> None:
