@@ -98,7 +98,6 @@ TESTED_IN = {
     "pipeline/data/reading_plan.py": ("test_preflight.py", "the plan that preflight checks"),
     "pipeline/data/sampler.py": ("data/test_loader.py", "the loader's order and state"),
     "pipeline/data/special_tokens.py": ("data/test_tokenizer.py", "a part of the tokenizer"),
-    "pipeline/data/validation.py": ("data/test_loader.py", "batches as the loader makes them"),
     "pipeline/distributed/layout.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/distributed/megatron_on_cpu.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/distributed/random_streams.py": ("engine/test_engine.py", LAYOUTS),

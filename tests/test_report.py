@@ -136,11 +136,16 @@ def test_heads_are_shown_where_somebody_looked(tmp_path: Path, capsys) -> None:
     main(ReportConfig(run=str(write(tmp_path, rows))))
     assert "Attention heads" not in (tmp_path / "report" / "index.html").read_text()
     rows += [
-        {"step": step, "tokens": 64, **{f"probe/{name}": score for name in HEADS}}
+        {
+            "step": step, "tokens": 64, **{f"probe/{name}": score for name in HEADS},
+            "lens/loss_0": 8 + score, "lens/loss_1": 4 + score,
+        }
         for step, score in seen
-    ]
+    ]  # fmt: skip
     main(ReportConfig(run=str(write(tmp_path, rows))))
     page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count(">8.8750<") == page.count(">4.8750<") == 1 and ">8.7500<" not in page
+    assert 'alt="Attention heads: ' in page and 'alt="Logit lens: ' in page and ">block 1<" in page
     assert page.count(">0.2500<") == page.count(">0.8750<") == len(HEADS) and ">0.7500<" not in page
 
 

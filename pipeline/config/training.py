@@ -134,7 +134,9 @@ class TrainingConfig:
     eval_sequences: int = 1024
     """Sequences per validation dataset and evaluation; 0: all of it."""
     probe_every: int = 0
-    """Steps between looks at the attention heads (docs/probing.md); 0: never."""
+    """Steps between looks at the attention heads, and at held-out text through the logit lens
+    (docs/probing.md); 0: never.
+    """
     sample_every: int = 0
     """Steps between samples of what the model writes, kept in runs/<name>/samples.jsonl; 0: never.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,42 @@ class Batch:
             positions=places if positions else None,
             sample_ids=np.arange(len(ids)),
             num_documents=len(ids) if documents else 0,
+        )
+
+    def beginning(self, *, rows: int, tokens: int) -> Batch:
+        """The first tokens of the first rows, with their labels and all pictures of these rows."""
+        return self._of_fields(
+            lambda field: field[:rows, :tokens].contiguous(),
+            lambda images: images[:rows],
+            sample_ids=self.sample_ids[:rows],
+        )
+
+    def repeated(self, times: int) -> Batch:
+        """All rows, and again; num_documents remains that of one copy."""
+        return self._of_fields(
+            lambda field: field.repeat(times, 1),
+            lambda images: images.repeat(times, 1, 1, 1, 1),
+            sample_ids=np.tile(self.sample_ids, times),
+        )
+
+    def _of_fields(
+        self,
+        change: Callable[[Tensor], Tensor],
+        change_images: Callable[[Tensor], Tensor],
+        *,
+        sample_ids: np.ndarray,
+    ) -> Batch:
+        """A batch of changed (B, S) fields and pictures, where there are any."""
+        names = ("tokens", "labels", "loss_mask", "document_ids", "positions", "patch_ids")
+        fields: dict[str, Any] = {
+            name: None if (field := getattr(self, name)) is None else change(field)
+            for name in names
+        }
+        return replace(
+            self,
+            **fields,
+            images=None if self.images is None else change_images(self.images),
+            sample_ids=sample_ids,
         )
 
 

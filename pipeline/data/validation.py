@@ -75,6 +75,44 @@ def validation_batches(
         )
 
 
+def beginnings(
+    dataset: Dataset,
+    *,
+    seq_len: int,
+    parts: int,
+    device: torch.device,
+    cfg: DataConfig = NO_SETTINGS,
+    rows: int = 8,
+    tokens: int = 128,
+    least: int = 64,
+) -> Batch:
+    """The first tokens of the first windows of a dataset, the same on every rank that asks.
+
+    Args:
+        dataset, seq_len, device, cfg: as in `validation_batches`.
+        parts: sequence-parallel ranks, which take equal parts; seq_len is a multiple.
+        rows: windows; those that the dataset lacks have loss_mask 0.
+        tokens: of each window, or twice as many, and so on, until enough labels count: of dialogues
+            and pictures the first tokens may hold none.
+        least: labels that count, over all rows.
+    """
+    (batch,) = validation_batches(
+        dataset,
+        seq_len=seq_len,
+        micro_batch_size=rows,
+        data_rank=0,
+        data_parallel_size=1,
+        num_sequences=rows,
+        device=device,
+        cfg=cfg,
+    )
+    assert batch.loss_mask is not None
+    counted = batch.loss_mask.sum(0).cumsum(0).tolist()
+    while tokens < seq_len and counted[tokens - 1] < least:
+        tokens *= 2
+    return batch.beginning(rows=rows, tokens=min(seq_len, -(-tokens // parts) * parts))
+
+
 def count_windows(dataset: Dataset, *, seq_len: int) -> int:
     """How many windows a dataset has."""
     return int(_first_windows(dataset, seq_len)[-1])

@@ -261,6 +261,21 @@ class Engine:
         logits = sums.view(len(own.tokens), -1) / self.layout.replica.size
         return logits[:, : self.shape.vocab_size]
 
+    @torch.no_grad()
+    def row_losses(self, batch: Batch) -> Tensor:
+        """(B,) fp32 sums of the cross entropy of each row's unmasked tokens.
+
+        Args:
+            batch: the same on every data-parallel rank.
+        """
+        expect_documents(count_documents([batch]))
+        (own,) = own_runs([batch], self.layout.context, self.model)
+        masks, _ = loss_masks([own], self.layout)
+        size = len(own.tokens)
+        sums = self.runner.evaluate([own], masks, Loss.row_sums, size=size)
+        # Every copy of the model has added its own; ranks that share sequences, their runs of them.
+        return sums / self.layout.data.size
+
     # ---- parameters ------------------------------------------------------------------------------
 
     def all_parameters(self) -> dict[str, tuple[nn.Parameter, Partition]]:

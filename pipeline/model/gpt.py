@@ -20,7 +20,13 @@ from pipeline.model.context_parallel import context_group, gather_run
 from pipeline.model.documents import document_starts
 from pipeline.model.embedding import Embedding, Head
 from pipeline.model.exact import count_exact
-from pipeline.model.loss import Projection, final_logits, linear_cross_entropy, score_labels
+from pipeline.model.loss import (
+    Projection,
+    final_logits,
+    label_losses,
+    linear_cross_entropy,
+    score_labels,
+)
 from pipeline.model.tensor_parallel import enter_output_projection
 
 # (hidden, output weight, labels, token weights) to what is asked of them
@@ -64,6 +70,11 @@ class Loss:
         # An answer may begin in one rank's run and end in another's: the first one counts for all.
         hits, mask = (gather_run(x.to(mask.dtype), group, dim=1) for x in (hits, mask))
         return torch.stack([nats, count_exact(hits > 0, mask) * (group.rank() == 0)])
+
+    def row_sums(self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """(B,) fp32 cross entropy of each row's tokens where `mask` (B, S) is 1."""
+        hidden = enter_output_projection(hidden, self.config)
+        return (label_losses(hidden, weight, labels, self.projection) * mask).sum(1)
 
     def next_logits(self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """(B * V,) fp32 logits of what follows the one token of each row where `mask` is 1."""

@@ -61,7 +61,7 @@ def probe(
         batches = list(_held_out(model, request, shape))
         size = min(SHOWN, shape.seq_len)
         parts = model.schema.sequence_ranks  # which take equal parts
-        shown = _beginning(batches[0], -(-size // parts) * parts)
+        shown = batches[0].beginning(rows=1, tokens=-(-size // parts) * parts)
     else:
         size = min(SHOWN, len(prompt))
         shown = measures.batch_of(_padded(prompt, shape), count=len(prompt))
@@ -153,20 +153,6 @@ def _patch(
 def _padded(ids: list[int], shape: ForwardShape) -> Tensor:
     """(1, seq_len) ids, filled up behind with what no earlier token sees."""
     return torch.tensor([ids + [0] * (shape.seq_len - len(ids))])
-
-
-def _beginning(batch: Batch, count: int) -> Batch:
-    """The first `count` tokens of the first sequence of a batch."""
-
-    def cut(field: Tensor | None) -> Any:
-        return None if field is None else field[:1, :count].contiguous()
-
-    return Batch(
-        tokens=cut(batch.tokens), labels=cut(batch.labels), loss_mask=cut(batch.loss_mask),
-        document_ids=cut(batch.document_ids), positions=cut(batch.positions),
-        sample_ids=batch.sample_ids[:1], patch_ids=cut(batch.patch_ids),
-        images=None if batch.images is None else batch.images[:1],
-    )  # fmt: skip
 
 
 def _held_out(model: ForwardOnly, request: Request, shape: ForwardShape) -> Iterator[Batch]:

@@ -1,14 +1,18 @@
-"""Scores of attention heads while a model is trained, at any layout.
+"""Scores of attention heads and the logit lens of a model while it is trained, at any layout.
 
     repeated random tokens -> engine.evaluate, queries and keys kept -> a few numbers
+    held-out text -> engine.row_losses, each block's stream in rows of its own -> a loss a block
 
-Nothing is read but queries and keys, which the forward pass of every runner makes: no weight is
-gathered, and an evaluation leaves nothing behind in training (engine/forward_only.py).
+No weight is gathered: what is read, the forward pass of every runner makes. An evaluation leaves
+nothing behind in training (engine/forward_only.py).
+
+L blocks, R rows of text, S sequence, H hidden.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +24,12 @@ from pipeline.model.names import canonical_name
 from pipeline.model.stage_io import StageSchema
 from pipeline.probing.heads import KINDS, LOOKS, kinds, looks, of_all_heads, repeated_tokens
 from pipeline.probing.measures import over_ranks
-from pipeline.probing.passage import BlockPassage, Passage, hooked
+from pipeline.probing.passage import BlockPassage, Hook, Passage, hooked
 
 if TYPE_CHECKING:
     from pipeline.engine.engine import Engine
 
+PLACES = re.compile(r"(?:embedding|layers\.(\d+))\.?")  # a pipeline's layers end with a dot
 CORE = re.compile(r"layers\.(\d+)\.self_attention\.core_attention")
 
 
@@ -101,3 +106,81 @@ class HeadProbe:
         tokens = {"entropy": weights.sum(), "sink": later}
         copies = layout.data.size  # every data-parallel rank reads the same
         return {name: value / copies / tokens.get(name, 1.0) for name, value in found.items()}
+
+
+class LensProbe:
+    """Reads every block of an engine's model. Methods are collective: call on every rank.
+
+    The head may lie on another rank than a block. So the micro-batch has its rows once for every
+    block, and the blocks compute the first copy only: what comes out of a block is written into
+    rows that later blocks leave as they are. These travel from stage to stage and through final
+    norm and head as rows of a batch do, whoever holds the weights.
+    """
+
+    def __init__(self, engine: Engine, schema: StageSchema, text: Batch) -> None:
+        """Find the embedding and the blocks of this rank.
+
+        Args:
+            schema: which fields the engine's batches have.
+            text: R rows, the same on every rank; its loss_mask says which labels count.
+        """
+        assert text.loss_mask is not None
+        self.engine, self._num_layers = engine, engine.model.num_layers
+        self._rows, self._labels = len(text.tokens), text.loss_mask.double().sum()
+        self._text = text.repeated(self._num_layers)
+        self._rows_of_hidden = 1 if schema.sequence_ranks > 1 else 0  # dimension
+        self._modules: dict[int, Any] = {}  # by block; -1: embedding
+        for name, module in engine.runner.module.named_modules():
+            if match := PLACES.fullmatch(canonical_name(name, num_layers=self._num_layers)):
+                self._modules[int(match[1] or -1)] = module
+
+    def run(self) -> dict[str, float]:
+        """lens/loss_N: nats per label, were block N the last; the same on every rank."""
+        with ExitStack() as hooks:
+            for number, module in self._modules.items():
+                before, after = self._around(number)
+                hooks.enter_context(hooked(module, before, before=True))
+                hooks.enter_context(hooked(module, after))
+            sums = self.engine.row_losses(self._text)
+        # The first rows went through all blocks, those behind them left after block 0, 1, ...
+        losses = sums.view(self._num_layers, self._rows).double().sum(1).roll(-1) / self._labels
+        return {f"lens/loss_{number}": loss for number, loss in enumerate(losses.tolist())}
+
+    def _around(self, number: int) -> tuple[Hook, Hook]:
+        """What is done before and after the module of a block, or of the embedding (-1)."""
+        whole: list[Any] = []  # the fields of all rows, while the module has those of the first
+
+        def before(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            is_packed = isinstance(inputs[0], tuple)
+            whole[:] = inputs[0] if is_packed else inputs
+            first = tuple(self._first_rows(whole, is_embedding=number < 0))
+            return (first,) if is_packed else first
+
+        def after(_module: Any, _inputs: Any, out: Any) -> Any:
+            hidden, *others = out if isinstance(out, tuple) else (out,)
+            if number < 0:
+                rows = self._rows_of_hidden
+                streams = torch.cat([hidden] * self._num_layers, dim=rows)
+                others = [field.repeat(self._num_layers, 1) for field in others]
+            else:
+                streams, others = whole[0], whole[1:] if others else []
+                self._rows_of(streams, 0).copy_(hidden)
+                if number + 1 < self._num_layers:
+                    self._rows_of(streams, number + 1).copy_(hidden)
+            return (streams, *others) if isinstance(out, tuple) else streams
+
+        return before, after
+
+    def _first_rows(self, fields: list[Any], *, is_embedding: bool) -> Iterator[Any]:
+        """A module's arguments, of the first R rows; a block's first one is hidden."""
+        for place, field in enumerate(fields):
+            if field is None:
+                yield None
+            elif place == 0 and not is_embedding:
+                yield self._rows_of(field, 0).contiguous()
+            else:
+                yield field[: self._rows]
+
+    def _rows_of(self, hidden: Tensor, copy: int) -> Tensor:
+        """A view of the R rows of one copy."""
+        return hidden.narrow(self._rows_of_hidden, copy * self._rows, self._rows)

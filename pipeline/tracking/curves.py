@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import visible
-from pipeline.tracking.history import History
+from pipeline.tracking.history import HEADS, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,6 +67,8 @@ PANELS = (
     _Panel("Most memory so far, GiB", "memory/peak_gib", from_zero=True),
     _Panel("Goodput: share of the time that became progress", "goodput/goodput", from_zero=True),
 )
+HEADS_TITLE = "Attention heads: score of the strongest"
+LENS_TITLE = "Logit lens: loss after each block, nats"
 SHEET_PANELS = (PANELS[0], PANELS[3], PANELS[4], PANELS[5])
 
 
@@ -98,6 +100,35 @@ def _panels(histories: Mapping[str, History], band: Band | None) -> dict[str, by
         figure, axes = _figure(SMALL, 1)
         _draw(axes[0], panel, histories, band)
         found[panel.title] = _png(figure, dpi=170)
+    return found | (_looks(*histories.values()) if len(histories) == 1 else {})
+
+
+def _looks(history: History) -> dict[str, bytes]:
+    """What training.probe_every saw of a single run: heads as they come about, and the lens."""
+    found = {}
+    if history.heads:
+        figure, axes = _figure(SMALL, 1)
+        steps = [row["step"] for row in history.heads]
+        for name, color in zip(HEADS[:3], COLORS, strict=False):
+            scores = [row[name] for row in history.heads]
+            axes[0].plot(steps, scores, color=color, linewidth=1.4, label=name)
+        axes[0].set_ylim(0, 1)
+        axes[0].legend(frameon=False, fontsize=8)
+        _frame(axes[0], HEADS_TITLE, X_LABELS["step"])
+        found[HEADS_TITLE] = _png(figure, dpi=170)
+    if history.lens:
+        figure, axes = _figure(SMALL, 1)
+        count = max(len(row["losses"]) for row in history.lens)
+        for block in range(count):
+            rows = [row for row in history.lens if block < len(row["losses"])]
+            steps, losses = [row["step"] for row in rows], [row["losses"][block] for row in rows]
+            # Pale blocks are early ones; the last is the model.
+            alpha = 1.0 if block == count - 1 else 0.2 + 0.5 * block / count
+            label = {0: "block 0", count - 1: f"block {count - 1}"}.get(block)
+            axes[0].plot(steps, losses, color=COLORS[0], alpha=alpha, linewidth=1.4, label=label)
+        axes[0].legend(frameon=False, fontsize=8)
+        _frame(axes[0], LENS_TITLE, X_LABELS["step"])
+        found[LENS_TITLE] = _png(figure, dpi=170)
     return found
 
 
@@ -142,10 +173,7 @@ def _draw(axes: Axes, panel: _Panel, histories: Mapping[str, History], band: Ban
         axes.plot(x, values, color=color, linewidth=1.4, label=plain(label))
     if is_loss and panel.x == "step" and band is not None and is_one:
         _predicted(axes, band)
-    axes.set_title(panel.title, loc="left", fontsize=10)
-    axes.set_xlabel(X_LABELS[panel.x])
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, panel.title, X_LABELS[panel.x])
     if panel.logarithmic:
         axes.set_yscale("log")
     if is_loss:
@@ -154,6 +182,14 @@ def _draw(axes: Axes, panel: _Panel, histories: Mapping[str, History], band: Ban
         axes.set_ylim(bottom=0)
     if is_loss or not is_one:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _frame(axes: Axes, title: str, x_label: str) -> None:
+    """What every panel has."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _held_out(axes: Axes, panel: _Panel, history: History, color: str | None) -> None:

@@ -49,6 +49,8 @@ class History:
     """
     heads: list[dict[str, Any]] = field(default_factory=list)
     """Rows with step and HEADS, ascending, where training.probe_every looked."""
+    lens: list[dict[str, Any]] = field(default_factory=list)
+    """Likewise, rows with step and losses: of the logit lens after each block, nats per token."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the last start recorded."""
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class History:
         path = run_dir / "metrics.jsonl"
         if not path.exists():
             raise DataError(f"there is no {path}. Give the folder of a run, runs/NAME.")
-        history, steps, evaluations, heads = cls(), {}, {}, {}
+        history, steps, evaluations, heads, lens = cls(), {}, {}, {}, {}
         is_first = True  # logged step of a start
         for row in read_rows(path):
             if wrong := next(misfits(row, ROW), None):
@@ -86,6 +88,8 @@ class History:
             if f"probe/{HEADS[0]}" in row:
                 scores = {name: _number(row.get(f"probe/{name}")) for name in HEADS}
                 heads[row["step"]] = {"step": row["step"], **scores}
+            if losses := [_number(row[name]) for name in _lens_names(row)]:
+                lens[row["step"]] = {"step": row["step"], "losses": losses}
             for key in row:
                 if key.startswith("val/") and key.endswith("/loss"):
                     name = key.removeprefix("val/").removesuffix("/loss")
@@ -100,6 +104,7 @@ class History:
             raise DataError(f"{path} holds no logged step yet.")
         history.steps = [steps[step] for step in sorted(steps)]
         history.heads = [heads[step] for step in sorted(heads)]
+        history.lens = [lens[step] for step in sorted(lens)]
         if (run_dir / "evaluation.json").exists():
             history.final = _final(run_dir / "evaluation.json")
         for name, step in sorted(evaluations):
@@ -132,6 +137,14 @@ def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:
     except DataError:  # it is not there, or cannot be read now
         return False
     return all(any(f"val/{name}/loss" in row for row in rows) for name in names)
+
+
+def _lens_names(row: dict[str, Any]) -> list[str]:
+    """lens/loss_0, lens/loss_1, ..., as many as a row has."""
+    names: list[str] = []
+    while (name := f"lens/loss_{len(names)}") in row:
+        names.append(name)
+    return names
 
 
 def _final(path: Path) -> dict[str, dict[str, Any]]:

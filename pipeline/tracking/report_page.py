@@ -55,7 +55,7 @@ pre.text {{ white-space: pre-wrap; }} pre b {{ color: #4477aa; font-weight: norm
 </div>
 {beside}<h2>Held-out data</h2>
 {evaluations}
-{samples}{heads}<h2>Run</h2>
+{samples}{heads}{lens}<h2>Run</h2>
 {facts}
 {profiles}<h2>Configuration</h2>
 <details><summary>all settings</summary><pre>{config}</pre></details>
@@ -93,6 +93,7 @@ def page(
         evaluations=_evaluations(runs),
         samples=_samples(samples),
         heads=_heads(history),
+        lens=_lens(history),
         facts=_table(["fact", "value"], [[key, str(v)] for key, v in _facts(history).items()]),
         profiles=_profiles(run_dir),
         config=html.escape(_config(run_dir)),
@@ -246,6 +247,20 @@ def _heads(history: History) -> str:
         "came after it, and means over all heads, on random tokens that repeat (docs/probing.md)."
     )
     return f"<h2>Attention heads</h2>\n<p>{note}</p>\n{_table(['step', *HEADS], rows)}\n"
+
+
+def _lens(history: History) -> str:
+    """What the stream after each block would have predicted; nothing where nobody looked."""
+    if not history.lens:
+        return ""
+    count = max(len(row["losses"]) for row in history.lens)
+    rows = [[row["step"], *row["losses"]] for row in history.lens]
+    note = (
+        "Loss on a little held-out text, nats per token, if the model ended after a block: the "
+        "logit lens (docs/probing.md). The last column is the model's own."
+    )
+    header = ["step", *(f"block {number}" for number in range(count))]
+    return f"<h2>Logit lens</h2>\n<p>{note}</p>\n{_table(header, rows)}\n"
 
 
 def _profiles(run_dir: Path) -> str:

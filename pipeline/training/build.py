@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
+from pipeline.data.datasets import Dataset
 from pipeline.data.loader import Loader
+from pipeline.data.validation import beginnings
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.timeouts import step_timeout_s
 from pipeline.engine.engine import Engine
 from pipeline.model.architecture import Architecture
 from pipeline.model.stage_io import StageSchema
-from pipeline.probing.while_training import HeadProbe
+from pipeline.probing.while_training import HeadProbe, LensProbe
 from pipeline.resilience.clock import Clock
 from pipeline.tracking.metrics import Metrics
 from pipeline.training.looks import Look, Looks
@@ -84,14 +87,37 @@ def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
 
 
 def build_looks(
-    cfg: PretrainConfig, *, engine: Engine, loader: Loader, metrics: Metrics, clock: Clock
+    cfg: PretrainConfig,
+    *,
+    engine: Engine,
+    loader: Loader,
+    held_out: Sequence[Dataset],
+    metrics: Metrics,
+    clock: Clock,
 ) -> Looks:
-    """What the run looks at every so many steps; what it finds goes to `metrics`."""
+    """What the run looks at every so many steps; what it finds goes to `metrics`.
+
+    Args:
+        held_out: opened datasets, of which the first is read through the lens; none: nothing is.
+    """
     schema, training = StageSchema.of(cfg.data, cfg.parallel, cfg.model), cfg.training
     looks: list[tuple[int, Look]] = []
     if training.probe_every:
-        heads = HeadProbe(engine, schema)
-        looks.append((training.probe_every, lambda state: metrics.event(state, heads.run())))
+        probes: list[HeadProbe | LensProbe] = [HeadProbe(engine, schema)]
+        if held_out:
+            text = beginnings(
+                held_out[0],
+                seq_len=engine.shape.seq_len,
+                parts=schema.sequence_ranks,
+                device=engine.layout.device,
+                cfg=cfg.data,
+            )
+            probes.append(LensProbe(engine, schema, text))
+
+        def look(state: TrainState) -> None:
+            metrics.event(state, {n: v for probe in probes for n, v in probe.run().items()})
+
+        looks.append((training.probe_every, look))
     if training.sample_every:
         texts = TextSamples(training, engine=engine, schema=schema, loader=loader, seed=cfg.seed)
 

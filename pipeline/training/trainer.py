@@ -71,12 +71,9 @@ class Trainer:
         cache_dir = Path(cfg.data.cache_dir or run_dir / "cache")
         self.loader = build_loader(cfg, shape, layout, cache_dir=cache_dir)
         self.evaluator = Evaluator(
-            cfg.data,
-            shape=shape,
-            engine=self.engine,
-            sequences=cfg.training.eval_sequences,
+            cfg.data, shape=shape, engine=self.engine, sequences=cfg.training.eval_sequences,
             cache_dir=cache_dir,
-        )
+        )  # fmt: skip
         places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
         self.checkpoints = Checkpointer(
             cfg.checkpoint,
@@ -98,8 +95,9 @@ class Trainer:
             datasets = self.loader.state()["datasets"]
             self.metrics = open_metrics(cfg, shape, run_dir, clock=clock, datasets=datasets)
         self.looks = build_looks(
-            cfg, engine=self.engine, loader=self.loader, metrics=self.metrics, clock=clock
-        )
+            cfg, engine=self.engine, loader=self.loader, held_out=self.evaluator.datasets,
+            metrics=self.metrics, clock=clock,
+        )  # fmt: skip
 
     def fit(self) -> None:
         """Train to the last step, or to a notice; the state is on disk when this returns."""

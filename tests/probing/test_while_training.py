@@ -7,36 +7,59 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config.choices import Precision
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import tokenizer_file
-from tests.support.layouts import VOCAB, config, reset_parallel_state
+from tests.support.layouts import SEQ_LEN, VOCAB, config, reset_parallel_state
 from tests.support.ranks import run_on_ranks
 
 Case = dict[str, Any]
 LAYOUTS: dict[int, list[Case]] = {
-    2: [dict(pp=2), dict(pp=2, schedule="dualpipev"), dict(zero=3), dict(tp=2, zero=2)],
-    4: [dict(tp=2, pp=2, sp=True), dict(pp=4), dict(tp=2, sp=True, zero=3)],
+    2: [
+        dict(pp=2, documents=True),
+        dict(pp=2, schedule="dualpipev"),
+        dict(zero=3),
+        dict(tp=2, zero=2, documents=True),
+    ],
+    4: [dict(tp=2, pp=2, sp=True, documents=True), dict(pp=4), dict(tp=2, sp=True, zero=3)],
 }
 FAST: dict[int, list[Case]] = {2: [dict(tp=2, sp=True, zero=3)]}
+
+
+PROMPT = [3, 14, 15, 92, 65, 35, 3, 14, 15]
+
+
+def text(documents: bool) -> Any:
+    """Two rows of what the probe reads afterwards, behind which nothing counts."""
+    from pipeline.data.batch import Batch
+
+    ids, mask = torch.zeros(2, SEQ_LEN, dtype=torch.int64), torch.zeros(2, SEQ_LEN)
+    ids[:, : len(PROMPT)], mask[:, : len(PROMPT) - 1] = torch.tensor(PROMPT), 1.0
+    return Batch.of_whole_sequences(ids, loss_mask=mask, documents=documents, positions=False)
 
 
 def seen(cases: list[Case], folder: Path) -> list[Any]:
     """After two steps: scores by head, what is logged, and the losses of the next two steps."""
     from pipeline.model.stage_io import StageSchema
-    from pipeline.probing.while_training import HeadProbe
+    from pipeline.probing.while_training import HeadProbe, LensProbe
 
     found = []
     for number, case in enumerate(cases):
         cfg = config("modern", **case)
         run = Run(cfg, folder / str(number))
+        if cfg.data.mask_documents:  # one a row: nothing is masked
+            for step in run.steps:
+                step["document_ids"] = torch.zeros_like(step["tokens"])
         run.train(0, 2)
-        probe = HeadProbe(run.engine, StageSchema.of(cfg.data, cfg.parallel, cfg.model))
+        schema = StageSchema.of(cfg.data, cfg.parallel, cfg.model)
+        probe = HeadProbe(run.engine, schema)
+        lens = LensProbe(run.engine, schema, text(cfg.data.mask_documents)).run()
         tables = {name: table.tolist() for name, table in probe.scores().items()}
-        found.append((tables, probe.run(), run.train(2, 4)))
+        found.append((tables, probe.run(), list(lens.values()), run.train(2, 4)))
         run.close()
     return found
 
@@ -52,10 +75,11 @@ def afterwards(folder: Path) -> Any:
     run.save(2)
     losses = run.train(2, 4)
     run.close()
-    asked = ProbeConfig(checkpoint=str(folder / "run"), prompt="t1 t2", precision=Precision.fp32)
-    tables = look_into(asked, ranks_from_environment())["kinds"]
+    prompt = " ".join(f"t{i}" for i in PROMPT)
+    asked = ProbeConfig(checkpoint=str(folder / "run"), prompt=prompt, precision=Precision.fp32)
+    findings = look_into(asked, ranks_from_environment())
     reset_parallel_state()
-    return tables, losses
+    return findings["kinds"], findings["averages"]["lens_loss"], losses
 
 
 @pytest.mark.parametrize(
@@ -65,13 +89,14 @@ def afterwards(folder: Path) -> Any:
         *(pytest.param(size, cases, marks=pytest.mark.slow) for size, cases in LAYOUTS.items()),
     ],
 )
-def test_heads_in_training_are_those_of_the_checkpoint(
+def test_heads_and_lens_in_training_are_those_of_the_checkpoint(
     world_size: int, layouts: list[Case], tmp_path: Path
 ) -> None:
     """Partitioned weights, stages and heads; and training goes on as if nobody had looked."""
-    [(kinds, losses)] = run_on_ranks(afterwards, 1, tmp_path)
+    [(kinds, lens, losses)] = run_on_ranks(afterwards, 1, tmp_path)
     for ranks in run_on_ranks(seen, world_size, layouts, tmp_path):
-        for case, (tables, logged, later) in zip(layouts, ranks, strict=True):
+        for case, (tables, logged, early, later) in zip(layouts, ranks, strict=True):
+            np.testing.assert_allclose(early, lens, atol=1e-5, err_msg=str(case))
             for name, table in kinds.items():
                 np.testing.assert_allclose(tables[name], table, atol=1e-5, err_msg=str(case))
                 assert logged[f"probe/{name}"] == np.max(tables[name])

@@ -83,10 +83,13 @@ def validation(run: Path) -> dict[int, float]:
 
 
 def heads(run: Path) -> dict[tuple[int, str], float]:
-    """(step, name) -> what training.probe_every=4 logged, five scores at a time."""
+    """(step, name) -> what training.probe_every=4 logged: five scores, and the lens of four blocks."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {
-        (row["step"], name): row[name] for row in rows for name in row if name.startswith("probe/")
+        (row["step"], name): row[name]
+        for row in rows
+        for name in row
+        if name.startswith(("probe/", "lens/"))
     }
-    assert [step for step, _ in found] == [4] * 5 + [8] * 5
+    assert [step for step, _ in found] == [4] * 9 + [8] * 9
     return found
