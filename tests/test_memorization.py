@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from pipeline import cli
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.seen import Seen
+from pipeline.data.canary_list import read_list
 from pipeline.data.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import memorization_file
+from pipeline.evaluation.attacks import chance_exposure
+from pipeline.evaluation.memorization import Audit, canaries_exposed
 from pipeline.huggingface.card_facts import privacy_facts
+from pipeline.inference.asked_model import tokenizer_of
 from pipeline.inference.known_windows import known_windows
 from pipeline.memorization import MemorizationConfig, main, print_findings
 from tests.support.corpus import make_tokenizer, write_jsonl
 from tests.support.ranks import run_on_ranks
-from tests.support.small_runs import overrides, train_on_ranks, write_data
+from tests.support.small_runs import history, overrides, train_on_ranks, write_data
 
 WORDS = (
     "amber brick cedar delta ember fjord grain hazel ivory jolly karma lemon mango noble ocean "
@@ -38,15 +43,32 @@ def corpus(folder: Path, count: int) -> Path:
     return write_jsonl(folder / "corpus.jsonl", texts)
 
 
-def run(folder: Path, *, documents: int, **settings: Any) -> Path:
+def run(folder: Path, *, documents: int, canaries: Sequence[str], **settings: Any) -> Path:
     """A run over a corpus with canaries."""
     make_tokenizer(folder / "tokenizer.json")
     words = [f"input={corpus(folder, documents)}", f"output={folder}/out", "workers=1",
              f"tokenizer={folder}/tokenizer.json", "encoder=hf", "validation_fraction=0.15",
-             "canaries.each=6", "canaries.repetitions=[1,64]"]  # fmt: skip
+             *canaries]  # fmt: skip
     tokenize(cli.compose(TokenizeConfig, words, config="tokenize"))
     run_on_ranks(train_on_ranks, 1, overrides(folder / "out", folder / "runs", **settings))
     return folder / "runs/run"
+
+
+def exposures(run: Path) -> dict[int, float]:
+    """Repetitions to the mean exposure of canaries among 127 references: 7 bits at most, 1.40 by chance."""
+    from pipeline.huggingface.whole_model import open_model
+    from pipeline.model.local_model import LocalModel
+
+    folder = folders.find(run)
+    record, tokenizer = read_record(folder), tokenizer_of(folder)
+    template, canaries = read_list(run.parent.parent / "out/canaries.json")
+    tensors = open_model(folder)
+    model = LocalModel(record.model(), lambda name: tensors.tensor(f"weights/{name}"))
+    found = canaries_exposed(
+        model, template, canaries,
+        encode=tokenizer.encode, eod=tokenizer.eod, references=127, audit=Audit(rows=64, seed=0),
+    )  # fmt: skip
+    return {int(count): row["value"] for count, row in found["repetitions"].items()}
 
 
 def measured(run: Path, **settings: Any) -> dict[str, Any]:
@@ -61,7 +83,8 @@ def test_an_overtrained_model_gives_away_what_was_repeated_and_nothing_that_was_
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """64 repetitions: nearly the most there is; never planted: near chance; read windows are told apart."""
-    folder = run(tmp_path, documents=150, **{
+    canaries = ["canaries.each=6", "canaries.repetitions=[1,64]"]
+    folder = run(tmp_path, documents=150, canaries=canaries, **{
         "training.total_steps": 400, "training.eval_every": 0, "checkpoint.save_every": 400,
         "optimizer.lr": 3e-3, "model.num_layers": 2, "model.hidden_size": 128,
         "training.global_batch_size": 16, "training.micro_batch_size": 16,
@@ -78,33 +101,43 @@ def test_an_overtrained_model_gives_away_what_was_repeated_and_nothing_that_was_
     assert rates["read"]["exact"]["value"] > rates["held_out"]["exact"]["value"]
     printed = capsys.readouterr().out
     assert "planted 64 times" in printed and "never planted" in printed
+    card = privacy_facts(read_record(folders.find(folder)), folders.find(folder))["Memorization"]
+    assert "planted 64 times" in card and "(chance 1.4, most 8.0)" in card
 
 
 @pytest.mark.slow
-def test_with_noise_the_same_training_gives_away_no_canary(tmp_path: Path) -> None:
-    """Epsilon 4: those planted once, and even 64 times, have the exposure of chance; without noise the latter had 6.4 bits."""
+def test_what_is_in_the_data_once_is_learned_without_noise_and_not_with_it(tmp_path: Path) -> None:
+    """Sixteen canaries, 60 epochs: 6.1 of 7 bits. At epsilon 6.6 it is 1.2, as of those that were never planted."""
     pytest.importorskip("opacus")
     settings = {
-        "training.total_steps": 100, "training.eval_every": 0, "checkpoint.save_every": 100,
-        "optimizer.lr": 3e-3, "model.num_layers": 2, "model.hidden_size": 128,
-        "training.global_batch_size": 16, "training.micro_batch_size": 16,
+        "training.total_steps": 200, "training.eval_every": 0, "checkpoint.save_every": 200,
+        "optimizer.lr": 5e-3, "model.num_layers": 2, "model.position": "rope", "data.mask_documents": "true",
+        "training.global_batch_size": 16, "training.micro_batch_size": 16, "schedule.warmup_steps": 5,
     }  # fmt: skip
-    dp = {"finetune.dp.clip_norm": 0.5, "finetune.dp.noise_multiplier": 2.0}
-    folder = run(tmp_path, documents=150, **settings, **dp, **{"optimizer.clip_grad": 0.0})
-    record = read_record(folders.find(folder))
-    assert record.privacy is not None and record.privacy["reads"] == 3  # 2.4 epochs
-    assert 3.8 < record.privacy["epsilon"] < 8
-    assert (folder / "dp_noise.key").is_file()
-    key = (folder / "dp_noise.key").read_bytes()
-    kept = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
+    noise = {"finetune.dp.clip_norm": 0.5, "finetune.dp.noise_multiplier": 4.0, "finetune.dp.delta": 0.01, "optimizer.clip_grad": 0.0}  # fmt: skip
+    canaries = ["canaries.each=16", "canaries.repetitions=[1]"]
+    plain, private = (
+        run(tmp_path / name, documents=16, canaries=canaries, **settings, **more)
+        for name, more in [("plain", {}), ("private", noise)]
+    )
+    record = read_record(folders.find(private))
+    assert record.privacy is not None and record.privacy["reads"] > 50
+    assert record.privacy["delta"] < record.privacy["reads"] / record.state["samples_seen"]  # 1 / n
+    assert record.privacy["epsilon"] < 8
+    # The mean of sixteen has a standard deviation of 1.44 / sqrt 16 = 0.36 by chance: three of them.
+    chance, spread = chance_exposure(127), 1.08
+    known, hidden = exposures(plain), exposures(private)
+    assert known[1] > 4.5 and abs(known[0] - chance) < spread
+    assert abs(hidden[1] - chance) < spread and abs(hidden[0] - chance) < spread
+    losses = history(private)  # it has learned of the text what they all have in common
+    assert losses[1][0] > 5.9 and losses[200][0] < 4.8
+
+    key = (private / "dp_noise.key").read_bytes()
+    kept = [p for p in (private / "checkpoints").rglob("*") if p.is_file()]
     assert not [path for path in kept if key in path.read_bytes()]
-    found = measured(folder, references=255, prefixes=[8], continuation=8, windows=60)["canaries"]
-    # The mean of six has a standard deviation of 1.44 / sqrt 6 = 0.59 by chance.
-    assert found["repetitions"]["1"]["value"] < found["chance"] + 1.8
-    assert found["repetitions"]["64"]["value"] < 4
-    card = privacy_facts(record, folders.find(folder))
-    assert card["Differential privacy"].startswith(f"epsilon {record.privacy['epsilon']:.2f} at delta 1e-05 for one sequence of 64 tokens")  # fmt: skip
-    assert "planted 64 times" in card["Memorization"] and "(chance 1.4, most 8.0)" in card["Memorization"]  # fmt: skip
+    assert record.guard["history"] == []
+    card = privacy_facts(record, folders.find(private))
+    assert card["Differential privacy"].startswith(f"epsilon {record.privacy['epsilon']:.2f} at delta 0.01 for one sequence of 64 tokens")  # fmt: skip
     assert card["Personal data in the training text"] == "not looked for"
 
 

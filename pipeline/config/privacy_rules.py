@@ -43,6 +43,17 @@ def privacy(cfg: PretrainConfig) -> Iterator[str]:
         yield f"finetune.dp.clip_norm does not go with {setting}: {why}. Set {way_out}."
 
 
+def delta(dp: PrivacyConfig, sequences: int) -> Iterator[str]:
+    """finetune.dp.delta beside what it is a chance of, once the number of sequences is known."""
+    if dp.clip_norm is not None and dp.delta * sequences >= 1:
+        yield (
+            f"finetune.dp.delta ({dp.delta:g}) must be below one over the {sequences:,} sequences "
+            f"of the training data ({1 / sequences:.1e}): a program that publishes one of them "
+            "whole would keep the promise. Set finetune.dp.delta="
+            f"{10.0 ** math.floor(math.log10(0.5 / sequences)):.0e}."
+        )
+
+
 def _layouts(cfg: PretrainConfig) -> Iterator[tuple[str, str, str]]:
     """(setting of the layout, why the clipped sum would not be exact, way out)."""
     parallel = cfg.parallel

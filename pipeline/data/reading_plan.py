@@ -30,6 +30,8 @@ class ReadingPlan:
     """Why the data end before the run does; None where they do not."""
     changes: tuple[str, ...] = ()
     """What is otherwise than in the checkpoint, and allowed by data.allow_dataset_change."""
+    sequences: int = 0
+    """Of all datasets, each counted once."""
 
     def __str__(self) -> str:
         """Such as `0.82 epochs of train/web, 3.10 of train/code`."""
@@ -72,10 +74,11 @@ def plan_reading(
     sampler = Sampler(cfg, datasets, seq_len=shape.seq_len, seed=seed)
     begin = sampler.position(saved) if saved else sampler.start()
     changes = tuple(sampler.changes(saved)) if saved else ()
+    sizes = [order.epoch_size for order in sampler.orders]
     try:
         end = sampler.seek(shape.total_steps, shape, begin)
     except DataUsedUp as error:
-        return ReadingPlan(used_up=str(error), changes=changes)
-    sizes = [order.epoch_size for order in sampler.orders]
+        return ReadingPlan(used_up=str(error), changes=changes, sequences=sum(sizes))
     passes = {d.name: n / size for d, n, size in zip(sampler.datasets, end.ledger, sizes)}
-    return ReadingPlan({d.name: passes[d.name] for d in datasets}, changes=changes)
+    epochs = {d.name: passes[d.name] for d in datasets}
+    return ReadingPlan(epochs, changes=changes, sequences=sum(sizes))

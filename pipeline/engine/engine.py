@@ -172,7 +172,7 @@ class Engine:
         if self.private is None:
             self.runner.run(batches, self._token_weights(batches))
         else:
-            self.runner.run(batches, self.private.token_weights(batches))
+            self.runner.run(*self.private.clipped(batches))
         assert self._verdict is not None, "the optimizer made no step"
         loss = self.runner.loss() if self.private is None else self.private.loss
         return StepResult(loss, self._verdict.grad_norm, lr, self._verdict.left_out)

@@ -7,7 +7,9 @@
 Two passes, so that whoever holds the numbers reduces and partitions as ever: the second one is the
 step that every runner makes, and what it sums is sum_i min(1, C / |g_i|) g_i. The first leaves
 nothing behind: torch.autograd.grad accumulates nowhere. Noise is drawn for whole parameters, and a
-rank adds its own part, so that it is the same at every layout.
+rank adds its own part, so that it is the same at every layout. A sequence without a finite gradient
+is left out of its step, or the step would be left out: that one is missing tells of the sequence
+without any noise.
 Source: Abadi et al. 2016, arXiv:1607.00133; two passes: Lee & Kifer 2021, arXiv:2009.03106.
 """
 
@@ -56,7 +58,7 @@ class PrivateGradients:
                 noise away.
         """
         assert cfg.clip_norm is not None
-        self._clip_norm, self._key, self._sequences = cfg.clip_norm, key, sequences
+        self._clip_norm, self._key = cfg.clip_norm, key
         self._std = cfg.noise_multiplier * cfg.clip_norm / sequences
         self._runner, self._layout = runner, layout
         self._trained = [p for p, _ in parameters.values() if p.requires_grad]
@@ -65,42 +67,47 @@ class PrivateGradients:
         # Where ZeRO takes gradients apart, a hook of the parameter has summed them already.
         self._partial = {id(p) for p in partial if not p._backward_hooks}
         self.loss = torch.zeros((), device=layout.device)
-        """0-dim: mean over the sequences of the last step of the mean over their tokens."""
+        """0-dim: mean over the last step's sequences with finite gradients of the mean over their
+        tokens.
+        """
         self.salt = ""
         """Known to all: steps of one number and salt add the same noise, so that they must be the
         same step. Set before the first one.
         """
 
-    def token_weights(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """(B, S) each: with them, the runner's mean is that of the clipped gradients. Collective.
+    def clipped(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
+        """Micro-batches and (B, S) weights of their tokens, for a mean of clipped gradients.
 
         A sequence's loss is the mean over its own unmasked tokens: were it divided by those of the
-        batch, its gradient would depend on what else is in the batch.
+        batch, its gradient would depend on what else is in the batch. Collective.
         """
-        losses, squares = [], []
-        for batch in batches:
-            for row in range(len(batch.tokens)):
-                loss, square = self._measure(_row(batch, row))
-                losses.append(loss)
-                squares.append(square)
-        self.loss = torch.stack(losses).mean()
+        found = [self._measure(_row(b, row)) for b in batches for row in range(len(b.tokens))]
+        losses, squares = (torch.stack(column) for column in zip(*found))
         # Split parameters' squares add up over the tensor-parallel ranks, whole ones count once.
-        parts = torch.stack(squares)
-        split = parts[:, 1].contiguous()
+        split = squares[:, 1].contiguous()
         if self._layout.tensor.size > 1:
             dist.all_reduce(split, group=self._layout.tensor.group)
-        if (axis := self._layout.replica).size > 1:
-            dist.all_reduce(self.loss, group=axis.group)
-            self.loss /= axis.size
-        factors = self._clip_norm / (parts[:, 0] + split).sqrt().clamp(min=self._clip_norm)
-        weights, at = [], 0
+        norms = (squares[:, 0] + split).sqrt()
+        is_sound = norms.isfinite() & losses.isfinite()
+        self.loss = self._mean(losses, is_sound)
+        factors = torch.where(is_sound, self._clip_norm / norms.clamp(min=self._clip_norm), 0.0)
+        kept, weights, at = [], [], 0
         for batch in batches:
             mask = loss_mask_of(batch)
             mean = mask / mask.sum(1, keepdim=True).clamp(min=1.0)
-            rows = len(mask)
-            weights.append(factors[at : at + rows, None] * mean / rows)
-            at += rows
-        return weights
+            rows = slice(at, at := at + len(mask))
+            weights.append(factors[rows, None] * mean / len(mask))
+            # Zero times infinity is no number: what is left out is not computed either.
+            tokens = torch.where(is_sound[rows, None], batch.tokens, 0)
+            kept.append(replace(batch, tokens=tokens))
+        return kept, weights
+
+    def _mean(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """0-dim: mean over all replicas of the losses that count. Collective."""
+        sums = torch.stack([torch.where(counts, losses, 0.0).sum(), counts.sum()])
+        if (axis := self._layout.replica).size > 1:
+            dist.all_reduce(sums, group=axis.group)
+        return sums[0] / sums[1]
 
     def _measure(self, row: Batch) -> tuple[Tensor, Tensor]:
         """(loss, (2,) squared norms of whole and of split parameters' gradients) of a sequence."""

@@ -106,7 +106,10 @@ class Guard:
         if overflowed:
             return Action.continue_
         self.bad_in_a_row = 0
-        self.history.append(summary.loss)
+        # Where nothing is a spike nobody asks for it, and a checkpoint need not tell: the losses of
+        # a private run have no noise.
+        if self.cfg.on_spike is not OnSpike.none:
+            self.history.append(summary.loss)
         return Action.continue_
 
     def checkpoint_saved(self) -> None:

@@ -23,6 +23,12 @@ KEY_FILE = "dp_noise.key"
 KEY_BYTES = 32
 STEPS_FOLLOW_FROM = ("seed", "data", "model", "training", "optimizer", "schedule", "finetune")
 """Settings with which a step of a checkpoint's run would be another one than it was."""
+ELSEWHERE = {
+    "training": {"micro_batch_size", "recompute", "recompute_every", "eval_every", "eval_sequences"}
+    | {"probe_every", "sample_every", "profile_steps", "gc_every"},
+    "data": {"validation", "prefetch_steps", "cache_dir", "cache_size_gib"},
+}
+"""Those of them with which a step is the same: they move it elsewhere, or look at the model."""
 
 
 def noise_key(run_dir: Path, layout: ParallelLayout) -> str:
@@ -49,19 +55,29 @@ def noise_salt(
 
     A run that goes on as it was makes its steps once more with the noise they had: who sees both
     learns nothing new. With another learning rate, or from the start again, they are other steps,
-    and the same noise on both would be gone from their difference.
+    and the same noise on both would be gone from their difference. So steps that a kill took before
+    a checkpoint held them count once in epsilon: made again they are the same release.
 
     Args:
         record: of the checkpoint that the run goes on from; None: it begins.
         config: of the run, as a checkpoint has it.
     """
     if record is not None and record.privacy is not None:
-        is_same = all(record.config.get(name) == config[name] for name in STEPS_FOLLOW_FROM)
+        names = STEPS_FOLLOW_FROM
+        is_same = all(_decisive(record.config, name) == _decisive(config, name) for name in names)
         if is_same and (salt := record.privacy.get("salt")):
             return str(salt)
     found = [secrets.token_hex(16)]
     dist.broadcast_object_list(found, src=0, group=layout.host_group)
     return found[0]
+
+
+def _decisive(config: dict[str, Any], name: str) -> Any:
+    """A setting, or those of a section that a step depends on."""
+    section = config.get(name)
+    if not isinstance(section, dict):
+        return section
+    return {key: section[key] for key in section.keys() - ELSEWHERE.get(name, set())}
 
 
 def _own_key(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import cli, log
-from pipeline.config import rules
+from pipeline.config import privacy_rules, rules
 from pipeline.config.data import DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape, derive
@@ -111,6 +111,8 @@ def check(cfg: PretrainConfig, *, world_size: int) -> Start:
         newest = continuation.newest_record(places) if cfg.checkpoint.resume else None
         saved = newest.loader if newest else None
         reading = plan_reading(cfg.data, data.train, shape=shape, seed=cfg.seed, saved=saved)
+        if found := "\n".join(privacy_rules.delta(cfg.finetune.dp, reading.sequences)):
+            raise ConfigError(found)
     problems.raise_all()
     assert reading is not None
     return Start(cfg, shape, run_dir, reading)

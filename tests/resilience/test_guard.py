@@ -87,6 +87,14 @@ def test_policy_decides_what_a_spike_does(policy, expected):
     }[policy]  # fmt: skip
 
 
+def test_losses_are_kept_only_where_they_are_compared():
+    """A checkpoint of a private run would tell them, and they have no noise."""
+    for policy, kept in [("none", 0), ("skip", len(STEADY))]:
+        judge = guard(policy)
+        feed(judge, STEADY)
+        assert len(judge.state()["history"]) == kept
+
+
 def test_a_spike_does_not_raise_the_limit():
     judge = guard("skip")
     feed(judge, STEADY)

@@ -15,7 +15,7 @@ import pytest
 from pipeline import cli
 from pipeline.config.choices import OnSpike, OptimizerName, Precision
 from pipeline.config.finetune import FinetuneConfig, PrivacyConfig
-from pipeline.config.privacy_rules import privacy
+from pipeline.config.privacy_rules import delta, privacy
 from pipeline.config.run_shape import derive
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.training import privacy as privacy_module
@@ -92,11 +92,27 @@ def test_other_steps_have_other_noise_and_the_same_ones_theirs(monkeypatch: Any)
     first, again = noise_salt(None, now, layout), noise_salt(None, now, layout)
     assert len(first) == len(again) == 32 and first != again
     record = replace(record_of(3), config=now, privacy={"salt": first})
-    goes_on = replace(PRIVATE, parallel=replace(PRIVATE.parallel, tensor_parallel_size=2))
+    goes_on = replace(
+        PRIVATE,
+        parallel=replace(PRIVATE.parallel, tensor_parallel_size=2),
+        training=replace(PRIVATE.training, micro_batch_size=1, eval_every=3),
+    )
     assert noise_salt(record, cli.to_dict(goes_on), layout) == first
-    for change in ({"seed": 7}, {"optimizer": replace(PRIVATE.optimizer, lr=1.0)}):
+    for change in (
+        {"seed": 7},
+        {"optimizer": replace(PRIVATE.optimizer, lr=1.0)},
+        {"training": replace(PRIVATE.training, global_batch_size=32)},
+        {"data": replace(PRIVATE.data, mask_documents=True)},
+    ):
         assert noise_salt(record, cli.to_dict(replace(PRIVATE, **change)), layout) != first
     assert noise_salt(replace(record, privacy={}), now, layout) not in (first, "", "None")
+
+
+def test_a_delta_that_would_let_a_sequence_be_published_is_refused() -> None:
+    dp = PrivacyConfig(clip_norm=1.0, delta=1e-3)
+    assert not list(delta(dp, 999)) and not list(delta(PrivacyConfig(delta=1e-3), 1000))
+    (found,) = delta(dp, 1000)
+    assert "below one over the 1,000 sequences" in found and "finetune.dp.delta=1e-04" in found
 
 
 @pytest.mark.parametrize(
