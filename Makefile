@@ -53,5 +53,5 @@ soak: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/core
-	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk,serve,notebook,privacy]"
+	$(INSTALL) -e ".[dev,hf,s3,clean,answers,talk,serve,notebook,privacy,tensorboard]"
 	@touch $@

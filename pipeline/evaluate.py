@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from pipeline.config.training import ParallelConfig
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from pipeline.files import check_writable, write_durably
 from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
+from pipeline.tracking.afterwards import run_of
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -48,6 +50,8 @@ class EvaluateConfig:
     """Sequences per data-parallel rank per forward pass."""
     precision: Precision | None = None
     """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
+    track: bool = False
+    """Also tell the trackers of the checkpoint's run: its summary gets evaluation/DATASET/..."""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Sizes and sequence_parallel count; what concerns training alone does not."""
@@ -62,6 +66,7 @@ def main(cfg: EvaluateConfig) -> int:
     log.setup(global_rank=ranks.global_rank)
     if cfg.output is not None:  # hours of scoring come before it is written
         check_writable(Path(cfg.output), "output=")
+    run = run_of(Path(cfg.checkpoint)) if cfg.track else None
     evaluation, path, data = evaluation_of(cfg)
     shape = derive_evaluation(
         evaluation,
@@ -88,8 +93,21 @@ def main(cfg: EvaluateConfig) -> int:
     results = evaluator.run()
     if ranks.is_main:
         _report(path, results, cfg.output)
+        if run is not None:
+            run.tell(lambda tracker, at: tracker.summarize(at, _summary(results)))
     disconnect()
     return 0
+
+
+def _summary(results: Mapping[str, EvalResult]) -> dict[str, float]:
+    """The scores by the names of a run's summary."""
+    keys = ("loss", "ppl", "bits_per_byte", "exact", "tokens")
+    return {
+        f"evaluation/{name}/{key}": float(value)
+        for name, result in results.items()
+        for key in keys
+        if (value := getattr(result, key)) is not None
+    }
 
 
 def _described(dataset: Dataset, seq_len: int, limit: int) -> str:

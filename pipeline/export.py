@@ -26,6 +26,7 @@ from pipeline.files import check_writable
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.peft import adapter_difference, check_is_adapter, export_adapter
 from pipeline.huggingface.writer import TOLERANCE, DType, export, logits_difference
+from pipeline.tracking.afterwards import run_of
 
 
 @dataclass
@@ -42,6 +43,8 @@ class ExportConfig:
     """Of a LoRA run, write the low-rank matrices only, as a folder that peft loads; false: merged
     with the base, in fp32, then rounded.
     """
+    track: bool = False
+    """Also hand the folder to the trackers of the checkpoint's run: in W&B a model artifact."""
     base: str | None = None
     """Where the base of a LoRA run is now; null: where it was when it was trained."""
     check: bool = True
@@ -56,6 +59,7 @@ def main(cfg: ExportConfig) -> int:
     checkpoint, output = folders.find(Path(cfg.checkpoint)), Path(cfg.output)
     folders.check_new(output)
     check_writable(output / "config.json", "output=")
+    run = run_of(Path(cfg.checkpoint)) if cfg.track else None
     library = "peft" if cfg.adapter else "transformers"
     if cfg.check and importlib.util.find_spec(library) is None:
         raise ConfigError(
@@ -72,9 +76,24 @@ def main(cfg: ExportConfig) -> int:
         export_adapter(checkpoint, output, dtype=cfg.dtype, base=base)
     else:
         export(checkpoint, output, dtype=cfg.dtype, base=base)
-    if not cfg.check:
+    if cfg.check:
+        _compare(cfg, checkpoint, output, base=base)
+    else:
         print(f"{output}: written, NOT CHECKED (check=false)")
-        return 0
+    if run is not None:
+        facts = {"dtype": cfg.dtype.name, "adapter": cfg.adapter, "checked": cfg.check}
+        run.tell(lambda tracker, at: tracker.keep_model(at, output, facts))
+        print(f"{output}: told {', '.join(tracker.name for tracker in run.trackers)}")
+    return 0
+
+
+def _compare(cfg: ExportConfig, checkpoint: Path, output: Path, *, base: Path | None) -> None:
+    """Compare the exported model's logits with ours, and say how much they differ.
+
+    Raises:
+        CheckpointError: by too much; the folder is left so that nothing loads it.
+    """
+    library = "peft" if cfg.adapter else "transformers"
     if cfg.adapter:
         difference, moved = adapter_difference(checkpoint, output, dtype=cfg.dtype)
         file = "adapter_config.json"
@@ -93,7 +112,6 @@ def main(cfg: ExportConfig) -> int:
     )
     if cfg.adapter:
         print(f"{output}: the adapter changes the logits of its base by up to {moved:.2e}")
-    return 0
 
 
 def _check(cfg: ExportConfig, checkpoint: Path) -> None:

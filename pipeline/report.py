@@ -83,7 +83,7 @@ def main(cfg: ReportConfig) -> None:
         "numbers": run_dir / "metrics.jsonl",
     }
     places |= {"checkpoints": run_dir / "checkpoints", "W&B, offline": run_dir / "wandb"}
-    places |= {"profiles": run_dir / PROFILES}
+    places |= {"TensorBoard": run_dir / "tensorboard", "profiles": run_dir / PROFILES}
     for what, place in places.items():
         if place.exists():
             print(f"{what:14} {place}")

@@ -6,15 +6,17 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.config.choices import Precision
+from pipeline.config.choices import Precision, WandbMode
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.data_rules import held_out
+from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
@@ -28,6 +30,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.reference import ReferenceGPT
 from tests.support.token_dataset import write_dataset
 
+TRACKED = TrackingConfig(wandb=WandbMode.disabled, tensorboard=find_spec("tensorboard") is not None)
 SIZES = [70, 45]  # tokens of the shards: their last windows are not full
 
 
@@ -63,6 +66,7 @@ def with_data(cfg: PretrainConfig, data: Path) -> PretrainConfig:
     cfg.data = DataConfig(
         validation=[DatasetConfig(path=str(data), name="held-out")], cache_dir=str(data / "cache")
     )
+    cfg.tracking = TRACKED
     return cfg
 
 
@@ -119,10 +123,13 @@ def save_fresh(data: Path, folder: Path) -> list[EvalResult]:
 
 
 def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: Path) -> None:
-    """Saved by one process, evaluated by two; on the run's own held-out data where none is named."""
+    """Saved by one process, evaluated by two; on the run's own held-out data where none is named; the run is told."""
     run_on_ranks(save_fresh, 1, data, tmp_path / "run" / "checkpoints")
+    row = {"step": 0, "tokens": 0, "train/loss": 1.0}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     cfg = EvaluateConfig(
         checkpoint=str(tmp_path / "run"),
+        track=TRACKED.tensorboard,
         output=str(tmp_path / "out.json"),
         micro_batch_size=2,
         precision=Precision.fp32,
@@ -132,6 +139,10 @@ def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: 
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["checkpoint"].endswith("step-00000000")
     check(EvalResult(**document["results"]["held-out"]), data)
+    drawn = [path.read_bytes() for path in (tmp_path / "run/tensorboard/by-step").glob("events.*")]
+    assert len(drawn) == TRACKED.tensorboard and all(
+        b"evaluation/held-out/loss" in file for file in drawn
+    )
 
 
 def test_the_data_of_the_run_count_only_where_none_are_named() -> None:

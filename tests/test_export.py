@@ -18,9 +18,12 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import ExportConfig, main
 from pipeline.huggingface import writer
 from pipeline.huggingface.writer import DType
+from pipeline.tracking.afterwards import TrackedRun
+from pipeline.tracking.tracker import At
 from tests.support.exported import export_and_compare, save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
+from tests.support.trackers import Memory
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,21 @@ def test_what_the_record_forbids_is_refused_before_the_checkpoint_is_read(
     cfg = ExportConfig(checkpoint=str(checkpoints / "gpt2"), output=str(tmp_path / "out"), **wrong)
     with pytest.raises((CheckpointError, ConfigError), match=message):
         main(cfg)
+
+
+def test_an_exported_folder_is_kept_by_the_trackers_of_its_run(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is there, and only when that is asked for."""
+    memory = Memory(tmp_path)
+    run = TrackedRun([memory], At(3, 96, 0.0))
+    monkeypatch.setattr("pipeline.export.run_of", lambda _: run)
+    for track in (False, True):
+        output = tmp_path / str(track)
+        cfg = ExportConfig(str(checkpoints / "gpt2"), str(output), check=False, track=track)
+        assert main(cfg) == 0 and (output / "config.json").exists()
+    facts = {"dtype": "bf16", "adapter": False, "checked": False}
+    assert memory.models == [(3, tmp_path / "True", facts)]
 
 
 LM_EVAL_TASK = """

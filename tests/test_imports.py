@@ -59,6 +59,7 @@ FENCES = {
     "deepspeed": ["pipeline.engine.deepspeed", "pipeline.rehearsal"],
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],
     "wandb": ["pipeline.tracking.wandb_run"],
+    "tensorboard": ["pipeline.tracking.tensorboard_run"],
     "transformers": ["pipeline.huggingface", "pipeline.inference"],
     "peft": ["pipeline.huggingface.peft"],
 }

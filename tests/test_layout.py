@@ -80,6 +80,7 @@ TESTED_IN = {
     "pipeline/config/model_rules.py": ("config/test_run_shape.py", "derive() keeps the rules"),
     "pipeline/config/name_rules.py": ("model/test_lora.py", "derive() keeps the rules"),
     "pipeline/config/operation.py": ("config/test_conf.py", FIELDS),
+    "pipeline/config/operation_rules.py": ("config/test_run_shape.py", "derive() keeps the rules"),
     "pipeline/config/parallel_sizes.py": (
         "config/test_run_shape.py",
         "derived with the run's shape",
@@ -151,6 +152,7 @@ TESTED_IN = {
     "pipeline/rehearsal/fake_cuda.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/one_rank.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/watch.py": ("rehearsal/test_dry_run.py", REHEARSAL),
+    "pipeline/tracking/tracker.py": ("tracking/test_feed.py", "an interface: who calls it"),
     "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
     "pipeline/training/build.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),

@@ -137,7 +137,7 @@ def leaks(folder: Path, printed: str) -> list[str]:
 
 @pytest.mark.slow
 def test_no_planted_secret_is_in_a_file_or_in_what_is_printed(tmp_path):
-    """Tokenization and training over addresses with a password and a signature, W&B kept offline."""
+    """Tokenization and training over addresses with a password and a signature, with both trackers."""
     served, work = tmp_path / "served", tmp_path / "work"
     work.mkdir()
     write_jsonl(served / "corpus.jsonl", make_texts(400))
@@ -157,7 +157,7 @@ def test_no_planted_secret_is_in_a_file_or_in_what_is_printed(tmp_path):
             "model=tiny", "model.num_layers=1", "model.hidden_size=32", "model.max_seq_len=32", "schedule.warmup_steps=1",
             "training.total_steps=4", "training.global_batch_size=2", "training.micro_batch_size=2",
             "training.precision=fp32", "training.eval_every=2", "training.eval_sequences=4", "checkpoint.save_every=2",
-            "tracking.log_every=1", "tracking.wandb=offline", "name=a",
+            "tracking.log_every=1", "tracking.wandb=offline", "tracking.tensorboard=true", "name=a",
         ]  # fmt: skip
         printed += command(
             "-m", "pipeline.train", f"data.path={address}/data", *settings, folder=work
@@ -173,6 +173,7 @@ def test_no_planted_secret_is_in_a_file_or_in_what_is_printed(tmp_path):
         )  # fmt: skip
     assert "http://***@" in missing and "http://***@" in wrong
     assert list((work / "runs/a/wandb").glob("offline-run-*/*.wandb")), "W&B ran"
+    assert list((work / "runs/a/tensorboard/by-step").glob("events.*")), "TensorBoard too"
     assert leaks(work, printed + missing + wrong) == []
     config = (work / "runs/a/config.yaml").read_text()
     assert f"path: http://***@{host}/data" in config, "what is no secret is still told"

@@ -31,6 +31,7 @@ EXTRAS = (
     "serve",
     "notebook",
     "privacy",
+    "tensorboard",
 )  # what .ci/run installs
 # torch, and what only its CUDA build requires.
 TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-.*)")
@@ -38,7 +39,7 @@ TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-.*)")
 OURS = {"pip", "setuptools", "wheel", "uv", "pretrain"}
 HEAD = """\
 # Every requirement but torch, by hash, for Linux and Python 3.11 to 3.13. Made by: python tools/supply_chain.py lock
-#   pip install --require-hashes --no-deps -r requirements.lock && pip install -c constraints.txt -e ".[dev,hf,s3,clean,answers,talk,serve,notebook,privacy]"
+#   pip install --require-hashes --no-deps -r requirements.lock && pip install -c constraints.txt -e ".[dev,hf,s3,clean,answers,talk,serve,notebook,privacy,tensorboard]"
 """
 
 # May be used and passed on with a program under Apache-2.0. MPL-2.0 asks for changes to its own files only.

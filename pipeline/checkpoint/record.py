@@ -18,6 +18,7 @@ from pipeline.config import model_rules
 from pipeline.config.data import DataConfig
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.operation import TrackingConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import CheckpointError
 from pipeline.files import parse_json, read_file
@@ -225,8 +226,15 @@ class CheckpointRecord(RunRecord):
         Raises:
             CheckpointError: the training settings are those of another program.
         """
-        known = {f.name for f in dataclasses.fields(TrainingConfig)}
-        return self._section("training", TrainingConfig, keys=known)
+        return self._section("training", TrainingConfig, keys=_names(TrainingConfig))
+
+    def tracking(self) -> TrackingConfig:
+        """Who was told of the run; what newer programs add is let be.
+
+        Raises:
+            CheckpointError: the tracking settings are those of another program.
+        """
+        return self._section("tracking", TrackingConfig, keys=_names(TrackingConfig))
 
     def _section(self, name: str, schema: type[T], *, keys: set[str] | None = None) -> T:
         """A section of the run's settings, or these keys of it, as its dataclass."""
@@ -251,6 +259,10 @@ class CheckpointRecord(RunRecord):
             raise CheckpointError(
                 f"the {name} settings in {RECORD} are not understood: {error}."
             ) from error
+
+
+def _names(section: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}
 
 
 def attachment(folder: Path, name: str) -> bytes | None:

@@ -28,5 +28,7 @@ Decay = Enum("Decay", ["cosine", "linear", "wsd", "constant"])
 # AdamW for the rest
 OptimizerName = Enum("OptimizerName", ["adamw", "muon"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])  # auto: online with a key
+# What trackers draw over: optimizer steps, or the tokens they used.
+XAxis = Enum("XAxis", ["step", "tokens"])
 OnCorrupt = Enum("OnCorrupt", ["fail", "skip"])
 OnSpike = Enum("OnSpike", ["none", "skip", "rollback"])

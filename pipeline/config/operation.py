@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.config.choices import OnSpike, WandbMode
+from pipeline.config.choices import OnSpike, WandbMode, XAxis
 
 
 @dataclass
@@ -48,7 +48,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Logs and Weights & Biases. Presets: conf/tracking/."""
+    """Logs, Weights & Biases, TensorBoard. Presets: conf/tracking/."""
 
     log_every: int = 10
     """Steps between logged steps (the only ones that wait for the device)."""
@@ -68,6 +68,10 @@ class TrackingConfig:
     """W&B group, for runs that belong together."""
     tags: list[str] = field(default_factory=list)
     """W&B tags, by which its pages filter runs."""
+    tensorboard: bool = False
+    """Also write for TensorBoard, to runs/<name>/tensorboard; needs the extra tensorboard."""
+    x_axis: XAxis = XAxis.step
+    """What W&B draws over unless a chart says otherwise, and TensorBoard calls a step."""
 
 
 @dataclass

@@ -16,7 +16,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pipeline.config import data_rules, layout_rules, model_rules, name_rules, privacy_rules
+from pipeline.config import (
+    data_rules,
+    layout_rules,
+    model_rules,
+    name_rules,
+    operation_rules,
+    privacy_rules,
+)
 from pipeline.config.choices import Decay, Recompute
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
@@ -102,7 +109,8 @@ def problems(
             lengths, "",
         ),
         (data_rules.ramp_of_rows(training, row_tokens), set(), ""),
-        (keeps_best(cfg), set(), ""),
+        (operation_rules.keeps_best(cfg.checkpoint, cfg.data), set(), ""),
+        (operation_rules.tracker_is_installed(cfg.tracking), set(), ""),
         (one_length(cfg), set(), "steps"),
         (schedule(cfg), set(), ""),
         (schedule_fits(cfg, world_size), times | {"steps"} | budget, ""),
@@ -282,16 +290,6 @@ def ramp(cfg: PretrainConfig, world_size: int) -> Iterator[str]:
                 "before it ends."
             )
         last = stage.until_step
-
-
-def keeps_best(cfg: PretrainConfig) -> Iterator[str]:
-    """The best checkpoint is the best on something."""
-    if cfg.checkpoint.keep_best and cfg.data.train and not cfg.data.validation:
-        yield (
-            "checkpoint.keep_best=true has nothing to compare by: no held-out data are named. Set "
-            "data.validation='[{path: OUT/validation}]' (data.path=OUT does so), or "
-            "checkpoint.keep_best=false."
-        )
 
 
 def one_length(cfg: PretrainConfig) -> Iterator[str]:

@@ -12,10 +12,13 @@ from pipeline.errors import DataError
 from pipeline.files import parse_json, read_file
 from pipeline.shapes import COUNT, misfits
 from pipeline.tracking.row_file import read_rows
+from pipeline.tracking.tracker import At, Row
 
 _NUMBER, _SCORES = (float, None), ("loss", "ppl", "bits_per_byte")
 HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
 """What training.probe_every logs of attention heads, as probe/NAME."""
+LATEST = 1e11
+"""Seconds since 1970 beyond any run's."""
 # What is read of a row and of evaluation.json; `?`: may be missing.
 ROW = {
     "event?": str,
@@ -128,6 +131,27 @@ class History:
             self.began = time if math.isnan(self.began) else self.began
             self.ended = time
         return (time - self.began) / 3600
+
+
+def rows_until(path: Path, step: int) -> list[Row]:
+    """What a metrics.jsonl has by step, ascending, up to `step`; of what stands twice, the later.
+
+    Empty where there is no such file, or it cannot be read now.
+    """
+    rows: dict[int, Row] = {}
+    try:
+        found = read_rows(path)
+    except DataError:
+        return []
+    for row in found:
+        if next(misfits(row, {"step": range(step + 1), "tokens": COUNT, "time": float}), None):
+            continue  # a start, or behind `step`
+        if not 0 <= row["time"] < LATEST:
+            continue
+        at = At(row.pop("step"), row.pop("tokens"), row.pop("time"))
+        before = rows.get(at.step, Row(at, {}))
+        rows[at.step] = Row(at, before.values | row)
+    return [rows[number] for number in sorted(rows)]
 
 
 def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:

@@ -1,9 +1,9 @@
-"""What a run tells the world: metrics.jsonl, a line a logged step, a progress bar, W&B.
+"""What a run tells the world: metrics.jsonl, a line a logged step, a progress bar, trackers.
 
     trainer --record, record_eval, event--> Metrics (rank 0) --> metrics.jsonl, for history.py
             --record_samples-->                              --> samples.jsonl
                                                              --> console, progress bar
-                                                             --> WandbRun, a thread
+                                                             --> Trackers: W&B, TensorBoard
 
 Scalars stay on the device until a logged step reads them, so only logged steps wait for it.
 """
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from pipeline import log
-from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.log import logger
@@ -34,10 +33,12 @@ from pipeline.resilience.bookkeeping import bookkeeping, num_failures
 from pipeline.resilience.goodput import Goodput
 from pipeline.tracking.console import Console
 from pipeline.tracking.environment import environment
+from pipeline.tracking.history import rows_until
 from pipeline.tracking.planned import COMPARED_AFTER_STEPS, Planned
 from pipeline.tracking.row_file import RowFile
 from pipeline.tracking.samples import SAMPLES, Sample
-from pipeline.tracking.wandb_run import WandbRun
+from pipeline.tracking.tracker import At
+from pipeline.tracking.trackers import Trackers, trackers_of
 
 if TYPE_CHECKING:
     from pipeline.engine.engine import StepResult
@@ -68,12 +69,12 @@ class Metrics:
         facts: dict[str, Any],
         plan: Plan | None = None,
     ):
-        """Open metrics.jsonl and start W&B.
+        """Open metrics.jsonl; the trackers are opened by `begin`.
 
         Args:
             cfg: the tracking section.
-            run_dir: runs/<name>; its last part names the W&B run.
-            config: the whole resolved config, for W&B.
+            run_dir: runs/<name>; its last part names the run in the trackers.
+            config: the whole resolved config, for the trackers.
             shape: derived numbers.
             flops_per_token: from flops.flops_per_token.
             goodput: the account of the run's time; written on logged steps.
@@ -104,16 +105,18 @@ class Metrics:
         self._write(
             {"event": "start", "time": time.time(), "world_size": shape.world_size, "facts": facts}
         )
-        self._wandb = None
-        if cfg.wandb is not WandbMode.disabled:
-            self._wandb = WandbRun(cfg, run_dir=run_dir, config={**config, "facts": facts})
+        self._trackers = Trackers(
+            trackers_of(cfg, run_dir=run_dir, config={**config, "facts": facts})
+        )
         self._console = Console(
             total_steps=shape.total_steps, total_tokens=shape.total_tokens, progress=cfg.progress
         )
 
     def begin(self, state: State) -> None:
-        """Training goes on from `state`."""
+        """Training goes on from `state`; nothing is recorded before."""
         self.goodput.begin(state.step)
+        past = rows_until(self._rows.path, state.step) if self._trackers.feeds else []
+        self._trackers.begin(_at(state), past)
 
     def restart_clock(self) -> None:
         """Leave the time since the last record out of the throughput: it went to no step."""
@@ -122,6 +125,7 @@ class Metrics:
     def undo(self, state: State) -> None:
         """The run is back at `state`: no mean counts the steps behind it, nor their way back."""
         self._losses = [(step, loss) for step, loss in self._losses if step <= state.step]
+        self._trackers.rewind(_at(state))
         self.restart_clock()
 
     def record(
@@ -178,15 +182,16 @@ class Metrics:
             sent = {**values, "tokens": result.tokens}
             self._send(state, {f"val/{name}/{key}": float(value) for key, value in sent.items()})
             self._console.show_evaluation(state, name, values)
+        self._trackers.evaluated(_at(state))
         self.restart_clock()
 
     def record_samples(self, state: State, samples: Sequence[Sample]) -> None:
         """Keep what the model writes at this step in samples.jsonl, and pass it on."""
-        at = {"step": state.step, "tokens": state.tokens_seen}
+        at = _at(state)
         for sample in samples:
-            self._samples.append(orjson.dumps({**at, **sample._asdict()}) + b"\n")
-        if self._wandb is not None:
-            self._wandb.log_samples(at, samples)
+            row = {"step": at.step, "tokens": at.tokens, **sample._asdict()}
+            self._samples.append(orjson.dumps(row) + b"\n")
+        self._trackers.log_samples(at, samples)
         self._console.show_samples(state, samples)
         self.restart_clock()
 
@@ -195,14 +200,17 @@ class Metrics:
         self._send(state, dict(values))
         self.restart_clock()
 
+    def finish(self, state: State) -> None:
+        """The run has done its last step."""
+        self._trackers.finish(_at(state))
+
     def close(self, exit_code: int = 0) -> None:
-        """Finish the bar, the file and the W&B run; waits for W&B a bounded time."""
+        """Finish the bar, the files and the trackers; waits for these a bounded time."""
         with bookkeeping("the progress bar"):
             self._console.close()
         self._rows.close()
         self._samples.close()
-        if self._wandb is not None:
-            self._wandb.close(exit_code)
+        self._trackers.close(exit_code)
 
     def _values(self, state: State, result: StepResult, extra: Mapping[str, Any]) -> dict[str, Any]:
         """The step's numbers; .item() waits for the device, so the clock is read after it."""
@@ -242,10 +250,9 @@ class Metrics:
         return values
 
     def _send(self, state: State, values: dict[str, Any]) -> None:
-        row = {"step": state.step, "tokens": state.tokens_seen, **values}
-        self._write({**row, "time": time.time()})
-        if self._wandb is not None:
-            self._wandb.log(row)
+        at = _at(state)
+        self._write({"step": at.step, "tokens": at.tokens, **values, "time": at.time})
+        self._trackers.log(at, values)
 
     def _write(self, row: dict[str, Any]) -> None:
         self._rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
@@ -260,7 +267,12 @@ class SilentMetrics(Metrics):
     def _nothing(self, *_: Any, **__: Any) -> None:
         """Instead of every public method."""
 
-    begin = restart_clock = undo = record = record_eval = record_samples = event = close = _nothing
+    begin = restart_clock = undo = record = record_eval = record_samples = _nothing
+    event = finish = close = _nothing
+
+
+def _at(state: State) -> At:
+    return At(state.step, state.tokens_seen, time.time())
 
 
 def _number(value: Any) -> Any:

@@ -1,104 +1,46 @@
-"""A Weights & Biases run behind a queue on a thread of its own; the only importer of wandb.
-
-A server that is slow, gone or wrong costs warnings, never a step.
-"""
+"""A Weights & Biases run as a tracker; the only importer of wandb."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import re
 import sys
-import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.files import read_file, write_durably
 from pipeline.log import logger
 from pipeline.redaction import redact
-from pipeline.resilience.bookkeeping import bookkeeping
 from pipeline.tracking.samples import Sample
+from pipeline.tracking.tracker import At, Tracker
 
 WANDB_INIT_TIMEOUT_S = 120.0
-WANDB_CLOSE_TIMEOUT_S = 60.0  # what a run waits at its end for W&B to take the last values
-WANDB_QUEUE = 10_000  # rows kept for a W&B that does not take them; later ones are lost to it
-WANDB_PAUSE_S, WANDB_LONGEST_PAUSE_S = 30.0, 3600.0  # before W&B is tried again; doubles
 
 
-class WandbRun:
-    """A W&B run, opened and fed by a thread of its own; when it fails it is opened again later."""
+class WandbRun(Tracker):
+    """One W&B run for the job's whole life, whatever happens to W&B's helper process."""
 
-    def __init__(self, cfg: TrackingConfig, *, run_dir: Path, config: dict[str, Any]):
+    name = "W&B"
+    takes_back = False
+    """W&B's own step only grows: of a step that is done again it keeps the first point."""
+
+    def __init__(self, cfg: TrackingConfig, *, run_dir: Path, config: Mapping[str, Any]) -> None:
+        """Args: config: what W&B shows of the run's settings, without secrets."""
         self._cfg, self._run_dir, self._config = cfg, run_dir, config
-        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(WANDB_QUEUE)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="wandb")
-        self._thread.start()
+        self.mark = run_dir / "wandb-told.json"  # not in wandb/, which may be pruned after a sync
+        self._run: Any = None
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Hand over one row; never waits."""
-        with bookkeeping("W&B's queue, full", errors=queue.Full):
-            self._queue.put_nowait(row)
+    def is_known(self) -> bool:
+        """Whether there is an id."""
+        return (self._run_dir / "wandb-id").exists()
 
-    def log_samples(self, at: dict[str, int], samples: Sequence[Sample]) -> None:
-        """Hand over the samples of a step, `at`: W&B shows them as a table."""
-        rows: list[list[Any]] = [[*at.values(), *sample] for sample in samples]
-        self.log({**at, "samples": _Table([*at, *Sample._fields], rows)})
-
-    def close(self, exit_code: int) -> None:
-        """Finish the W&B run with the exit code; waits WANDB_CLOSE_TIMEOUT_S at most."""
-        self._closing.set()
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(exit_code)
-        self._thread.join(WANDB_CLOSE_TIMEOUT_S)
-        if waiting := self._queue.qsize() or self._thread.is_alive():
-            logger.warning(
-                "W&B did not take the last %d values within %.0f s; metrics.jsonl has everything",
-                waiting,
-                WANDB_CLOSE_TIMEOUT_S,
-            )
-
-    def _work(self) -> None:
-        """The thread: open the run and send what the queue brings, again after every failure."""
-        pause_s, is_done = WANDB_PAUSE_S, False
-        while not is_done:
-            # At the end there is time for one try: not for the one that the end came upon.
-            is_last = self._closing.is_set()
-            with bookkeeping("W&B, while metrics.jsonl has everything", errors=Exception):
-                self._send(self._open())
-                is_last = True
-            is_done = is_last
-            if not is_done:
-                self._closing.wait(pause_s)
-                pause_s = min(2 * pause_s, WANDB_LONGEST_PAUSE_S)
-
-    def _send(self, run: Any) -> None:
-        """Pass on what the queue brings, to the exit code, which is its last."""
-        is_done = False
-        while not is_done:
-            item = self._queue.get()
-            try:
-                if isinstance(item, dict):
-                    run.log({key: _as_wandb(value) for key, value in item.items()})
-                else:
-                    run.finish(exit_code=item)
-                    is_done = True
-            except Exception:
-                self._put_back(item)
-                raise
-
-    def _put_back(self, item: dict[str, Any] | int) -> None:
-        """W&B did not take it: it comes first when W&B is back."""
-        with self._queue.mutex:
-            self._queue.queue.appendleft(item)
-
-    def _open(self) -> Any:
-        """The W&B run. After a failure its helper process, which may be dead, is replaced."""
+    def open(self, after: At | None) -> None:
+        """Open the run. After a failure its helper process, which may be dead, is replaced."""
         import wandb
 
         if wandb.run is not None:
@@ -112,9 +54,9 @@ class WandbRun:
             # wandb-metadata.json has the command line as it was typed.
             x_disable_meta=redact(sys.argv) != sys.argv,
         )
-        # One run for the job's whole life. Offline every restart writes a folder of its own
-        # with this id, and `wandb sync` joins them; `resume` means nothing there.
-        run = wandb.init(
+        # Offline every restart writes a folder of its own with this id, and `wandb sync` joins
+        # them; `resume` means nothing there.
+        self._run = run = wandb.init(
             project=self._cfg.project,
             entity=self._cfg.entity,
             group=self._cfg.group,
@@ -124,29 +66,46 @@ class WandbRun:
             id=_wandb_id(self._run_dir),
             resume="allow" if mode == "online" else None,
             mode=mode,
-            config=self._config,
+            config=dict(self._config),
             settings=settings,
         )
         where = run.url if mode == "online" else f"{mode}; kept in {self._run_dir}/wandb"
         logger.info("wandb: %s", where)
-        # After a restart steps repeat: W&B's own step cannot.
-        run.define_metric("*", step_metric="step")
-        return run
+        # W&B's own step counts rows. Each of these can be chosen as a chart's x-axis.
+        run.define_metric("step")
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric=self._cfg.x_axis.name)
 
+    def log(self, at: At, values: Mapping[str, Any]) -> None:
+        """One row of W&B's history."""
+        self._run.log({"step": at.step, "tokens": at.tokens, **values})
 
-class _Table(NamedTuple):
-    """A table that waits in the queue: wandb is imported by the thread alone."""
+    def log_samples(self, at: At, samples: Sequence[Sample]) -> None:
+        """A table, which W&B puts together over the steps."""
+        import wandb
 
-    columns: list[str | int]
-    rows: list[Any]
-    """Lists of values."""
+        rows = [[at.step, at.tokens, *sample] for sample in samples]
+        table = wandb.Table(columns=["step", "tokens", *Sample._fields], data=rows)
+        self.log(at, {"samples": table})
 
+    def summarize(self, at: At, values: Mapping[str, float]) -> None:
+        """Columns of the table of runs."""
+        self._run.summary.update(dict(values))
 
-def _as_wandb(value: Any) -> Any:
-    """A value as W&B takes it."""
-    import wandb
+    def keep_model(self, at: At, folder: Path, facts: Mapping[str, Any]) -> None:
+        """An artifact; offline its files stay in `folder` until `wandb sync` takes them there."""
+        import wandb
 
-    return wandb.Table(columns=value.columns, data=value.rows) if type(value) is _Table else value
+        # W&B's names have letters, digits and these.
+        name = re.sub(r"[^\w.-]", "-", self._run_dir.name, flags=re.ASCII)
+        artifact = wandb.Artifact(name, type="model", metadata={**at._asdict(), **facts})
+        # No copies of it on this disk: neither to be uploaded from, nor in W&B's cache.
+        artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{at.step}"])
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run."""
+        self._run.finish(exit_code=exit_code)
 
 
 def _wandb_mode(mode: WandbMode) -> str:

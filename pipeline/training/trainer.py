@@ -337,12 +337,10 @@ class Trainer:
             self.evaluate()
         self.loader.close()
         self.clock.enter("end", self.state.step)
-        if self.layout.ranks.is_main and is_done:
+        if is_done:
+            self.metrics.finish(self.state)
+        if is_done and self.layout.ranks.is_main:
             with bookkeeping("DONE"):
                 write_durably(self.run_dir / "DONE", f"{self.state.step}\n".encode())
-        logger.info(
-            "%s at step %d of %d",
-            "done" if is_done else "leaving on notice",
-            self.state.step,
-            self.shape.total_steps,
-        )
+        why = "done" if is_done else "leaving on notice"
+        logger.info("%s at step %d of %d", why, self.state.step, self.shape.total_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipeline.config.choices import Decay, OptimizerName, PipelineSchedule, Prec
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import MoeConfig
+from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import ForwardShape, derive, derive_evaluation
 from pipeline.config.training import (
@@ -260,6 +262,15 @@ def test_a_name_is_as_long_as_a_folders(tmp_path: Path) -> None:
     shape_of(replace(config(), name="ü" * 127))
     with pytest.raises(ConfigError, match="has 256 bytes; a folder's name has at most 255"):
         shape_of(replace(config(), name="ü" * 128))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_ranks_form(monkeypatch) -> None:
+    """Its thread would warn for ever, and nobody would have the curves."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    shape_of(config())
+    wanted = replace(config(), tracking=TrackingConfig(tensorboard=True))
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[tensorboard\]"'):
+        shape_of(wanted)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

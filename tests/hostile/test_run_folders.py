@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.operation import TrackingConfig
 from pipeline.errors import MachineError
 from tests.support.hostile import Damage, all_of, every, of_file, of_json, try_all, with_content
 
@@ -50,6 +51,7 @@ def run_folder(folder: Path) -> Path:
     (folder / "owner/00000001.json").write_text(json.dumps(CLAIM))
     (folder / "logs/attempts/0000.json").write_text(json.dumps(ATTEMPT))
     (folder / "wandb-id").write_text("abc")
+    (folder / "wandb-told.json").write_text('{"train/loss": 1}')
     return folder
 
 
@@ -59,9 +61,10 @@ def use_run_folder(folder: Path) -> None:
     from pipeline.resilience import ownership
     from pipeline.resilience.clock import Clock
     from pipeline.resilience.goodput import Goodput
-    from pipeline.tracking.history import has_evaluation
+    from pipeline.tracking.feed import Feed
+    from pipeline.tracking.history import has_evaluation, rows_until
     from pipeline.tracking.row_file import RowFile
-    from pipeline.tracking.wandb_run import _wandb_id
+    from pipeline.tracking.wandb_run import WandbRun, _wandb_id
 
     def count() -> None:
         goodput = Goodput(folder, Clock())
@@ -71,6 +74,11 @@ def use_run_folder(folder: Path) -> None:
     def identify() -> None:
         with contextlib.suppress(OSError):  # the thread of W&B warns
             assert _wandb_id(folder)
+
+    def tell() -> None:
+        with contextlib.suppress(OSError):
+            Feed(WandbRun(TrackingConfig(), run_dir=folder, config={}))._read_mark()
+        assert all(row.at.step <= 9 for row in rows_until(folder / "metrics.jsonl", 9))
 
     def append() -> None:
         rows = RowFile(folder / "metrics.jsonl")
@@ -85,6 +93,7 @@ def use_run_folder(folder: Path) -> None:
         lambda: ownership.problem(folder, node="here"),
         lambda: ownership.claim(folder, node="here"),
         identify,
+        tell,
     )
 
 

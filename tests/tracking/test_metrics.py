@@ -27,7 +27,7 @@ from pipeline.log import logger
 from pipeline.resilience.bookkeeping import num_failures
 from pipeline.resilience.clock import Clock
 from pipeline.resilience.goodput import Goodput
-from pipeline.tracking import metrics, wandb_run
+from pipeline.tracking import feed, metrics
 from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.tracking.planned import Planned
 from pipeline.tracking.samples import Sample, read_samples
@@ -48,12 +48,14 @@ RUN = RunShape(
 )  # fmt: skip
 
 
-def make(run_dir: Path, **tracking: object) -> Metrics:
+def make(run_dir: Path, *, state: State | None = None, **tracking: object) -> Metrics:
     cfg = TrackingConfig(**{"wandb": WandbMode.disabled, "log_every": 5, **tracking})
-    return Metrics(
+    made = Metrics(
         cfg, run_dir=run_dir, config={"seed": 1}, shape=RUN, flops_per_token=1e6, goodput=Goodput(run_dir, Clock()),
         facts={"dataset": "abc"},
     )  # fmt: skip
+    made.begin(state or State())
+    return made
 
 
 def train(tracker: Metrics, state: State, num_steps: int, *, step_s: float = 0.0) -> None:
@@ -210,7 +212,6 @@ def test_a_restart_appends_after_a_half_written_line(tmp_path):
 
 def test_only_the_main_rank_writes(tmp_path):
     """Thousands of ranks share the run folder; what the main rank's can, theirs can, and is silent."""
-
     public = {name for name, value in vars(Metrics).items() if name[0] != "_" and callable(value)}
     assert public == {name for name in vars(SilentMetrics) if name[0] != "_"}
     tracker = SilentMetrics()
@@ -267,7 +268,7 @@ def test_wandb_that_raises_does_not_stop_training(tmp_path, monkeypatch):
 
     tries: list[int] = []
     monkeypatch.setattr(wandb, "init", refuse)
-    monkeypatch.setattr(wandb_run, "WANDB_PAUSE_S", 0.01)
+    monkeypatch.setattr(feed, "PAUSE_S", 0.01)
     failures = num_failures()
     tracker = make(tmp_path, wandb=WandbMode.online)
     wait_until(lambda: len(tries) > 2)
@@ -279,17 +280,17 @@ def test_wandb_that_raises_does_not_stop_training(tmp_path, monkeypatch):
 
 def test_wandb_whose_process_dies_is_opened_again_and_gets_what_it_missed(tmp_path, monkeypatch):
     """wandb-core is a process of its own: killed by hand, by Slurm's TERM, or for its memory."""
-    monkeypatch.setattr(wandb_run, "WANDB_PAUSE_S", 0.01)
+    monkeypatch.setattr(feed, "PAUSE_S", 0.01)
     tracker, state = make(tmp_path, wandb=WandbMode.offline), State()
     train(tracker, state, 5)
-    wait_until(lambda: tracker._wandb._queue.qsize() == 0)
+    wait_until(lambda: tracker._trackers.feeds[0]._queue.qsize() == 0)
     (core,) = [p for p in psutil.Process().children() if "wandb-core" in p.name()]
     core.kill()
     core.wait()
     train(tracker, state, 15)
     tracker.close()
-    assert tracker._wandb._queue.qsize() == 0, "it took everything"
-    assert not tracker._wandb._thread.is_alive()
+    assert tracker._trackers.feeds[0]._queue.qsize() == 0, "it took everything"
+    assert not tracker._trackers.feeds[0]._thread.is_alive()
     assert rows(tmp_path)[-1]["step"] == 20
     with warnings.catch_warnings():  # the dead helper's handle, which the library drops unasked
         warnings.simplefilter("ignore", ResourceWarning)
@@ -301,8 +302,8 @@ def test_wandb_that_hangs_costs_no_step_and_a_bounded_end(tmp_path, monkeypatch)
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: time.sleep(60))
-    monkeypatch.setattr(wandb_run, "WANDB_CLOSE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(wandb_run, "WANDB_QUEUE", 2)
+    monkeypatch.setattr(feed, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(feed, "MOST_WAITING", 2)
     began, failures = time.monotonic(), num_failures()
     tracker = make(tmp_path, wandb=WandbMode.online)
     train(tracker, State(), 20)
@@ -315,9 +316,9 @@ def test_wandb_that_hangs_costs_no_step_and_a_bounded_end(tmp_path, monkeypatch)
 def test_wandb_server_that_accepts_and_never_answers(tmp_path):
     """The real client against a dead server: the process ends by itself with the run's own exit code."""
     script = (
-        "from pathlib import Path; from pipeline.tracking import wandb_run; from pipeline.config.choices import WandbMode;"
+        "from pathlib import Path; from pipeline.tracking import feed, wandb_run; from pipeline.config.choices import WandbMode;"
         "from tests.tracking.test_metrics import make, train, State;"
-        "wandb_run.WANDB_INIT_TIMEOUT_S = 3.0; wandb_run.WANDB_CLOSE_TIMEOUT_S = 1.0;"
+        "wandb_run.WANDB_INIT_TIMEOUT_S = 3.0; feed.CLOSE_TIMEOUT_S = 1.0;"
         f"t = make(Path({str(tmp_path)!r}), wandb=WandbMode.online); train(t, State(), 20); t.close(); print('done')"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -327,22 +328,14 @@ def test_wandb_server_that_accepts_and_never_answers(tmp_path):
             "WANDB_API_KEY": "0" * 40,
             "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
         }
-        root = Path(metrics.__file__).parents[2]
         command = [sys.executable, "-c", script]
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG_S
+            command,
+            cwd=Path(metrics.__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HANG_S,
         )
     assert (done.returncode, done.stdout.strip()) == (0, "done")
     assert rows(tmp_path)[-1]["step"] == 20
-
-
-def test_wandb_is_online_only_with_a_key_or_by_request(monkeypatch):
-    """A machine without a key must not ask for one."""
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert wandb_run._wandb_mode(WandbMode.auto) == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert wandb_run._wandb_mode(WandbMode.auto) == "online"
-    assert wandb_run._wandb_mode(WandbMode.offline) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_run._wandb_mode(WandbMode.auto) == "offline"

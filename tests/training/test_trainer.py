@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ import pytest
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.tracking.afterwards import run_of
 from tests.support.corpus import make_tokenizer
 from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
+from tests.tracking.test_metrics_page import documented_names, names_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -54,9 +57,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def start(data: Path, runs: Path, *settings: str, step_s: float = 0.0, **how: Any) -> subprocess.Popen:  # fmt: skip
+def start(data: Path, runs: Path, *settings: str, step_s: float = 0.0, plant: str = "", **how: Any) -> subprocess.Popen:  # fmt: skip
     """pipeline.train as a process, each step lengthened so that something can happen meanwhile."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": f"step_s={step_s}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": f"step_s={step_s} {plant}"}
     command = [sys.executable, "tests/support/plant.py", "-m", "pipeline.train", f"data.path={data}", f"runs_dir={runs}",
                *SETTINGS, *settings]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, env=environment, **how)
@@ -158,3 +161,63 @@ def test_a_run_goes_on_at_the_newest_checkpoint_though_it_is_in_the_fallback(
     assert f"resumed from {tmp_path / 'other'}/a/checkpoints/{folders.name_of(left)}" in errors
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
     assert folders.list_checkpoints(run / "checkpoints")[-1][0] == STEPS
+
+
+@pytest.mark.slow
+def test_trackers_draw_each_step_once_through_a_full_disk_a_kill_and_a_rollback(
+    data: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """And are told of the run when it has ended; what it wrote all along is what docs/watching.md names."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = small_disk / "a"
+    drawn, fallback = run / "tensorboard" / "by-step", f"checkpoint.fallback_dir={tmp_path}"
+    first = start(data, small_disk, "tracking.tensorboard=true", "optimizer.lr=0.01", fallback, step_s=0.3)  # fmt: skip
+    try:
+        wait_for(first, lambda: told(drawn / "told.json") >= 5, "fifth step in TensorBoard")
+        with pytest.raises(OSError, match="No space"), open(small_disk / "ballast", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+        wait_for(first, lambda: folders.list_checkpoints(tmp_path / "a/checkpoints"), "fallback")
+        (small_disk / "ballast").unlink()
+        wait_for(first, lambda: len(rows(run)) >= 10, "tenth step, logged")
+    finally:
+        first.kill()  # TensorBoard would have been tried again after half a minute
+        first.wait()
+    assert told(drawn / "told.json") < 10
+    settings = ["optimizer.lr=0.01", "resilience.on_spike=rollback", "resilience.spike_window=8", "resilience.spike_sigmas=5",
+                "training.eval_every=8", "training.eval_sequences=4", "training.sample_every=12",
+                "training.sample_tokens=4", "tracking.wandb=offline", "tracking.tensorboard=true"]  # fmt: skip
+    second = start(data, small_disk, *settings, fallback, plant=f"spike={4 * 18 + 1}")
+    assert second.wait(HANG_S) == 0
+    steps = [row["step"] for row in rows(run)]
+    back = [(a, b) for a, b in itertools.pairwise(steps) if b <= a]
+    assert len(back) == 2, f"after the kill and after the rollback: {steps}"
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    run_of(run).tell(lambda tracker, at: tracker.keep_model(at, exported, {}))
+    reader = reading.EventAccumulator(
+        str(drawn), size_guidance={"scalars": 0, "tensors": 0}
+    ).Reload()
+    later = {row["step"]: row["train/loss"] for row in rows(run)}
+    points = [(event.step, event.value) for event in reader.Scalars("train/loss")]
+    assert points == [(step, pytest.approx(later[step])) for step in range(1, STEPS + 1)]
+    assert [event.step for event in reader.Scalars("val/validation/loss")] == [8, 16, 24]
+    texts = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("summary/text_summary")]  # fmt: skip
+    for name in ("best/step", "final/validation/loss"):
+        assert any(name in text for text in texts), name
+    (model,) = reader.Tensors("model/text_summary")
+    assert model.step == STEPS and b"exported" in model.tensor_proto.string_val[0]
+    assert told(run / "wandb-told.json") == STEPS
+    logs = [path.read_bytes() for path in run.glob("wandb/offline-run-*/run-*.wandb")]
+    assert len(logs) == 2 and any(str(exported).encode() in log for log in logs)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*map(names_of, lines)) <= documented_names()
+
+
+def told(mark: Path) -> int:
+    """The newest step of the loss that a tracker was told."""
+    try:
+        return json.loads(mark.read_text()).get("train/loss", 0)
+    except FileNotFoundError:
+        return 0
