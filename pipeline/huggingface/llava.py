@@ -18,7 +18,7 @@ from pipeline.config.vision import NORM_EPS, encoder_of
 from pipeline.huggingface.rules import Mapping, Rule, split_and_join_qkv
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
-# What transformers writes where it has no choice: another value is another model.
+# What is computed here: another value is another model.
 FIXED: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
@@ -30,8 +30,20 @@ TOWER_FIXED: dict[str, Any] = {
     "layer_norm_eps": NORM_EPS,
     "num_channels": 3,
 }
-TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-               "image_size", "patch_size")  # fmt: skip
+# What transformers takes where a folder does not say: releases before 5 wrote only what differs, so
+# that google/siglip-base-patch16-224 says nothing at all of its tower.
+UNSAID: dict[str, Any] = {
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+TOWER_UNSAID = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 16,
+}
 # Why other towers cannot be read.
 OTHER_TOWERS = {
     "clip_vision_model": "CLIP has a class token, a norm in front of its blocks and quick_gelu",
@@ -153,8 +165,9 @@ def text_of(config: dict[str, Any]) -> dict[str, Any]:
         ValueError: the rest computes otherwise; with the reason.
     """
     for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"it has {key}={config[key]!r}; computed here is {value!r}.")
+        if (found := config.get(key, UNSAID.get(key, value))) != value:
+            unsaid = "" if key in config else ", which transformers takes where nothing is said"
+            raise ValueError(f"it has {key}={found!r}{unsaid}; computed here is {value!r}.")
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise ValueError("it has no text_config.")
@@ -170,6 +183,7 @@ def tower_of(config: Any) -> VisionConfig:
     """
     if not isinstance(config, dict):
         raise ValueError("it has no vision_config.")
+    config = {**TOWER_UNSAID, **config}
     if reason := next(_against(config), None):
         raise ValueError(reason)
     edge = config["patch_size"]
@@ -185,16 +199,16 @@ def tower_of(config: Any) -> VisionConfig:
 
 
 def _against(config: dict[str, Any]) -> Iterator[str]:
-    """Why a tower cannot be read."""
+    """Why a tower, whose sizes are all there, cannot be read."""
     kind = config.get("model_type")
     if kind != "siglip_vision_model":
         reason = OTHER_TOWERS.get(str(kind), "its blocks are not known here")
         yield f"its tower is a {kind!r}: {reason}. SigLIP's (siglip_vision_model) can be read."
         return
-    sizes = {key: config.get(key) for key in TOWER_SIZES}
-    wrong = [k for k, v in sizes.items() if type(v) is not int or not 1 <= v < 2**31]
+    sizes = {key: config[key] for key in TOWER_UNSAID}
+    wrong = [f"{k}={v!r}" for k, v in sizes.items() if type(v) is not int or not 1 <= v < 2**31]
     if wrong:
-        yield f"its tower does not say {', '.join(wrong)}, as transformers writes them."
+        yield f"its tower has {', '.join(wrong)}, where whole numbers are read."
     for key, value in TOWER_FIXED.items():
         if config.get(key, value) != value:
             yield f"its tower has {key}={config[key]!r}; computed here is {value!r}."

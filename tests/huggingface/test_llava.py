@@ -19,6 +19,7 @@ from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.config.model import ModelConfig
 from pipeline.errors import CheckpointError
+from pipeline.huggingface.llava import FIXED, text_of, tower_of
 from pipeline.huggingface.loading import load_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
@@ -134,7 +135,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("vision_config", {"model_type": "clip_vision_model"}, "CLIP has a class token"),
     ("vision_config", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
     ("vision_config", {"num_channels": 1}, "num_channels=1"),
-    ("vision_config", {"patch_size": None}, "does not say patch_size"),
+    ("vision_config", {"patch_size": None}, "patch_size=None, where whole"),
     ("", {"vision_feature_layer": -2}, "vision_feature_layer=-2"),
     ("", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy='default'"),
     ("", {"text_config": None}, "no text_config"),
@@ -155,6 +156,29 @@ def test_what_computes_otherwise_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
         read_model_config(tmp_path)
+
+
+def test_what_a_folder_does_not_say_is_what_transformers_takes() -> None:
+    """google/siglip-base-patch16-224 names its tower's kind and nothing else; transformers 4 wrote so."""
+    from transformers import SiglipVisionConfig
+
+    kind = {"model_type": "siglip_vision_model"}
+    assert tower_of(kind) == tower_of(SiglipVisionConfig().to_dict())
+    assert tower_of({**kind, "image_size": 384}).image_size == 384
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_a_layer_that_a_llava_does_not_name_is_not_taken_for_ours(key: str) -> None:
+    """Its features are those of another layer, or lack a patch: transformers' defaults are others."""
+    from transformers import LlavaConfig, SiglipVisionConfig
+
+    assert text_of({**FIXED, "text_config": {}}) == {}
+    unsaid = {name: value for name, value in FIXED.items() if name != key}
+    if getattr(LlavaConfig(vision_config=SiglipVisionConfig()), key) == FIXED[key]:
+        assert text_of({**unsaid, "text_config": {}}) == {}
+        return
+    with pytest.raises(ValueError, match=f"{key}=.*which transformers takes where nothing is said"):
+        text_of({**unsaid, "text_config": {}})
 
 
 def test_a_tensor_of_another_tower_is_refused(
