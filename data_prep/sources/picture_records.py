@@ -33,8 +33,11 @@ class Illustrated(NamedTuple):
 
 def illustrated(record: dict[str, Any]) -> Illustrated:
     """The messages of a record and their pictures."""
-    waiting = record.get("images", record.get("image"))
-    waiting = [] if waiting is None else waiting if isinstance(waiting, list) else [waiting]
+    named = [record[key] for key in ("images", "image") if record.get(key) is not None]
+    if len(named) > 1:
+        return Illustrated(record, [], "pictures_mismatch", "it has both images and image")
+    waiting = named[0] if named else []
+    waiting = waiting if isinstance(waiting, list) else [waiting]
     messages = record["messages"] if "messages" in record else _without_messages(record, waiting)
     if not isinstance(messages, list):
         return Illustrated(record, [], "not_a_dialogue", "it has no messages, prompt or caption")

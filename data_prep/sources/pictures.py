@@ -40,6 +40,10 @@ _TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs")
 _GONE = (401, 403, 410, 451)  # of http, beside 404: it will not be there later
 PAUSES_S = (1.0, 5.0)
+LARGEST_MEGAPIXELS = 178  # PIL.Image.MAX_IMAGE_PIXELS, twice
+# http's client folds these (RFC 3986, 5.2.4), encoded or with a line break in between, so that
+# https://host/photos/../x begins with https://host/photos/ and is fetched from elsewhere.
+_LEADS_UP = re.compile(r"(?:^|/)(?:\.|%2e){2}(?:[/?#]|$)|[\x00-\x1f]", re.IGNORECASE)
 
 
 @dataclass
@@ -91,6 +95,11 @@ def check_pictures_config(cfg: PictureConfig, row_tokens: int) -> None:
     for name in ("max_image_mb", "max_image_megapixels"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise ConfigError(f"{name} ({getattr(cfg, name)}) must be above 0 and finite.")
+    if cfg.max_image_megapixels > LARGEST_MEGAPIXELS:
+        raise ConfigError(
+            f"max_image_megapixels ({cfg.max_image_megapixels}) must be at most "
+            f"{LARGEST_MEGAPIXELS}: Pillow decodes no larger ones."
+        )
     for prefix in _prefixes(cfg):
         match = re.fullmatch(r"(\w+)://[^/@?#\\]+/[^?#\\]*", prefix)
         if match is None or match[1] not in SCHEMES:
@@ -188,12 +197,12 @@ def _content_of(source: Any, folder: str, cfg: PictureConfig) -> bytes:
     if "::" in source or source.startswith("data:"):
         raise BadPicture("picture_place", source[:100])
     if "://" in source:
-        if not source.startswith(tuple(_prefixes(cfg))):
-            raise BadPicture("picture_place", f"{source} begins with none of image_urls")
+        if not source.startswith(tuple(_prefixes(cfg))) or _LEADS_UP.search(source):
+            raise BadPicture("picture_place", f"{source} is at none of image_urls")
         return _fetch(source, most)
     root = folder if cfg.image_root is None else cfg.image_root.rstrip("/")
     if "://" in root:
-        if source.startswith("/") or ".." in source.split("/"):
+        if source.startswith("/") or _LEADS_UP.search(source):
             raise BadPicture("picture_place", f"{source} leads out of {root}")
         return _fetch(f"{root}/{source}", most)
     # By its words: whether there is such a file outside is nobody's business.

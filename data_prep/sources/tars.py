@@ -49,6 +49,8 @@ class Sample:
     reason: str = ""
     """Of REASONS, if the sample cannot be used; `detail` says more."""
     detail: str = ""
+    shown: set[str] = field(default_factory=set)
+    """Extensions of its pictures."""
     pictures: list[bytes | BadPicture] = field(default_factory=list)
     """Content of its pictures, in the order of the tar; or why one was not read."""
 
@@ -112,7 +114,11 @@ def read_samples(
                 sample.reason, sample.detail = "ambiguous", "its files do not lie in a row"
             seen.add(hash(key))
         if picture_bytes and extension.rpartition(".")[2] in SUFFIXES:
-            sample.pictures.append(_picture(archive, info, sample, picture_bytes, limit))
+            if extension in sample.shown:
+                sample.reason, sample.detail = "ambiguous", f"two files .{extension}"
+            elif len(sample.pictures) <= MOST_PICTURES:  # one more, which says that it is too many
+                sample.shown.add(extension)
+                sample.pictures.append(_picture(archive, info, sample, picture_bytes, limit))
         if extension not in _MEMBERS or sample.reason == "ambiguous":
             continue
         if extension in sample.names:

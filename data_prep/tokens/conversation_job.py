@@ -120,6 +120,11 @@ def _pictures_of(cfg: ConversationConfig, tokenizer: Tokenizer) -> Pictures | No
             f"image_token={cfg.image_token} is no special token of {cfg.tokenizer}; there are "
             f"{names}. Tokenizers of data_prep.train_tokenizer have <|image|>."
         )
+    if token in (0, tokenizer.eod):  # 0: of samples that data.on_corrupt=skip leaves out
+        raise ConfigError(
+            f"image_token={cfg.image_token} has the id {token}, with which rows are filled up "
+            f"(0, and {tokenizer.eod}, which ends documents). Name another special token."
+        )
     return Pictures(cfg.image_size, cfg.patch_size, token)
 
 

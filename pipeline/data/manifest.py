@@ -275,7 +275,9 @@ def _packing(
         return packing
     size = _count(content["image_size"], "image_size", least=1, most=MOST_IMAGE_SIZE)
     patch = _count(content["patch_size"], "patch_size", least=1, most=size)
-    token = _count(content["image_token_id"], "image_token_id", most=tokenizer.vocab_size - 1)
+    # Not 0, the ids of a sample that is left out: they would stand for pictures.
+    most = tokenizer.vocab_size - 1
+    token = _count(content["image_token_id"], "image_token_id", least=1, most=most)
     pictures = Pictures(size, patch, token)
     most = row_tokens // pictures.num_patches
     slots = _count(content["images_per_row_max"], "images_per_row_max", most=most)

@@ -93,6 +93,9 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "an address that nobody allowed": (lambda: "http://169.254.169.254/latest/a.png", "picture_place"),
     "a chain of file systems": (lambda: "https://good.example/a::file:///etc/passwd", "picture_place"),
     "an address that only begins alike": (lambda: "https://good.example.evil.example/a.png", "picture_place"),
+    "an address that leads up": (lambda: "https://good.example/photos/../a.png", "picture_place"),
+    "the same, encoded": (lambda: "https://good.example/photos/%2e%2E?a.png", "picture_place"),
+    "the same, with what clients leave out": (lambda: "https://good.example/photos/.\t./a.png", "picture_place"),
     "a file of this machine as an address": (lambda: "file:///etc/passwd", "picture_place"),
     "data in the address": (lambda: "data:image/png;base64,iVBORw0KGgo=", "picture_place"),
     "words": (lambda: b"<html>404 not found</html>", "not_a_picture"),
@@ -224,6 +227,14 @@ def test_paths_are_relative_to_the_file_that_names_them_or_to_image_root(folder:
     ]
 
 
+@pytest.mark.parametrize("name", ["../x.png", "a/..", "a/%2e%2e/x.png", ".\n./x.png", "/x.png"])
+def test_a_remote_folder_is_not_left(name: str) -> None:
+    """Its client would fold the dots."""
+    for root in ("https://good.example/a", "s3://bucket/a"):
+        with pytest.raises(BadPicture, match="leads out"):
+            load_picture(name, root, config())
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -233,6 +244,7 @@ def test_paths_are_relative_to_the_file_that_names_them_or_to_image_root(folder:
         ({"patch_size": 1}, "takes 64 tokens .* leaves no room"),
         ({"max_image_mb": 0}, "above 0"),
         ({"max_image_megapixels": float("nan")}, "above 0"),
+        ({"max_image_megapixels": 200}, "Pillow decodes no larger"),
         ({"image_urls": "https://"}, "no beginning of an address"),
         ({"image_urls": "https://good.example"}, "and a slash"),
         ({"image_urls": "file:///etc/"}, "no beginning of an address"),

@@ -47,9 +47,9 @@ def interleaved(first: int, second: int, **sources: Any) -> list[dict[str, Any]]
     return [question, {"role": "assistant", "content": [text("No, "), two, text(f"{second}")]}]
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

@@ -37,6 +37,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BAD: dict[str, tuple[str, Any]] = {
     "places without pictures": ("pictures_mismatch", {"messages": interleaved(1, 2), "image": "in/small/200.png"}),
     "a picture without a place": ("pictures_mismatch", {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "image": "in/small/200.png"}),
+    "a picture beside no pictures": ("pictures_mismatch", {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "images": None, "image": "in/small/200.png"}),
+    "pictures beside a picture": ("pictures_mismatch", {"text": "words", "images": ["in/small/200.png"], "image": "in/small/201.png"}),
     "a caption without a picture": ("picture_missing", {"text": "words"}),
     "a file that is not there": ("picture_missing", {"image": "none.png", "text": "words"}),
     "a path that leads out": ("picture_place", {"image": "../../../../etc/passwd", "text": "words"}),
@@ -71,8 +73,12 @@ def test_bad_samples_of_a_tar_are_named(corpus: Path, tmp_path: Path) -> None:
         "a.png": picture(101), "a.txt": b"101", "big.png": big, "big.txt": b"1", "bare.png": picture(1),
         "odd.png": picture(1), "odd.txt": b"\xff", "json.png": picture(1), "json.json": b"{", "list.png": picture(1),
         "list.json": b"[]", "cut.png": picture(1)[:50], "cut.txt": b"1", "alone.txt": b"1", "z.png": picture(102), "z.txt": b"102",
+        "many.txt": b"1", **{f"many.{n}.png": b"" for n in range(1030)},
     }  # fmt: skip
-    write_tar(corpus / "bad.tar", members)
+    write_tar(
+        corpus / "bad.tar",
+        [*members.items(), *[("twice.png", picture(1))] * 2, ("twice.txt", b"1")],
+    )
     words = (
         "on_error=quarantine",
         "max_rejected_fraction=0.9",
@@ -83,7 +89,7 @@ def test_bad_samples_of_a_tar_are_named(corpus: Path, tmp_path: Path) -> None:
     rows = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
     assert {row["member"]: row["reason"] for row in rows} == {
         "big": "picture_too_large", "bare": "missing_field", "odd": "invalid_utf8", "json": "broken_json",
-        "list": "not_an_object", "cut": "damaged_picture", "alone": "picture_missing",
+        "list": "not_an_object", "cut": "damaged_picture", "alone": "picture_missing", "many": "too_long", "twice": "ambiguous",
     }  # fmt: skip
     assert len(dialogues(output / "train")) == 2
 
@@ -145,6 +151,7 @@ def test_pictures_are_fetched_from_where_image_urls_says(
     [
         (["template=chatml"], "does not render a content that is a list"),
         (["image_token=<|nothing|>"], "is no special token of .* there are .*<.image.>"),
+        (["image_token=<|endoftext|>"], "with which rows are filled up"),
         (["image_size=6"], "a multiple of patch_size"),
         (["row_tokens=4"], "leaves no room for text"),
         (["format=text"], "from WebDataset tars of pictures"),
