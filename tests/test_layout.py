@@ -126,7 +126,6 @@ TESTED_IN = {
     "pipeline/inference/known_windows.py": ("test_memorization.py", "what the command compares"),
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
     "pipeline/inference/streaming.py": ("test_generate.py", "text, as the command prints it"),
-    "pipeline/inference/turns.py": ("inference/test_chat_models.py", "what its sampler is given"),
     "pipeline/model/activations.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
     "pipeline/model/block.py": ("engine/test_equivalence.py", LAYOUTS),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -77,11 +78,25 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 assert server.stdout is not None
                 page = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
                 assert page is not None, Path(log.name).read_text()
+                check_that_nobody_else_is_answered(server.pid, page[0])
                 yield page[0]
                 server.send_signal(signal.SIGINT)
                 assert server.wait(HANG_S) == 0, Path(log.name).read_text()
             finally:
                 server.kill()
+
+
+def check_that_nobody_else_is_answered(pid: int, url: str) -> None:
+    """The port behind the page's is one that any program, or a page that guesses it, could ask."""
+    import httpx
+
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    listening = [c.laddr for one in processes for c in one.net_connections() if c.status == "LISTEN"]  # fmt: skip
+    (port,) = {place.port for place in listening} - {int(url.rpartition(":")[2])}
+    assert {place.ip for place in listening} == {"127.0.0.1"}
+    with httpx.Client(trust_env=False, base_url=f"http://127.0.0.1:{port}") as client:
+        assert {client.get(path).status_code for path in ("/health", "/v1/models")} == {403}
+        assert client.post("/reset").status_code == 403
 
 
 def ask(url: str, messages: list[dict[str, str]], *, stream: bool) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """One address on loopback: a page to talk to, and OpenAI's endpoints.
 
     browser, OpenAI's client --> Front --fitted requests--> `transformers serve`, on another port
+                                                            that answers nobody else (upstream.py)
 
 Only this machine is answered, and of its browsers only this page: a site that somebody visits can
 send requests to 127.0.0.1 too, under a name of its own (DNS rebinding) or from its own pages.
@@ -23,11 +24,12 @@ from collections.abc import Iterator
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.errors import MachineError, PipelineError
 from pipeline.files import parse_json
+from pipeline.inference import upstream as upstream_program
 from pipeline.inference.served import Served
 
 HERE = "127.0.0.1"
@@ -38,13 +40,30 @@ MOST_BYTES = 4 << 20
 PAGE = Path(__file__).with_name("talk.html")
 
 
+class Upstream(NamedTuple):
+    """The server that computes."""
+
+    port: int
+    word: str
+    """Without it nobody is answered there."""
+
+    def connect(self, timeout: float | None = None) -> http.client.HTTPConnection:
+        """To its port."""
+        return http.client.HTTPConnection(HERE, self.port, timeout=timeout)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request to it."""
+        return {upstream_program.HEADER: self.word}
+
+
 class Front(ThreadingHTTPServer):
     """Listens from the start; answers once it has a model."""
 
     daemon_threads = True
 
-    def answer_with(self, model: Served, upstream: int) -> None:
-        """Serve `model`, whose server listens on port `upstream`."""
+    def answer_with(self, model: Served, upstream: Upstream) -> None:
+        """Serve `model`, which `upstream` computes."""
         self.model, self.upstream = model, upstream
 
 
@@ -57,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's name
         """The page, the model's name, or that the server is there."""
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if not self._is_from_here():
             return
         if path == "/":
@@ -72,8 +91,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:  # noqa: N802 - http.server's name
         """Hand a request on, cut to what the model has room for."""
-        path, length = urlsplit(self.path).path, self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
+        path, length = self.path.partition("?")[0], self.headers.get("Content-Length", "")
+        if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BYTES:
             return self._refuse(413, f"a request has a length, of at most {MOST_BYTES} bytes.")
         raw = self.rfile.read(int(length))  # first: who closes on unread bytes resets the answer
         if not self._is_from_here():
@@ -96,9 +115,9 @@ class Handler(BaseHTTPRequestHandler):
 
         Who goes away while the answer comes ends its computation: the connection is closed there.
         """
-        with contextlib.closing(http.client.HTTPConnection(HERE, self.server.upstream)) as upstream:
+        with contextlib.closing(self.server.upstream.connect()) as upstream:
             try:
-                headers = {"Content-Type": "application/json"}
+                headers = {"Content-Type": "application/json", **self.server.upstream.headers}
                 upstream.request("POST", path, json.dumps(asked).encode(), headers)
                 answer = upstream.getresponse()
             except (OSError, http.client.HTTPException) as error:
@@ -107,16 +126,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
                 self._end_headers()
-                while piece := answer.read1(1 << 16):
+                for piece in _pieces(answer):
                     self.wfile.write(piece)
                     self.wfile.flush()
 
     def _is_from_here(self) -> bool:
-        """Whether this machine asks, by its own name, and no other site's page; else refuse."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        origin = self.headers.get("Origin")
-        if host in NAMES and (origin is None or urlsplit(origin).hostname in NAMES):
-            return True
+        """Whether this machine asks, by its own name, and no page but this server's; else refuse.
+
+        Another port of this machine has pages too: of a notebook, of somebody else's server.
+        """
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        with contextlib.suppress(ValueError):  # a `[` that is never closed
+            is_own_page = origin is None or urlsplit(origin).netloc == host
+            if is_own_page and urlsplit(f"//{host}").hostname in NAMES:
+                return True
         self._refuse(403, f"only pages and programs of {HERE} are answered.")
         return False
 
@@ -145,8 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(page)
 
     def _refuse(self, status: int, message: str) -> None:
-        """In the form of OpenAI's errors, which its client raises."""
-        self._send_json(status, {"error": {"message": message, "type": "invalid_request_error"}})
+        self._send_json(status, _error(message, "invalid_request_error"))
 
     def _send_json(self, status: int, value: Any) -> None:
         body = json.dumps(value).encode()
@@ -167,6 +189,22 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: what is asked is nobody's business but the asker's."""
 
 
+def _error(message: str, kind: str) -> dict[str, Any]:
+    """In the form of OpenAI's errors, which its client raises."""
+    return {"error": {"message": message, "type": kind}}
+
+
+def _pieces(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """An answer as it comes; one that breaks off says so, or it would look whole."""
+    try:
+        while piece := answer.read1(1 << 16):
+            yield piece
+    except (OSError, http.client.HTTPException):
+        row = json.dumps(_error("transformers serve ended in the middle.", "server_error"))
+        if answer.headers.get_content_type() == "text/event-stream":
+            yield f"data: {row}\n\n".encode()
+
+
 def listening(port: int) -> Front:
     """The server, whose port is taken from now on.
 
@@ -185,46 +223,57 @@ def listening(port: int) -> Front:
 
 
 @contextlib.contextmanager
-def transformers_serve(model: Served, scratch: Path) -> Iterator[int]:
-    """`transformers serve` of the model until the block ends; the port of loopback it has.
+def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
+    """`transformers serve` of the model until the block ends.
 
     Raises:
-        MachineError: it ended before it answered.
+        MachineError: it ended before it answered, or answers everybody.
     """
     with socket.create_server((HERE, 0)) as free:
-        port = free.getsockname()[1]
+        upstream = Upstream(free.getsockname()[1], secrets.token_urlsafe(32))
     guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # -P: no module is taken from the folder it runs in, which has the model's files below it.
-    python = [*guard, sys.executable, "-P", "-m", "transformers.cli.transformers"]
-    words = ["serve", model.name, "--host", HERE, "--port", str(port)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    program = [*guard, sys.executable, "-P", "-m", upstream_program.__name__]
+    root = str(Path(__file__).resolve().parents[2])
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        upstream_program.VARIABLE: upstream.word,
+    }
     log = scratch / "transformers-serve.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*python, *words],
+            [*program, model.name, str(upstream.port)],
             cwd=model.folder.parent,
-            env={**os.environ, **offline},
+            env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C of the terminal is ours to hear
         )
     try:
-        while not _is_there(port):
+        while _health(upstream, upstream.headers) != 200:
             if server.poll() is not None:
                 said = log.read_text(errors="backslashreplace").strip().splitlines()[-15:]
                 raise MachineError("\n".join(["transformers serve ended at its start:", *said]))
             time.sleep(0.2)
-        yield port
+        if _health(upstream, {}) != 403:
+            raise MachineError(
+                "this release of transformers lets everybody on this machine ask its server, which "
+                "is not served: install the version in constraints.txt."
+            )
+        yield upstream
     finally:
         server.kill()
         server.wait()
 
 
-def _is_there(port: int) -> bool:
-    with contextlib.closing(http.client.HTTPConnection(HERE, port, timeout=5)) as connection:
+def _health(upstream: Upstream, headers: dict[str, str]) -> int:
+    """The status of its answer; 0: it has not begun to answer."""
+    with contextlib.closing(upstream.connect(timeout=5)) as connection:
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            connection.request("GET", "/health", headers=headers)
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            return False
+            return 0

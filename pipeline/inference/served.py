@@ -9,6 +9,7 @@ in an index error, and a small model's context is full after some turns.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Served:
     context: int
     """Positions of the model."""
     temperature: float
+    """Where a request names none."""
     tokenizer: Tokenizer
     template: ChatTemplate | None
     """None: it has none, or one that cannot be rendered here: then dialogues are not cut."""
@@ -59,13 +61,18 @@ class Served:
         if wanted is not None and (type(wanted) is not int or wanted < 1):
             raise ConfigError(f"max_tokens ({wanted!r}) must be a whole number of at least 1.")
         wanted = wanted or MOST_TOKENS
+        heat = request.get("temperature")
+        heat = self.temperature if heat is None else heat
+        if type(heat) not in (int, float) or not 0 <= heat < math.inf:
+            raise ConfigError(f"temperature ({heat!r}) must be a number of at least 0.")
         rest = {key: value for key, value in request.items() if key != "max_completion_tokens"}
         room = self.context - min(wanted, self.context // 2)
         if chat:
             more, used = self._fit_turns(request.get("messages"), room)
         else:
             more, used = self._fit_text(request.get("prompt"), room)
-        return rest | more | {"max_tokens": max(1, min(wanted, self.context - used))}
+        room = max(1, min(wanted, self.context - used))
+        return rest | more | {"max_tokens": room, "temperature": heat}
 
     def _fit_text(self, prompt: Any, room: int) -> tuple[dict[str, Any], int]:
         """The end of a prompt that fits, and its tokens; an empty one begins a document."""
@@ -78,13 +85,14 @@ class Served:
                 )
             return {"prompt": begins}, 1
         backend = self.tokenizer.backend
-        room -= backend.num_special_tokens_to_add(False)  # such as <s>, which transformers adds
-        ids = backend.encode(prompt, add_special_tokens=False).ids
+        added = backend.num_special_tokens_to_add(False)  # such as <s>, which transformers adds
+        ids, room = backend.encode(prompt, add_special_tokens=False).ids, room - added
         if len(ids) > room:
-            # Tokens of a cut text need not be its old ones: a few are left free.
-            ids = ids[-(room - min(8, room // 2)) :]
+            # Tokens of a cut text need not be its old ones: a few are left free, and all counted.
+            ids = ids[-max(1, room - min(8, room // 2)) :]
             prompt = backend.decode(ids, skip_special_tokens=False)
-        return {"prompt": prompt}, len(ids)
+            ids = backend.encode(prompt, add_special_tokens=False).ids
+        return {"prompt": prompt}, len(ids) + added
 
     def _fit_turns(self, messages: Any, room: int) -> tuple[dict[str, Any], int]:
         """The last turns that fit, and their tokens."""
@@ -126,7 +134,7 @@ def prepare(checkpoint: Path, scratch: Path, *, temperature: float) -> Served:
     if type(context) is not int or context < 2:
         raise CheckpointError(f"{folder.name}/config.json names no number of positions.")
     ends = [*_ends(folder, settings)]
-    _say_how_to_draw(folder, ends, temperature)
+    _say_how_to_draw(folder, ends)
     tokenizer = Tokenizer.from_file(folder, eod=ends[0] if ends else None)
     is_chat, template = _template(folder, tokenizer)
     return Served(folder, context, temperature, tokenizer, template, is_chat)
@@ -175,11 +183,12 @@ def _ends(folder: Path, settings: dict[str, Any]) -> Iterator[int]:
     yield from (end for end in (named if isinstance(named, list) else [named]) if type(end) is int)
 
 
-def _say_how_to_draw(folder: Path, ends: list[int], temperature: float) -> None:
-    """Replace generation_config.json: without do_sample every temperature would be 0."""
-    drawn: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        drawn |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+def _say_how_to_draw(folder: Path, ends: list[int]) -> None:
+    """Replace generation_config.json: without do_sample every temperature would be 0.
+
+    The temperature is each request's: where it is 0 transformers' server takes the likeliest.
+    """
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if ends:
         drawn |= {"bos_token_id": ends[0], "eos_token_id": ends, "pad_token_id": ends[0]}
     write_json(folder / "generation_config.json", drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 from pipeline.data.chat import Messages
@@ -24,8 +25,13 @@ def fitting_turns(
     head = [message for message in messages[:1] if message["role"] == "system"]
     turns = list(messages[len(head) :])
     try:
-        while len(row := ids([*head, *turns])) > room and len(turns) > 2:
-            turns = turns[2:]
+        row = ids([*head, *turns])
+        if len(row) > room and (starts := range(2, len(turns), 2)):
+            # By halves: of a thousand turns that are left out one by one, each is rendered a
+            # thousand times.
+            found = bisect_left(starts, -room, key=lambda at: -len(ids([*head, *turns[at:]])))
+            turns = turns[starts[min(found, len(starts) - 1)] :]
+            row = ids([*head, *turns])
     except Exception as error:  # transformers hands on what the template's Python raises
         raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
     if len(row) > room:

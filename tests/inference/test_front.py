@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,9 +18,12 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import MachineError
 from pipeline.inference import front
 from pipeline.inference.served import Served
+from pipeline.inference.upstream import HEADER
 from tests.inference.test_chat_models import chat_tokenizer
 
 SAID = b'data: {"choices": [{"text": "t7"}]}\n\n'
+WORD = "between-front-and-upstream"
+BREAKS_OFF = "t9"
 
 
 class Upstream(BaseHTTPRequestHandler):
@@ -30,10 +34,15 @@ class Upstream(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append((self.path, body))
+        assert self.headers[HEADER] == WORD
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        if body["prompt"] == BREAKS_OFF:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(SAID)
+        self.wfile.write(
+            SAID if body["prompt"] != BREAKS_OFF else b"%x\r\n%s\r\n" % (len(SAID), SAID)
+        )
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -46,7 +55,7 @@ def port(tmp_path: Path) -> Iterator[int]:
     model = Served(tmp_path / "<b>mine", 40, 0.8, tokenizer, None, is_chat=False)
     upstream = HTTPServer((front.HERE, 0), Upstream)
     with front.listening(0) as server, upstream:
-        server.answer_with(model, upstream.server_address[1])
+        server.answer_with(model, front.Upstream(upstream.server_address[1], WORD))
         threads = [threading.Thread(target=one.serve_forever, args=(0.05,)) for one in (server, upstream)]  # fmt: skip
         for thread in threads:
             thread.start()
@@ -87,7 +96,8 @@ def test_a_request_is_handed_on_cut_to_the_models_room(port: int) -> None:
     Upstream.asked.clear()
     status, text, headers = ask(port, front.TEXT, {"prompt": "t5 t6", "stream": True})
     assert (status, text) == (200, SAID.decode()) and headers["Content-Type"] == "text/event-stream"
-    assert Upstream.asked == [(front.TEXT, {"prompt": "t5 t6", "stream": True, "max_tokens": 38})]
+    fitted = {"prompt": "t5 t6", "stream": True, "max_tokens": 38, "temperature": 0.8}
+    assert Upstream.asked == [(front.TEXT, fitted)]
 
 
 def test_models_are_listed_as_openai_lists_them(port: int) -> None:
@@ -119,10 +129,41 @@ def test_only_this_machine_is_answered(port: int) -> None:
     assert ask(port, front.TEXT, good, host="evil.example")[0] == 403
     assert ask(port, front.TEXT, good, Origin="https://evil.example")[0] == 403
     assert ask(port, "/", host=f"evil.example:{port}")[0] == 403
+    other_page = f"http://{front.HERE}:{port + 1}"  # a notebook's, or of another user's server
+    assert ask(port, front.TEXT, good, Origin=other_page)[0] == 403
     assert Upstream.asked == []
     assert (
         ask(port, front.TEXT, good, host="localhost:9999", Origin="http://localhost:9999")[0] == 200
     )
+
+
+@pytest.mark.parametrize(
+    "request_of, status",
+    [
+        ("GET / HTTP/1.1\r\nHost: [\r\n\r\n", b"403"),
+        ("GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://[\r\n\r\n", b"403"),
+        ("GET //[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"404"),
+        (f"POST {front.TEXT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {'9' * 5000}\r\n\r\n", b"413"),
+    ],
+    ids=["host", "origin", "path", "length"],
+)  # fmt: skip
+def test_what_is_no_request_is_refused_without_a_traceback(
+    port: int, request_of: str, status: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The terminal of whoever serves would fill with them, and nobody be answered."""
+    with socket.create_connection((front.HERE, port), 30) as connection:
+        connection.sendall(request_of.encode())
+        assert connection.recv(1 << 16).split()[1] == status
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_answer_that_breaks_off_says_so(port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """A server that memory has run out for ended in half an answer, which looked like a whole one."""
+    _, text, _ = ask(port, front.TEXT, {"prompt": BREAKS_OFF, "stream": True})
+    said, problem, *_ = text.split("\n\n")
+    assert said == SAID.decode().strip()
+    assert "ended in the middle" in json.loads(problem.removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_transformers_server_has_besides_is_not_reached(port: int) -> None:

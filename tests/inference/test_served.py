@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.inference.served import Served, prepare
 from tests.inference.test_chat_models import CHATML, chat_tokenizer
+from tests.support.corpus import edit_tokenizer, make_tokenizer
 from tests.support.llama_folder import write_llama
 
 
@@ -44,8 +46,43 @@ def test_a_text_keeps_its_end(served: Served) -> None:
     fitted = served.fit({"prompt": " ".join(words), "max_tokens": 10}, chat=False)
     kept = fitted["prompt"].split()
     assert kept == words[-len(kept) :] and 20 <= len(kept) <= 30 and fitted["max_tokens"] == 10
-    assert served.fit({"prompt": "t5 t6"}, chat=False) == {"prompt": "t5 t6", "max_tokens": 38}
+    given = {"prompt": "t5 t6", "max_tokens": 38, "temperature": 0.8}
+    assert served.fit({"prompt": "t5 t6"}, chat=False) == given
     assert served.fit({"prompt": ""}, chat=False)["prompt"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("own", [0.0, 0.8])
+def test_a_request_draws_at_its_own_temperature(served: Served, own: float) -> None:
+    """Served at 0, every request was answered with the likeliest words, whatever it named."""
+    alone = replace(served, temperature=own)
+    assert alone.fit({"prompt": "t5"}, chat=False)["temperature"] == own
+    assert alone.fit({"prompt": "t5", "temperature": None}, chat=False)["temperature"] == own
+    for asked in (0, 0.7):
+        assert alone.fit({"prompt": "t5", "temperature": asked}, chat=False)["temperature"] == asked
+
+
+def test_what_is_added_to_a_text_has_room_too(served: Served, tmp_path: Path) -> None:
+    """transformers puts this tokenizer's <s> in front; one more token than positions is an index error."""
+    begins = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    token = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    path = chat_tokenizer(tmp_path / "adds.json")
+    edit_tokenizer(path, post_processor={
+        "type": "TemplateProcessing", "single": [begins, text], "pair": [begins, text, text], "special_tokens": token,
+    })  # fmt: skip
+    adds = replace(served, tokenizer=Tokenizer.from_file(path))
+    assert adds.fit({"prompt": "t5 t6"}, chat=False)["max_tokens"] == 37
+
+
+def test_a_cut_text_never_takes_more_than_the_positions(served: Served, tmp_path: Path) -> None:
+    """A cut inside of a letter is another letter, of more tokens."""
+    tokenizer = Tokenizer.from_file(make_tokenizer(tmp_path / "bytes.json"))
+    text = "🐍数" * 40
+    for context in range(16, 60):
+        small = replace(served, tokenizer=tokenizer, context=context)
+        fitted = small.fit({"prompt": text}, chat=False)
+        used = len(tokenizer.encode(fitted["prompt"]))
+        assert used + fitted["max_tokens"] <= context, context
 
 
 @pytest.mark.parametrize(
@@ -57,6 +94,8 @@ def test_a_text_keeps_its_end(served: Served) -> None:
         (True, {"messages": [turn("user", 1)], "max_tokens": 0}, r"max_tokens \(0\)"),
         (False, {"prompt": ["t5"]}, "must be a text"),
         (False, {"prompt": "t5", "max_tokens": "9"}, r"max_tokens \('9'\)"),
+        (False, {"prompt": "t5", "temperature": -1}, r"temperature \(-1\)"),
+        (False, {"prompt": "t5", "temperature": "hot"}, r"temperature \('hot'\)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(
@@ -84,11 +123,12 @@ def test_a_folder_is_served_under_its_name_with_our_way_to_draw(tmp_path: Path) 
     """Without do_sample transformers' server takes the likeliest token at every temperature."""
     source = folder_with_tokenizer(tmp_path / "my:model")
     (tmp_path / "scratch").mkdir()
-    served = prepare(source, tmp_path / "scratch", temperature=0.5)
+    served = prepare(source, tmp_path / "scratch", temperature=0.0)
     assert (served.name, served.context, served.is_chat) == ("my-model", 64, False)
     assert served.tokenizer.eod == 0
     drawn = json.loads((served.folder / "generation_config.json").read_text())
-    assert drawn["do_sample"] is True and drawn["temperature"] == 0.5 and drawn["top_k"] == 0
+    assert drawn["do_sample"] is True and drawn["temperature"] == 1.0 and drawn["top_k"] == 0
+    assert served.temperature == 0.0
     assert drawn["eos_token_id"] == [0, 2] and drawn["pad_token_id"] == 0
     assert json.loads((source / "generation_config.json").read_text())["temperature"] == 9.0
     assert (served.folder / "model.safetensors").resolve() == source / "model.safetensors"
