@@ -9,7 +9,7 @@
     own_name                     opens for writing: no link, no pipe
     check_no_links               a run folder in which every name is its own
     make_own                     a folder under a name that others could foresee, of this user
-    parse_json                   its content, where whatever is wrong with it is a ValueError
+    parse_json, parse_yaml       its content, where whatever is wrong with it is a ValueError
 
 A rename alone protects from a kill, not from a power cut: without the first fsync the name may come
 back with an empty file, without the second the old file may come back.
@@ -292,6 +292,25 @@ def parse_json(raw: bytes | str) -> Any:
         return json.loads(raw.decode() if isinstance(raw, bytes) else raw)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(raw: bytes | str) -> Any:
+    """The value of a YAML text without aliases, by which ten lines are a value of any size.
+
+    Raises:
+        ValueError: not YAML, not UTF-8, nested beyond reason, or with an alias.
+    """
+    import yaml
+
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("it has an alias (*name), which no file of ours has")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def _status(path: str | Path) -> os.stat_result:

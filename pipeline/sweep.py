@@ -89,8 +89,21 @@ def _problems(points: Sequence[Point], cfg: SweepConfig, folder: Path) -> Iterat
         try:
             composed = cli.compose(PretrainConfig, _words(point, folder), config="pretrain")
             rules.check(composed, world_size=cfg.processes, tokenizer_vocab_size=None)
+            made = folder / point.name
+            if (made / "DONE").exists() and (others := [*_changed(made, composed)]):
+                raise ConfigError(
+                    f"it is done, with other settings than now: {'; '.join(others)}. Give the "
+                    f"sweep another name=..., or delete {made}."
+                )
         except ConfigError as error:
             yield f"point {point.number} ({point.name}): {error}"
+
+
+def _changed(made: Path, cfg: PretrainConfig) -> Iterator[str]:
+    """What of the settings of a point that is done, and of what it read, is not as it was."""
+    if not (made / "config.yaml").exists():
+        return  # who took it away will know
+    yield from runs.changed(made, cfg, (*runs.COMPARED, "data"))
 
 
 def _train(point: Point, cfg: SweepConfig, folder: Path) -> int:

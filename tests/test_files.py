@@ -14,6 +14,7 @@ from pipeline.files import (
     check_writable,
     create_durably,
     parse_json,
+    parse_yaml,
     read_file,
     sha256_of,
     sync_folder,
@@ -167,6 +168,16 @@ def test_only_ordinary_files_of_a_bounded_size_are_read(tmp_path):
 def test_whatever_is_wrong_with_a_json_text_is_one_error(raw):
     with pytest.raises(ValueError):  # noqa: PT011  # what it says is the parser's
         parse_json(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{", b"\xff", "[" * 20_000, "a: &x 1\nb: *x\n", b"a: !!python/none"]
+)
+def test_whatever_is_wrong_with_a_yaml_text_is_one_error(raw):
+    """Aliases too: ten lines of them are a value whose text takes all memory."""
+    assert parse_yaml(b"a: [1, x]\nb: '*x'\n") == {"a": [1, "x"], "b": "*x"}
+    with pytest.raises(ValueError):  # noqa: PT011  # what it says is the parser's
+        parse_yaml(raw)
 
 
 def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def several(tmp_path: Path) -> tuple[Path, Path]:
             )
         run = write(tmp_path / name, rows)
         (run / "config.yaml").write_text(f"name: {name}\noptimizer:\n  lr: {lr}\n  eps: 0.1\n")
-        samples = [{"step": step, "tokens": 64 * step, "prompt": "def ", "text": f"<{name}>\n" + "x" * 200}
+        samples = [{"step": step, "tokens": 64 * step, "number": 0, "prompt": "def ", "text": f"<{name}>\n" + "x" * 200}
                    for step in (30, 60)]  # fmt: skip
         (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         folders.append(run)
@@ -101,6 +101,18 @@ def test_runs_beside_each_other_show_what_differs(tmp_path: Path, capsys) -> Non
     fast.rename(other / "slow")
     main(ReportConfig(run=str(slow), beside=[str(other / "slow")]))
     assert "<th>other/slow</th>" in (slow / "report" / "index.html").read_text()
+
+
+def test_a_strangers_settings_take_no_memory(tmp_path: Path) -> None:
+    """Each line is nine of the one before: the text of the last is of gigabytes."""
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+    )
+    first, second = several(tmp_path)
+    (second / "config.yaml").write_text(bomb)
+    main(ReportConfig(run=str(first), beside=[str(second)]))
+    page = (first / "report/index.html").read_text()
+    assert "Settings that differ" in page and len(page) < 10_000_000
 
 
 def test_a_page_is_read_on_a_telephone_and_on_paper(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline import cli
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 from pipeline.scaling import runs
 from pipeline.sweep import SweepConfig, main
@@ -90,6 +92,28 @@ def test_all_points_are_checked_before_the_first_is_made(
     assert "point 1 (001-" in told and "optimizer.lr" in told
     assert "point 2 (002-" in told and "training.micro_batch_size (0) must be at least 1" in told
     assert "point 0" not in told and not (tmp_path / "s").exists()
+
+
+def test_a_point_that_was_made_with_other_settings_is_not_taken_for_done(
+    sweep: SweepConfig, tmp_path: Path
+) -> None:
+    """The table would show the numbers of the sweep before under the settings of this one."""
+    words = [*SWEPT, "training.total_steps=4", "data.path=one"]
+    assert main(sweep, words) == 1
+    done = tmp_path / "s" / "000-lr=0.01,seed=1"
+    cfg = cli.compose(
+        PretrainConfig, [*words[2:], "optimizer.lr=0.01", "seed=1"], config="pretrain"
+    )
+    (done / "config.yaml").write_text(cli.to_yaml(cfg))
+    assert main(sweep, [*words, "checkpoint.save_every=9"]) == 1  # which no weight depends on
+    for change, said in (
+        ("training.total_steps=8", "total_steps: 4 then, 8 now"),
+        ("data.path=two", "one/train.* now"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"point 0 .*is done, with other settings.*{said}.*name="
+        ):
+            main(sweep, [*words, change])
 
 
 def kill_the_second(sweep_process: subprocess.Popen, run: Path) -> None:

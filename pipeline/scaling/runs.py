@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cli
+from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError, DataError, MachineError
-from pipeline.files import read_file
+from pipeline.files import parse_yaml, read_file
 from pipeline.scaling.ladder import Rung
 from pipeline.tracking.history import History
 
@@ -30,7 +31,10 @@ LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
 FREE = {
     "training": {"eval_every", "gc_every", "profile_steps", "micro_batch_size", "recompute"},
     "model": {"name", "compile"},
-}
+    # train and validation say what path stands for, and packed data decide of masks by themselves.
+    "data": {"path", "mask_documents", "reset_positions", "prefetch_steps", "cache_dir",
+             "cache_size_gib", "allow_dataset_change"},
+}  # fmt: skip
 COMPARED = ("seed", "model", "optimizer", "schedule", "training", "finetune")
 COURSE = tuple(step / 20 for step in range(4, 21))
 """Parts of a run at which its training loss is looked at. Before, it warms up and falls so fast
@@ -71,10 +75,10 @@ def is_done(rung: Rung) -> bool:
     """
     if not (run_dir(rung) / "DONE").exists():
         return False
-    if changed := [*_changed(rung)]:
+    if others := [*changed(run_dir(rung), rung.cfg, COMPARED)]:
         raise ConfigError(
             f"{run_dir(rung)} was made with other settings than the ladder has now: "
-            f"{'; '.join(changed)}. Give the ladder another name=..., or delete that folder."
+            f"{'; '.join(others)}. Give the ladder another name=..., or delete that folder."
         )
     return True
 
@@ -179,18 +183,25 @@ def _short(datasets: dict[str, Any]) -> str:
     return "+".join(sorted(identity[:12] for identity in datasets)) or "unknown"
 
 
-def _changed(rung: Rung) -> Iterator[str]:
-    """`key: run's value, ladder's value` of settings that count and differ."""
-    import yaml
+def changed(folder: Path, cfg: PretrainConfig, sections: Sequence[str]) -> Iterator[str]:
+    """`key: a value then, another one now` of settings of a run that count and differ.
 
-    path = run_dir(rung) / "config.yaml"
+    Args:
+        folder: of the run, which is there.
+        cfg: the settings now.
+        sections: that are compared.
+
+    Raises:
+        DataError: the run does not say its settings.
+    """
+    path = folder / "config.yaml"
     try:
-        made = yaml.safe_load(read_file(path))
-    except (OSError, yaml.YAMLError) as error:
+        made = parse_yaml(read_file(path))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
-    now = cli.to_dict(rung.cfg)
+    now = cli.to_dict(cfg)
     made = made if isinstance(made, dict) else {}
-    for section in COMPARED:
+    for section in sections:
         one, other = made.get(section), now[section]
         if not isinstance(other, dict) or not isinstance(one, dict):
             one, other, prefix = {section: one}, {section: other}, ""

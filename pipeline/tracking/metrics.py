@@ -188,8 +188,8 @@ class Metrics:
     def record_samples(self, state: State, samples: Sequence[Sample]) -> None:
         """Keep what the model writes at this step in samples.jsonl, and pass it on."""
         at = _at(state)
-        for sample in samples:
-            row = {"step": at.step, "tokens": at.tokens, **sample._asdict()}
+        for number, sample in enumerate(samples):
+            row = {"step": at.step, "tokens": at.tokens, "number": number, **sample._asdict()}
             self._samples.append(orjson.dumps(row) + b"\n")
         self._trackers.log_samples(at, samples)
         self._console.show_samples(state, samples)

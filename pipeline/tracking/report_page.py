@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import visible
-from pipeline.files import read_file
+from pipeline.files import parse_yaml, read_file
 from pipeline.tracking.console import duration
 from pipeline.tracking.curves import Pictures
 from pipeline.tracking.history import HEADS, History
@@ -219,8 +219,6 @@ def _config(run_dir: Path) -> str:
 
 def _flat(text: str) -> dict[str, str]:
     """Dotted key to value of a config.yaml; nothing of what is none."""
-    import yaml
-
     found: dict[str, str] = {}
 
     def add(prefix: str, value: Any) -> None:
@@ -231,8 +229,8 @@ def _flat(text: str) -> dict[str, str]:
             found[prefix] = str(value)
 
     try:
-        add("", yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError, ValueError):
+        add("", parse_yaml(text))
+    except (RecursionError, ValueError):
         return {}
     return found
 

@@ -1,6 +1,6 @@
 """What a model wrote while it was trained: runs/NAME/samples.jsonl, a line a sample.
 
-{"step": 500, "tokens": 4096000, "prompt": "Once", "text": " upon a time"}
+{"step": 500, "tokens": 4096000, "number": 0, "prompt": "Once", "text": " upon a time"}
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pipeline.tracking.row_file import read_rows
 
 SAMPLES = "samples.jsonl"
 """Of a run's folder."""
-ROW = {"step": COUNT, "tokens": COUNT, "prompt": str, "text": str}
+ROW = {"step": COUNT, "tokens": COUNT, "number": COUNT, "prompt": str, "text": str}
+"""number: of the prompt among those of the run."""
 
 
 class Sample(NamedTuple):
@@ -33,19 +34,14 @@ def read_samples(run_dir: Path) -> dict[int, list[Sample]]:
         DataError: the file cannot be read, or has a row of something else.
     """
     path = run_dir / SAMPLES
-    found: dict[tuple[int, str, int], Sample] = {}
+    found: dict[int, dict[int, Sample]] = {}
     if not path.exists():
         return {}
-    previous, number = None, 0
     for row in read_rows(path):
         if wrong := next(misfits(row, ROW), None):
             raise DataError(f"{path} has a row that is no sample: {wrong}.")
-        # The same prompt may stand twice in the settings.
-        here = (row["step"], row["prompt"])
-        number = number + 1 if here == previous else 0
-        previous = here
-        found[row["step"], row["prompt"], number] = Sample(row["prompt"], row["text"])
-    by_step: dict[int, list[Sample]] = {}
-    for step, prompt, number in sorted(found, key=lambda key: key[0]):
-        by_step.setdefault(step, []).append(found[step, prompt, number])
-    return by_step
+        if row["number"] == 0:  # the first of a start's; another start may have had more
+            found[row["step"]] = {}
+        sample = Sample(row["prompt"], row["text"])
+        found.setdefault(row["step"], {})[row["number"]] = sample
+    return {step: list(found[step].values()) for step in sorted(found)}
