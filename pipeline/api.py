@@ -42,6 +42,8 @@ from pipeline.tracking.history import History
 from pipeline.training import startup
 
 T = TypeVar("T")
+DRAWN = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
+"""Settings of `pretrain generate` that a call of a loaded model takes."""
 SHOWN = ("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "throughput/tokens_per_sec")
 """Columns of a history that names none; held-out losses and bits per byte stand behind them."""
 
@@ -206,6 +208,8 @@ class Model:
         """The sampler with these settings, its random numbers at the seed's beginning."""
         import torch
 
+        if others := [name for name in settings if name not in DRAWN]:
+            raise ConfigError(f"{', '.join(others)}: a call takes {', '.join(DRAWN)}.")
         values = asdict(self._cfg) | dict(settings)
         cfg = _typed(GenerateConfig, values)
         check_drawing(cfg)

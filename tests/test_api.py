@@ -110,6 +110,9 @@ def sampled(checkpoint: Path) -> list[str]:
     for wrong in ({"temperature": -1.0}, {"temprature": 1.0}):
         with pytest.raises(ConfigError, match="temp"):
             model.generate("t1", **wrong)
+    for without_effect in ({"image": "a.png"}, {"num_samples": 3}, {"checkpoint": "other"}):
+        with pytest.raises(ConfigError, match="a call takes max_new_tokens, temperature"):
+            model.generate("t1", **without_effect)
     with pytest.raises(ConfigError, match="no chat template"):
         model.answer([{"role": "user", "content": "t1"}])
     model.close()

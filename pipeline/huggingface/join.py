@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.huggingface.llava import tower_of, tower_rules
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.processor import write_json, write_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
+from pipeline.huggingface.rules import Rule
 from pipeline.huggingface.settings import read_model_config
 from pipeline.huggingface.tensor_files import FLOATS, index
 from pipeline.huggingface.writer import DTYPES, DType, write_weights
@@ -63,8 +65,11 @@ class Tower:
             raise CheckpointError(f"{folder} has {len(names)} tensors {patch}, not one.")
         self._prefix = names[0].removesuffix(patch)
 
-    def tensors(self, model: ModelConfig) -> dict[str, Any]:
-        """Canonical name to a function that reads the parameter, fp32.
+    def tensors(self, model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Canonical name to a function that reads the parameter, fp32, which checks its shape.
+
+        Args:
+            shapes: of the parameters of `model`.
 
         Raises:
             CheckpointError: one is missing, or quantised.
@@ -76,8 +81,20 @@ class Tower:
                 if place is None or place.dtype not in FLOATS:
                     what = "has no tensor" if place is None else "has as quantised"
                     raise CheckpointError(f"{self.folder} {what} {theirs}.")
-            found[rule.name] = lambda rule=rule: rule.join([*map(self._read, rule.theirs)]).float()
+            found[rule.name] = partial(self._joined, rule, shapes[rule.name])
         return found
+
+    def _joined(self, rule: Rule, shape: tuple[int, ...]) -> Tensor:
+        """A parameter of this shape of its parts, fp32."""
+        wanted = rule.split(torch.empty(shape, device="meta"))
+        parts = [self._read(name) for name in rule.theirs]
+        for name, part, like in zip(rule.theirs, parts, wanted, strict=True):
+            if part.shape != like.shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {tuple(part.shape)}, where its config.json says "
+                    f"{tuple(like.shape)}."
+                )
+        return rule.join(parts).float()
 
     def _read(self, name: str) -> Tensor:
         place = self._files[name]
@@ -93,9 +110,10 @@ class JoinedTensors:
     """The weights of a text model, of a tower, and a fresh projector."""
 
     def __init__(self, text: HuggingFaceWeights, tower: Tower, model: ModelConfig) -> None:
-        self._text, self._tower, self._model = text, tower.tensors(model), model
+        self._text, self._model = text, model
         assert model.vocab_size is not None
         self._shapes = parameter_shapes(model, FinetuneConfig(), vocab_size=model.vocab_size)
+        self._tower = tower.tensors(model, self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of an entry."""
@@ -106,8 +124,6 @@ class JoinedTensors:
         parameter, shape = name.removeprefix("weights/"), self.shape(name)
         if parameter in self._tower:
             whole: Tensor = self._tower[parameter]()
-            if tuple(whole.shape) != shape:
-                raise CheckpointError(f"{parameter} is {tuple(whole.shape)}, not {shape}.")
             return whole
         if not parameter.startswith("vision."):
             return self._text.tensor(parameter, shape)
@@ -135,8 +151,14 @@ def join(text: Path, tower: Path, output: Path, *, image_token: str, dtype: DTyp
             f"nothing else with image_token=...{', such as ' + ', '.join(near[:3]) if near else ''}"
             "; data_prep.conversations then needs the same."
         )
-    reader = Tower(tower)
     alone = read_model_config(text)
+    assert alone.vocab_size is not None
+    if token >= alone.vocab_size:
+        raise ConfigError(
+            f"{image_token!r} is the id {token}, and the model of {text} has the ids 0 to "
+            f"{alone.vocab_size - 1}. Name a token that it was made with, such as a reserved one."
+        )
+    reader = Tower(tower)
     model = replace(alone, vision=reader.vision)
     mapping = mapping_for(model)
     output.mkdir(parents=True, exist_ok=True)

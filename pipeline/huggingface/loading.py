@@ -51,14 +51,29 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    return _load_auto(folder, "tokenizer")
+
+
+def load_processor(folder: Path) -> Any:
+    """What turns texts and pictures into a model's input.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
+    return _load_auto(folder, "processor")
+
+
+def _load_auto(folder: Path, kind: str) -> Any:
+    """What transformers' AutoTokenizer, AutoProcessor makes of a folder."""
     check_folder(folder)
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        auto = getattr(transformers, f"Auto{kind.capitalize()}")
+        return auto.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load: {type(error).__name__}: {error}"
+            f"{folder} has no {kind} that transformers can load: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -103,20 +118,3 @@ def holds_template(folder: Path) -> bool:
     except (OSError, ValueError):  # the tokenizer's loading says what is wrong
         return True
     return not isinstance(settings, dict) or settings.get("chat_template") is not None
-
-
-def load_processor(folder: Path) -> Any:
-    """What turns texts and pictures into a model's input.
-
-    Raises:
-        CheckpointError: the folder has none that transformers can load.
-    """
-    check_folder(folder)
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} has no processor that transformers can load: {type(error).__name__}: {error}"
-        ) from error

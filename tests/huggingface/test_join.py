@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.finetune import FinetuneConfig
+from pipeline.config.parameter_names import parameter_shapes
 from pipeline.config.vision import encoder_of
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.join import Tower, join
+from pipeline.huggingface.llava import tower_rules
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
 from pipeline.huggingface.writer import DType
@@ -87,6 +90,14 @@ def test_the_tower_computes_what_siglip_does(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_a_placeholder_that_the_text_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    """The folder would be written, and end in an index error where a picture is shown."""
+    tokenizer_file(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 200}))
+    with pytest.raises(ConfigError, match="'t200' is the id 200, .* has the ids 0 to 199"):
+        join(tmp_path, tmp_path, tmp_path / "out", image_token="t200", dtype=DType.fp32)
+
+
 def test_towers_that_are_no_siglip_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"model_type": "clip_vision_model"}}))  # fmt: skip
     with pytest.raises(CheckpointError, match="CLIP has a class token, a norm in front"):
@@ -101,5 +112,20 @@ def test_towers_that_are_no_siglip_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text/config.json").write_text(json.dumps(llama))
     model = read_model_config(tmp_path / "text")
     model.vision = reader.vision
+    shapes = parameter_shapes(model, FinetuneConfig(), vocab_size=250)
     with pytest.raises(CheckpointError, match="has no tensor .*patch_embedding.bias"):
-        reader.tensors(model)
+        reader.tensors(model, shapes)
+    whole = {
+        theirs: torch.zeros_like(part, device="cpu")
+        for rule in tower_rules(model, "vision_model.")
+        for theirs, part in zip(rule.theirs, rule.split(torch.empty(shapes[rule.name], device="meta")), strict=True)
+    }  # fmt: skip
+    name = "vision_model.encoder.layers.0.self_attn.k_proj.weight"
+    save_file({**whole, name: torch.zeros(24, 23)}, path)
+    read = Tower(tmp_path).tensors(model, shapes)[
+        "vision.layers.0.self_attention.linear_qkv.weight"
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"k_proj.weight is \(24, 23\), where .* says \(24, 24\)"
+    ):
+        read()

@@ -9,6 +9,15 @@ from pipeline.errors import CheckpointError
 from pipeline.huggingface import loading
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "processor"])
+def test_a_folder_without_one_is_told_so(tmp_path, monkeypatch, kind):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(loading, "check_folder", lambda folder: {})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"has no {kind} that transformers can load"):
+        getattr(loading, f"load_{kind}")(tmp_path)
+
+
 @pytest.mark.parametrize(
     "raised, seen",
     [
