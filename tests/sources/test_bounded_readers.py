@@ -293,9 +293,10 @@ def test_a_line_is_let_go_when_its_text_is_handed_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b " * (size // 4)}) + "\n")
     cfg = InputConfig(input=str(tmp_path / "a.jsonl"))
     unit = find_units(cfg)[0]  # the line begins in the first piece
+    documents = read_documents(unit, cfg, Rejects(OnError.fail))
     tracemalloc.start()
     try:
-        document = next(read_documents(unit, cfg, Rejects(OnError.fail)))
+        document = next(documents)  # kept: what an ended generator held is free
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -63,6 +63,18 @@ def test_each_is_planted_as_often_as_it_says_and_never_held_out(
     assert held_out == Counter(texts(plain / "validation"))
 
 
+def test_a_file_called_canary_is_none(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went past remove=, the count of personal data and the split, by its name."""
+    monkeypatch.chdir(tmp_path)
+    Path("canary").write_text("to be left out")
+    Path("other").write_text("to be kept")
+    words = ["input=canary,other", "remove=canary", "format=text", "validation_fraction=0"]
+    output = prepare(corpus, tmp_path / "out", "workers=1", *words)
+    assert texts(output / "train") == ["to be kept"]
+
+
 def test_copies_lie_apart_and_workers_change_no_byte(corpus: Path, tmp_path: Path) -> None:
     """Copies side by side would be learned from one window."""
     one = prepare(corpus, tmp_path / "one", "workers=1", *PLANTED)

@@ -1,5 +1,7 @@
 """data_prep.encode: every engine gives Hugging Face's ids, or is not used."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.tokens import encode
 from data_prep.tokens.check import find_faults
-from data_prep.tokens.encode import Encoder, EncoderName, is_disputed
+from data_prep.tokens.encode import LOOKED_UP, Encoder, EncoderName, is_disputed
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
@@ -175,3 +177,20 @@ def test_a_tokenizer_that_changes_while_the_job_runs_is_refused(tmp_path):
     path = make_tokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match="was changed while the job ran"):
         encode.get_encoder(str(path), "0" * 64, 0, EncoderName.hf)
+
+
+def test_special_tokens_of_a_huge_document_are_looked_for_in_pieces(tmp_path, monkeypatch):
+    """Its answers are a byte an id, beside text and ids: a worker was killed."""
+    encoder = Encoder(Tokenizer.from_file(make_tokenizer(tmp_path / "tokenizer.json")))
+    ids = np.full(4 * LOOKED_UP, 300, np.uint32)
+    monkeypatch.setattr(encoder, "_encode", lambda texts: (ids, np.array([len(ids)])))
+    tracemalloc.start()
+    try:
+        encoder.encode(["huge"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * LOOKED_UP
+    ids[-1] = 0
+    with pytest.raises(DataError, match="special"):
+        encoder.encode(["huge"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -24,3 +26,17 @@ def test_pieces_of_marked_documents_join_to_the_whole(piece, monkeypatch):
     places = [int(s) + b for (_, starts, _), b in zip(pieces, before.tolist()) for s in starts]
     assert places == [0, 8, 9, 11, 15]
     assert [n for _, _, here in pieces for n in range(5)[here]] == list(range(5))
+
+
+def test_a_huge_document_is_not_marked_whole(monkeypatch):
+    """A copy of its ids and a mask, three bytes a token, lay beside text and ids: a worker was killed."""
+    monkeypatch.setattr(tokenize_job, "PIECE_TOKENS", 2**16)
+    ids = np.ones(2**21, np.uint32)
+    tracemalloc.start()
+    try:
+        pieces = tokenize_job.with_end_marks(ids, np.array([len(ids)]), 0, np.dtype("<u2"))
+        count = sum(len(tokens) for tokens, _, _ in pieces)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == len(ids) + 1 and peak < 2**20
