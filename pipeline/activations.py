@@ -10,18 +10,20 @@ where it ended. Sparse autoencoders are trained elsewhere: docs/probing.md shows
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli, log
-from pipeline.config.choices import Precision
-from pipeline.config.data import DataConfig
-from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import check_writable
-from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
+from pipeline.inference.asked_model import (
+    CACHE_DIR,
+    AskedConfig,
+    evaluation_of,
+    open_asked_model,
+)
 from pipeline.probing.places import Place
 
 if TYPE_CHECKING:
@@ -31,11 +33,9 @@ DType = Enum("DType", ["float32", "float16"])
 
 
 @dataclass
-class ActivationsConfig:
+class ActivationsConfig(AskedConfig):
     """Write activations of a checkpoint to WebDataset tars."""
 
-    checkpoint: str = "???"
-    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
     place: str = "???"
     """embedding (the stream before block 0), layers.N (after block N), layers.N.self_attention or
     layers.N.mlp (what they add to it).
@@ -46,18 +46,6 @@ class ActivationsConfig:
     """float32 or float16 of the written activations; numpy has no bfloat16."""
     shard_sequences: int = 512
     """Sequences of a tar, which one rank writes: times seq_len x hidden_size numbers."""
-    sequences: int = 0
-    """Sequences of each dataset, from its first one on; 0: all of them."""
-    seq_len: int | None = None
-    """Tokens per sequence; null: what the model was trained with."""
-    micro_batch_size: int = 8
-    """Sequences per data-parallel rank per forward pass."""
-    precision: Precision | None = None
-    """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What is read: data.validation, or the held-out data of the run."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Sizes and sequence_parallel count; what concerns training alone does not."""
 
 
 def main(cfg: ActivationsConfig) -> int:

@@ -14,17 +14,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli, log
-from pipeline.config.choices import Precision
-from pipeline.config.data import DataConfig
-from pipeline.config.training import ParallelConfig
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from pipeline.files import check_writable, write_durably
-from pipeline.inference.asked_model import CACHE_DIR, evaluation_of, open_asked_model
+from pipeline.inference.asked_model import (
+    CACHE_DIR,
+    AskedConfig,
+    evaluation_of,
+    open_asked_model,
+)
 from pipeline.tracking.afterwards import run_of
 
 if TYPE_CHECKING:
@@ -35,26 +37,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(AskedConfig):
     """Evaluate a checkpoint."""
 
-    checkpoint: str = "???"
-    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
     output: str | None = None
     """Also write the results here, as JSON."""
-    sequences: int = 0
-    """Sequences per dataset; 0: all of it."""
-    seq_len: int | None = None
-    """Tokens per sequence; null: what the model was trained with."""
-    micro_batch_size: int = 8
-    """Sequences per data-parallel rank per forward pass."""
-    precision: Precision | None = None
-    """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
     track: bool = False
     """Also tell the trackers of the checkpoint's run: its summary gets evaluation/DATASET/..."""
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Sizes and sequence_parallel count; what concerns training alone does not."""
 
 
 def main(cfg: EvaluateConfig) -> int:

@@ -11,21 +11,20 @@ Face folders are probed too: checkpoint=FOLDER. What the numbers mean: docs/prob
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli, log
 from pipeline.checkpoint.folder import list_checkpoints
-from pipeline.config.choices import Precision
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import Evaluation
-from pipeline.config.training import ParallelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import check_writable
 from pipeline.inference.asked_model import (
     CACHE_DIR,
+    AskedConfig,
     evaluation_of,
     model_of,
     open_asked_model,
@@ -48,13 +47,12 @@ LENS = "tuned_lens.safetensors"
 
 
 @dataclass
-class ProbeConfig:
+class ProbeConfig(AskedConfig):
     """Look into a checkpoint."""
 
-    checkpoint: str = "???"
-    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
     prompt: str | None = None
-    """A text to look at; null: held-out data, whose first tokens are shown."""
+    """A text to look at, in the place of held-out data; null: these, whose first tokens are shown.
+    """
     patch_into: str | None = None
     """Another prompt of as many tokens, into whose run what passed by for `prompt` is put."""
     answer: str | None = None
@@ -77,16 +75,6 @@ class ProbeConfig:
     """Folder of the results; null: probe/ in the folder of the run, checkpoint or model."""
     sequences: int = 32
     """Held-out sequences per dataset that the means are taken over; 0: all of them."""
-    seq_len: int | None = None
-    """Tokens per held-out sequence; null: what the model was trained with."""
-    micro_batch_size: int = 8
-    """Sequences per data-parallel rank per forward pass."""
-    precision: Precision | None = None
-    """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Held-out data, as in pipeline.evaluate; a prompt stands in their place."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Sizes and sequence_parallel count; what concerns training alone does not."""
 
 
 def main(cfg: ProbeConfig) -> int:

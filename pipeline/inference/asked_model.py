@@ -5,9 +5,9 @@ checkpoint, data, layout  --evaluation_of-->  Evaluation, the folder with the we
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pipeline import log
 from pipeline.checkpoint import folder as folders
@@ -31,19 +31,27 @@ CACHE_DIR = "runs/evaluate/cache"
 """Local folder for remote shards where data.cache_dir names none."""
 
 
-class Asked(Protocol):
+@dataclass
+class AskedConfig:
     """The settings that such commands have in common."""
 
-    checkpoint: str
-    sequences: int
-    seq_len: int | None
-    micro_batch_size: int
-    precision: Precision | None
-    data: DataConfig
-    parallel: ParallelConfig
+    checkpoint: str = "???"
+    """A run folder (its newest checkpoint), one checkpoint, or a Hugging Face folder."""
+    sequences: int = 0
+    """Sequences of each dataset, from its first one on; 0: all of them."""
+    seq_len: int | None = None
+    """Tokens per sequence; null: what the model was trained with."""
+    micro_batch_size: int = 8
+    """Sequences per data-parallel rank per forward pass."""
+    precision: Precision | None = None
+    """Arithmetic; null: what the model was trained with (fp32 for a Hugging Face folder)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read: data.validation, or the held-out data of the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Sizes and sequence_parallel count; what concerns training alone does not."""
 
 
-def evaluation_of(cfg: Asked) -> tuple[Evaluation, Path, DataSummary]:
+def evaluation_of(cfg: AskedConfig) -> tuple[Evaluation, Path, DataSummary]:
     """What is asked, its nulls filled from the checkpoint; the folder with the weights; the data.
 
     Raises:
@@ -72,7 +80,7 @@ def evaluation_of(cfg: Asked) -> tuple[Evaluation, Path, DataSummary]:
     return evaluation, path, summary
 
 
-def held_out_data(cfg: Asked, run_data: DataConfig | None) -> DataConfig:
+def held_out_data(cfg: AskedConfig, run_data: DataConfig | None) -> DataConfig:
     """The data that were named, or else the held-out ones of the run, masks and all; never others.
 
     `train` is the same: whose tokenizer and sizes count.
