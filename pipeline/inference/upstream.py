@@ -44,7 +44,8 @@ def main(name: str, port: int, word: str) -> None:
 
     class Guarded(Serve):
         def start_server(self) -> None:
-            self.server.config.app = guarded(self.server.config.app, word)
+            app: Any = self.server.config.app
+            self.server.config.app = guarded(app, word)
             self.server.run()
 
     # What is not to block starts itself by start_server, where the application can be had.
