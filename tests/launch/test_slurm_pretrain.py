@@ -7,7 +7,9 @@ rounding. Nodes are namespaces of this machine (tests/support/slurm_cluster.py);
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,6 +124,47 @@ def test_torchrun_on_two_hosts_equals_one_machine(lab):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(host, range(2)))
     lab.expect_undisturbed("torchrun")
+
+
+def test_a_killed_point_of_a_sweep_does_not_end_the_others(lab: Lab) -> None:
+    """launch/sweep.slurm: an array of 2 x 2, two at a time; the login node's table says which one was killed."""
+    swept = ["optimizer.lr=0.003,0.001", "seed=1,2"]
+    settings = [word for word in lab.settings if not word.startswith("optimizer.lr")]
+    own = ["tracking.wandb=disabled", "training.total_steps=300", "checkpoint.save_every=0", "tracking.log_every=5"]  # fmt: skip
+    words = ["name=sweep", *settings, *own, *swept]
+    options = ("--array=0-3%2", "--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none")
+    environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = lab.cluster.submit("launch/sweep.slurm", *words, options=options, env=environment, cwd=lab.folder)  # fmt: skip
+    point = "001-lr=0.003,seed=2"
+    lab.cluster.wait_for(lambda: bool(lab.rows(f"sweep/{point}")), "a step of the second point")
+    node = re.search(r" NodeList=(\S+)", facts := tasks(lab, job)[1])
+    assert node is not None, facts
+    training = f"pipeline.train .*name={point}"
+    (pid,) = lab.cluster.run("pgrep", "-f", training, node=node[1]).split()
+    lab.cluster.run("kill", "-9", pid, node=node[1])
+    over = {"COMPLETED", "FAILED"}
+    lab.cluster.wait_for(lambda: set(states(lab, job)) <= over, "the array's end", HANG_S)
+    assert states(lab, job) == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"]
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline.sweep", *words, "run=false"], cwd=lab.folder,
+        env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=HANG_S,
+    )  # fmt: skip
+    assert told.returncode == 1, told.stderr
+    said = [
+        row.split("|")[4].strip() for row in told.stdout.splitlines() if re.match(r"\| \d", row)
+    ]
+    assert said == ["done", "FAILED, exit code 137", "done", "done"], told.stdout
+    assert "not done: 1." in told.stdout
+    assert [lab.rows(f"sweep/{name}")[-1]["step"] for name in ("000-lr=0.003,seed=1", "003-lr=0.001,seed=2")] == [300, 300]  # fmt: skip
+
+
+def tasks(lab: Lab, job: Job) -> list[str]:
+    """What Slurm knows of each task of an array, in order."""
+    return [lab.cluster.run("scontrol", "-o", "show", "job", f"{job.id}_{n}") for n in range(4)]
+
+
+def states(lab: Lab, job: Job) -> list[str]:
+    return [text.split("JobState=")[1].split()[0] for text in tasks(lab, job)]
 
 
 def test_from_text_to_model_in_one_command(lab):
