@@ -36,6 +36,7 @@ from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError, DivergedError, MachineError, PipelineError
+from pipeline.inference.front import ended_with_this_process
 from pipeline.inference.generation import GenerateConfig, check_drawing
 from pipeline.inference.samplers import open_sampler
 from pipeline.tracking.history import History
@@ -254,7 +255,7 @@ def _run(words: Sequence[str], *, stdin: str, show: bool) -> str:
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     said: list[str] = []
     with subprocess.Popen(
-        words,
+        [*ended_with_this_process("TERM"), *words],  # of a kernel that is restarted: save and end
         env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from tests.support.exported import save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import overrides, write_data
+from tests.support.waiting import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,23 @@ def test_an_interrupted_cell_is_one_ctrl_c_and_the_rest_is_heard(monkeypatch: An
 
     monkeypatch.setattr("builtins.print", interrupted_once)
     assert api._run(words, stdin="", show=True) == "ready\nsaved\n"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is missing: util-linux")
+def test_a_killed_kernel_takes_along_what_it_started(tmp_path: Path) -> None:
+    """The run went on alone, and the next cell found its folder taken."""
+    program = f"trap 'touch {tmp_path}/saved; exit' TERM; touch {tmp_path}/runs; while :; do sleep 0.05; done"
+    code = f"from pipeline import api; api._run(['bash', '-c', {program!r}], stdin='', show=False)"
+    root = Path(__file__).resolve().parents[1]
+    end = time.monotonic() + HANG_S
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root) as kernel:
+        while not (tmp_path / "runs").exists():
+            assert time.monotonic() < end and kernel.poll() is None
+            time.sleep(0.05)
+        kernel.kill()
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def sampled(checkpoint: Path) -> list[str]:

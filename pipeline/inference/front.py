@@ -231,9 +231,8 @@ def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
     """
     with socket.create_server((HERE, 0)) as free:
         upstream = Upstream(free.getsockname()[1], secrets.token_urlsafe(32))
-    guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # -P: no module is taken from the folder it runs in, which has the model's files below it.
-    program = [*guard, sys.executable, "-P", "-m", upstream_program.__name__]
+    python = [*ended_with_this_process("KILL"), sys.executable, "-P"]
     root = str(Path(__file__).resolve().parents[2])
     settings = {
         "HF_HUB_OFFLINE": "1",
@@ -244,7 +243,7 @@ def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
     log = scratch / "transformers-serve.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*program, model.name, str(upstream.port)],
+            [*python, "-m", upstream_program.__name__, model.name, str(upstream.port)],
             cwd=model.folder.parent,
             env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
@@ -267,6 +266,11 @@ def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
     finally:
         server.kill()
         server.wait()
+
+
+def ended_with_this_process(signal_name: str) -> list[str]:
+    """Words before a command that gets a signal when this process ends, however it does."""
+    return ["setpriv", "--pdeathsig", signal_name] if shutil.which("setpriv") else []
 
 
 def _health(upstream: Upstream, headers: dict[str, str]) -> int:
