@@ -17,9 +17,15 @@ from typing import Any
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
-    """(dotted key, field, its dataclass) for every setting, sections before their fields."""
+    """(dotted key, field, its dataclass) for every setting, sections last, before their fields.
+
+    Between them what a command alone is asked would be missed: it may inherit its sections, whose
+    settings are forty lines of a page.
+    """
     hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
+    for field in sorted(
+        dataclasses.fields(schema), key=lambda field: dataclasses.is_dataclass(hints[field.name])
+    ):
         yield prefix + field.name, field, schema
         if dataclasses.is_dataclass(hints[field.name]):
             yield from keys(hints[field.name], f"{prefix}{field.name}.")

@@ -37,10 +37,10 @@ class Job(Base):
 def test_keys_name_sections_and_settings_name_entries():
     """A mixture's weights are settings, though no key of the command line is one of them."""
     assert [key for key, _, _ in schema.keys(Job)] == [
-        "input", "entries", "nested", "nested.weight", "silent",
+        "input", "entries", "silent", "nested", "nested.weight",
     ]  # fmt: skip
     assert [key for key, _, _ in schema.settings(Job)] == [
-        "input", "entries", "entries[].weight", "nested.weight", "silent",
+        "input", "entries", "entries[].weight", "silent", "nested.weight",
     ]  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def write_processor(
         image_token_id: that stands for a patch.
 
     Raises:
-        CheckpointError: the checkpoint does not say which token stands for a patch.
+        CheckpointError: the checkpoint does not say which token stands for a patch, or the
+            tokenizer's settings are none.
     """
     vision = model.vision
     pixels: dict[str, Any] = {
@@ -73,7 +74,12 @@ def write_processor(
     path = output / "tokenizer_config.json"
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if path.is_file():  # a folder of others may lack it
-        settings = parse_json(read_file(path))
+        try:
+            settings = parse_json(read_file(path))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path.name} cannot be read: {error}.") from None
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{path.name} holds no settings of a tokenizer.")
     named = {"image_token": token, "extra_special_tokens": {"image_token": token}}
     write_json(path, settings | named)
 

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.finetune import FinetuneConfig
+from pipeline.config.model import ModelConfig, VisionConfig
 from pipeline.config.parameter_names import parameter_shapes
 from pipeline.config.vision import encoder_of
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.join import Tower, join
 from pipeline.huggingface.llava import tower_rules
+from pipeline.huggingface.processor import write_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
 from pipeline.huggingface.writer import DType
@@ -96,6 +99,16 @@ def test_a_placeholder_that_the_text_model_has_no_row_for_is_refused(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 200}))
     with pytest.raises(ConfigError, match="'t200' is the id 200, .* has the ids 0 to 199"):
         join(tmp_path, tmp_path, tmp_path / "out", image_token="t200", dtype=DType.fp32)
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_settings_of_a_tokenizer_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    """They are taken over from a stranger's folder, and the placeholder's name is put into them."""
+    tokenizer = Tokenizer.from_file(tokenizer_file(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    model = ModelConfig(vision=VisionConfig(num_layers=1))
+    with pytest.raises(CheckpointError, match="tokenizer_config.json (cannot be read|holds no)"):
+        write_processor(model, tmp_path, tokenizer, 200)
 
 
 def test_towers_that_are_no_siglip_are_refused(tmp_path: Path) -> None:
