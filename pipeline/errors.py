@@ -66,6 +66,7 @@ _REFUSED = {
     errno.EPERM: "Ask for the right to it, or choose another place",
     errno.ENOTDIR: "A part of this path is no folder: choose another place",
     errno.EISDIR: "It is a folder: give the name of a file",
+    errno.EEXIST: "Give the name of a file",
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
 

@@ -53,6 +53,7 @@ def whole_file(
             power cut may leave an empty file, and the reader must cope.
         mode: who may read it, less the umask; of a secret 0o600, from its first byte on.
     """
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.tmp"
     try:
@@ -75,14 +76,11 @@ def check_writable(path: Path, setting: str) -> None:
     """Raise MachineError unless a file of this name could be written; asked before the work.
 
     Folders that are not there yet would be made; the nearest that is takes a file without a name.
-
-    Args:
-        setting: what names another place, such as `output=`.
+    `setting` names another place: `output=`.
     """
     there = next(p for p in path.absolute().parents if p.exists())
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        _check_replaceable(path)
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -323,6 +321,13 @@ def _status(path: str | Path) -> os.stat_result:
 def _check_regular(status: os.stat_result, path: str | Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+
+
+def _check_replaceable(path: Path) -> None:
+    """A rename would put a file in the place of /dev/null, for everybody on the machine."""
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise FileExistsError(errno.EEXIST, f"it is a {kind}, no file", str(path))
 
 
 def sha256_of(content: bytes | memoryview | Path) -> str:

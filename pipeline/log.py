@@ -107,3 +107,11 @@ def say_traceback(
 ) -> None:
     """What sys.excepthook prints, without secrets."""
     say("".join(traceback.format_exception(kind, error, stack)).rstrip())
+
+
+def in_units(num_bytes: float) -> str:
+    """Such as `41.2 GiB`, `17 MiB` or `0.3 MiB`: never a quantity that is there as 0.0."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    mib = num_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 or not mib else f"{max(mib, 0.1):.1f} MiB"

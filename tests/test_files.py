@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from pipeline import files
-from pipeline.errors import MachineError
+from pipeline.errors import MachineError, of_the_machine
 from pipeline.files import (
     check_writable,
     create_durably,
@@ -237,8 +237,22 @@ def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path):
     """An hour of scoring was lost to a folder that was read-only."""
     check_writable(tmp_path / "new" / "folder" / "file", "output=")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(MachineError, match="cannot be written .it is a folder.. Choose another"):
+    with pytest.raises(
+        MachineError, match="cannot be written .it is a folder, no file.. Choose another"
+    ):
         check_writable(tmp_path, "output=")
     for place in ("/proc/nothing/here", "/sys/x"):  # for root too, whom no right stops
         with pytest.raises(MachineError, match=rf"{place} cannot be written .* output="):
             check_writable(files.Path(place), "output=")
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    """output=/dev/null put a file there for everybody on the machine, where one may write to /dev."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(MachineError, match="pipe cannot be written .it is a device or pipe.*out"):
+        check_writable(pipe, "output=")
+    with pytest.raises(FileExistsError) as caught:
+        write_durably(pipe, b"{}")
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+    refused = of_the_machine(caught.value)
+    assert str(refused) == f"{pipe}: it is a device or pipe, no file. Give the name of a file."

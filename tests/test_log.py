@@ -70,3 +70,12 @@ def test_a_file_gets_what_is_printed(encoding, written):
         env=os.environ | {"PYTHONIOENCODING": encoding},
     )
     assert done.stdout == written.encode()
+
+
+@pytest.mark.parametrize(
+    "num_bytes, words",
+    [(0, "0 MiB"), (1000, "0.1 MiB"), (9.5e6, "9.1 MiB"), (14e6, "13 MiB"), (1e12, "931.3 GiB")],
+)
+def test_bytes_are_said_in_units_in_which_they_are_not_zero(num_bytes, words):
+    """A checkpoint of a small model had 0.01 GiB."""
+    assert log.in_units(num_bytes) == words

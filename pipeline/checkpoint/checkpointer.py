@@ -26,7 +26,7 @@ from pipeline.checkpoint.record import CheckpointRecord, RunRecord
 from pipeline.config.operation import CheckpointConfig
 from pipeline.errors import CheckpointError
 from pipeline.files import write_durably
-from pipeline.log import logger
+from pipeline.log import in_units, logger
 from pipeline.resilience.bookkeeping import bookkeeping
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ class Checkpointer:
             for name, content in self.attachments.items()
         }
         final = folders.publish(root, record, {**sums, **attached})
-        gib = record.size_bytes / 2**30
-        logger.info("checkpoint %s written: %.2f GiB in %.1f s", final, gib, record.write_s)
+        size = in_units(record.size_bytes)
+        logger.info("checkpoint %s written: %s in %.1f s", final, size, record.write_s)
         with bookkeeping(f"deleting old checkpoints of {root}"):
             folders.prune(
                 root,
@@ -264,8 +264,8 @@ def _make_room(root: Path, saving: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     if free < size_bytes + SPARE_BYTES:
         raise CheckpointError(
-            f"{root} has {free / 2**30:.2f} GiB free, "
-            f"the checkpoint needs {(size_bytes + SPARE_BYTES) / 2**30:.2f} GiB"
+            f"{root} has {in_units(free)} free, "
+            f"the checkpoint needs {in_units(size_bytes + SPARE_BYTES)}"
         )
     saving.mkdir()
 

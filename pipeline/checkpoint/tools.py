@@ -11,6 +11,7 @@ from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import recorded_base
 from pipeline.checkpoint.record import RECORD, read_record
 from pipeline.errors import CheckpointError
+from pipeline.log import in_units
 
 
 def _all_under(path: Path) -> list[Path]:
@@ -24,18 +25,16 @@ def _all_under(path: Path) -> list[Path]:
 def list_all(path: Path) -> int:
     """One line a checkpoint."""
     found = _all_under(path)  # before the head of a table that would stay empty
-    print(f"{'step':>10}  {'tokens':>16}  {'GiB':>8}  {'saved at':20}  folder")
+    print(f"{'step':>10}  {'tokens':>16}  {'size':>8}  {'saved at':20}  folder")
     for folder in found:
         try:
             record = read_record(folder)
         except CheckpointError as error:
             print(f"{'?':>10}  damaged: {error}")
             continue
-        size = record.size_bytes / 2**30
-        print(
-            f"{record.step:>10}  {record.tokens_seen:>16}  {size:8.2f}  {record.saved_at:20}  "
-            f"{folder}"
-        )
+        size = in_units(record.size_bytes)
+        counts = f"{record.step:>10}  {record.tokens_seen:>16}"
+        print(f"{counts}  {size:>8}  {record.saved_at:20}  {folder}")
     return 0
 
 

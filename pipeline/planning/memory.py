@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.choices import Position, Precision, Recompute
 from pipeline.config.parameter_names import linear_shapes
+from pipeline.log import in_units
 from pipeline.planning.job import Job, Stage
 from pipeline.planning.kept import (
     backward_bytes,
@@ -76,14 +77,6 @@ class StageMemory:
         """Such as `41.2 GiB: weights 12.1 GiB, gradients 12.1 GiB, optimizer 9.0 GiB, ...`."""
         parts = ", ".join(f"{part} {in_units(getattr(self, part))}" for part in PARTS)
         return f"{in_units(self.total)}: {parts}, allocator and CUDA {in_units(self.overhead)}"
-
-
-def in_units(num_bytes: float) -> str:
-    """Such as `41.2 GiB`, `17 MiB` or `0.3 MiB`: never a quantity that is there as 0.0."""
-    if num_bytes >= GIB:
-        return f"{num_bytes / GIB:,.1f} GiB"
-    mib = num_bytes / 2**20
-    return f"{mib:.0f} MiB" if mib >= 10 or not mib else f"{max(mib, 0.1):.1f} MiB"
 
 
 def memory_of_stages(job: Job) -> list[StageMemory]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.log import in_units
 from pipeline.planning.job import Job
 from pipeline.planning.memory import GIB, PARTS, StageMemory, most_loaded
 from pipeline.planning.plan import FASTEST, PLANT_FACTOR, SLOWEST, Plan
@@ -32,7 +33,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     job, step = plan.job, plan.job.shape.at(plan.job.shape.total_steps)
     yield (
         f"{job.model.name}: {plan.num_parameters:,} parameters, {plan.num_trained:,} trained; "
-        f"a checkpoint takes {plan.checkpoint_bytes / GIB:,.1f} GiB"
+        f"a checkpoint takes {in_units(plan.checkpoint_bytes)}"
     )
     yield layout_line(job)
     yield (

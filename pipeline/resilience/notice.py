@@ -53,7 +53,7 @@ def _on_notice(number: int, _: FrameType | None) -> None:
     if not _received:
         _say(
             f"{_NAMES.get(number, signal.Signals(number).name)} heard: the run saves after this "
-            "step and ends; the same command goes on. Ctrl-C once more ends it at once."
+            "step and ends;\nthe same command goes on. Ctrl-C once more ends it at once."
         )
     _received.append(number)
     if number == signal.SIGINT:

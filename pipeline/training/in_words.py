@@ -11,9 +11,10 @@ from pipeline.config.layout_rules import largest_context
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.config.step_shape import WARMUP_STEPS
+from pipeline.log import in_units
 from pipeline.planning.flops import count_parameters
 from pipeline.planning.job import Job
-from pipeline.planning.memory import PARTS, in_units, memory_of_stages, most_loaded
+from pipeline.planning.memory import PARTS, memory_of_stages, most_loaded
 
 LONG = 16384
 """Tokens of a sequence that ranks may well share."""

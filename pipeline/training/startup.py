@@ -219,8 +219,8 @@ def _check_room(folder: Path, checkpoint_bytes: int, setting: str) -> None:
     free = shutil.disk_usage(there).free
     if free < 2 * checkpoint_bytes:  # the newest checkpoint and the one being written
         raise MachineError(
-            f"the disk of {folder} has {free / 2**30:.2f} GiB free; two checkpoints of this model "
-            f"need {2 * checkpoint_bytes / 2**30:.2f} GiB. "
+            f"the disk of {folder} has {log.in_units(free)} free; two checkpoints of this model "
+            f"need {log.in_units(2 * checkpoint_bytes)}. "
             f"Free some space or choose another disk with {setting}"
         )
 

@@ -77,7 +77,7 @@ def test_a_full_disk_is_reported_before_the_run(
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(
-        PipelineError, match=r"0\.00 GiB free; two checkpoints of this model need .* runs_dir="
+        PipelineError, match=r" 0\.1 MiB free; two checkpoints of this model need .* runs_dir="
     ):
         prepare(overrides(data, tmp_path))
 
