@@ -47,7 +47,8 @@ def points_of(words: Sequence[str]) -> list[Point]:
     """The points that settings of pipeline.train span.
 
     Raises:
-        ConfigError: a word cannot be parsed, none has several values, or there are too many points.
+        ConfigError: a word cannot be parsed, none has several values, one is given twice, or there
+            are too many points.
     """
     rest, own = presets.take_folder(words, cli.CONF_DIR)
     kept = [f"{presets.FLAG}={own}"] if own else []
@@ -60,6 +61,13 @@ def points_of(words: Sequence[str]) -> list[Point]:
         raise ConfigError(
             "no setting has several values, so there is nothing to sweep. Give them with commas, "
             "as optimizer.lr=1e-3,3e-4, or a range: model.num_layers='range(2,9,2)'."
+        )
+    several = {values[0].partition("=")[0] for values in swept}
+    named = [word.partition("=")[0].lstrip("+") for word in rest]
+    if twice := sorted(key for key in several if named.count(key.lstrip("+")) > 1):
+        raise ConfigError(
+            f"{', '.join(twice)} is given twice, and one of the two would have no effect: name all "
+            "of its values in one word."
         )
     found = list(itertools.islice(itertools.product(*swept), MOST + 1))
     if len(found) > MOST:

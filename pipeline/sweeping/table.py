@@ -1,6 +1,6 @@
 """What came of the points of a sweep: a line each, and their curves.
 
-runs/SWEEP/NNN-.../{DONE,metrics.jsonl}, runs/SWEEP/ends/NNN --outcome_of--> Outcome --lines-->
+runs/SWEEP/NNN-.../{DONE,metrics.jsonl}, runs/SWEEP/ends/NNN-... --outcome_of--> Outcome --lines-->
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ class Outcome:
 def keep_exit_code(folder: Path, point: Point, code: int) -> None:
     """Note how a point's run ended."""
     (folder / ENDS).mkdir(parents=True, exist_ok=True)
-    write_durably(folder / ENDS / f"{point.number:03d}", f"{code}\n".encode())
+    # Under its name: of a sweep that was given one value more, another point has the number.
+    write_durably(folder / ENDS / point.name, f"{code}\n".encode())
 
 
 def outcome_of(folder: Path, point: Point) -> Outcome:
     """How far a point of the sweep in `folder` is."""
     run, code, history = folder / point.name, None, None
     with contextlib.suppress(OSError, ValueError):
-        code = int(read_file(folder / ENDS / f"{point.number:03d}"))
+        code = int(read_file(folder / ENDS / point.name))
     with contextlib.suppress(DataError):  # no step was logged
         history = History.load(run)
     return Outcome(point, (run / "DONE").exists(), code, history)
@@ -79,9 +80,8 @@ def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
                 f"{last['step']:,}", _loss(outcome.held_out), _loss(mean),
                 f"{history.tokens_per_sec:,.0f}",
             ]  # fmt: skip
-        rows.append(
-            [str(outcome.point.number), *outcome.point.settings.values(), outcome.state, *numbers]
-        )
+        values = [value.replace("|", r"\|") for value in outcome.point.settings.values()]
+        rows.append([str(outcome.point.number), *values, outcome.state, *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     table.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -41,6 +41,8 @@ def test_a_name_is_one_of_a_folder() -> None:
         (["seed=interval(0,1)"], "has no end of values"),
         (["seed=range(0,2000)"], "at most 1000 points"),
         (["seed=1,,2"], "is not understood"),
+        (["seed=1,2", "seed=3,4"], "seed is given twice"),
+        (["seed=1,2", "seed=3"], "seed is given twice"),
         (["model=glob(nothing*)"], "fits no value. Known: caption, gpt1-117m"),
     ],
 )

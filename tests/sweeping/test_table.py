@@ -33,3 +33,16 @@ def test_each_point_has_a_line(tmp_path: Path) -> None:
     assert len({len(line) for line in found[:7]}) == 1
     assert "least held-out loss: point 2, seed=3: 2.5000" in found[7]
     assert "not done: 1, 3, 4." in found[8]
+
+
+def test_a_point_does_not_inherit_the_end_of_another(tmp_path: Path) -> None:
+    """With one value more the numbers move, and a point that nobody began was told as failed."""
+    keep_exit_code(tmp_path, points_of(["optimizer.lr=0.1,0.2", "seed=1,2"])[2], 137)
+    outcomes = [outcome_of(tmp_path, p) for p in points_of(["optimizer.lr=0.1,0.2", "seed=1,2,3"])]
+    assert {outcome.state for outcome in outcomes} == {"not begun"}
+
+
+def test_a_value_stays_in_its_cell(tmp_path: Path) -> None:
+    points = points_of(["data.path='a|b',c"])
+    header, rule, first, second, *_ = lines([outcome_of(tmp_path, point) for point in points])
+    assert r"a\|b" in first and len({len(line) for line in (header, rule, first, second)}) == 1
