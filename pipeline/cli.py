@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 PATHS = set(
     """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
-    histogram image image_root init_adapter init_from input other output page path pictures places
-    remove run runs_dir template tokenizer tower""".split()
+    histogram image image_root init_adapter init_from init_tower input other output page path
+    pictures places remove run runs_dir template tokenizer tower""".split()
 )
 """Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"

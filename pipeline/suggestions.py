@@ -55,6 +55,7 @@ _KNOWN_AS = """
     checkpoint.save_every: save_interval save_steps checkpoint_interval ckpt_interval
     checkpoint.keep_last: save_total_limit
     checkpoint.init_from: pretrained pretrained_model init_checkpoint
+    checkpoint.init_tower: vision_tower mm_vision_tower tower
     tracking.log_every: log_interval logging_steps log_steps
     tracking.project: wandb_project
     tracking.entity: wandb_entity

@@ -37,6 +37,10 @@ class CheckpointConfig:
     """Start weights: a checkpoint folder of another run or a Hugging Face folder; used when nothing
     is resumed.
     """
+    init_tower: str | None = None
+    """Start of the picture encoder (model.vision): a local folder of a SigLIP model or vision
+    tower; everything else begins as without it. Used when nothing is resumed.
+    """
     upcycle: bool = False
     """init_from is a dense model: each expert begins as a copy of its MLP, the routers at random.
     """

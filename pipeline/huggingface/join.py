@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.finetune import FinetuneConfig
@@ -24,14 +21,12 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.parameter_names import parameter_shapes
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.files import parse_json, read_file, write_durably
-from pipeline.huggingface.llava import tower_of, tower_rules
+from pipeline.files import read_file, write_durably
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.processor import write_json, write_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
-from pipeline.huggingface.rules import Rule
 from pipeline.huggingface.settings import read_model_config
-from pipeline.huggingface.tensor_files import FLOATS, index
+from pipeline.huggingface.tower import Tower
 from pipeline.huggingface.writer import DTYPES, DType, write_weights
 from pipeline.model.initial_values import initialize
 from pipeline.model.partition import Partition
@@ -42,70 +37,6 @@ TAKEN_OVER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
               "generation_config.json")  # fmt: skip
 
 
-class Tower:
-    """The picture encoder's parameters in a folder of SiglipModel or SiglipVisionModel."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read its config.json and find its tensors.
-
-        Raises:
-            CheckpointError: it is no SigLIP tower, or lacks tensors; with the reason.
-        """
-        self.folder = folder
-        try:
-            config = parse_json(read_file(folder / "config.json"))
-            inner = config.get("vision_config", config) if isinstance(config, dict) else None
-            self.vision = tower_of(inner)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}/config.json: {error}") from None
-        self._files = index(folder)
-        patch = "embeddings.patch_embedding.weight"
-        names = [name for name in self._files if name.endswith(patch)]
-        if len(names) != 1:
-            raise CheckpointError(f"{folder} has {len(names)} tensors {patch}, not one.")
-        self._prefix = names[0].removesuffix(patch)
-
-    def tensors(self, model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Canonical name to a function that reads the parameter, fp32, which checks its shape.
-
-        Args:
-            shapes: of the parameters of `model`.
-
-        Raises:
-            CheckpointError: one is missing, or quantised.
-        """
-        found = {}
-        for rule in tower_rules(model, self._prefix):
-            for theirs in rule.theirs:
-                place = self._files.get(theirs)
-                if place is None or place.dtype not in FLOATS:
-                    what = "has no tensor" if place is None else "has as quantised"
-                    raise CheckpointError(f"{self.folder} {what} {theirs}.")
-            found[rule.name] = partial(self._joined, rule, shapes[rule.name])
-        return found
-
-    def _joined(self, rule: Rule, shape: tuple[int, ...]) -> Tensor:
-        """A parameter of this shape of its parts, fp32."""
-        wanted = rule.split(torch.empty(shape, device="meta"))
-        parts = [self._read(name) for name in rule.theirs]
-        for name, part, like in zip(rule.theirs, parts, wanted, strict=True):
-            if part.shape != like.shape:
-                raise CheckpointError(
-                    f"{self.folder}: {name} is {tuple(part.shape)}, where its config.json says "
-                    f"{tuple(like.shape)}."
-                )
-        return rule.join(parts).float()
-
-    def _read(self, name: str) -> Tensor:
-        place = self._files[name]
-        try:
-            with safe_open(place.path, "pt") as file:
-                tensor: Tensor = file.get_tensor(place.name)
-        except Exception as error:  # safetensors' own error type is not public
-            raise CheckpointError(f"{place.path}: {name} cannot be read: {error}.") from error
-        return tensor
-
-
 class JoinedTensors:
     """The weights of a text model, of a tower, and a fresh projector."""
 
@@ -113,7 +44,7 @@ class JoinedTensors:
         self._text, self._model = text, model
         assert model.vocab_size is not None
         self._shapes = parameter_shapes(model, FinetuneConfig(), vocab_size=model.vocab_size)
-        self._tower = tower.tensors(model, self._shapes)
+        self._tower = tower.tensors(model)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of an entry."""
@@ -123,8 +54,7 @@ class JoinedTensors:
         """A whole entry, fp32 on the host."""
         parameter, shape = name.removeprefix("weights/"), self.shape(name)
         if parameter in self._tower:
-            whole: Tensor = self._tower[parameter]()
-            return whole
+            return self._tower[parameter]()
         if not parameter.startswith("vision."):
             return self._text.tensor(parameter, shape)
         drawn = torch.empty(shape)

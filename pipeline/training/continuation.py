@@ -52,6 +52,16 @@ def check(cfg: PretrainConfig, shape: RunShape, run_dir: Path) -> None:
             "checkpoint.init_adapter is the start of matrices beside a base, and there is none. "
             "Set checkpoint.init_from to the folder of the model that the adapter belongs to."
         )
+    if cfg.checkpoint.init_tower and not cfg.model.vision.num_layers:
+        raise ConfigError(
+            "checkpoint.init_tower is the start of a picture encoder, and model.vision.num_layers "
+            "is 0: there is none. Set model.vision to the tower's sizes (docs/pictures.md)."
+        )
+    if cfg.checkpoint.init_tower and cfg.checkpoint.init_from:
+        raise ConfigError(
+            "checkpoint.init_from brings an encoder, and checkpoint.init_tower another: leave one "
+            "out. A text model and a tower become one folder with pipeline.hf_import tower=..."
+        )
     places = folders.places(run_dir, cfg.checkpoint.fallback_dir)
     checkpoints = folders.list_places(places)
     if not checkpoints:
@@ -89,6 +99,10 @@ def _check_beginning(
     if cfg.checkpoint.init_from:
         model = dense_model(cfg.model) if cfg.checkpoint.upcycle else cfg.model
         _check_initial_weights(Path(cfg.checkpoint.init_from), model, shape.vocab_size)
+    if cfg.checkpoint.init_tower:
+        from pipeline.huggingface.tower import Tower
+
+        Tower(Path(cfg.checkpoint.init_tower)).check(cfg.model)
     if cfg.checkpoint.init_adapter:
         from pipeline.huggingface.peft_reader import PeftMatrices
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint import restore
@@ -18,9 +19,13 @@ from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.peft_reader import PeftMatrices
 from pipeline.huggingface.reader import HuggingFaceWeights
+from pipeline.huggingface.tower import Tower
 from pipeline.huggingface.whole_model import open_model
 from pipeline.log import logger
-from pipeline.model.fragments import chunks_of
+from pipeline.model.fragments import Fragment, chunks_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def begin(
@@ -40,6 +45,8 @@ def begin(
         load_adapter(weights, Path(cfg.init_adapter), finetune, base=base)
     elif cfg.init_from and base is None:
         load_weights(weights, Path(cfg.init_from), upcycle=cfg.upcycle)
+    elif cfg.init_tower:
+        load_tower(weights, Path(cfg.init_tower))
 
 
 def load_weights(weights: Weights, path: Path, *, upcycle: bool = False) -> Path:
@@ -69,6 +76,29 @@ def load_weights(weights: Weights, path: Path, *, upcycle: bool = False) -> Path
         )
     weights.publish_weights()
     return path
+
+
+def load_tower(weights: Weights, folder: Path) -> None:
+    """Start the picture encoder as a SigLIP folder has it; its projector and the GPT stay drawn.
+
+    Collective: call on every rank.
+
+    Raises:
+        CheckpointError: the folder is none, or of other sizes.
+    """
+    ranks = Agreement(weights.layout.host_group)
+    ranks.agree(lambda: import_tower(weights, folder))
+    weights.publish_weights()
+
+
+def import_tower(weights: Weights, folder: Path) -> None:
+    """Fill this rank's part of the encoder, one whole parameter at a time."""
+    tower = Tower(folder)
+    tower.check(weights.model)
+    tensors = tower.tensors(weights.model)
+    for fragment in weights.fragments():
+        if fragment.name in tensors:
+            _fill(fragment, tensors[fragment.name]())
 
 
 def load_base(weights: Weights, path: Path) -> Base:
@@ -146,9 +176,11 @@ def import_weights(weights: Weights, folder: Path, sources: restore.Sources = st
         name = None if is_lora(fragment.name) else sources(fragment.name)
         if name is None:
             continue
-        whole = source.tensor(name, fragment.partition.global_shape)
-        for chunk in chunks_of(fragment, ["weight"]):
-            place = tuple(
-                slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape, strict=True)
-            )
-            chunk.data.copy_(whole[place])
+        _fill(fragment, source.tensor(name, fragment.partition.global_shape))
+
+
+def _fill(fragment: Fragment, whole: Tensor) -> None:
+    """This rank's part of a whole parameter."""
+    for chunk in chunks_of(fragment, ["weight"]):
+        sizes = zip(chunk.offsets, chunk.data.shape, strict=True)
+        chunk.data.copy_(whole[tuple(slice(o, o + n) for o, n in sizes)])

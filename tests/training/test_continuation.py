@@ -14,10 +14,11 @@ from pipeline import cli, preflight
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.config.pretrain import PretrainConfig
+from pipeline.config.run_shape import derive
 from pipeline.data.datasets import open_datasets
 from pipeline.data.sampler import Sampler
 from pipeline.errors import MachineError, PipelineError
-from pipeline.training import startup
+from pipeline.training import continuation, startup
 from tests.support.llama_folder import SETTINGS as LLAMA_SETTINGS
 from tests.support.llama_folder import write_llama
 from tests.support.records import write_record
@@ -29,6 +30,9 @@ SETTINGS = [
     "name=a", "model=tiny", "training.seq_len=64", "training.total_steps=20", "training.global_batch_size=8",
     "training.micro_batch_size=2", "schedule.warmup_steps=2", "tracking=local",
 ]  # fmt: skip
+
+
+SEEING = ["model.vision.num_layers=2", "model.vision.image_size=32"]
 
 
 def compose(folder: Path, *changes: str) -> PretrainConfig:
@@ -288,6 +292,22 @@ def test_an_adapter_to_start_from_is_looked_at_before_anything_starts(run: Path)
     ):
         with pytest.raises(PipelineError, match=said):
             startup.check(compose(run, *words), world_size=1)
+    assert files(run) == before
+
+
+def test_a_tower_is_the_start_of_an_encoder_and_of_one_only(run: Path) -> None:
+    """Else it would have no effect, or take over what init_from brought."""
+    before = files(run)
+    tower = [f"checkpoint.init_tower={run}/siglip", "name=b"]
+    for words, said in (
+        (tower, "model.vision.num_layers is 0: there is none"),
+        ([*tower, "checkpoint.init_from=x", *SEEING], "another: leave one out"),
+        ([*tower, *SEEING], "siglip"),
+    ):
+        cfg = compose(run, *words)
+        shape = derive(cfg, world_size=1, tokenizer_vocab_size=64)
+        with pytest.raises(PipelineError, match=said):
+            continuation.check(cfg, shape, run / "runs/b")
     assert files(run) == before
 
 
