@@ -5,25 +5,33 @@
     python -m pipeline.generate FOLDER interactive=true
     python -m pipeline.generate runs/chat chat=true temperature=0
     python -m pipeline.generate runs/caption "What is this?" image=FILE
+    python -m pipeline.generate runs/caption chat=true               /image FILE shows a picture
 
 A file holds one prompt a line, sampled in batches; interactive ones are typed and end with Ctrl-D,
 and so does a chat.
 A checkpoint is sampled by our own decoder, which needs no more than torch; a Hugging Face folder,
-and a checkpoint that is shown a picture, by transformers.
+and a checkpoint that is or may be shown a picture, by transformers.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from pipeline import cli, log
 from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError
 from pipeline.files import read_file
 from pipeline.inference.generation import GenerateConfig, check_drawing
-from pipeline.inference.pictures import about_picture, open_picture
+from pipeline.inference.pictures import BLIND, about_pictures, read_picture
 from pipeline.inference.samplers import TextSampler, open_sampler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHOW = "/image"
+"""What begins a line of a chat that shows a picture."""
 
 
 def main(cfg: GenerateConfig) -> int:
@@ -32,7 +40,7 @@ def main(cfg: GenerateConfig) -> int:
     check_drawing(cfg)
     prompts = _prompts(cfg)
     if cfg.image is not None:
-        open_picture(cfg.image)  # else a damaged one is heard of only after the model was loaded
+        read_picture(cfg.image)  # else a damaged one is heard of only after the model was loaded
     with open_sampler(cfg) as sampler:
         import torch  # takes seconds; open_sampler has found what is wrong before it does so
 
@@ -83,20 +91,39 @@ def _continue(
     """Continuations of prompts, or what is said of the picture that is shown with each."""
     if cfg.image is None:
         return sampler.sample(prompts, on_text=on_text)
-    return sampler.answer([[about_picture(prompt)] for prompt in prompts], on_text=on_text)
+    shown = [read_picture(cfg.image)]
+    return sampler.answer([[about_pictures(shown, prompt)] for prompt in prompts], on_text=on_text)
 
 
 def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
-    """A dialogue on the terminal; the model sees all of it, or as many last turns as fit."""
+    """A dialogue on the terminal; the model sees all of it, or as many last turns as fit.
+
+    `/image FILE` shows a picture with what is said next, which may be nothing.
+    """
     messages: Messages = []
+    shown = [] if cfg.image is None else [read_picture(cfg.image)]
     for said in _typed_prompts():
         if not sys.stdin.isatty():  # nobody typed it here: what was asked stands beside the answer
             sys.stdout.write(said + "\n")
-        is_shown = cfg.image is not None and not messages
-        messages.append(about_picture(said) if is_shown else {"role": "user", "content": said})
+        if said == SHOW or said.startswith(f"{SHOW} "):
+            try:
+                shown.append(_picture(sampler, said.removeprefix(SHOW).strip()))
+            except ConfigError as error:
+                log.say(str(error))
+            continue
+        messages.append(about_pictures(shown, said) if shown else {"role": "user", "content": said})
+        shown = []
         (answer,) = sampler.answer([messages], on_text=_show)
         sys.stdout.write("\n")
         messages.append({"role": "assistant", "content": answer})
+
+
+def _picture(sampler: TextSampler, path: str) -> Image:
+    if sampler.sight is None:
+        raise ConfigError(f"{BLIND}.")
+    if not path:
+        raise ConfigError(f"{SHOW} FILE shows a png, jpeg or webp file with what you say next.")
+    return read_picture(path)
 
 
 def _show(text: str) -> None:

@@ -72,6 +72,7 @@ SHARED = {
     "pipeline.data.chat",
     "pipeline.data.dataset_files",
     "pipeline.data.manifest",
+    "pipeline.data.picture_files",
     "pipeline.data.pictures",
     "pipeline.data.pii_report",
     "pipeline.data.shard_format",

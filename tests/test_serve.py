@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +13,14 @@ import torch
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.serve import NEEDED, ServeConfig, main
+from pipeline.serve import ServeConfig, main
 from tests.inference.test_chat_models import CHATML
 from tests.support.browser import browser
 from tests.support.checkpoint_runs import Run
 from tests.support.corpus import make_tokenizer
 from tests.support.layouts import BATCH, config, rank_batches
 from tests.support.ranks import run_on_ranks
-from tests.support.waiting import HANG_S
+from tests.support.serving import ask, served, skip_unless_served
 
 TALK = [
     {"role": "user", "content": "fox?"}, {"role": "assistant", "content": "It jumps over."},
@@ -65,25 +60,13 @@ def learn(root: Path) -> float:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a run of dialogues is served, by the command."""
-    for name in NEEDED:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is missing: pip install -e '.[hf,serve]'")
+    skip_unless_served()
     root = tmp_path_factory.mktemp("served")
     make_tokenizer(root / "tokenizer.json")
     assert run_on_ranks(learn, 1, root)[0] < 0.1
-    command = [sys.executable, "-m", "pipeline.pretrain", "serve", str(root / "chat"), "port=0"]
-    with (root / "serve.log").open("w+") as log:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server:
-            try:
-                assert server.stdout is not None
-                page = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-                assert page is not None, Path(log.name).read_text()
-                check_that_nobody_else_is_answered(server.pid, page[0])
-                yield page[0]
-                server.send_signal(signal.SIGINT)
-                assert server.wait(HANG_S) == 0, Path(log.name).read_text()
-            finally:
-                server.kill()
+    with served(root / "chat") as (url, pid):
+        check_that_nobody_else_is_answered(pid, url)
+        yield url
 
 
 def check_that_nobody_else_is_answered(pid: int, url: str) -> None:
@@ -99,28 +82,6 @@ def check_that_nobody_else_is_answered(pid: int, url: str) -> None:
         assert client.post("/reset").status_code == 403
 
 
-def ask(url: str, messages: list[dict[str, str]], *, stream: bool) -> tuple[str, str]:
-    """(the answer, why it ended) as OpenAI's client has them."""
-    import httpx
-    import openai
-
-    with openai.OpenAI(
-        base_url=f"{url}/v1", api_key="none", timeout=HANG_S,
-        http_client=httpx.Client(trust_env=False),
-    ) as client:  # fmt: skip
-        (model,) = client.models.list().data
-        given: dict[str, Any] = dict(model=model.id, messages=messages, max_tokens=40)
-        found = client.chat.completions.create(**given, temperature=0.0, stream=stream)
-        if not stream:
-            return found.choices[0].message.content, found.choices[0].finish_reason
-        text, reason = "", ""
-        for chunk in found:
-            for choice in chunk.choices:
-                text += choice.delta.content or ""
-                reason = choice.finish_reason or reason
-        return text, reason
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_openais_client_hears_an_answer_and_its_end(url: str, stream: bool) -> None:
@@ -128,6 +89,15 @@ def test_openais_client_hears_an_answer_and_its_end(url: str, stream: bool) -> N
     for number in (1, 3):
         answer = ask(url, TALK[:number], stream=stream)
         assert answer == (TALK[number]["content"], "stop")
+
+
+@pytest.mark.slow
+def test_a_model_of_text_refuses_a_picture_with_a_sentence(url: str) -> None:
+    import openai
+
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with pytest.raises(openai.BadRequestError, match="this model reads no pictures"):
+        ask(url, [{"role": "user", "content": [picture]}], stream=False)
 
 
 @pytest.mark.slow

@@ -1,42 +1,35 @@
 """Pictures of strangers, brought to one size; what cannot be is refused with a reason.
 
-    a record's path, address or bytes --fetch--> bytes
-    bytes --kind by content; pixels and frames by the header--> decoded
-          --upright, RGB on white, resized--> (3, image_size, image_size) uint8
-
-The header is judged before a pixel is decoded. Resizing squashes to the square, bicubic, as
-SigLIP's processor does.
+a record's path, address or bytes --fetch--> bytes
+bytes --pipeline.data.picture_files--> (3, image_size, image_size) uint8
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import math
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from data_prep.sources.rejects import BadPicture
+from pipeline.data.picture_files import (
+    MOST_MB,
+    MOST_MEGAPIXELS,
+    BadPicture,
+    open_picture,
+    squashed,
+)
 from pipeline.data.shard_format import MOST_IMAGE_SIZE
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import read_file
 from pipeline.remote import TooLarge, connect, read_small, reason_of
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
-_SIGNATURES = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
-_ORIENTATION = 0x0112  # of EXIF
-_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs")
 _GONE = (401, 403, 410, 451)  # of http, beside 404: it will not be there later
 PAUSES_S = (1.0, 5.0)
@@ -66,9 +59,9 @@ class PictureConfig:
     """Beginnings of the addresses that pictures are fetched from, separated by commas
     (`https://images.example.org/,s3://bucket/photos/`); empty: none are.
     """
-    max_image_mb: float = 20.0
+    max_image_mb: float = MOST_MB
     """Larger files are rejected as picture_too_large."""
-    max_image_megapixels: float = 50.0
+    max_image_megapixels: float = MOST_MEGAPIXELS
     """Pictures of more pixels are rejected before they are decoded; bounds the memory of a worker,
     at 8 bytes a pixel.
     """
@@ -139,54 +132,8 @@ def decode(content: bytes, *, size: int, most: int) -> np.ndarray:
     Raises:
         BadPicture: it is none, has more pixels or several frames, or is damaged.
     """
-    import PIL.Image
-
-    kinds = [k for k, begin in _SIGNATURES.items() if re.match(begin, content, re.DOTALL)]
-    if not kinds:
-        raise BadPicture("not_a_picture", f"it begins with {content[:12]!r}")
-    try:
-        with PIL.Image.open(io.BytesIO(content), formats=kinds) as image:
-            width, height = image.size
-            if width * height > most:
-                raise BadPicture("picture_too_large", f"{width} x {height} pixels")
-            if kinds != ["JPEG"] and (frames := getattr(image, "n_frames", 1)) > 1:
-                raise BadPicture("animated_picture", f"{frames} frames")
-            image.load()
-            whole = _on_white(_upright(image))
-            whole = whole.resize((size, size), PIL.Image.Resampling.BICUBIC)
-    except (BadPicture, MemoryError):
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise BadPicture("picture_too_large", str(error)) from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise BadPicture("damaged_picture", f"{type(error).__name__}: {error}") from None
+    whole = squashed(open_picture(content, most=most), size, size)
     return np.ascontiguousarray(np.asarray(whole).transpose(2, 0, 1))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF says that it was seen; damaged EXIF says nothing."""
-    import PIL.Image
-
-    turn = None
-    with contextlib.suppress(Exception):
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    return image.transpose(PIL.Image.Transpose[turn]) if turn else image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """The picture in RGB; where it is transparent, on white."""
-    import PIL.Image
-
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits of grey, of which Pillow would cut off what is above 255
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = PIL.Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def _content_of(source: Any, folder: str, cfg: PictureConfig) -> bytes:

@@ -59,14 +59,6 @@ PICTURE_REASONS = {
 }
 
 
-class BadPicture(Exception):
-    """A picture that cannot be shown."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
 def is_damage(error: Exception) -> bool:
     """Whether the file is to blame, not disk, network or we: parsers' errors, bare OSErrors."""
     package = type(error).__module__.lstrip("_").split(".")[0].split("_")[0]

@@ -18,7 +18,8 @@ from data_prep.sources.inputs import InputConfig
 from data_prep.sources.lines import is_twice, parse_json
 from data_prep.sources.pictures import SUFFIXES
 from data_prep.sources.pieces import Piece
-from data_prep.sources.rejects import BadPicture, Damaged, Document, Rejects, accept, field_of
+from data_prep.sources.rejects import Damaged, Document, Rejects, accept, field_of
+from pipeline.data.picture_files import BadPicture
 
 MOST_PICTURES = 1024  # of a sample
 TEXT_MEMBERS = ("txt", "text", "md")  # of a WebDataset sample, before json

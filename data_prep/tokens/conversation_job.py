@@ -23,7 +23,7 @@ from data_prep.sources.pictures import (
     folder_of,
     load_picture,
 )
-from data_prep.sources.rejects import BadPicture, Rejects
+from data_prep.sources.rejects import Rejects
 from data_prep.sources.text import text_bytes
 from data_prep.tokens import dataset_writer
 from data_prep.tokens.dataset_job import (
@@ -37,6 +37,7 @@ from data_prep.tokens.dataset_job import (
 from data_prep.tokens.rows import Dialogue, RowPacker
 from data_prep.tokens.split import SPLITS, UnitWriter, check_fraction, digest_pixels, digest_text
 from pipeline.data.chat import ChatTemplate, Rejected
+from pipeline.data.picture_files import BadPicture
 from pipeline.data.pictures import spread
 from pipeline.data.shard_format import (
     BLOCK_TOKENS,

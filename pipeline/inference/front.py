@@ -30,13 +30,12 @@ from urllib.parse import urlsplit
 from pipeline.errors import MachineError, PipelineError
 from pipeline.files import parse_json
 from pipeline.inference import upstream as upstream_program
+from pipeline.inference.pictures import MOST_BYTES as PICTURE_BYTES
 from pipeline.inference.served import Served
 
 HERE = "127.0.0.1"
 NAMES = (HERE, "localhost")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-MOST_BYTES = 4 << 20
-"""Of a request."""
 PAGE = Path(__file__).with_name("talk.html")
 
 
@@ -92,8 +91,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:  # noqa: N802 - http.server's name
         """Hand a request on, cut to what the model has room for."""
         path, length = self.path.partition("?")[0], self.headers.get("Content-Length", "")
-        if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BYTES:
-            return self._refuse(413, f"a request has a length, of at most {MOST_BYTES} bytes.")
+        most = self.server.model.most_bytes
+        if not length.isdecimal() or len(length) > 9 or int(length) > most:
+            return self._refuse(413, f"a request has a length, of at most {most} bytes.")
         raw = self.rfile.read(int(length))  # first: who closes on unread bytes resets the answer
         if not self._is_from_here():
             return None
@@ -151,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
             "chat": model.is_chat,
             "context": model.context,
             "temperature": model.temperature,
+            "pictures": model.sight is not None,
+            "picture_bytes": PICTURE_BYTES,
         }
         text = PAGE.read_text().replace("__NONCE__", nonce)
         text = text.replace("__TITLE__", escape(model.name))

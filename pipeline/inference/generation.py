@@ -31,7 +31,9 @@ class GenerateConfig:
     prompt: str = ""
     """Text to continue; empty: the start of a document."""
     image: str | None = None
-    """A png, jpeg or webp file that the prompt, or the first turn of a chat, is about."""
+    """A png, jpeg or webp file that the prompt, or the first turn of a chat, is about. In a chat,
+    `/image FILE` shows more of them.
+    """
     file: str | None = None
     """Text file with one prompt a line; replaces `prompt`."""
     interactive: bool = False

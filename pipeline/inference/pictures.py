@@ -1,91 +1,186 @@
-"""A picture that a model is asked about: the file, its pixels, and its placeholders in a prompt."""
+"""Pictures that a model is asked about: file or address, how it sees them, their placeholders.
+
+image=FILE, /image FILE, a data: address --the rules of the data--> Image --Sight.shown--> pixels
+ids of a dialogue, one placeholder a picture --Sight.spread--> one a patch
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.chat import Messages
+from pipeline.data.picture_files import (
+    MOST_MB,
+    MOST_MEGAPIXELS,
+    BadPicture,
+    open_picture,
+    squashed,
+)
 from pipeline.errors import ConfigError
-from pipeline.files import read_file
-from pipeline.huggingface.loading import load_processor
+from pipeline.files import parse_json, read_file
+from pipeline.huggingface.processor import PREPROCESSOR, PROCESSOR
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-MOST_BYTES, MOST_PIXELS = 20 * 10**6, 50 * 10**6
-KINDS = ["PNG", "JPEG", "WEBP"]
+MOST_BYTES, MOST_PIXELS = int(MOST_MB * 1e6), int(MOST_MEGAPIXELS * 1e6)
+WHY = {
+    "picture_too_large": "is too large",
+    "not_a_picture": "is no PNG, JPEG or WebP",
+    "damaged_picture": "is damaged",
+    "animated_picture": "has several frames",
+}
+BLIND = "this model reads no pictures"
 
 
-def open_picture(path: str) -> Image:
+def read_picture(path: str) -> Image:
     """A png, jpeg or webp file, upright, in RGB, on white where it is transparent.
 
     Raises:
         ConfigError: it cannot be read, is none of these, is too large, or is damaged.
     """
-    import PIL.Image
-    import PIL.ImageOps
-
     try:
         content = read_file(path, most=MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"image={path} cannot be read: {error}.") from None
-    try:
-        with PIL.Image.open(io.BytesIO(content), formats=KINDS) as image:
-            width, height = image.size  # of the header: nothing has been decoded yet
-            if width * height > MOST_PIXELS:
-                raise ConfigError(
-                    f"image={path} has {width} x {height} pixels, more than {MOST_PIXELS:,}. Make "
-                    "it smaller: the model sees it smaller still."
-                )
-            whole = PIL.ImageOps.exif_transpose(image)
-            if whole.has_transparency_data:
-                whole = whole.convert("RGBA")
-                white = PIL.Image.new("RGBA", whole.size, "white")
-                whole = PIL.Image.alpha_composite(white, whole)
-            return whole.convert("RGB")
-    except (ConfigError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    return _opened(content, f"image={path}")
+
+
+def picture_of_url(url: str) -> Image:
+    """The picture in a data: address; nothing is fetched, from nowhere.
+
+    Raises:
+        ConfigError: it is another address, or no picture as above.
+    """
+    head = re.match(r"data:image/[a-z]+;base64,", url[:100])
+    if head is None:
         raise ConfigError(
-            f"image={path} is no picture that can be shown ({', '.join(KINDS)}): "
-            f"{type(error).__name__}: {error}."
-        ) from None
+            f"image_url is {url[:60]!r}: only pictures in the request itself are read, as "
+            "data:image/png;base64,... (jpeg, webp); nothing is fetched."
+        )
+    if len(url) > MOST_BYTES * 4 / 3 + 100:
+        raise ConfigError(f"image_url is too large: more than {MOST_BYTES:,} bytes.")
+    try:
+        content = base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError(f"image_url is no base64: {error}.") from None
+    return _opened(content, "image_url")
 
 
-def about_picture(prompt: str) -> dict[str, Any]:
-    """What a user says who shows the picture and asks about it."""
+def _opened(content: bytes, name: str) -> Image:
+    """By the rules that training data were read by."""
+    try:
+        return open_picture(content, most=MOST_PIXELS)
+    except BadPicture as error:
+        most = f"; {MOST_PIXELS:,} pixels are the most" if "large" in error.reason else ""
+        raise ConfigError(f"{name} {WHY[error.reason]}: {error.detail}{most}.") from None
+
+
+def url_of(image: Image) -> str:
+    """The picture as a data: address, without loss."""
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def about_pictures(images: Sequence[Image], prompt: str) -> dict[str, Any]:
+    """What a user says who shows pictures and asks about them."""
     text = [{"type": "text", "text": prompt}] if prompt else []
-    return {"role": "user", "content": [{"type": "image"}, *text]}
+    return {"role": "user", "content": [*({"type": "image", "image": i} for i in images), *text]}
 
 
-class ShownPicture:
-    """The picture of a sampler's dialogues, each of which names it at most once."""
+def parts_of(messages: Messages) -> list[dict[str, Any]]:
+    """Parts of all contents that are lists, in order."""
+    return [
+        part for message in messages if isinstance(message["content"], list)
+        for part in message["content"]
+    ]  # fmt: skip
 
-    def __init__(self, path: str, folder: Path, model: Any) -> None:
-        """Read it as the model's own processor does.
 
-        Args:
-            folder: of the model.
-            model: transformers', which reads pictures.
+def pictures_in(messages: Messages) -> list[Image]:
+    """The pictures of a dialogue, in order."""
+    return [part["image"] for part in parts_of(messages) if part["type"] == "image"]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a Llava model sees."""
+
+    token: int
+    """Of its vocabulary, the one that stands for a patch."""
+    patches: int
+    """Of a picture."""
+    size: tuple[int, int] | None
+    """(width, height) that its pictures are squashed to; None: its processor does otherwise."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Sight | None:
+        """Of a Hugging Face folder; None: its model reads no pictures.
 
         Raises:
-            ConfigError: the file is none.
+            ConfigError: the folder says it in another way.
         """
-        config = model.config
-        processor = load_processor(folder).image_processor
-        pixels = processor(images=open_picture(path), return_tensors="pt")["pixel_values"]
-        self._pixels = pixels.to(model.device, model.dtype)
-        self._token, self._size = int(config.image_token_index), int(config.image_seq_length)
+        try:
+            config = parse_json(read_file(folder / "config.json"))
+            if config.get("model_type") != "llava":
+                return None
+            # What transformers' LlavaConfig takes where a folder says nothing.
+            token, patches = (
+                config.get("image_token_index", 32000),
+                config.get("image_seq_length", 576),
+            )
+            pixels = _pixels_of(folder)
+            is_squashed = pixels.get("image_processor_type") == "SiglipImageProcessor"
+            size = (pixels["size"]["width"], pixels["size"]["height"]) if is_squashed else None
+            if any(type(n) is not int or n < 1 for n in (token + 1, patches, *(size or ()))):
+                raise ValueError(f"token {token}, {patches} patches, size {size}")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{folder} does not say how pictures are read: {type(error).__name__}: {error}."
+            ) from None
+        return cls(token, patches, size)
 
-    def spread(self, ids: list[int]) -> list[int]:
-        """The ids with a placeholder for each patch instead of the picture's one."""
-        found: list[int] = []
-        for token in ids:
-            found += [token] * (self._size if token == self._token else 1)
-        return found
+    def shown(self, image: Image) -> Image:
+        """As the model reads it: the pixels that preparing data would have made."""
+        return image if self.size is None else squashed(image, *self.size)
 
-    def given(self, rows: list[list[int]]) -> dict[str, Any]:
-        """What the model is given beside rows of ids; turns may have been left out of them."""
-        count = sum(row.count(self._token) for row in rows) // self._size
-        return {"pixel_values": self._pixels.repeat(count, 1, 1, 1)} if count else {}
+    def spread(self, ids: Sequence[int], count: int) -> list[int]:
+        """The ids with a placeholder for each patch instead of each picture's one.
+
+        Raises:
+            ConfigError: `count` pictures are shown, and the ids have other placeholders.
+        """
+        written = list(ids).count(self.token)
+        if written != count:
+            raise ConfigError(
+                f"the dialogue shows {count} pictures, and has {written} placeholders: its words "
+                "must not spell one, and the model's chat template must write one a picture."
+            )
+        return [
+            token for one in ids for token in [one] * (self.patches if one == self.token else 1)
+        ]
+
+    def given(self, images: Sequence[Image], processor: Any) -> Tensor:
+        """(pictures, 3, height, width) that a model is given, as its own processor makes them."""
+        shown = [self.shown(image) for image in images]
+        pixels: Tensor = processor(images=shown, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def _pixels_of(folder: Path) -> dict[str, Any]:
+    """What a folder says of pixels; transformers 5 writes it into the processor's file."""
+    for name, key in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):
+        if (folder / name).is_file():
+            found = parse_json(read_file(folder / name))
+            found = found.get(key, {}) if key else found
+            if found:
+                return dict(found)
+    return {}

@@ -1,13 +1,15 @@
 """Text from a model: our own decoder on a checkpoint, transformers' sampler on its folders.
 
-Both keep the keys and values of what was read. A checkpoint that is shown a picture is exported to
-a temporary folder, for transformers.
+Both keep the keys and values of what was read. A checkpoint that is shown a picture, or may be in a
+chat, is exported to a temporary folder, for transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,21 +19,26 @@ from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
 from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.huggingface.loading import load_tokenizer, load_transformers
+from pipeline.huggingface.loading import load_processor, load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.drawing import choose
 from pipeline.inference.generation import NO_TEMPLATE, GenerateConfig, check_model
-from pipeline.inference.pictures import ShownPicture
+from pipeline.inference.pictures import BLIND, Sight, pictures_in
 from pipeline.inference.streaming import cut_at_stop, stop_at, streamer
-from pipeline.inference.turns import fitting
+from pipeline.inference.turns import fitting_turns
 from pipeline.log import logger
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.data.tokenizer import Tokenizer
 
 
 class TextSampler(Protocol):
     """Continues prompts."""
+
+    sight: Sight | None
+    """How it sees; None: it is shown no pictures."""
 
     def drawing(self, cfg: GenerateConfig) -> TextSampler:
         """The same model with other settings of how to draw."""
@@ -44,8 +51,12 @@ class TextSampler(Protocol):
     ) -> list[str]:
         """What the assistant says next in each dialogue; on_text as above.
 
+        Args:
+            dialogues: pictures in them are parts as `about_pictures` makes them.
+
         Raises:
-            ConfigError: the model has no chat template, or it refuses a dialogue.
+            ConfigError: the model has no chat template, it refuses a dialogue, or pictures are
+                shown to a model that reads none.
         """
 
 
@@ -79,12 +90,18 @@ def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
     if problems := folders.damage(folder):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}.")
     logger.info("sampling from %s", folder)
-    if cfg.image is None:
+    if cfg.image is None and not (cfg.chat and _may_be_shown(folder)):
         yield LocalSampler(folder, cfg)
         return
     with tempfile.TemporaryDirectory() as scratch:
         export(folder, Path(scratch), dtype=DType.fp32)
         yield TransformersSampler(Path(scratch), cfg)
+
+
+def _may_be_shown(folder: Path) -> bool:
+    """Whether a chat with a checkpoint can have pictures."""
+    sees = bool(read_record(folder).model().vision.num_layers)
+    return sees and importlib.util.find_spec("transformers") is not None
 
 
 class TransformersSampler(_Drawing):
@@ -107,7 +124,7 @@ class TransformersSampler(_Drawing):
         # Of the folder's generation_config.json nothing else counts: our settings say how to draw.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None)
         self.max_seq_len = int(self.model.config.get_text_config().max_position_embeddings)
-        self.shown = ShownPicture(cfg.image, folder, self.model) if cfg.image else None
+        self.sight, self._folder = Sight.of(folder), folder
 
     def sample(self, prompts: list[str], *, on_text: Callable[[str], None] | None) -> list[str]:
         """The prompts' continuations; on_text gets a single one's text piece by piece."""
@@ -130,12 +147,27 @@ class TransformersSampler(_Drawing):
                 messages, tokenize=False, add_generation_prompt=True
             )
             row = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            return row if self.shown is None else self.shown.spread(row)
+            count = len(pictures_in(messages))
+            if self.sight is None and count:
+                raise ConfigError(f"{BLIND}: show it none.")
+            return row if self.sight is None else self.sight.spread(row, count)
 
-        return self._continue([fitting(m, ids, self._room) for m in dialogues], on_text)
+        fitted = [fitting_turns(messages, ids, self._room) for messages in dialogues]
+        images = [image for messages, _ in fitted for image in pictures_in(messages)]
+        return self._continue([row for _, row in fitted], on_text, images)
 
-    def _continue(self, rows: list[list[int]], on_text: Callable[[str], None] | None) -> list[str]:
-        """Texts after rows of ids, padded on the left to one batch."""
+    @functools.cached_property
+    def _processor(self) -> Any:
+        """Of pictures."""
+        return load_processor(self._folder).image_processor
+
+    def _continue(
+        self,
+        rows: list[list[int]],
+        on_text: Callable[[str], None] | None,
+        images: Sequence[Image] = (),
+    ) -> list[str]:
+        """Texts after rows of ids, padded on the left to one batch, and the pictures in them."""
         import torch
 
         cfg = self.cfg
@@ -147,8 +179,9 @@ class TransformersSampler(_Drawing):
             options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         if cfg.stop:
             options["stopping_criteria"] = [stop_at(cfg.stop, self.tokenizer, length)]
-        if self.shown is not None:
-            options |= self.shown.given(rows)
+        if images and self.sight is not None:
+            pixels = self.sight.given(images, self._processor)
+            options["pixel_values"] = pixels.to(self.device, self.model.dtype)
         if on_text is not None:
             options["streamer"] = streamer(self.tokenizer, on_text, stop=cfg.stop, ends=self.ends)
         with torch.no_grad():
@@ -171,6 +204,8 @@ class TransformersSampler(_Drawing):
 
 class LocalSampler(_Drawing):
     """Our own decoder on a checkpoint; needs torch alone, whose import is most of its start."""
+
+    sight: Sight | None = None
 
     def __init__(self, folder: Path, cfg: GenerateConfig) -> None:
         from pipeline.data.tokenizer import Tokenizer
@@ -208,7 +243,10 @@ class LocalSampler(_Drawing):
         """What the assistant says next in each dialogue."""
         if self.template is None:
             raise ConfigError(NO_TEMPLATE)
-        rows = [fitting(messages, self.template.prompt_ids, self._room) for messages in dialogues]
+        if any(map(pictures_in, dialogues)):
+            raise ConfigError("our own decoder samples text: pictures are shown by transformers.")
+        ids = self.template.prompt_ids
+        rows = [fitting_turns(messages, ids, self._room)[1] for messages in dialogues]
         return self._continue(rows, on_text)
 
     def _continue(self, rows: list[list[int]], on_text: Callable[[str], None] | None) -> list[str]:

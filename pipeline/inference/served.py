@@ -1,10 +1,12 @@
 """A model as `transformers serve` gets it, and requests cut to what it has room for.
 
     checkpoint --export--> SCRATCH/NAME    a Hugging Face folder, of links --> the same
-    request --Served.fit--> as many last turns, or as long an end of the text, as fit
+    request --Served.fit--> as many last turns, or as long an end of the text, as fit; pictures in
+                            them decoded by the rules of the data, at the size that the model reads
 
 `transformers serve` hands a model whatever it is sent: more tokens than a model has positions end
-in an index error, and a small model's context is full after some turns.
+in an index error, and a small model's context is full after some turns. A picture it would fetch
+from any address, or open as a file of this machine.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from typing import Any
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import CHAT_TEMPLATE, read_record
-from pipeline.data.chat import ChatTemplate
+from pipeline.data.chat import ChatTemplate, Messages, Rejected
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import parse_json, read_file
 from pipeline.huggingface.loading import check_folder
 from pipeline.huggingface.writer import DType, export, write_json
 from pipeline.inference.generation import NO_TEMPLATE
+from pipeline.inference.pictures import BLIND, Sight, picture_of_url, pictures_in, url_of
 from pipeline.inference.turns import fitting_turns
 from pipeline.log import logger
 
@@ -45,6 +48,13 @@ class Served:
     template: ChatTemplate | None
     """None: it has none, or one that cannot be rendered here: then dialogues are not cut."""
     is_chat: bool
+    sight: Sight | None = None
+    """None: it reads no pictures."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a request: words, or a few pictures of the largest size."""
+        return (4 if self.sight is None else 64) << 20
 
     @property
     def name(self) -> str:
@@ -98,18 +108,82 @@ class Served:
         """The last turns that fit, and their tokens."""
         if not self.is_chat:
             raise ConfigError(f"{NO_TEMPLATE} Programs ask it at /v1/completions.")
-        is_text = isinstance(messages, list) and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
-        )
-        if not is_text or not messages:
-            raise ConfigError("messages must be a list of {role: ..., content: a text}.")
-        if self.template is None:
-            return {}, 0
-        turns, ids = fitting_turns(messages, self.template.prompt_ids, room)
-        return {"messages": turns}, len(ids)
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise ConfigError(
+                "messages must be a list of {role: ..., content: ...}, a content a text or a list "
+                "of {type: text, text: ...} and {type: image_url, image_url: {url: ...}}."
+            )
+        turns = [self._read(message) for message in messages]
+        used = 0
+        if self.template is not None:
+            turns, ids = fitting_turns(turns, self._prompt_ids, room)
+            used = len(ids)
+        return {"messages": [self._sendable(turn) for turn in turns]}, used
+
+    def _read(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message as templates have it: parts for a model with pictures, else one text.
+
+        A picture stays an address until it is known whether its turn has room.
+        """
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if self.sight is None:
+            if any(part["type"] != "text" for part in parts):
+                raise ConfigError(f"{BLIND}: leave image_url out.")
+            return message | {"content": "\n".join(part["text"] for part in parts)}
+        shown = [
+            {"type": "text", "text": part["text"]}
+            if part["type"] == "text"
+            else {"type": "image", "image": _address(part)}
+            for part in parts
+        ]
+        return message | {"content": shown}
+
+    def _prompt_ids(self, messages: Messages) -> list[int]:
+        """Ids of a dialogue, each picture as many as its patches."""
+        assert self.template is not None
+        if self.sight is None:
+            return self.template.prompt_ids(messages)
+        bare = [
+            {**m, "content": [{k: v for k, v in p.items() if k != "image"} for p in m["content"]]}
+            for m in messages
+        ]  # an address is no word of the dialogue
+        return self.sight.spread(self.template.prompt_ids(bare), len(pictures_in(messages)))
+
+    def _sendable(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The turn for transformers' server, which is shown only what was decoded here."""
+        if self.sight is None:
+            return turn
+        parts = []
+        for part in turn["content"]:
+            if part["type"] == "image":
+                image = self.sight.shown(picture_of_url(part["image"]))
+                part = {"type": "image_url", "image_url": {"url": url_of(image)}}
+            parts.append(part)
+        return turn | {"content": parts}
+
+
+def _is_message(message: Any) -> bool:
+    """Whether it has a role, and texts or pictures."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or isinstance(content, list) and all(map(_is_part, content))
+
+
+def _is_part(part: Any) -> bool:
+    """Whether it is a text or a picture, as OpenAI's clients send them."""
+    if not isinstance(part, dict):
+        return False
+    if part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return part.get("type") == "image_url" and isinstance(_address(part), str)
+
+
+def _address(part: dict[str, Any]) -> Any:
+    """Of a picture's part; its `detail` says nothing to a model of one size."""
+    named = part.get("image_url")
+    return named.get("url") if isinstance(named, dict) else named
 
 
 def prepare(checkpoint: Path, scratch: Path, *, temperature: float) -> Served:
@@ -130,14 +204,32 @@ def prepare(checkpoint: Path, scratch: Path, *, temperature: float) -> Served:
         logger.info("exporting %s", found)
         export(found, folder, dtype=_dtype())
     settings = _json(folder / "config.json")
-    context = settings.get("max_position_embeddings", settings.get("n_positions"))
+    context = _positions(settings)
     if type(context) is not int or context < 2:
         raise CheckpointError(f"{folder.name}/config.json names no number of positions.")
     ends = [*_ends(folder, settings)]
     _say_how_to_draw(folder, ends)
     tokenizer = Tokenizer.from_file(folder, eod=ends[0] if ends else None)
     is_chat, template = _template(folder, tokenizer)
-    return Served(folder, context, temperature, tokenizer, template, is_chat)
+    sight = Sight.of(folder)
+    served = Served(folder, context, temperature, tokenizer, template, is_chat, sight)
+    if sight is not None and template is not None:
+        picture = {"type": "image", "image": ""}
+        try:
+            served._prompt_ids([{"role": "user", "content": [picture]}])
+        except (ConfigError, Rejected) as error:
+            raise ConfigError(f"{folder.name} cannot be shown pictures: {error}") from None
+    return served
+
+
+def _positions(settings: dict[str, Any]) -> Any:
+    """How many a config.json names, a Llava's of its text model."""
+    text = settings.get("text_config", settings)
+    return (
+        text.get("max_position_embeddings", text.get("n_positions"))
+        if isinstance(text, dict)
+        else None
+    )
 
 
 def _spelt(name: str) -> str:

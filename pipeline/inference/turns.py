@@ -9,19 +9,14 @@ from pipeline.data.chat import Messages
 from pipeline.errors import ConfigError
 
 
-def fitting(messages: Messages, ids: Callable[[Messages], list[int]], room: int) -> list[int]:
-    """Ids of a dialogue, its oldest turns left out until they fit; a system's message stays.
+def fitting_turns(
+    messages: Messages, ids: Callable[[Messages], list[int]], room: int
+) -> tuple[Messages, list[int]]:
+    """A dialogue, its oldest turns left out until it fits, and its ids; a system's message stays.
 
     Raises:
         ConfigError: the template refuses the dialogue, or its last message alone is too long.
     """
-    return fitting_turns(messages, ids, room)[1]
-
-
-def fitting_turns(
-    messages: Messages, ids: Callable[[Messages], list[int]], room: int
-) -> tuple[Messages, list[int]]:
-    """The turns that fit, and their ids, as `fitting` has them."""
     head = [message for message in messages[:1] if message["role"] == "system"]
     turns = list(messages[len(head) :])
     try:
@@ -32,6 +27,8 @@ def fitting_turns(
             found = bisect_left(starts, -room, key=lambda at: -len(ids([*head, *turns[at:]])))
             turns = turns[starts[min(found, len(starts) - 1)] :]
             row = ids([*head, *turns])
+    except ConfigError:
+        raise
     except Exception as error:  # transformers hands on what the template's Python raises
         raise ConfigError(f"the chat template refuses this dialogue: {error}.") from error
     if len(row) > room:

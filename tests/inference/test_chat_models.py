@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.generate import GenerateConfig, main
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.samplers import LocalSampler, TransformersSampler
-from pipeline.inference.turns import fitting
+from pipeline.inference.turns import fitting_turns
 from tests.support.checkpoint_runs import Run
 from tests.support.layouts import MODELS, VOCAB, config
 from tests.support.ranks import run_on_ranks
@@ -158,8 +158,8 @@ def test_the_oldest_turns_give_way() -> None:
     def ids(some: list[dict[str, Any]]) -> list[int]:
         return [int(message["content"]) for message in some for _ in range(4)]
 
-    assert fitting(messages, ids, 12) == ids(messages[2:])
+    assert fitting_turns(messages, ids, 12)[1] == ids(messages[2:])
     system = {"role": "system", "content": "9"}
-    assert fitting([system, *messages], ids, 16) == ids([system, *messages[2:]])
+    assert fitting_turns([system, *messages], ids, 16)[1] == ids([system, *messages[2:]])
     with pytest.raises(ConfigError, match="the message has 4 tokens; the model has room for 3"):
-        fitting(messages, ids, 3)
+        fitting_turns(messages, ids, 3)

@@ -89,7 +89,10 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_no_other_script(port: in
     assert nonce is not None and page.count(f'nonce="{nonce[1]}"') == 2
     assert nonce[1] not in ask(port, "/")[1]
     about = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])  # type: ignore[index]
-    assert about == {"model": "<b>mine", "chat": False, "context": 40, "temperature": 0.8}
+    assert about == {
+        "model": "<b>mine", "chat": False, "context": 40, "temperature": 0.8, "pictures": False,
+        "picture_bytes": 20_000_000,
+    }  # fmt: skip
 
 
 def test_a_request_is_handed_on_cut_to_the_models_room(port: int) -> None:
@@ -171,7 +174,7 @@ def test_what_transformers_server_has_besides_is_not_reached(port: int) -> None:
     for path in ("/load_model", "/reset", "/v1/responses"):
         assert ask(port, path, {"model": "x"})[0] == 404
     assert ask(port, front.TEXT, None)[0] == 404
-    huge = {"Content-Length": str(front.MOST_BYTES + 1)}
+    huge = {"Content-Length": str((4 << 20) + 1)}
     assert ask(port, front.TEXT, b"", **huge)[0] == 413
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_prep.sources.pictures import decode
 from pipeline import cli
 from pipeline.errors import ConfigError
 from pipeline.generate import main
 from pipeline.inference.generation import GenerateConfig
-from pipeline.inference.pictures import about_picture, open_picture
+from pipeline.inference.pictures import Sight, about_pictures, picture_of_url, read_picture, url_of
 from pipeline.inference.samplers import TransformersSampler, open_sampler
 from tests.engine.test_pictures import PATCHES, PLACEHOLDER, pictured
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import save_models, tokenizer_file
 from tests.support.layouts import MODELS, config
 from tests.support.ranks import run_on_ranks
+from tests.support.strange_pictures import frames, png_that_says
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -35,21 +40,81 @@ def picture(path: Path, seed: int = 0, mode: str = "RGB") -> str:
 
 
 def test_bad_files_end_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        open_picture(str(tmp_path / "none.png"))
+    with pytest.raises(ConfigError, match="image=.*none.png cannot be read"):
+        read_picture(str(tmp_path / "none.png"))
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ConfigError, match="is no picture that can be shown .PNG, JPEG, WEBP."):
-        open_picture(str(tmp_path / "text.png"))
+    with pytest.raises(ConfigError, match="text.png is no PNG, JPEG or WebP"):
+        read_picture(str(tmp_path / "text.png"))
     whole = Path(picture(tmp_path / "whole.png")).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cut.png is no picture that can be shown"):
-        open_picture(str(tmp_path / "cut.png"))
-    Image.new("RGB", (4, 4)).save(tmp_path / "other.gif")
-    with pytest.raises(ConfigError, match="is no picture that can be shown"):
-        open_picture(str(tmp_path / "other.gif"))
+    with pytest.raises(ConfigError, match="cut.png is damaged"):
+        read_picture(str(tmp_path / "cut.png"))
     monkeypatch.setattr("pipeline.inference.pictures.MOST_PIXELS", 100)
-    with pytest.raises(ConfigError, match="16 x 24 pixels, more than 100"):
-        open_picture(str(tmp_path / "whole.png"))
+    with pytest.raises(ConfigError, match="is too large: 16 x 24 pixels; 100 pixels are the most"):
+        read_picture(str(tmp_path / "whole.png"))
+
+
+def address(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def test_an_address_holds_the_picture_itself(tmp_path: Path) -> None:
+    """And comes back with every pixel."""
+    path = picture(tmp_path / "a.png")
+    found = picture_of_url(address(Path(path).read_bytes()))
+    assert np.array_equal(np.asarray(found), np.asarray(read_picture(path)))
+    assert np.array_equal(np.asarray(picture_of_url(url_of(found))), np.asarray(found))
+
+
+@pytest.mark.parametrize(
+    "url, part",
+    [
+        ("http://127.0.0.1:1/a.png", "nothing is fetched"),
+        ("https://images.example.org/a.png", "nothing is fetched"),
+        ("file:///etc/passwd", "nothing is fetched"),
+        ("/etc/passwd", "nothing is fetched"),
+        ("iVBORw0KGgo=", "nothing is fetched"),
+        ("data:image/svg+xml;base64,PHN2Zy8+", "nothing is fetched"),
+        ("data:text/html;base64,PHN2Zy8+", "nothing is fetched"),
+        ("data:image/png;base64,!!!!", "is no base64"),
+        (address(b"<html>"), "is no PNG, JPEG or WebP"),
+        (address(png_that_says(60_000, 60_000)), "is too large"),
+        (address(frames("WEBP"), "webp"), "has several frames"),
+        (address(bytes(21_000_000)), "is too large: more than 20,000,000 bytes"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_other_addresses_are_refused(url: str, part: str) -> None:
+    """transformers' server would fetch them, or open files of this machine."""
+    with pytest.raises(ConfigError, match=part):
+        picture_of_url(url)
+
+
+def llava_folder(folder: Path, **pixels: Any) -> Path:
+    folder.mkdir()
+    config = {"model_type": "llava", "image_token_index": 7, "image_seq_length": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
+
+
+def test_a_model_sees_squashed_pictures_and_a_placeholder_a_patch(tmp_path: Path) -> None:
+    siglip = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 16, "width": 16},
+    }
+    sight = Sight.of(llava_folder(tmp_path / "siglip", **siglip))
+    assert sight == Sight(7, 4, (16, 16))
+    path = picture(tmp_path / "a.png")
+    pixels = np.asarray(sight.shown(read_picture(path))).transpose(2, 0, 1)
+    assert np.array_equal(pixels, decode(Path(path).read_bytes(), size=16, most=10**6))
+    assert sight.spread([1, 7, 2], 1) == [1, 7, 7, 7, 7, 2]
+    with pytest.raises(ConfigError, match="shows 1 pictures, and has 2 placeholders"):
+        sight.spread([7, 7], 1)
+    crops = Sight.of(llava_folder(tmp_path / "clip", image_processor_type="CLIPImageProcessor"))
+    assert crops == Sight(7, 4, None) and crops.shown(read_picture(path)).size == (16, 24)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert Sight.of(tmp_path) is None
 
 
 def test_a_bad_picture_is_heard_of_before_the_model_is_read(tmp_path: Path) -> None:
@@ -59,11 +124,6 @@ def test_a_bad_picture_is_heard_of_before_the_model_is_read(tmp_path: Path) -> N
     )  # fmt: skip
     with pytest.raises(ConfigError, match="image=.*none.png cannot be read"):
         main(cfg)
-
-
-def test_transparent_pixels_are_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(open_picture(str(tmp_path / "clear.png"))).min() == 255
 
 
 def save(root: Path) -> None:
@@ -96,9 +156,12 @@ def answers(root: Path) -> dict[str, str]:
         file = picture(root / f"{seed}.png", seed)
         cfg = GenerateConfig(checkpoint=str(root / "sees"), image=file, temperature=0.0, max_new_tokens=6)  # fmt: skip
         with open_sampler(cfg) as sampler:
-            assert isinstance(sampler, TransformersSampler) and sampler.shown is not None
-            found[f"picture {seed}"] = sampler.answer([[about_picture("t5")]], on_text=None)[0]
-            pixels = (sampler.shown._pixels + 1) * 127.5
+            assert isinstance(sampler, TransformersSampler) and sampler.sight is not None
+            image = read_picture(file)
+            found[f"picture {seed}"] = sampler.answer(
+                [[about_pictures([image], "t5")]], on_text=None
+            )[0]
+            pixels = torch.from_numpy(np.array(sampler.sight.shown(image))).permute(2, 0, 1)
             tokenizer = sampler.tokenizer
     checkpoint = folders.find(root / "sees")
     tensors = open_model(checkpoint)
@@ -110,7 +173,7 @@ def answers(root: Path) -> dict[str, str]:
         row = torch.tensor([ids])
         stands = row == PLACEHOLDER
         patches = torch.where(stands, stands.cumsum(1) - 1, -1)
-        token = int(model.logits(row, pixels.round().to(torch.uint8)[None], patches)[0, -1].argmax())  # fmt: skip
+        token = int(model.logits(row, pixels[None, None], patches)[0, -1].argmax())  # fmt: skip
         ids.append(token)
         if token in (0, 1):
             break

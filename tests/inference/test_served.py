@@ -7,15 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from tokenizers import Tokenizer as Backend
 
+from data_prep.tokens.conversation_job import TEMPLATES
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.inference.pictures import Sight, picture_of_url, url_of
 from pipeline.inference.served import Served, prepare
 from tests.inference.test_chat_models import CHATML, chat_tokenizer
 from tests.support.corpus import edit_tokenizer, make_tokenizer
 from tests.support.llama_folder import write_llama
+from tests.support.strange_pictures import RED
 
 
 @pytest.fixture
@@ -24,6 +30,12 @@ def served(tmp_path: Path) -> Served:
     tokenizer = Tokenizer.from_file(chat_tokenizer(tmp_path / "tokenizer.json"))
     template = ChatTemplate(CHATML, tokenizer)
     return Served(tmp_path / "mine", 40, 0.8, tokenizer, template, is_chat=True)
+
+
+def shown(colour: tuple[int, int, int]) -> dict[str, Any]:
+    """A picture of one colour, as OpenAI's clients send it."""
+    image = Image.new("RGB", (30, 20), colour)
+    return {"type": "image_url", "image_url": {"url": url_of(image), "detail": "low"}}
 
 
 def turn(role: str, words: int) -> dict[str, str]:
@@ -90,6 +102,9 @@ def test_a_cut_text_never_takes_more_than_the_positions(served: Served, tmp_path
     [
         (True, {"messages": [turn("user", 60)]}, "has room for"),
         (True, {"messages": [{"role": "user", "content": [1]}]}, "must be a list"),
+        (True, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "must be a list"),
+        (True, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 1}}]}]}, "must be a list"),
+        (True, {"messages": [{"role": "user", "content": [shown(RED)]}]}, "reads no pictures: leave image_url out"),
         (True, {"messages": []}, "must be a list"),
         (True, {"messages": [turn("user", 1)], "max_tokens": 0}, r"max_tokens \(0\)"),
         (False, {"prompt": ["t5"]}, "must be a text"),
@@ -103,6 +118,66 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=part):
         served.fit(wrong, chat=chat)
+
+
+def test_texts_in_parts_are_texts(served: Served) -> None:
+    """As OpenAI's clients may send them, also to a model that reads nothing else."""
+    parts = [{"type": "text", "text": "t5"}, {"type": "text", "text": "t6"}]
+    fitted = served.fit({"messages": [{"role": "user", "content": parts}]}, chat=True)
+    assert fitted["messages"] == [{"role": "user", "content": "t5\nt6"}]
+
+
+def seeing(tmp_path: Path) -> Served:
+    """Forty positions, of which a picture takes four; 16 x 16 pixels."""
+    path = tmp_path / "tokenizer.json"
+    backend = Backend.from_file(str(path))
+    backend.add_special_tokens(["<|image|>"])
+    backend.save(str(path))
+    tokenizer = Tokenizer.from_file(path)
+    template = ChatTemplate((TEMPLATES / "chatml-pictures.jinja").read_text(), tokenizer)
+    sight = Sight(backend.token_to_id("<|image|>"), 4, (16, 16))
+    return Served(tmp_path / "mine", 40, 0.8, tokenizer, template, is_chat=True, sight=sight)
+
+
+def test_a_picture_is_sent_on_as_the_model_reads_it(served: Served, tmp_path: Path) -> None:
+    """Whatever file it was: what transformers' server decodes was made here, and takes its room."""
+    sees = seeing(tmp_path)
+    asked = [{"role": "user", "content": [shown(RED), {"type": "text", "text": "t5"}]}]
+    fitted = sees.fit({"messages": asked}, chat=True)
+    (part, words), bare = fitted["messages"][0]["content"], [{"role": "user", "content": "t5"}]
+    assert words == {"type": "text", "text": "t5"}
+    assert np.array_equal(picture_of_url(part["image_url"]["url"]), np.full((16, 16, 3), RED))
+    alone = sees.fit({"messages": bare}, chat=True)
+    assert fitted["max_tokens"] == alone["max_tokens"] - 4
+    assert alone["messages"][0]["content"] == [{"type": "text", "text": "t5"}]
+    assert served.most_bytes == 4 << 20 and sees.most_bytes > 20_000_000 * 4 / 3
+
+
+def test_pictures_give_way_with_their_turns_and_are_not_decoded(
+    served: Served, tmp_path: Path
+) -> None:
+    sees = seeing(tmp_path)
+    old = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}] * 5}
+    new = {"role": "user", "content": [shown(RED)]}
+    fitted = sees.fit({"messages": [old, turn("assistant", 2), new]}, chat=True)
+    assert len(fitted["messages"]) == 1
+    with pytest.raises(ConfigError, match="the message has .* tokens; the model has room"):
+        sees.fit({"messages": [{"role": "user", "content": [shown(RED)] * 10}]}, chat=True)
+
+
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        ({"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}, "nothing is fetched"),
+        ({"type": "image_url", "image_url": "/etc/passwd"}, "nothing is fetched"),
+        ({"type": "text", "text": "t5 <|image|>"}, "special_token"),
+    ],
+)  # fmt: skip
+def test_no_address_is_fetched_and_no_placeholder_spelt(
+    served: Served, tmp_path: Path, part: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        seeing(tmp_path).fit({"messages": [{"role": "user", "content": [part]}]}, chat=True)
 
 
 def test_a_model_without_a_template_is_not_talked_to(tmp_path: Path, served: Served) -> None:

@@ -82,6 +82,12 @@ class Page:
         """Into whatever has the focus."""
         self.command("Input.insertText", text=text)
 
+    def choose(self, selector: str, *files: Path) -> None:
+        """Files in an input of files, as its dialogue would."""
+        found = self.command("Runtime.evaluate", expression=f"document.querySelector('{selector}')")
+        self.command("DOM.setFileInputFiles", files=[str(file) for file in files],
+                     objectId=found["result"]["objectId"])  # fmt: skip
+
     def press_enter(self) -> None:
         for kind in ("keyDown", "keyUp"):
             self.command("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter",

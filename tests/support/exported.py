@@ -78,3 +78,27 @@ def export_and_compare(
         export(checkpoint, output / name, dtype=dtype)
         found[name] = logits_difference(checkpoint, output / name, dtype=dtype)
     return found
+
+
+def exported_captions(folder: Path, files: list[bytes]) -> list[str]:
+    """What transformers says of each picture, greedily, as anybody would ask it."""
+    import io
+
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = [{"role": "user", "content": [{"type": "image"}]}]
+    text, found = processor.apply_chat_template(asked, add_generation_prompt=True), []
+    for start in range(0, len(files), 25):
+        images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files[start : start + 25]]
+        given = processor(
+            text=[text] * len(images), images=[[i] for i in images], return_tensors="pt"
+        )
+        said = model.generate(**given, max_new_tokens=40, do_sample=False)
+        found += processor.batch_decode(
+            said[:, given["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    return found
