@@ -150,24 +150,30 @@ def profile(step: Callable[[], float], steps: int) -> str:
 def compare(names: list[str], precision: str, *, rounds: int, seconds: float) -> Iterator[str]:
     """Rows of the table for one precision; DDP and one other are in memory at a time."""
     base = Contender("DDP", precision)
-    losses = {"DDP": base.begin(seconds)}
-    yield row(precision, "DDP", base.rounds(2), [1.0], losses["DDP"])
-    for name in names:
-        other = Contender(name, precision)
-        try:
-            loss = other.begin(seconds)
-            ours, theirs = [], []
-            for _ in range(rounds):
-                theirs += base.rounds(1)
-                ours += other.rounds(1)
-            ratios = [b / a for a, b in zip(ours, theirs)]
-            yield row(precision, name, ours, ratios, loss)
-        except ChildProcessError as error:
-            print(f"{name} in {precision}:\n{error}", file=sys.stderr)
-            yield f"| {precision} | {name} | did not run | | |"
-        finally:
-            other.stop()
-    base.stop()
+    try:
+        loss = base.begin(seconds)
+        yield row(precision, "DDP", base.rounds(2), [1.0], loss)
+        for name in names:
+            yield against(base, name, precision, rounds=rounds, seconds=seconds)
+    finally:
+        base.stop()
+
+
+def against(base: Contender, name: str, precision: str, *, rounds: int, seconds: float) -> str:
+    """The row of one contender, whose rounds alternate with those of the base."""
+    other = Contender(name, precision)
+    try:
+        loss = other.begin(seconds)
+        ours, theirs = [], []
+        for _ in range(rounds):
+            theirs += base.rounds(1)
+            ours += other.rounds(1)
+    except ChildProcessError as error:
+        print(f"{name} in {precision}:\n{error}", file=sys.stderr)
+        return f"| {precision} | {name} | did not run | | |"
+    finally:
+        other.stop()
+    return row(precision, name, ours, [b / a for a, b in zip(ours, theirs)], loss)
 
 
 def row(precision: str, name: str, step_s: list[float], ratios: list[float], loss: float) -> str:

@@ -204,11 +204,21 @@ def _check_reference(record: CheckpointRecord, other: CheckpointRecord, folder: 
 
 
 def _canaries(cfg: MemorizationConfig, seen: Seen) -> Path | None:
-    """The list that was named, or the one beside a dataset of the run; None: there is none."""
+    """The list that was named, or the one beside a dataset of the run; None: there is none.
+
+    Raises:
+        ConfigError: several datasets have one, and the run's canaries are not those of one list.
+    """
     if cfg.canaries is not None:
         return Path(cfg.canaries)
     beside = [d.folder.local.parent / CANARIES for d in seen.sampler.datasets if not d.is_remote]
-    return next((path for path in beside if path.is_file()), None)
+    found = list(dict.fromkeys(path for path in beside if path.is_file()))
+    if len(found) > 1:
+        raise ConfigError(
+            f"several datasets of the run have canaries, and one list is measured at a time: set "
+            f"canaries= to one of {', '.join(map(str, found))}."
+        )
+    return found[0] if found else None
 
 
 def _open(folder: Path, record: CheckpointRecord) -> LocalModel:

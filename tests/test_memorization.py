@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline import cli
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.seen import Seen
-from pipeline.data.canary_list import read_list
+from pipeline.data.canary_list import CANARIES, read_list
 from pipeline.data.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import memorization_file
@@ -25,7 +26,7 @@ from pipeline.evaluation.memorization import Audit, canaries_exposed
 from pipeline.huggingface.card_facts import privacy_facts
 from pipeline.inference.asked_model import tokenizer_of
 from pipeline.inference.known_windows import known_windows
-from pipeline.memorization import MemorizationConfig, main, print_findings
+from pipeline.memorization import MemorizationConfig, _canaries, main, print_findings
 from tests.support.corpus import make_tokenizer, write_jsonl
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import history, overrides, train_on_ranks, write_data
@@ -139,6 +140,25 @@ def test_what_is_in_the_data_once_is_learned_without_noise_and_not_with_it(tmp_p
     card = privacy_facts(record, folders.find(private))
     assert card["Differential privacy"].startswith(f"epsilon {record.privacy['epsilon']:.2f} at delta 0.01 for one sequence of 64 tokens")  # fmt: skip
     assert card["Personal data in the training text"] == "not looked for"
+
+
+def test_of_several_lists_of_canaries_one_is_to_be_named(tmp_path: Path) -> None:
+    """The first was measured, and nobody was told of the others."""
+
+    def seen(*names: str) -> Any:
+        folders = [SimpleNamespace(local=tmp_path / name / "train") for name in names]
+        datasets = [SimpleNamespace(folder=folder, is_remote=False) for folder in folders]
+        return SimpleNamespace(sampler=SimpleNamespace(datasets=datasets))
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CANARIES).write_text("{}")
+    cfg = MemorizationConfig("run")
+    assert _canaries(cfg, seen("a", "none", "a")) == tmp_path / "a" / CANARIES
+    assert _canaries(cfg, seen("none")) is None
+    with pytest.raises(ConfigError, match="set canaries= to one of"):
+        _canaries(cfg, seen("a", "b"))
+    assert _canaries(MemorizationConfig("run", canaries="c"), seen("a", "b")) == Path("c")
 
 
 def test_windows_read_are_those_of_the_order_and_held_out_ones_are_others(tmp_path: Path) -> None:

@@ -44,7 +44,10 @@ def advice(cfg: PretrainConfig, shape: RunShape, device: Device | None) -> str:
     else:
         found = lower_changes(cfg, shape, now)
         lines += ["settings that lower it:"] if found else []
-    for layout in found[:MOST_CHANGES]:
+    best: dict[str, Layout] = {}  # of each setting, or the sizes of one would be all that is told
+    for layout in found:
+        best.setdefault(layout.settings.partition("=")[0], layout)
+    for layout in list(best.values())[:MOST_CHANGES]:
         speed = f", {layout.plan.tokens_per_s / now.tokens_per_s - 1:+.0%} tokens/s"
         need = f"  {layout.settings}: {layout.plan.worst.total / GIB:.1f} GiB"
         lines.append(need + (speed if device is not None else ""))

@@ -34,7 +34,7 @@ Case = dict[str, Any]
 CASES: dict[int, list[Case]] = {
     1: [
         dict(model="gpt2", zero=0, micro_batch_size=4),
-        dict(model="modern", zero=2, micro_batch_size=1),
+        dict(model="modern", zero=2, micro_batch_size=1, recompute="full"),
         dict(model="gpt2", train="*.lora_?", lora_rank=4),
     ],
     2: [

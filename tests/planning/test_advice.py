@@ -65,6 +65,8 @@ def test_a_mixture_is_told_of_the_ranks_that_may_share_its_experts():
     shared, more = run_of(*words, "parallel.expert_parallel_size=4")
     again = {f.settings for f in lower_changes(shared, more, Plan(Job.of(shared, more), H100))}
     assert not again & {"parallel.expert_parallel_size=2", "parallel.expert_parallel_size=4"}
+    said = [line.partition("=")[0] for line in advice(cfg, shape, None).splitlines()[2:]]
+    assert len(said) == len(set(said)) > 2, "one line of each setting"
     dense, of_dense = run_of()
     assert "expert_parallel" not in advice(dense, of_dense, None)
 
