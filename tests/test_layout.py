@@ -123,7 +123,6 @@ TESTED_IN = {
     "pipeline/huggingface/merge.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/evaluation/memorization_file.py": ("test_memorization.py", "the command writes it"),
-    "pipeline/inference/known_windows.py": ("test_memorization.py", "what the command compares"),
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
     "pipeline/inference/streaming.py": ("test_generate.py", "text, as the command prints it"),
     "pipeline/model/activations.py": ("engine/test_equivalence.py", LAYOUTS),
