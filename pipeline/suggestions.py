@@ -60,6 +60,7 @@ _KNOWN_AS = """
     tracking.project: wandb_project
     tracking.entity: wandb_entity
     tracking.wandb: report_to wandb_mode wandb_log
+    tracking.tensorboard: use_tensorboard tensorboard_dir tensorboard_log_dir
     runs_dir output: output_dir out_dir save_dir out
     name: run_name wandb_run_name experiment_name exp_name wandb_name
     checkpoint run: model model_path ckpt model_name model_name_or_path run_dir path folder
