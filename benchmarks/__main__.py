@@ -24,6 +24,7 @@ BENCHMARKS = {
     "parallel": [],
     "checkpoint": [],
     "muon": [],
+    "looks": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }
 TITLE = "# Benchmarks\n\nRatios compare contenders of one run; absolute numbers belong to the machine named with them.\n"
