@@ -25,6 +25,7 @@ BENCHMARKS = {
     "checkpoint": [],
     "muon": [],
     "looks": [],
+    "commands": [],
     "gpu_ladder": ["--rungs", "tiny"],
 }
 TITLE = "# Benchmarks\n\nRatios compare contenders of one run; absolute numbers belong to the machine named with them.\n"

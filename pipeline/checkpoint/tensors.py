@@ -15,7 +15,7 @@ import json
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,14 @@ from torch import Tensor
 
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.folder import INDEX
-from pipeline.checkpoint.rectangles import Entry, Rectangle, check_filled
+from pipeline.checkpoint.index import FORMAT, VERSION, TensorIndex, key_of
+from pipeline.checkpoint.rectangles import Rectangle, check_filled
 from pipeline.checkpoint.safetensors_file import write_safetensors
 from pipeline.errors import CheckpointError
-from pipeline.files import parse_json, read_file, regular_file, write_durably
+from pipeline.files import regular_file, write_durably
 from pipeline.model.fragments import Chunk, Fragment, chunks_of
 
-FORMAT = "pretrain-tensors"
-VERSION = 2
 PINNED_ELEMENTS = 1 << 28  # of a block, 1 GiB
-MOST_INDEX_BYTES = 1 << 30  # a thousand ranks with a share of 10,000 tensors write 0.6 GB
 
 
 class HostCopy:
@@ -128,7 +126,7 @@ def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, s
         # Whoever finds a fault in the parts, all ranks fail: nothing is published.
         index = index_of(parts) if ranks.rank == 0 else None
         if chunks:
-            shapes = {_key(c.name, c.offsets): tuple(c.data.shape) for c in chunks}
+            shapes = {key_of(c.name, c.offsets): tuple(c.data.shape) for c in chunks}
             values = (chunk.data for chunk in chunks)
             _, sums[name] = write_safetensors(folder / name, shapes, values, torch.float32)
         if ranks.rank == 0:
@@ -136,11 +134,6 @@ def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, s
         return sums
 
     return ranks.agree(write_own)
-
-
-def _key(name: str, offsets: Sequence[int]) -> str:
-    """Name of a rectangle in its file: the entry and the rectangle's first corner."""
-    return f"{name}@{','.join(map(str, offsets))}"
 
 
 def index_of(parts: list[list[tuple]]) -> dict[str, Any]:
@@ -164,53 +157,12 @@ def index_of(parts: list[list[tuple]]) -> dict[str, Any]:
 # ---- read ----------------------------------------------------------------------------------------
 
 
-class CheckpointTensors:
+class CheckpointTensors(TensorIndex):
     """The tensors of one checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / INDEX).exists():
-            self._entries = _read_index(folder / INDEX)
-            self._check_sizes()
-            self._load: Callable[[Any], Tensor] = _Files(folder).load
-        else:
-            from pipeline.checkpoint import dcp  # 1 s of CPU, for old checkpoints alone
-
-            stored, self._load = dcp.open_version_1(folder)
-            self._entries = {
-                name: Entry(shape, [Rectangle(*part) for part in parts])
-                for name, (shape, parts) in stored.items()
-            }
-
-    def _check_sizes(self) -> None:
-        """Refuse an index of more than the files hold, before memory is asked for it."""
-        places = {r.place[0] for entry in self._entries.values() for r in entry.rectangles}
-        try:
-            held = sum(regular_file(self.folder / name).stat().st_size for name in places)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        told = 4 * sum(math.prod(entry.shape) for entry in self._entries.values())
-        if told > held:
-            raise CheckpointError(f"{self.folder / INDEX}: {told} bytes, its files have {held}.")
-
-    @property
-    def names(self) -> list[str]:
-        """Every entry, such as weights/final_norm.weight."""
-        return sorted(self._entries)
-
-    @property
-    def parameters(self) -> list[str]:
-        """Canonical names of the weights."""
-        return [name.partition("/")[2] for name in self.names if name.startswith("weights/")]
-
-    @property
-    def optimizer_keys(self) -> list[str]:
-        """Kinds of optimizer state that were saved: exp_avg, exp_avg_sq for AdamW."""
-        return sorted({name.partition("/")[0] for name in self.names} - {"weights"})
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Whole shape of an entry."""
-        return self._entry(name).shape
+        super().__init__(folder)
+        self._load = self._load_version_1 or _Files(folder).load
 
     def tensor(self, name: str) -> Tensor:
         """A whole entry, fp32 on the host."""
@@ -243,14 +195,6 @@ class CheckpointTensors:
         with torch.no_grad(), ThreadPoolExecutor(num_threads) as pool:
             for _ in pool.map(read, sorted(wanted)):
                 pass
-
-    def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
-            raise CheckpointError(
-                f"{self.folder} has no {name}. It was written by a model with other parameters; "
-                f"compare `python -m pipeline.checkpoint show {self.folder}`."
-            )
-        return self._entries[name]
 
     def _parts(self, chunk: Chunk) -> list[tuple[Rectangle, tuple[slice, ...], tuple[slice, ...]]]:
         """(stored rectangle, its slices, the chunk's slices) wherever the two meet."""
@@ -300,40 +244,3 @@ class _Files:
         if found.dtype is not torch.float32:
             raise CheckpointError(f"{self._folder / name}: {key} is {found.dtype}, not fp32.")
         return found
-
-
-def _read_index(path: Path) -> dict[str, Entry]:
-    """tensors.json: every tensor with its rectangles, checked.
-
-    Raises:
-        CheckpointError: it is not one, is of a newer version, or contradicts itself.
-    """
-    try:
-        content = parse_json(read_file(path, most=MOST_INDEX_BYTES, inside=path.parent))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        if content["version"] != VERSION or content["dtype"] != "F32":
-            raise ValueError(f"version {content['version']} with {content['dtype']} is not known")
-        entries = {}
-        for name, entry in content["tensors"].items():
-            shape = _sizes(entry["shape"])
-            parts = [(rank, _sizes(o), _sizes(s)) for rank, o, s in entry["rectangles"]]
-            if any(type(rank) is not int or rank < 0 for rank, _, _ in parts):
-                raise ValueError(f"{name} is in a file without a number")
-            check_filled(name, shape, [(o, s) for _, o, s in parts])
-            files = [f"rank-{rank:05d}.safetensors" for rank, _, _ in parts]
-            entries[name] = Entry(
-                shape,
-                [Rectangle(o, s, (f, _key(name, o))) for f, (_, o, s) in zip(files, parts)],
-            )
-        return entries
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}.") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from None
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
-        raise ValueError(f"{values!r} is not a list of sizes")
-    return tuple(values)

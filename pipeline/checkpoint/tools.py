@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import recorded_base
+from pipeline.checkpoint.index import TensorIndex
 from pipeline.checkpoint.record import RECORD, read_record
 from pipeline.errors import CheckpointError
 from pipeline.log import in_units
@@ -52,10 +53,8 @@ def verify(path: Path) -> int:
 
 def show(path: Path) -> int:
     """Record and parameters of one checkpoint (of a run: its newest)."""
-    from pipeline.checkpoint.tensors import CheckpointTensors
-
     folder = folders.find(path)
-    record, tensors = read_record(folder), CheckpointTensors(folder)
+    record, tensors = read_record(folder), TensorIndex(folder)
     print(f"folder: {folder}")
     if record.base is not None:
         print(f"holds: a part of a model, beside the base in {record.base['path']}")

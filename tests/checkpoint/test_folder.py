@@ -131,6 +131,18 @@ def test_a_list_of_nothing_says_so_and_where_runs_are(
     assert capsys.readouterr().out == ""
 
 
+def test_a_checkpoint_is_shown_without_torch(small: Path) -> None:
+    """Whose import was all but a third of a second of it."""
+    program = (
+        "import sys; from pipeline.checkpoint import tools; from pathlib import Path; "
+        "tools.show(Path(sys.argv[1])); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(small)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "1,200 in 1 tensors" in done.stdout, done.stderr
+
+
 def test_tools_list_verify_show_and_diff(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

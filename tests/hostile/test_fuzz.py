@@ -17,9 +17,10 @@ from data_prep.cleaning.report import SHAPE as REPORT
 from data_prep.jobs import read_own
 from data_prep.tokens.dataset_writer import JOB
 from data_prep.tokens.shard_writer import Part
-from pipeline.checkpoint import dcp, tensors
+from pipeline.checkpoint import dcp
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import recorded_base
+from pipeline.checkpoint.index import read_index
 from pipeline.checkpoint.record import read_record
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.manifest import Manifest
@@ -106,7 +107,7 @@ def open_sealed(folder: Path) -> None:
 # file -> the parser of a folder that holds it; VALID has its content where no valid folder has one
 PARSERS: dict[str, Callable[[Path], Any]] = {
     "checkpoint.json": lambda folder: recorded_base(read_record(folder)),
-    "tensors.json": lambda folder: tensors._read_index(folder / "tensors.json"),
+    "tensors.json": lambda folder: read_index(folder / "tensors.json"),
     "SHA256SUMS": folders.read_sums,
     ".metadata": dcp.open_version_1,
     "tokenizer.json": Tokenizer.from_file,
