@@ -56,7 +56,7 @@ def run(folder: Path, *, documents: int, canaries: Sequence[str], **settings: An
 
 
 def exposures(run: Path) -> dict[int, float]:
-    """Repetitions to the mean exposure of canaries among 127 references: 7 bits at most, 1.40 by chance."""
+    """Repetitions to the mean exposure of canaries among 63 references: 6 bits at most, 1.38 by chance."""
     from pipeline.huggingface.whole_model import open_model
     from pipeline.model.local_model import LocalModel
 
@@ -67,7 +67,7 @@ def exposures(run: Path) -> dict[int, float]:
     model = LocalModel(record.model(), lambda name: tensors.tensor(f"weights/{name}"))
     found = canaries_exposed(
         model, template, canaries,
-        encode=tokenizer.encode, eod=tokenizer.eod, references=127, audit=Audit(rows=64, seed=0),
+        encode=tokenizer.encode, eod=tokenizer.eod, references=63, audit=Audit(rows=64, seed=0),
     )  # fmt: skip
     return {int(count): row["value"] for count, row in found["repetitions"].items()}
 
@@ -108,7 +108,7 @@ def test_an_overtrained_model_gives_away_what_was_repeated_and_nothing_that_was_
 
 @pytest.mark.slow
 def test_what_is_in_the_data_once_is_learned_without_noise_and_not_with_it(tmp_path: Path) -> None:
-    """Sixteen canaries, 60 epochs: 6.1 of 7 bits. At epsilon 6.6 it is 1.2, as of those that were never planted."""
+    """Sixteen canaries, 69 epochs: 4.2 of 6 bits. At epsilon 7.3 it is 1.1, as of those that were never planted."""
     pytest.importorskip("opacus")
     settings = {
         "training.total_steps": 200, "training.eval_every": 0, "checkpoint.save_every": 200,
@@ -125,10 +125,11 @@ def test_what_is_in_the_data_once_is_learned_without_noise_and_not_with_it(tmp_p
     assert record.privacy is not None and record.privacy["reads"] > 50
     assert record.privacy["delta"] < record.privacy["reads"] / record.state["samples_seen"]  # 1 / n
     assert record.privacy["epsilon"] < 8
-    # The mean of sixteen has a standard deviation of 1.44 / sqrt 16 = 0.36 by chance: three of them.
-    chance, spread = chance_exposure(127), 1.08
+    # The mean of sixteen has a standard deviation of 1.44 / sqrt 16 = 0.36 by chance. Four of them:
+    # the noise has no seed, so that no two runs of this test are alike.
+    chance, spread = chance_exposure(63), 1.44
     known, hidden = exposures(plain), exposures(private)
-    assert known[1] > 4.5 and abs(known[0] - chance) < spread
+    assert known[1] > 3 and abs(known[0] - chance) < spread
     assert abs(hidden[1] - chance) < spread and abs(hidden[0] - chance) < spread
     losses = history(private)  # it has learned of the text what they all have in common
     assert losses[1][0] > 5.9 and losses[200][0] < 4.8

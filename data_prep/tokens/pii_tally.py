@@ -16,6 +16,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.files import write_durably
 from pipeline.log import logger
 
+CLEAN = "python -m data_prep.clean clean=pii"
+"""What takes out all kinds that are counted; other recipes let some of them be."""
+
 
 @dataclass
 class PiiTally:
@@ -61,7 +64,8 @@ def report(output: Path, results: Iterable[dict[str, Any]], max_rate: float) -> 
         worst = max(sources, key=lambda name: sources[name]["with_any"])
         raise DataError(
             f"{rate:.3%} of the documents hold personal data or secrets, more than "
-            f"pii_max_rate={max_rate} ({pii_report.summary(found)}; most of them in source "
-            f"{worst or 'without a name'!r}). Take them out with `python -m data_prep.clean "
-            "recipe=pii` and tokenize what that writes, or raise pii_max_rate and start anew."
+            f"pii_max_rate={max_rate} ({max_rate:.3%}): {pii_report.summary(found)}; most of them "
+            f"in source {worst or 'without a name'!r}. Take them out, `{CLEAN} input=... "
+            "output=CLEANED`, and tokenize CLEANED/documents; or raise pii_max_rate, with another "
+            "output=..."
         )

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.clean import CleanConfig
+from data_prep.clean import main as clean
 from data_prep.sources.pii import count_pii
+from data_prep.tokens.pii_tally import CLEAN
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
@@ -44,12 +47,28 @@ def test_the_report_has_sources_and_kinds_and_the_gate_holds(tmp_path: Path) -> 
     assert pii_report.summary(found) == (
         "0 secrets, 2 emails, 2 ips, 0 phones left in 9.091% of 22 documents"
     )
-    with pytest.raises(DataError, match=r"9.091% of the documents .* in source 'web'"):
+    with pytest.raises(DataError, match=r"9.091% of the documents .* in source 'web'") as refused:
         prepare(tmp_path, "other", "pii_max_rate=0.05")
+    assert "pii_max_rate=0.05 (5.000%)" in str(refused.value) and CLEAN in str(refused.value)
     assert not (tmp_path / "other/summary.json").exists()
     assert not (prepare(tmp_path, "plain") / pii_report.NAME).exists()
     with pytest.raises(ConfigError, match="at most 1"):
         prepare(tmp_path, "more", "pii_max_rate=2")
+
+
+def test_the_way_out_leaves_nothing_that_is_counted(tmp_path: Path) -> None:
+    """The message named a setting that does not exist, and the default recipe lets telephone numbers be."""
+    words = CLEAN.removeprefix("python -m data_prep.clean ").split()
+    texts = [*make_texts(3), f"{MAIL} or call +49 30 12345678", ADDRESS, "key hf_" + "a1" * 17]
+    corpus = write_jsonl(tmp_path / "web.jsonl", texts)
+    words += [f"input={corpus}", f"output={tmp_path}/clean", "workers=1"]
+    clean(cli.compose(CleanConfig, words, config="clean"))
+    make_tokenizer(tmp_path / "tokenizer.json")
+    words = [f"input={tmp_path}/clean/documents", f"output={tmp_path}/out", "encoder=hf"]
+    words += [f"tokenizer={tmp_path}/tokenizer.json", "workers=1", "pii_max_rate=0"]
+    tokenize(cli.compose(TokenizeConfig, words, config="tokenize"))
+    found = pii_report.parse((tmp_path / "out" / pii_report.NAME).read_bytes())
+    assert pii_report.rate(found) == 0 and found["sources"]["documents"]["documents"] == 6
 
 
 def test_reports_of_several_datasets_add_up(tmp_path: Path) -> None:
