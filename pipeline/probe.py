@@ -33,7 +33,6 @@ from pipeline.inference.asked_model import (
 from pipeline.probing.findings import print_summary, write_findings
 from pipeline.probing.request import (
     Request,
-    check_model,
     check_translators,
     encode_patching,
     encode_prompt,
@@ -126,11 +125,10 @@ def _request(cfg: ProbeConfig) -> tuple[Path, Request, DataSummary | None]:
     """The folder with the weights; what is asked, its nulls filled; of held-out data their facts.
 
     Raises:
-        ConfigError: settings contradict each other, or the model is of a kind that is not probed.
+        ConfigError: settings contradict each other.
     """
     _check(cfg)
     model, path, training, _ = model_of(Path(cfg.checkpoint))
-    check_model(model)
     data = None
     if cfg.prompt is None:
         evaluation, path, data = evaluation_of(cfg)

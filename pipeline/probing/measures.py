@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.choices import NormPlacement
 from pipeline.data.batch import Batch
 from pipeline.engine.counting import loss_masks
 from pipeline.probing.heads import (
@@ -62,7 +63,8 @@ class Measures:
             there is one; residual, attention, mlp: [L] mean L2 norms of
             the stream after a block and of what its halves add; entropy, sink: [L][N] (heads.py);
             attribution: what parts add to the label's logit above the mean logit: heads [L][N],
-            attention_bias, mlp [L], embedding, final_norm_bias; logit: their sum, read directly.
+            attention_bias, mlp [L], embedding, final_norm_bias; logit: their sum, read directly;
+            both are missing of models with norm_placement=post.
         """
         totals: Sums = {}
         masks, _ = loss_masks(batches, self.layout)
@@ -75,7 +77,9 @@ class Measures:
         tokens, later = totals.pop("tokens"), totals.pop("later")
         means = {n: (v / (later if n == "sink" else tokens)).tolist() for n, v in totals.items()}
         adds = {n.partition(".")[2]: means.pop(n) for n in list(means) if n.startswith("adds.")}
-        return {"tokens": round(float(tokens)), **means, "attribution": adds}
+        return {
+            "tokens": round(float(tokens)), **means, **({"attribution": adds} if adds else {}),
+        }  # fmt: skip
 
     def kinds(self, *, seq_len: int) -> dict[str, Any]:
         """previous, duplicate, induction: [L][N] (heads.py), on repeated random tokens.
@@ -183,16 +187,18 @@ class Measures:
             if final is not None and self.tuned is not None:
                 losses = self.readout.losses(self.tuned.translate(final, number), batch.labels)
                 found["tuned_loss"][number] = (losses * mask).double().sum() * self._counts
+        is_head = self._counts and final is not None
+        found["tokens"] = mask.double().sum() * is_head
+        found["later"] = mask[:, 1:].double().sum() * is_head
+        if self.model.model.norm_placement is NormPlacement.post:
+            return found  # a norm stands behind every sum: no part has a share of the logit
         directions, fixed = self.readout.directions(final, batch.labels)
         found |= self._attribution(passage, directions * mask[..., None])
-        is_head = self._counts and final is not None
         found["adds.final_norm_bias"] = (fixed * mask).double().sum() * is_head
         found["logit"] = found["adds.final_norm_bias"].clone()
         if is_head:
             assert final is not None
             found["logit"] += (final.float() * directions * mask[..., None]).double().sum()
-        found["tokens"] = mask.double().sum() * is_head
-        found["later"] = mask[:, 1:].double().sum() * is_head
         return found
 
     def _of_blocks(self, passage: Passage, mask: Tensor) -> Sums:

@@ -99,7 +99,7 @@ class Readout:
     def _directions(self, final: Tensor, labels: Tensor) -> Tensor:
         """(B, S, H + 1): direction, and what the final norm's bias adds."""
         norm = self._head.norm
-        assert isinstance(norm, Norm), "a norm that stands behind the sums is refused"
+        assert isinstance(norm, Norm), "with norm_placement=post nobody asks"
         chosen = self._label_rows(labels) * self.projection.scale
         direction = chosen * norm.weight.float()
         if norm.bias is None:  # RMSNorm: x / rms(x) * w

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.choices import NormPlacement
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
@@ -34,16 +33,6 @@ class Request:
     """
     lens_steps: int = 0
     """Steps that the translators are trained; 0: they are read."""
-
-
-def check_model(model: ModelConfig) -> None:
-    """Refuse a model whose head does not read a sum of what its blocks add."""
-    if model.norm_placement is NormPlacement.post:
-        raise ConfigError(
-            "model.norm_placement is post: behind each sum of such a model stands a norm, so no "
-            "head reads a sum of what the blocks add, and neither lens nor attribution is defined. "
-            "Models with norm_placement=pre are probed."
-        )
 
 
 def encode_prompt(

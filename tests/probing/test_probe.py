@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.choices import Init, Precision
@@ -177,7 +178,7 @@ def test_findings_equal_transformers_on_the_exported_folder(runs: Path, wanted: 
 
 
 OTHERS = {
-    **{name: KINDS_OF_MODELS[name] for name in ("moe", "capped", "parallel", "mqa")},
+    **{name: KINDS_OF_MODELS[name] for name in ("moe", "capped", "parallel", "mqa", "gpt1")},
     "mup": {**KINDS_OF_MODELS["modern"], "init": Init.mup, "mup_base_hidden_size": 32},
 }
 
@@ -186,19 +187,25 @@ def others(root: Path) -> dict[str, dict[str, Any]]:
     """Findings on the prompt of models that transformers does not compute."""
     from pipeline.distributed.ranks import ranks_from_environment
     from pipeline.model.attention import CoreAttention
+    from pipeline.model.block import Block
+    from pipeline.model.tensor_parallel import VocabEmbedding
     from pipeline.probe import ProbeConfig, look_into
 
-    answers, seen = {}, []
+    answers, seen, streams, words = {}, [], [], []
 
     def keep(module: Any, inputs: Any, out: Any) -> None:
         if isinstance(module, CoreAttention):
             seen.append((inputs[2], out))
+        if isinstance(module, Block):
+            streams.append(out)
+        if isinstance(module, VocabEmbedding):
+            words[:] = [module.weight[:VOCAB]]
 
     save_models(OTHERS, root, tokenizer_file(root))
     for name in OTHERS:
         cfg = ProbeConfig(checkpoint=str(root / name), prompt=text(PROMPT), ablate=True)
         cfg.precision = Precision.fp32
-        seen.clear()
+        seen.clear(), streams.clear()
         hook = torch.nn.modules.module.register_module_forward_hook(keep)
         answers[name] = look_into(cfg, ranks_from_environment())
         hook.remove()
@@ -207,6 +214,10 @@ def others(root: Path) -> dict[str, dict[str, Any]]:
             np.testing.assert_allclose(
                 torch.tensor(maps) @ values[0], out[0], atol=1e-5, err_msg=name
             )
+        if name == "gpt1":  # nothing stands between a block and the head
+            labels = torch.tensor(PROMPT[1:])
+            cut = [(stream[0, : len(labels)] @ words[0].t(), labels) for stream in streams[:4]]
+            answers[name]["cut"] = [float(F.cross_entropy(*pair)) for pair in cut]
         reset_parallel_state()
     return answers
 
@@ -217,8 +228,12 @@ def test_parts_add_up_to_the_logit_and_the_last_lens_is_the_loss(tmp_path: Path)
     [found_of] = run_on_ranks(others, 1, tmp_path)
     for name, findings in found_of.items():
         averages = findings["averages"]
-        added = sum(np.sum(value) for value in averages["attribution"].values())
-        assert added == pytest.approx(averages["logit"], rel=1e-4, abs=1e-4), name
+        if name == "gpt1":
+            assert averages["lens_loss"] == pytest.approx(findings["cut"], abs=1e-5)
+            assert "attribution" not in averages and "logit" not in averages
+        else:
+            added = sum(np.sum(value) for value in averages["attribution"].values())
+            assert added == pytest.approx(averages["logit"], rel=1e-4, abs=1e-4), name
         loss = findings["ablation"]["none"][0]
         assert averages["lens_loss"][-1] == pytest.approx(loss, rel=1e-5), name
         changed = [findings["ablation"][part] for part in ("attention", "mlp", "heads")]

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.choices import NormPlacement
-from pipeline.config.model import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.probing.request import check_model, encode_patching, encode_prompt
+from pipeline.probing.request import encode_patching, encode_prompt
 from tests.support.exported import tokenizer_file
 
 
@@ -37,11 +35,3 @@ def test_patching_needs_two_prompts_of_one_length_and_an_answer(tokenizer: Token
     for other, answer in (("", "t5"), ("t3 t4", "")):
         with pytest.raises(ConfigError, match="set all three"):
             encode_patching(tokenizer, [1, 2], patch_into=other, answer=answer, longest=4)
-
-
-def test_models_whose_head_reads_no_sum_are_refused() -> None:
-    model = ModelConfig(name="a", num_layers=1, hidden_size=8, num_attention_heads=1)
-    check_model(model)
-    model.norm_placement = NormPlacement.post
-    with pytest.raises(ConfigError, match="norm_placement is post.*norm_placement=pre are probed"):
-        check_model(model)
