@@ -13,6 +13,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
 from tests.support.slurm_cluster import REPO, Job
 from tests.support.slurm_lab import NEEDS_SLURM, SETTINGS, STEPS, Lab
@@ -126,6 +128,7 @@ def test_torchrun_on_two_hosts_equals_one_machine(lab):
     lab.expect_undisturbed("torchrun")
 
 
+@pytest.mark.slow
 def test_a_killed_point_of_a_sweep_does_not_end_the_others(lab: Lab) -> None:
     """launch/sweep.slurm: an array of 2 x 2, two at a time; the login node's table says which one was killed."""
     swept = ["optimizer.lr=0.003,0.001", "seed=1,2"]
