@@ -270,7 +270,8 @@ def test_each_recipe_composes_and_cuts_into_passes(name: str) -> None:
         config="clean",
         positional=["input", "output"],
     )
-    assert len(clean.passes(recipe)) == 2
+    # Documents are compared with each other, then read again without the doubles.
+    assert len(clean.passes(recipe)) == (1 if recipe.steps == ["pii"] else 2)
 
 
 def test_a_misspelt_setting_is_named() -> None:
