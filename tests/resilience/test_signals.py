@@ -71,5 +71,5 @@ def test_a_second_interrupt_ends_the_process():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate("", timeout=HANG_S)
     assert process.returncode == 130
-    heard, left = [line for line in errors.splitlines() if line]  # and no stack
+    heard, _, left = [line for line in errors.splitlines() if line]  # and no stack
     assert heard.startswith("Ctrl-C heard: the run saves after this step") and "at once" in left
