@@ -47,8 +47,7 @@ def whole_file(
 
     Args:
         path: final name; its folder is made.
-        scratch: folder, on the same file system, where an unfinished file may be left by a kill;
-            None: beside `path`.
+        scratch: folder of the same file system for what a kill leaves unfinished; None: `path`'s.
         durable: false spares the two fsyncs, tens of milliseconds on a network file system; then a
             power cut may leave an empty file, and the reader must cope.
         mode: who may read it, less the umask; of a secret 0o600, from its first byte on.
@@ -114,6 +113,7 @@ def create_durably(
     write_durably(unfinished, data, mode=mode)
     try:
         os.link(unfinished, path)
+        made = True
     except FileExistsError:
         # NFS repeats a request whose answer was lost: then the link that is in the way is our own.
         made = os.stat(unfinished).st_nlink == 2
@@ -121,8 +121,6 @@ def create_durably(
         if error.errno not in _NO_LINKS:
             raise
         made = _create_without_links(path, unfinished)
-    else:
-        made = True
     finally:
         unfinished.unlink(missing_ok=True)
     if made:
@@ -146,8 +144,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # network file systems that order names themselves
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # NFS orders names itself
             raise
     finally:
         os.close(descriptor)
@@ -259,9 +256,9 @@ def make_own(folder: Path) -> None:
 def own_compiled_code() -> None:
     """Let Triton and Inductor keep compiled kernels where nobody else can put any.
 
-    On the node's own disk: thousands of ranks must not lock files in one home directory. But a
-    kernel there is code that the next start runs, and Inductor's own choice is a name in /tmp that
-    anybody can take first. What the environment says already stays. Call before torch is imported.
+    On the node's own disk: thousands of ranks must not lock files in one home directory. A kernel
+    is code, and Inductor's own choice is a name in /tmp that anybody can take first. What the
+    environment says already stays. Call before torch is imported.
     """
     try:
         make_own(folder := temporary_folder())
@@ -301,13 +298,16 @@ def parse_yaml(raw: bytes | str) -> Any:
     import yaml
 
     try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias (*name), which no file of ours has")
+        text, depth = raw.decode() if isinstance(raw, bytes) else raw, 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*name), which no file of ours has")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > 100:  # the parser's time grows with its square: 20,000 take half a minute
+                raise RecursionError("it is nested too deeply")
         return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 

@@ -12,11 +12,9 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pipeline.cli import CONF_DIR
 from pipeline.errors import ConfigError
-from pipeline.files import read_file
+from pipeline.files import parse_yaml, read_file
 from pipeline.planning.flops import known_name, peak_tflops
 
 FOLDER = CONF_DIR / "devices"
@@ -84,14 +82,14 @@ def load_device(name: str) -> Device:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
-        found = yaml.safe_load(read_file(path, most=MOST_BYTES).decode())
+        found = parse_yaml(read_file(path, most=MOST_BYTES))
     except OSError as error:
         why = "there is no" if isinstance(error, FileNotFoundError) else f"{error.strerror}:"
         raise ConfigError(
             f"device={name}: {why} {path}. Known: {', '.join(known_devices())}. For another, "
             f"copy {FOLDER / 'h100.yaml'}, change its numbers and give device=PATH.yaml."
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not yaml: {error}") from None
     fields = {f.name: f for f in dataclasses.fields(Device) if f.name != "name"}
     values = found if isinstance(found, dict) else {}
