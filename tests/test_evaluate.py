@@ -107,7 +107,14 @@ def check(result: EvalResult, data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
-    [(1, [{}]), (4, [{"tp": 2, "pp": 2}, {"zero": 3}, {"pp": 4, "micro_batch_size": 1}])],
+    [
+        (1, [{}]),
+        pytest.param(
+            4,
+            [{"tp": 2, "pp": 2}, {"zero": 3}, {"pp": 4, "micro_batch_size": 1}],
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_evaluation_equals_plain_torch_at_any_layout(
     world_size: int, layouts: list[dict], data: Path, tmp_path: Path

@@ -60,6 +60,7 @@ def train_and_adapt(base: list[str], adapter: list[str]) -> None:
     train_on_ranks(adapter)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_beside_its_base_at_another_layout(data: Path, tmp_path: Path) -> None:
     """The whole command: the base is read at every start, checkpoints hold what is trained, losses go on."""
     given = {"schedule": "constant", "training.eval_every": 0, "schedule.warmup_steps": 0}

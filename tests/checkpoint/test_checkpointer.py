@@ -206,7 +206,7 @@ def restore_after_damage(folder: Path) -> tuple[dict, list[str], list]:
     return record, messages, history
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped"])
+@pytest.mark.parametrize("how", [pytest.param("cut", marks=pytest.mark.slow), "flipped"])
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     how: str, tmp_path: Path
 ) -> None:
