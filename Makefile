@@ -5,8 +5,8 @@
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
 # soak        hours of faults and restarts (cut off, it goes on), and 20,000 steps in one go: campaign.md, soak.md
 PYTHON ?= python3
-# In the order of tests/conftest.py: two workers begin with Slurm, and wait most of the time; two more for two cores.
-PYTEST = .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# In the order of tests/conftest.py: two workers begin with Slurm, and wait most of the time, so that there is a third.
+PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
 INSTALL = DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 

@@ -219,6 +219,7 @@ def living_bytes() -> int:
     return sum(found.values())
 
 
+@pytest.mark.slow
 def test_a_model_that_is_only_asked_answers_like_the_trainer() -> None:
     """Without optimizer, moments or fp32 copies: it holds its weights, once, and nothing else."""
     [alone] = run_on_ranks(asked, 1, {})

@@ -21,6 +21,7 @@ from tests.support.slurm_lab import NEEDS_SLURM, STEPS
 pytestmark = NEEDS_SLURM
 
 
+@pytest.mark.slow
 def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(lab):
     """A killed rank: again on the same nodes. A dead node: on the spare. A cut link: on the one node that is left."""
     job = lab.submit("breaks", "resilience.collective_timeout_s=60", options=("--nodes=1-2",),

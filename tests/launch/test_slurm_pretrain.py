@@ -84,6 +84,7 @@ def test_time_limit_resumes_without_losing_a_step(lab):
     lab.expect_one_wandb_run("limit", starts=2)
 
 
+@pytest.mark.slow
 def test_planted_nan_and_spike_are_handled_the_same_way_twice(lab):
     def ledger(name: str) -> list:
         job = lab.submit(

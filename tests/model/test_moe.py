@@ -130,7 +130,11 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 @pytest.mark.parametrize(
-    "model", ["moe", "moe-switch"], ids=["top-2 of 4 and a shared one", "top-1 of 4"]
+    "model",
+    [
+        pytest.param("moe", id="top-2 of 4 and a shared one"),
+        pytest.param("moe-switch", id="top-1 of 4", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_match_plain_torch(world_size: int, model: str) -> None:
     configs = [config(model, **layout) for layout in LAYOUTS[world_size]]
