@@ -19,27 +19,25 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 from tqdm import tqdm
 
+from data_prep.forking import end_with_parent, workers_context
 from pipeline.errors import ConfigError, DataError, MachineError
 from pipeline.files import create_durably, parse_json, read_file, write_durably
 from pipeline.log import logger
 from pipeline.redaction import redact
 from pipeline.shapes import misfits
 
-ROOT = str(Path(__file__).resolve().parents[1])
 JOB_FILE = "job.json"
 WORK_FOLDER = ".work"
 MOST_BYTES, MOST_MARKER_BYTES = 1 << 26, 1 << 28
@@ -200,16 +198,8 @@ def _results(
         for i in todo:
             yield i, _do(work, i, units[i], run)
         return
-    # forkserver: children start from a small process with everything imported, and inherit no
-    # threads or sockets.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([getattr(run, "func", run).__module__])
-    # The server would put the current folder first on its path: in data_prep/, whose file names are
-    # the library's.
-    os.environ["PYTHONSAFEPATH"] = "1"
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *paths]))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    context = workers_context(getattr(run, "func", run).__module__)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     waiting = list(reversed(todo))
     running: dict[Future[dict[str, Any]], int] = {}
     try:
@@ -234,22 +224,6 @@ def _results(
         ):
             process.terminate()  # the units it was at are done again by the next run
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's business; a worker whose parent was killed ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import threading
-    from multiprocessing.process import parent_process
-
-    parent = parent_process()
-    if parent is not None:
-
-        def follow() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
 
 
 def _do(work: Path, number: int, unit: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ LEAVES = {
         "shapes",
         "suggestions",
     },
-    "data_prep": {"jobs"},
+    "data_prep": {"forking", "jobs"},
 }
 
 # library -> places that may import it

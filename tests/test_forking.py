@@ -1,0 +1,34 @@
+"""The workers of a job come from a server that the current folder cannot mislead, and leave no trace behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.forking import ROOT, workers_context
+
+
+def path_of_worker(_: int) -> list[str]:
+    return sys.path
+
+
+@pytest.mark.parametrize("before", [None, "/somewhere"])
+def test_a_worker_finds_the_project_and_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Programs started later look where they did: a server's own settings stayed in the environment once."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("PYTHONPATH", before)
+    monkeypatch.chdir(tmp_path)
+    multiprocessing.forkserver._forkserver._stop()  # that of another test
+    environment = dict(os.environ)
+    with workers_context(__name__).Pool(1) as pool:
+        (found,) = pool.map(path_of_worker, [0])
+    assert dict(os.environ) == environment
+    assert ROOT in found and str(tmp_path) not in found and "" not in found
+    multiprocessing.forkserver._forkserver._stop()
