@@ -84,9 +84,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     """The picture in RGB; where it is transparent, on white."""
     import PIL.Image
 
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits of grey, of which Pillow would cut off what is above 255
+    # 16 bits of grey: Pillow would cut off what is above 255.
+    if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64) >> 8
         image = PIL.Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
