@@ -245,7 +245,7 @@ class ForwardOnly:
 
         Args:
             seq_len: of the batches; stages are cut by what their layers cost.
-            seed: of the initial weights; None: they are loaded next, and hold anything until then.
+            seed: of the initial weights; None: they are loaded next, and are 0 until then.
         """
         self.model, self.schema, self.layout = architecture.model, schema, layout
         pin_attention_kernels()
@@ -268,6 +268,8 @@ class ForwardOnly:
             if seed is not None:
                 threads = threads_for(layout.ranks.local_world_size)
                 initialize(parameter, name, part, model=self.model, seed=seed, num_threads=threads)
+            else:  # rows of padding are in no checkpoint, and 0 times what memory held may be NaN
+                parameter.zero_()
 
     def evaluate(self, batches: Sequence[Batch], *, answers: bool = False) -> Scores:
         """What these batches' unmasked tokens add up to; `answers`: their answers too."""
