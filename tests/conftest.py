@@ -1,10 +1,11 @@
-"""What every test process needs: one thread a process, no network, tests that fit the machine."""
+"""What every test process needs: one thread a process, byte code, no network, tests that fit the machine."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ from tests.support.left_out import leave_out
 
 leave_out()
 hide_devices()
+# A container's environment may forbid byte code. A fresh environment then never has any, and each
+# process that a test starts compiles all of DeepSpeed and megatron-core: 12.5 s of CPU instead of 6.4.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with their own ranks
 # In the background (nohup, `&`, many CI runners) HUP and INT are ignored from the start, and so they
 # would be in every program that a test starts. A handler goes on ignoring them here; a program that
