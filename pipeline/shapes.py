@@ -1,5 +1,7 @@
 """Whether a JSON value is what its reader expects, said before it is used.
 
+FILE --read_object--> an object as `shape` says, or one sentence on what is wrong
+
 int, float, str, bool, dict, list    of that type; a whole number is a float too
 range(0, 9)                          a whole number in it
 (a, b, None)                         one of these
@@ -12,10 +14,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.files import parse_json, read_file
 
 COUNT = range(2**53)
 """What a counter may hold: beyond, JSON readers of other languages lose digits."""
+
+
+def read_object(
+    path: Path,
+    shape: dict[Any, Any],
+    *,
+    error: type[PipelineError],
+    misfit: str,
+    advice: str = "",
+    inside: Path | None = None,
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        shape: as in the module's docstring; {}: any object.
+        error: what is raised.
+        misfit: what a file of another shape is: "is not what pipeline.evaluate writes".
+        advice: a sentence on the way out of that.
+        inside: folder that the file's links must not lead out of; None: any.
+
+    Raises:
+        error: the file cannot be read, is no JSON, or is not as `shape` says; with the reason.
+    """
+    try:
+        raw = read_file(path, inside=inside)
+    except (OSError, ValueError) as found:
+        raise error(f"{path} cannot be read: {found}.") from None
+    return parse_object(raw, shape, name=str(path), error=error, misfit=misfit, advice=advice)
+
+
+def parse_object(
+    raw: bytes,
+    shape: dict[Any, Any],
+    *,
+    name: str,
+    error: type[PipelineError],
+    misfit: str,
+    advice: str = "",
+) -> dict[str, Any]:
+    """As `read_object`, of the bytes of a file that messages call `name`."""
+    try:
+        content = parse_json(raw)
+    except ValueError as found:
+        raise error(f"{name} cannot be read: {found}.") from None
+    if wrong := next(misfits(content, shape), None):
+        raise error(" ".join([f"{name} {misfit}: {wrong}.", *([advice] if advice else [])]))
+    assert isinstance(content, dict)
+    return content
 
 
 def misfits(value: Any, shape: Any, place: str = "") -> Iterator[str]:

@@ -29,9 +29,8 @@ from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.seen import Seen
 from pipeline.data.mixture import Ints
 from pipeline.errors import CheckpointError, DataError
-from pipeline.files import parse_json, read_file
 from pipeline.redaction import redact
-from pipeline.shapes import misfits
+from pipeline.shapes import read_object
 
 SHAPE = {
     "format": str,
@@ -178,16 +177,13 @@ def read_places(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it cannot be read, or is none.
     """
-    try:
-        content = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"places={path} cannot be read: {error}.") from None
-    if wrong := next(misfits(content, SHAPE), None):
-        raise DataError(
-            f"places={path} is not what data_prep.trace writes: {wrong}. Make it again."
-        )
-    assert isinstance(content, dict)
-    return content
+    return read_object(
+        path,
+        SHAPE,
+        error=DataError,
+        misfit="is not what data_prep.trace writes",
+        advice="Make it again.",
+    )
 
 
 def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints, int]:

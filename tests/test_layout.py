@@ -58,6 +58,7 @@ TESTED_IN = {
     "data_prep/tokens/dataset_job.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/dataset_writer.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/find.py": ("test_trace.py", "the command prints what it finds"),
+    "pipeline/huggingface/json_files.py": ("huggingface/test_settings.py", "two lines each"),
     "pipeline/huggingface/other_families.py": ("huggingface/test_settings.py", "a table of words"),
     "pipeline/huggingface/processor.py": ("huggingface/test_llava.py", FOLDER),
     "pipeline/model/vision.py": ("engine/test_pictures.py", LAYOUTS),

@@ -16,9 +16,9 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.serve import ServeConfig, main
 from tests.inference.test_chat_models import CHATML
 from tests.support.browser import browser
-from tests.support.checkpoint_runs import Run
+from tests.support.checkpoint_runs import Run, learn
 from tests.support.corpus import make_tokenizer
-from tests.support.layouts import BATCH, config, rank_batches
+from tests.support.layouts import BATCH, config
 from tests.support.ranks import run_on_ranks
 from tests.support.serving import ask, served, skip_unless_served
 
@@ -29,7 +29,7 @@ TALK = [
 STEPS, SEQ_LEN = 60, 96
 
 
-def learn(root: Path) -> float:
+def learn_a_dialogue(root: Path) -> float:
     """A q/k-norm model (Qwen3 elsewhere) that learns one dialogue by heart; its last loss.
 
     Its tokenizer is of bytes: the server looks for the turns in the text that ids decode to.
@@ -49,12 +49,7 @@ def learn(root: Path) -> float:
     files = {"tokenizer.json": tokenizer.raw, "chat_template.jinja": CHATML.encode()}
     ends = {"eod": tokenizer.eod, "end_of_turn": template.end_of_turn}
     run = Run(cfg, root / "chat", attachments=files, ends=ends)
-    for number in range(STEPS):
-        mine = rank_batches(step, run.shape, run.layout)
-        last = float(run.engine.train_step(mine, step=number).loss)
-    run.save(STEPS)
-    run.close()
-    return last
+    return learn(run, [step] * STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     skip_unless_served()
     root = tmp_path_factory.mktemp("served")
     make_tokenizer(root / "tokenizer.json")
-    assert run_on_ranks(learn, 1, root)[0] < 0.1
+    assert run_on_ranks(learn_a_dialogue, 1, root)[0] < 0.1
     with served(root / "chat") as (url, pid):
         check_that_nobody_else_is_answered(pid, url)
         yield url

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.shapes import COUNT, misfits
+from pipeline.errors import DataError
+from pipeline.shapes import COUNT, misfits, read_object
 
 SHAPE = {
     "step": COUNT,
@@ -40,3 +41,31 @@ def test_a_value_of_its_shape_is_let_through_with_what_it_has_besides():
 )
 def test_a_misfit_is_told_by_its_place(value, found):
     assert list(misfits(value, SHAPE)) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"a\.json cannot be read: .*No such file"),
+        (b"{", r"a\.json cannot be read: Expecting"),
+        (b"\xff", r"a\.json cannot be read: .*decode"),
+        (b"[" * 100_000, r"a\.json cannot be read: it is nested too deeply"),
+        (b"[]", r"a\.json is no list of ours: it is \[\]\. Remove it\."),
+        (b'{"x": -1}', r"a\.json is no list of ours: x is -1\. Remove it\."),
+    ],
+)
+def test_a_file_that_holds_no_such_object_ends_in_one_sentence(tmp_path, content, said):
+    """Whatever is wrong with it: a traceback of json says nothing of whose file it is."""
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_object(
+            tmp_path / "a.json", {"x": range(9)}, error=DataError,
+            misfit="is no list of ours", advice="Remove it.",
+        )  # fmt: skip
+
+
+def test_an_object_is_read_with_what_it_has_besides(tmp_path):
+    (tmp_path / "a.json").write_text('{"x": 8, "y": []}')
+    found = read_object(tmp_path / "a.json", {"x": range(9)}, error=DataError, misfit="is none")
+    assert found == {"x": 8, "y": []}

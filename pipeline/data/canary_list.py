@@ -12,8 +12,8 @@ import numpy as np
 
 from pipeline.data.shard_format import is_sealed
 from pipeline.errors import DataError
-from pipeline.files import parse_json, read_file
-from pipeline.shapes import COUNT, misfits
+from pipeline.files import read_file
+from pipeline.shapes import COUNT, parse_object
 
 CANARIES = "canaries.json"
 DIGITS = 12
@@ -53,15 +53,18 @@ def read_list(path: Path) -> tuple[str, list[Canary]]:
     """
     try:
         raw = read_file(path)
-        content = parse_json(raw)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"the list of canaries {path} cannot be read: {error}.") from None
-    if wrong := next(misfits(content, _SHAPE), None):
-        raise DataError(f"{path} is no list of canaries of data_prep: {wrong}.")
+    content = parse_object(
+        raw,
+        _SHAPE,
+        name=f"the list of canaries {path}",
+        error=DataError,
+        misfit="is not what data_prep/tokenize.py writes",
+    )
     if not is_sealed(raw):
         raise DataError(
             f"{path} is not as data_prep/tokenize.py wrote it: its checksum is another. Take the "
             "list that was written beside the dataset."
         )
-    assert isinstance(content, dict)
     return content["template"], [Canary(**canary) for canary in content["canaries"]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.files import parse_json, read_file
-from pipeline.shapes import COUNT, misfits
+from pipeline.files import read_file
+from pipeline.shapes import COUNT, parse_object
 
 NAME = "pii.json"
 KINDS = ("secrets", "emails", "ips", "phones")
@@ -27,14 +27,13 @@ def parse(raw: bytes) -> dict[str, Any]:
     Raises:
         DataError: it is none.
     """
-    try:
-        content = parse_json(raw)
-    except ValueError as error:
-        raise DataError(f"{NAME} cannot be read: {error}.") from None
-    if wrong := next(misfits(content, SHAPE), None):
-        raise DataError(f"{NAME} is not what data_prep/tokenize.py writes: {wrong}.")
-    assert isinstance(content, dict)
-    return content
+    return parse_object(
+        raw,
+        SHAPE,
+        name=NAME,
+        error=DataError,
+        misfit="is not what data_prep/tokenize.py writes",
+    )
 
 
 def merged(paths: list[Path], *, without: int = 0) -> bytes:

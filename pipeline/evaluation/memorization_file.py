@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.files import parse_json, read_file, write_durably
-from pipeline.shapes import misfits
+from pipeline.files import write_durably
+from pipeline.shapes import read_object
 
 _INTERVAL = {"value": float, "low": float, "high": float}
 _ATTACK = {"auc": _INTERVAL, "tpr_at_1_percent_fpr": _INTERVAL}
@@ -54,11 +54,10 @@ def read(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        content = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    if wrong := next(misfits(content, SHAPE), None):
-        raise DataError(f"{path} is not what pipeline.memorization writes: {wrong}. Remove it.")
-    assert isinstance(content, dict)
-    return content
+    return read_object(
+        path,
+        SHAPE,
+        error=DataError,
+        misfit="is not what pipeline.memorization writes",
+        advice="Remove it.",
+    )

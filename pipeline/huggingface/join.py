@@ -9,9 +9,9 @@ folder is a base like any other: frozen or trained, at any layout, with low-rank
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from pipeline.config.parameter_names import parameter_shapes
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import read_file, write_durably
+from pipeline.huggingface.json_files import read_json, write_json
 from pipeline.huggingface.mapping import mapping_for
-from pipeline.huggingface.processor import write_json, write_processor
+from pipeline.huggingface.processor import write_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
 from pipeline.huggingface.tower import Tower
@@ -98,8 +99,10 @@ def join(text: Path, tower: Path, output: Path, *, image_token: str, dtype: DTyp
         if (text / name).is_file():
             write_durably(output / name, read_file(text / name))
     write_processor(model, output, tokenizer, token)
-    theirs = json.loads(read_file(text / "config.json"))
-    ends = {key: theirs[key] for key in ("bos_token_id", "eos_token_id") if key in theirs}
+    theirs = read_json(text / "config.json")
+    ends: dict[str, Any] = {
+        key: theirs[key] for key in ("bos_token_id", "eos_token_id") if key in theirs
+    }
     config = {
         "architectures": [mapping.architecture],
         **mapping.config,

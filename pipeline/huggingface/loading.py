@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
-from pipeline.files import open_regular, parse_json, read_file
+from pipeline.files import open_regular
+from pipeline.huggingface.json_files import read_json
 from pipeline.huggingface.tensor_files import weight_files
 
 if TYPE_CHECKING:
@@ -88,16 +89,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
         for path in folder.iterdir():
             if not path.is_dir():
                 open_regular(path).close()  # a pipe would be waited for, without end
-        config = parse_json(read_file(folder / "config.json"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}.") from None
+    config = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder} holds an adapter (adapter_config.json), which may name weights anywhere. "
             "Merge it into its base first, or take that file away."
         )
-    if not isinstance(config, dict):
-        return {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for key, part in ((key, part) for part in parts for key in _CODE):
         named = part.get(key)
@@ -114,7 +113,7 @@ def holds_template(folder: Path) -> bool:
     if any(folder.glob("chat_template.*")):
         return True
     try:
-        settings = parse_json(read_file(folder / "tokenizer_config.json"))
-    except (OSError, ValueError):  # the tokenizer's loading says what is wrong
+        settings = read_json(folder / "tokenizer_config.json")
+    except CheckpointError:  # the tokenizer's loading says what is wrong
         return True
-    return not isinstance(settings, dict) or settings.get("chat_template") is not None
+    return settings.get("chat_template") is not None

@@ -24,11 +24,11 @@ from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.parameter_names import linear_shapes, lora_stems
 from pipeline.errors import CheckpointError
-from pipeline.files import open_regular, parse_json, read_file
+from pipeline.files import open_regular, parse_json
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.rules import Rule
 from pipeline.huggingface.tensor_files import FLOATS
-from pipeline.shapes import misfits
+from pipeline.shapes import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,12 +211,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or turns on what is not computed here.
     """
     path = folder / SETTINGS
-    try:
-        settings = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no folder of peft: {path}: {error}.") from None
-    if wrong := next(misfits(settings, SHAPE), None):
-        raise CheckpointError(f"{path} is damaged: {wrong}.")
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no folder of peft: it has no {SETTINGS}.")
+    settings = read_object(path, SHAPE, error=CheckpointError, misfit="is damaged")
     if found := list(_not_computed(settings)):
         raise CheckpointError(
             f"{folder} cannot be trained on here: its {SETTINGS} has {', '.join(found)}. Low-rank "
@@ -224,7 +221,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             "Train that adapter with peft, or merge it there (merge_and_unload) and give the "
             "merged folder as checkpoint.init_from."
         )
-    return dict(settings)
+    return settings
 
 
 def _not_computed(settings: dict[str, Any]) -> Iterator[str]:

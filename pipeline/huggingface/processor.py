@@ -6,14 +6,13 @@ FOLDER --AutoProcessor--> one placeholder for a picture becomes one for each of 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.errors import CheckpointError
-from pipeline.files import parse_json, read_file, write_durably
+from pipeline.huggingface.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizer import Tokenizer
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    write_durably(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_processor(
@@ -72,14 +66,9 @@ def write_processor(
     }
     write_json(output / PROCESSOR, processor)
     path = output / "tokenizer_config.json"
-    settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if path.is_file():  # a folder of others may lack it
-        try:
-            settings = parse_json(read_file(path))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path.name} cannot be read: {error}.") from None
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{path.name} holds no settings of a tokenizer.")
+        settings = read_json(path)
     named = {"image_token": token, "extra_special_tokens": {"image_token": token}}
     write_json(path, settings | named)
 

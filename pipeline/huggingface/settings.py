@@ -17,9 +17,9 @@ from pipeline.config import model_rules
 from pipeline.config.choices import Activation, Normalization, Position, RopeScaling
 from pipeline.config.model import ModelConfig, MoeConfig
 from pipeline.errors import CheckpointError
-from pipeline.files import parse_json, read_file
 from pipeline.huggingface.decoder import LLAMA3
 from pipeline.huggingface.gpt2 import ACTIVATIONS
+from pipeline.huggingface.json_files import read_json
 from pipeline.huggingface.llava import text_of, tower_of
 from pipeline.huggingface.other_families import OTHERS
 from pipeline.shapes import misfits
@@ -130,11 +130,8 @@ def read_model_config(folder: Path) -> ModelConfig:
         CheckpointError: no config.json, or a model that this program does not compute.
     """
     path = folder / "config.json"
-    try:
-        config = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if isinstance(config, dict) and config.get("model_type") == "llava":
+    config = read_json(path)
+    if config.get("model_type") == "llava":
         try:
             vision, inner = tower_of(config.get("vision_config")), text_of(config)
         except ValueError as error:
@@ -147,10 +144,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model
 
 
-def _text_model(folder: Path, config: Any) -> ModelConfig:
+def _text_model(folder: Path, config: dict[str, Any]) -> ModelConfig:
     """The settings of a text model's config.json, or of a part of one."""
     path = folder / "config.json"
-    kind = str(config.get("model_type")) if isinstance(config, dict) else None
+    kind = str(config.get("model_type"))
     if kind not in REQUIRED:
         missing = f" (it needs {OTHERS[kind]})" if kind in OTHERS else ""
         raise CheckpointError(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import CheckpointError
-from pipeline.files import open_regular, parse_json, read_file
+from pipeline.files import open_regular
 from pipeline.huggingface.rules import Mapping
-from pipeline.shapes import misfits
+from pipeline.shapes import read_object
 
 # Ends of names of what is computed from settings: causal masks, rotary frequencies.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -105,12 +105,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     path = folder / "model.safetensors.index.json"
     if path.exists():
-        try:
-            content = parse_json(read_file(path))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}.") from None
-        if wrong := next(misfits(content, {"weight_map": {str: str}}), None):
-            raise CheckpointError(f"{path} is no index of weights: {wrong}.")
+        shape = {"weight_map": {str: str}}
+        content = read_object(path, shape, error=CheckpointError, misfit="is no index of weights")
         names = sorted(set(content["weight_map"].values()))
         if strange := [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name)]:
             raise CheckpointError(

@@ -20,7 +20,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.parameter_names import parameter_shapes
 from pipeline.errors import CheckpointError
-from pipeline.files import parse_json, read_file
+from pipeline.huggingface.json_files import read_json
 from pipeline.huggingface.llava import tower_of, tower_rules
 from pipeline.huggingface.rules import Rule
 from pipeline.huggingface.tensor_files import FLOATS, index
@@ -39,11 +39,10 @@ class Tower:
             CheckpointError: it is no SigLIP tower, or lacks tensors; with the reason.
         """
         self.folder = folder
+        config = read_json(folder / "config.json")
         try:
-            config = parse_json(read_file(folder / "config.json"))
-            inner = config.get("vision_config", config) if isinstance(config, dict) else None
-            self.vision = tower_of(inner)
-        except (OSError, ValueError) as error:
+            self.vision = tower_of(config.get("vision_config", config))
+        except ValueError as error:
             raise CheckpointError(f"{folder}/config.json: {error}") from None
         self._files = index(folder)
         patch = "embeddings.patch_embedding.weight"

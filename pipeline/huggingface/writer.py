@@ -22,8 +22,9 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.model_shape import resolve
 from pipeline.files import write_durably
 from pipeline.huggingface.card_facts import privacy_facts
+from pipeline.huggingface.json_files import write_json
 from pipeline.huggingface.mapping import mapping_for
-from pipeline.huggingface.processor import fixed_pictures, write_json, write_processor
+from pipeline.huggingface.processor import fixed_pictures, write_processor
 from pipeline.huggingface.rules import Mapping, Rule
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ from pipeline.checkpoint.record import CHAT_TEMPLATE, read_record
 from pipeline.data.chat import ChatTemplate, Messages, Rejected
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.files import parse_json, read_file
+from pipeline.files import read_file
+from pipeline.huggingface.json_files import read_json, write_json
 from pipeline.huggingface.loading import check_folder
-from pipeline.huggingface.writer import DType, export, write_json
+from pipeline.huggingface.writer import DType, export
 from pipeline.inference.generation import NO_TEMPLATE
 from pipeline.inference.pictures import BLIND, Sight, picture_of_url, pictures_in, url_of
 from pipeline.inference.turns import fitting_turns
@@ -203,7 +204,7 @@ def prepare(checkpoint: Path, scratch: Path, *, temperature: float) -> Served:
         folder = scratch / _spelt(str(read_record(found).config.get("name") or checkpoint.name))
         logger.info("exporting %s", found)
         export(found, folder, dtype=_dtype())
-    settings = _json(folder / "config.json")
+    settings = _settings(folder / "config.json")
     context = _positions(settings)
     if type(context) is not int or context < 2:
         raise CheckpointError(f"{folder.name}/config.json names no number of positions.")
@@ -255,22 +256,14 @@ def _link(source: Path, folder: Path) -> None:
         (folder / "generation_config.json").write_bytes(written)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} is no mapping.")
-    return found
+def _settings(path: Path) -> dict[str, Any]:
+    """A file's settings; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _ends(folder: Path, settings: dict[str, Any]) -> Iterator[int]:
     """Ids at which an answer ends: of a document first, then of a turn."""
-    named = _json(folder / "generation_config.json").get("eos_token_id")
+    named = _settings(folder / "generation_config.json").get("eos_token_id")
     named = settings.get("eos_token_id") if named is None else named
     yield from (end for end in (named if isinstance(named, list) else [named]) if type(end) is int)
 
@@ -290,7 +283,7 @@ def _template(folder: Path, tokenizer: Tokenizer) -> tuple[bool, ChatTemplate | 
     """Whether it answers, and the template where it can be rendered here."""
     path = folder / CHAT_TEMPLATE
     if not path.is_file():
-        return "chat_template" in _json(folder / "tokenizer_config.json"), None
+        return "chat_template" in _settings(folder / "tokenizer_config.json"), None
     try:
         return True, ChatTemplate(read_file(path).decode(), tokenizer)
     except (ConfigError, UnicodeDecodeError) as error:

@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.files import parse_json, read_file
 from pipeline.scaling.ladder import Rung
 from pipeline.scaling.law import Fit, Law
 from pipeline.scaling.runs import COURSE, Run, course
-from pipeline.shapes import COUNT, misfits
+from pipeline.shapes import COUNT, read_object
 from pipeline.tracking.history import History
 
 FILE = "prediction.json"
@@ -85,15 +84,11 @@ class Prediction:
         path = folder / FILE
         if not path.exists():
             return None
-        try:
-            content = parse_json(read_file(path, inside=folder))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}.") from None
-        if wrong := next(misfits(content, SHAPE), None):
-            raise DataError(f"{path} is not what pipeline.scaling writes: {wrong}.")
+        misfit = "is not what pipeline.scaling writes"
+        content = read_object(path, SHAPE, error=DataError, misfit=misfit, inside=folder)
         spans = [content, *content["course"]]
         if not all(0 < span["low"] <= span["high"] < math.inf for span in spans):
-            raise DataError(f"{path} is not what pipeline.scaling writes: an interval is none.")
+            raise DataError(f"{path} {misfit}: an interval is none.")
         return cls(**{key: content[key] for key in SHAPE})
 
     def misses(self, history: History) -> Iterator[str]:

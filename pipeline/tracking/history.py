@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.files import parse_json, read_file
-from pipeline.shapes import COUNT, misfits
+from pipeline.shapes import COUNT, misfits, read_object
 from pipeline.tracking.row_file import read_rows
 from pipeline.tracking.tracker import At, Row
 
@@ -177,12 +176,9 @@ def _final(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DataError: it is not what pipeline.evaluate writes.
     """
-    try:
-        content = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    if wrong := next(misfits(content, EVALUATION), None):
-        raise DataError(f"{path} is not what pipeline.evaluate writes: {wrong}.")
+    content = read_object(
+        path, EVALUATION, error=DataError, misfit="is not what pipeline.evaluate writes"
+    )
     return {
         name: {"tokens": row["tokens"], **_scores(row)} for name, row in content["results"].items()
     }

@@ -91,7 +91,8 @@ def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
         ({k: v for k, v in GPT2.items() if k not in ("n_layer", "n_head")}, "lacks n_layer, n_head"),
         ({k: v for k, v in MIXTRAL.items() if k != "rope_theta"}, "lacks rope_theta"),
         ({**LLAMA, "hidden_size": "32"}, "hidden_size is '32'"),
-        ([], "of type 'None'"),
+        ({}, "of type 'None'"),
+        ([], "holds no settings: it is"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused_by_name(

@@ -27,10 +27,10 @@ from pipeline.generate import main
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.generation import GenerateConfig
 from tests.support.browser import browser
-from tests.support.checkpoint_runs import Run
+from tests.support.checkpoint_runs import Run, learn
 from tests.support.corpus import make_tokenizer
 from tests.support.exported import exported_captions
-from tests.support.layouts import BATCH, PICTURES, config, rank_batches
+from tests.support.layouts import BATCH, PICTURES, config
 from tests.support.ranks import run_on_ranks
 from tests.support.serving import ask, served, skip_unless_served
 
@@ -60,7 +60,7 @@ def asked(name: str, *, word: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": name}]
 
 
-def learn(root: Path) -> float:
+def learn_colours(root: Path) -> float:
     """A decoder of two blocks behind an encoder of two, its last loss."""
     template = (TEMPLATES / "chatml-pictures.jinja").read_text()
     tokenizer = Tokenizer.from_file(root / "tokenizer.json")
@@ -76,9 +76,14 @@ def learn(root: Path) -> float:
         attachments={"tokenizer.json": tokenizer.raw, "chat_template.jinja": template.encode()},
         ends={"eod": tokenizer.eod, "end_of_turn": chat.end_of_turn, "image_token_id": token},
     )  # fmt: skip
-    draw, last = np.random.default_rng(0), 0.0
+    return learn(run, captions_to_learn(chat, pictures))
+
+
+def captions_to_learn(chat: ChatTemplate, pictures: Pictures) -> Iterator[dict[str, torch.Tensor]]:
+    """STEPS steps: each row shows a colour, every other one with a question, and names it."""
+    draw = np.random.default_rng(0)
     for number in range(STEPS):
-        rows = torch.full((BATCH, SEQ_LEN + 1), tokenizer.eod)
+        rows = torch.full((BATCH, SEQ_LEN + 1), chat.tokenizer.eod)
         mask, images = torch.zeros(BATCH, SEQ_LEN), torch.zeros(BATCH, 1, 3, SIZE, SIZE).byte()
         for row in range(BATCH):
             name = NAMES[(row + number) % len(NAMES)]
@@ -87,23 +92,18 @@ def learn(root: Path) -> float:
             mask[row, : len(ids) - 1] = torch.from_numpy(loss[1:].astype(np.float32))
             images[row, 0] = torch.from_numpy(pixels_of(name, draw)).permute(2, 0, 1)
         tokens = rows[:, :-1].contiguous()
-        stands = tokens == token
-        step = {
+        stands = tokens == pictures.image_token_id
+        yield {
             "tokens": tokens, "labels": rows[:, 1:].contiguous(), "mask": mask, "images": images,
             "patch_ids": torch.where(stands, stands.cumsum(1) - 1, -1),
         }  # fmt: skip
-        mine = rank_batches(step, run.shape, run.layout)
-        last = float(run.engine.train_step(mine, step=number).loss)
-    run.save(STEPS)
-    run.close()
-    return last
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("seeing-chat")
     make_tokenizer(root / "tokenizer.json")
-    assert run_on_ranks(learn, 1, root)[0] < 0.05
+    assert run_on_ranks(learn_colours, 1, root)[0] < 0.05
     return root
 
 

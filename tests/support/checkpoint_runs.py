@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,16 @@ class Run:
         """Make room for the next layout."""
         self.checkpointer.wait()
         reset_parallel_state()
+
+
+def learn(run: Run, steps: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Train on steps that are made as they come, save what was learned and close; the last loss. Collective."""
+    for done, step in enumerate(steps):
+        mine = rank_batches(step, run.shape, run.layout)
+        last = float(run.engine.train_step(mine, step=done).loss)
+    run.save(done + 1)
+    run.close()
+    return last
 
 
 def train_and_save(

@@ -100,7 +100,7 @@ def test_another_list_is_another_job_and_a_changed_one_is_refused(
     with pytest.raises(DataError, match="checksum"):
         read_list(output / CANARIES)
     (output / CANARIES).write_bytes(b"[]")
-    with pytest.raises(DataError, match="no list of canaries"):
+    with pytest.raises(DataError, match="is not what data_prep.tokenize.py writes"):
         read_list(output / CANARIES)
 
 
