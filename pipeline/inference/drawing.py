@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+COLDEST = 1e-30
+"""Lower temperatures draw as this one does; fp32 has no smaller divisors to spare."""
+
 
 def choose(
     logits: Tensor,
@@ -21,7 +24,7 @@ def choose(
 
     Args:
         logits: of all ids.
-        temperature: divides them; 0 takes the largest.
+        temperature: divides them; 0 takes the largest, and so does a logit that is no number.
         top_k: draw among the k likeliest; 0: all.
         top_p: draw among the likeliest that together have this probability.
         generator: of the draw; None: torch's own.
@@ -31,9 +34,12 @@ def choose(
     """
     import torch
 
-    if temperature == 0:
+    largest = logits.max()
+    if temperature == 0 or not largest.isfinite():
         return logits.argmax()
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    # Differences are divided: 5 / 1e-38 would be infinite, and infinity less itself no number.
+    scaled = (logits - largest) / max(temperature, COLDEST)
+    probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True)
     if top_k:
         probabilities[top_k:] = 0.0
     probabilities /= probabilities.sum()

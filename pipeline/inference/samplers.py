@@ -24,7 +24,7 @@ from pipeline.huggingface.writer import DType, export
 from pipeline.inference.drawing import choose
 from pipeline.inference.generation import NO_TEMPLATE, GenerateConfig, check_model
 from pipeline.inference.pictures import BLIND, Sight, pictures_in
-from pipeline.inference.streaming import cut_at_stop, stop_at, streamer
+from pipeline.inference.streaming import Outlet, cut_at_stop, stop_at, streamer
 from pipeline.inference.turns import fitting_turns
 from pipeline.log import logger
 
@@ -257,6 +257,11 @@ class LocalSampler(_Drawing):
         texts = [_Text(self.tokenizer, stop=cfg.stop, ends=self.ends, on_text=hears) for _ in rows]
         logits, memory = self.decoder.begin(rows)
         for left in reversed(range(min(cfg.max_new_tokens, self.max_seq_len - memory.length))):
+            if not logits.isfinite().all():
+                raise CheckpointError(
+                    "what the model says of the next token is no number: it has diverged. Sample "
+                    "an earlier checkpoint."
+                )
             drawn = [
                 choose(row, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
                 for row in logits
@@ -267,6 +272,8 @@ class LocalSampler(_Drawing):
             if not left or all(text.is_over for text in texts):
                 break
             logits = self.decoder.read(tokens[:, None], memory)
+        for text in texts:
+            text.close()
         return [text.text for text in texts]
 
 
@@ -277,7 +284,7 @@ class _Text:
         self, tokenizer: Tokenizer, *, stop: Sequence[str], ends: set, on_text: Callable
     ) -> None:
         self._tokenizer, self._stop, self._ends = tokenizer, stop, ends
-        self._on_text = on_text
+        self._outlet = Outlet(on_text, stop)
         self._tokens: list[int] = []
         self.text, self.is_over = "", False
 
@@ -290,6 +297,10 @@ class _Text:
         so_far = self._tokenizer.backend.decode(self._tokens, skip_special_tokens=True)
         if so_far.endswith("\ufffd"):  # in the middle of a character
             return
-        before, self.text = self.text, cut_at_stop(so_far, self._stop)
-        self._on_text(self.text[len(before) :])
+        self.text = cut_at_stop(so_far, self._stop)
+        self._outlet.show(so_far, is_whole=False)
         self.is_over = len(self.text) < len(so_far)
+
+    def close(self) -> None:
+        """No token follows: what could have begun a stop string is text."""
+        self._outlet.show(self.text, is_whole=True)

@@ -15,6 +15,27 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
+class Outlet:
+    """Hands a growing text on, but for an end that may be the beginning of a stop string."""
+
+    def __init__(self, on_text: Callable[[str], None], stop: Sequence[str]) -> None:
+        self._on_text, self._stop, self._shown = on_text, stop, 0
+
+    def show(self, text: str, *, is_whole: bool) -> None:
+        """Hand on what is new.
+
+        Args:
+            text: all that there is so far.
+            is_whole: no more of it comes.
+        """
+        allowed = cut_at_stop(text, self._stop)
+        if allowed == text and not is_whole:
+            begun = (n for end in self._stop for n in range(1, len(end)) if text.endswith(end[:n]))
+            allowed = text[: len(text) - max(begun, default=0)]
+        self._on_text(allowed[self._shown :])
+        self._shown = max(self._shown, len(allowed))
+
+
 def stop_at(stop: Sequence[str], tokenizer: Any, prompt_length: int) -> Any:
     """Stopping criterion that reads the text; transformers 5.23's fails on some tokenizers."""
     import torch
@@ -35,9 +56,10 @@ def streamer(
     """Transformers' streamer that hands on whole words, up to a stop string or an end's id."""
     from transformers import TextStreamer
 
+    outlet = Outlet(on_text, stop)
+
     class Streamer(TextStreamer):
         seen = ""
-        shown = 0
 
         def put(self, value: Tensor) -> None:
             if self.next_tokens_are_prompt or int(value.view(-1)[-1]) not in ends:
@@ -45,8 +67,6 @@ def streamer(
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.seen += text
-            allowed = cut_at_stop(self.seen, stop)
-            on_text(allowed[self.shown :])
-            self.shown = max(self.shown, len(allowed))
+            outlet.show(self.seen, is_whole=stream_end)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

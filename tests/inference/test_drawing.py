@@ -31,6 +31,15 @@ def test_top_k_and_top_p_leave_out_the_tail() -> None:
     assert torch.allclose(counts / 2000, logits.exp(), atol=0.04)
 
 
+def test_of_any_temperature_and_of_no_number_a_token_is_drawn() -> None:
+    """Divided by 1e-38 they were infinite, and the draw of a run that trains ended it."""
+    logits = torch.tensor([1.0, 2.0, 5.0, -3.0])
+    for temperature in (1e-3, 1e-30, 1e-38, 5e-324):
+        assert int(choose(logits, temperature=temperature)) == 2
+    for wrong in (float("nan"), float("inf")):
+        assert int(choose(torch.tensor([1.0, wrong, 2.0]), temperature=1.0)) == 1
+
+
 def test_a_generator_of_its_own_leaves_torch_alone() -> None:
     """Samples of a run in training draw nothing from the streams of its dropout."""
     logits, state = torch.zeros(1000), torch.get_rng_state()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import CheckpointError
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.generation import GenerateConfig
 from pipeline.inference.samplers import LocalSampler, TransformersSampler, cut_at_stop, open_sampler
@@ -74,6 +80,48 @@ def test_text_ends_with_the_token_that_ends_the_datasets_documents(checkpoints: 
     words = run_on_ranks(both_samplers, 1, checkpoints)[0]["own"][0].split()
     found = run_on_ranks(ends_of_the_record, 1, checkpoints, int(words[0][1:]))[0]
     assert [found["batch"][0], found["own"][0], "".join(found["stream"])] == [""] * 3
+
+
+class Letters:
+    """A decoder that says one word, and a tokenizer whose ids are letters."""
+
+    def __init__(self, word: str, *, scale: float = 1.0) -> None:
+        self.word, self.scale, self.backend = word, scale, self
+
+    def begin(self, rows: list[list[int]]) -> tuple[torch.Tensor, SimpleNamespace]:
+        memory = SimpleNamespace(length=0)
+        return self.read(torch.zeros(1, 1), memory), memory
+
+    def read(self, tokens: torch.Tensor, memory: SimpleNamespace) -> torch.Tensor:
+        memory.length += 1
+        return self.scale * F.one_hot(torch.tensor([ord(self.word[memory.length - 1])]), 128)
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, ids))
+
+
+def sampler_of(letters: Letters, **settings: Any) -> LocalSampler:
+    sampler = LocalSampler.__new__(LocalSampler)
+    sampler.cfg = GenerateConfig(temperature=0.0, **settings)
+    sampler.decoder = sampler.tokenizer = letters  # type: ignore[assignment]
+    sampler.max_seq_len, sampler.ends = 100, {ord(".")}
+    return sampler
+
+
+@pytest.mark.parametrize(
+    "word, text", [("to END.", "to "), ("to EN.", "to EN"), ("to E", "to E"), (".", "")]
+)
+def test_what_is_heard_is_what_is_said(word: str, text: str) -> None:
+    """Of `END`, which stops it and comes letter by letter, `EN` was heard."""
+    heard: list[str] = []
+    sampler = sampler_of(Letters(word), stop=["END"], max_new_tokens=len(word))
+    assert sampler._continue([[0]], heard.append) == ["".join(heard)] == [text]
+
+
+def test_a_model_that_has_diverged_is_named() -> None:
+    """torch says of it that a probability is negative or no number."""
+    with pytest.raises(CheckpointError, match="no number: it has diverged"):
+        sampler_of(Letters("a", scale=math.nan))._continue([[0]], None)
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
