@@ -305,10 +305,10 @@ def parse_yaml(raw: bytes | str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > 100:  # the parser's time grows with its square: 20,000 take half a minute
-                raise RecursionError("it is nested too deeply")
+                raise ValueError("it is nested too deeply")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+    except (yaml.YAMLError, LookupError, AttributeError) as error:  # the latter two: of `!!bool x`
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _status(path: str | Path) -> os.stat_result:

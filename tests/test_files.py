@@ -171,10 +171,14 @@ def test_whatever_is_wrong_with_a_json_text_is_one_error(raw):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"{", b"\xff", "[" * 20_000, "a: &x 1\nb: *x\n", b"a: !!python/none"]
+    "raw",
+    [b"{", b"\xff", "[" * 20_000, "a: &x 1\nb: *x\n", b"a: !!python/none"]
+    + ["!!bool x", "!!timestamp x", "!!int ''", "!!float x", "2020-99-99"],
 )
 def test_whatever_is_wrong_with_a_yaml_text_is_one_error(raw):
-    """Aliases too: ten lines of them are a value whose text takes all memory."""
+    """Aliases too: ten lines of them are a value whose text takes all memory. Tags are believed by
+    the library: of three it raises KeyError, AttributeError and IndexError.
+    """
     assert parse_yaml(b"a: [1, x]\nb: '*x'\n") == {"a": [1, "x"], "b": "*x"}
     with pytest.raises(ValueError):  # noqa: PT011  # what it says is the parser's
         parse_yaml(raw)

@@ -23,6 +23,7 @@ from pipeline.data.picture_files import (
     open_picture,
     squashed,
 )
+from pipeline.data.shard_format import MOST_IMAGE_SIZE
 from pipeline.errors import ConfigError
 from pipeline.files import parse_json, read_file
 from pipeline.huggingface.processor import PREPROCESSOR, PROCESSOR
@@ -38,6 +39,8 @@ WHY = {
     "damaged_picture": "is damaged",
     "animated_picture": "has several frames",
 }
+MOST_PATCHES = 1 << 16
+"""Of a picture; the ids of a dialogue have one each."""
 BLIND = "this model reads no pictures"
 
 
@@ -140,8 +143,12 @@ class Sight:
             pixels = _pixels_of(folder)
             is_squashed = pixels.get("image_processor_type") == "SiglipImageProcessor"
             size = (pixels["size"]["width"], pixels["size"]["height"]) if is_squashed else None
-            if any(type(n) is not int or n < 1 for n in (token + 1, patches, *(size or ()))):
-                raise ValueError(f"token {token}, {patches} patches, size {size}")
+            # A list of 10^12 ids and a picture of 10^9 pixels a side take all memory.
+            counts = {"token": (token, 2**31), "patches": (patches, MOST_PATCHES)}
+            counts |= {f"side {n}": (side, MOST_IMAGE_SIZE) for n, side in enumerate(size or ())}
+            for name, (count, most) in counts.items():
+                if type(count) is not int or not (name != "token") <= count <= most:
+                    raise ValueError(f"{name} ({count!r}) is not within {most:,}")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{folder} does not say how pictures are read: {type(error).__name__}: {error}."

@@ -25,7 +25,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import read_file
 from pipeline.huggingface.json_files import read_json, write_json
-from pipeline.huggingface.loading import check_folder
+from pipeline.huggingface.loading import check_folder, holds_template
 from pipeline.huggingface.writer import DType, export
 from pipeline.inference.generation import NO_TEMPLATE
 from pipeline.inference.pictures import BLIND, Sight, picture_of_url, pictures_in, url_of
@@ -283,7 +283,7 @@ def _template(folder: Path, tokenizer: Tokenizer) -> tuple[bool, ChatTemplate | 
     """Whether it answers, and the template where it can be rendered here."""
     path = folder / CHAT_TEMPLATE
     if not path.is_file():
-        return "chat_template" in _settings(folder / "tokenizer_config.json"), None
+        return holds_template(folder), None
     try:
         return True, ChatTemplate(read_file(path).decode(), tokenizer)
     except (ConfigError, UnicodeDecodeError) as error:

@@ -56,7 +56,7 @@ def run_of(path: Path) -> TrackedRun:
     """
     is_ours = not (path / "config.json").is_file()  # else a Hugging Face folder
     checkpoint = folders.find(path) if is_ours else path
-    run_dir = checkpoint.absolute().parents[1]
+    run_dir = checkpoint.absolute().parent.parent  # also of one at the root
     try:
         facts = History.load(run_dir).facts if is_ours else None
     except DataError:

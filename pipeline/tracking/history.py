@@ -16,6 +16,8 @@ from pipeline.tracking.tracker import At, Row
 _NUMBER, _SCORES = (float, None), ("loss", "ppl", "bits_per_byte")
 HEADS = ("previous", "duplicate", "induction", "entropy", "sink")
 """What training.probe_every logs of attention heads, as probe/NAME."""
+MOST_BLOCKS = 1024
+"""Of a model, in a row of the lens: each is a curve and a column of the report."""
 LATEST = 1e11
 """Seconds since 1970 beyond any run's."""
 # What is read of a row and of evaluation.json; `?`: may be missing.
@@ -163,9 +165,9 @@ def has_evaluation(run_dir: Path, step: int, *, names: Sequence[str]) -> bool:
 
 
 def _lens_names(row: dict[str, Any]) -> list[str]:
-    """lens/loss_0, lens/loss_1, ..., as many as a row has."""
+    """lens/loss_0, lens/loss_1, ..., as many as a row has, MOST_BLOCKS at most."""
     names: list[str] = []
-    while (name := f"lens/loss_{len(names)}") in row:
+    while len(names) < MOST_BLOCKS and (name := f"lens/loss_{len(names)}") in row:
         names.append(name)
     return names
 

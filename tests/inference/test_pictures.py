@@ -117,6 +117,22 @@ def test_a_model_sees_squashed_pictures_and_a_placeholder_a_patch(tmp_path: Path
     assert Sight.of(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_seq_length": 10**12}, {"image_seq_length": 0}, {"image_token_index": True},
+        {"size": {"height": 10**9, "width": 16}}, {"size": {"height": 16}}, {"size": [16, 16]},
+    ],
+)  # fmt: skip
+def test_a_folder_asks_for_no_more_than_memory_has(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    """A picture of 10^12 ids, or of 10^9 pixels a side."""
+    folder = llava_folder(tmp_path / "a", image_processor_type="SiglipImageProcessor", **wrong)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(ConfigError, match="does not say how pictures are read"):
+        Sight.of(folder)
+
+
 def test_a_bad_picture_is_heard_of_before_the_model_is_read(tmp_path: Path) -> None:
     cfg = cli.compose(
         GenerateConfig, [f"{tmp_path}/none", "x", f"image={tmp_path}/none.png"], config="generate",

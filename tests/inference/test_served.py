@@ -197,6 +197,7 @@ def folder_with_tokenizer(folder: Path, **config: Any) -> Path:
 def test_a_folder_is_served_under_its_name_with_our_way_to_draw(tmp_path: Path) -> None:
     """Without do_sample transformers' server takes the likeliest token at every temperature."""
     source = folder_with_tokenizer(tmp_path / "my:model")
+    (source / "tokenizer_config.json").write_text('{"chat_template": null}')  # as some are written
     (tmp_path / "scratch").mkdir()
     served = prepare(source, tmp_path / "scratch", temperature=0.0)
     assert (served.name, served.context, served.is_chat) == ("my-model", 64, False)

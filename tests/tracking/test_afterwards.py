@@ -41,7 +41,8 @@ def test_the_trackers_of_the_run_are_those_it_was_trained_with(tmp_path: Path) -
         assert (wandb._cfg.project, wandb._config["facts"]["host"]) == ("mine", "a")
 
 
-def test_nobody_to_tell_is_said_before_the_work(tmp_path: Path) -> None:
+def test_nobody_to_tell_is_said_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    is_file = Path.is_file
     write_run(tmp_path / "a", wandb="disabled")
     with pytest.raises(ConfigError, match="track=true has nobody to tell"):
         run_of(tmp_path / "a")
@@ -49,7 +50,9 @@ def test_nobody_to_tell_is_said_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "b" / "metrics.jsonl").unlink()
     (tmp_path / "hf" / "x").mkdir(parents=True)
     (tmp_path / "hf" / "x" / "config.json").write_text("{}")
-    for path in (checkpoint, tmp_path / "hf" / "x"):
+    root = Path("/").joinpath(*tmp_path.parts[1:2])  # a folder that no other one is around
+    monkeypatch.setattr(Path, "is_file", lambda path: path == root / "config.json" or is_file(path))
+    for path in (checkpoint, tmp_path / "hf" / "x", root):
         with pytest.raises(ConfigError, match="lies in the folder of none"):
             run_of(path)
 

@@ -68,6 +68,12 @@ def test_a_value_that_is_not_known_is_nan(tmp_path):
     assert all(math.isnan(value) for value in history.column("lr")[1:])
 
 
+def test_a_model_has_no_million_blocks(tmp_path):
+    """Each is a curve: 20,000 of them took the report 23 s."""
+    row = step(1) | {f"lens/loss_{block}": 1.0 for block in range(2000)}
+    assert len(History.load(write(tmp_path, row)).lens[0]["losses"]) == 1024
+
+
 def test_the_last_start_says_what_runs(tmp_path):
     starts = [{"event": "start", "world_size": n, "facts": {"device": f"d{n}"}} for n in (2, 4)]
     assert History.load(write(tmp_path, *starts, step(1))).facts == {
