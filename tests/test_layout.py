@@ -125,7 +125,6 @@ TESTED_IN = {
     "pipeline/huggingface/whole_model.py": ("checkpoint/test_adapters.py", SAVED),
     "pipeline/evaluation/memorization_file.py": ("test_memorization.py", "the command writes it"),
     "pipeline/inference/asked_model.py": ("test_evaluate.py", "the command is asked through it"),
-    "pipeline/inference/streaming.py": ("test_generate.py", "text, as the command prints it"),
     "pipeline/checkpoint/index.py": ("checkpoint/test_tensors.py", "what is read goes by it"),
     "pipeline/model/activations.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/model/architecture.py": ("planning/test_flops.py", "parameters are counted"),
