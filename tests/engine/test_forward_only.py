@@ -13,6 +13,7 @@ from tests.engine.test_engine import engine_of
 from tests.support.checkpoint_runs import Run
 from tests.support.layouts import batches, config, rank_batches, reset_parallel_state
 from tests.support.ranks import run_on_ranks
+from tests.support.unwritten import with_nan_memory
 
 Case = dict[str, Any]
 GROUPS = (1, 3, 8)
@@ -47,7 +48,7 @@ def test_a_group_of_any_size_is_evaluated_alike_at_every_layout(world_size: int)
     """DeepSpeed's DualPipeV looks buffers up by the micro-batches of training, also in evaluation."""
     [[expected]] = run_on_ranks(evaluated, 1, [{}])
     layouts = LAYOUTS[world_size]
-    by_rank = run_on_ranks(evaluated, world_size, layouts)
+    by_rank = run_on_ranks(with_nan_memory, world_size, evaluated, layouts)
     assert all(found == by_rank[0] for found in by_rank)
     for case, losses in zip(layouts, by_rank[0]):
         # Two copies of the model take the first and the ninth sequence for the smallest group.
@@ -158,7 +159,8 @@ def test_exact_answers_are_counted_alike_at_every_layout(model: str) -> None:
     runs = int((mask[:, 0] + (mask[:, 1:] * (1 - mask[:, :-1])).sum(1)).sum())
     assert (tokens, answers) == (mask.sum(), runs)
     assert 0.2 * answers < exact < 0.8 * answers
-    for ranks in run_on_ranks(exact_answers, 2, [dict(model=model, **case) for case in EXACT]):
+    cases = [dict(model=model, **case) for case in EXACT]
+    for ranks in run_on_ranks(with_nan_memory, 2, exact_answers, cases):
         for case, found in zip(EXACT, ranks):
             assert found[1:] == [tokens, exact, answers], case
 
@@ -203,7 +205,9 @@ def test_spread_experts_answer_like_those_of_one_process() -> None:
         (dict(ep=2, pp=2), 4),
         (dict(ep=4, tp=2, sp=True), 4),
     ):
-        for rank in run_on_ranks(asked, world_size, dict(model="moe-whole", **case)):
+        for rank in run_on_ranks(
+            with_nan_memory, world_size, asked, dict(model="moe-whole", **case)
+        ):
             assert rank["answer"] == pytest.approx(rank["trainer"], rel=1e-6), case
             assert rank["answer"] == pytest.approx(alone["answer"], rel=1e-6), case
 
@@ -224,7 +228,7 @@ def test_a_model_that_is_only_asked_answers_like_the_trainer() -> None:
     """Without optimizer, moments or fp32 copies: it holds its weights, once, and nothing else."""
     [alone] = run_on_ranks(asked, 1, {})
     for case in (dict(precision="bf16"), dict(tp=2, sp=True), dict(pp=2)):
-        ranks = run_on_ranks(asked, 1 if "precision" in case else 2, case)
+        ranks = run_on_ranks(with_nan_memory, 1 if "precision" in case else 2, asked, case)
         for rank in ranks:
             assert rank["answer"] == pytest.approx(rank["trainer"], rel=1e-6), case
             assert rank["extra"] < 1.05, case

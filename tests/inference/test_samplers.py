@@ -23,6 +23,7 @@ from pipeline.inference.samplers import LocalSampler, TransformersSampler, cut_a
 from tests.support.exported import save_models, tokenizer_file
 from tests.support.layouts import MODELS
 from tests.support.ranks import run_on_ranks
+from tests.support.unwritten import with_nan_memory
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def both_samplers(root: Path) -> dict[str, list[str]]:
 
 def test_our_sampler_and_transformers_continue_alike(checkpoints: Path) -> None:
     """Greedy, alone and left-padded in a batch."""
-    found = run_on_ranks(both_samplers, 1, checkpoints)[0]
+    found = run_on_ranks(with_nan_memory, 1, both_samplers, checkpoints)[0]
     words = {kind: [text.split() for text in texts] for kind, texts in found.items()}
     assert words["transformers"] == words["their batch"] == words["own"] == words["own batch"]
     assert len(words["own"][0]) == 12

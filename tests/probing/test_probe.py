@@ -21,6 +21,7 @@ from tests.support.layouts import SEQ_LEN, VOCAB, reset_parallel_state
 from tests.support.probed import Theirs, ablation, head_kinds, means, patching
 from tests.support.ranks import run_on_ranks
 from tests.support.token_dataset import write_dataset
+from tests.support.unwritten import with_nan_memory
 
 MODELS = ("gpt2", "qwen3")
 PROMPT, OTHER, ANSWER = [3, 14, 15, 92, 65, 35, 3, 14, 15], [3, 14, 15, 92, 65, 35, 8, 97, 93], 92
@@ -172,7 +173,7 @@ def wanted(runs: Path) -> list[Any]:
 
 def test_findings_equal_transformers_on_the_exported_folder(runs: Path, wanted: list[Any]) -> None:
     """Heads and vocabulary in parts, sequences in parts that the prompt does not fill."""
-    for ranks in run_on_ranks(found, 2, FAST, runs):
+    for ranks in run_on_ranks(with_nan_memory, 2, found, FAST, runs):
         for pair, theirs, name in zip(ranks, wanted, MODELS, strict=True):
             compare(pair, theirs, name)
 
@@ -225,7 +226,7 @@ def others(root: Path) -> dict[str, dict[str, Any]]:
 def test_parts_add_up_to_the_logit_and_the_last_lens_is_the_loss(tmp_path: Path) -> None:
     """Experts, parallel residuals, soft-capped and scaled logits: none of them is left out; and the
     maps are those that heads attend with, also muP's, which divides by D where others by its root."""
-    [found_of] = run_on_ranks(others, 1, tmp_path)
+    [found_of] = run_on_ranks(with_nan_memory, 1, others, tmp_path)
     for name, findings in found_of.items():
         averages = findings["averages"]
         if name == "gpt1":
@@ -247,7 +248,7 @@ def test_findings_are_the_same_at_every_layout(
 ) -> None:
     """Also where a stage has no block, and where copies of the model share the sequences."""
     layouts = LAYOUTS.get(world_size, [{}])
-    for ranks in run_on_ranks(found, world_size, layouts, runs):
+    for ranks in run_on_ranks(with_nan_memory, world_size, found, layouts, runs):
         cases = [(layout, i) for layout in layouts for i in range(len(MODELS))]
         for pair, (layout, i) in zip(ranks, cases, strict=True):
             compare(pair, wanted[i], f"{MODELS[i]} {layout}")

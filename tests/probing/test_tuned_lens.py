@@ -20,6 +20,7 @@ from tests.support.exported import EXPORTED, save_models, tokenizer_file
 from tests.support.layouts import SEQ_LEN, VOCAB, reset_parallel_state
 from tests.support.ranks import run_on_ranks
 from tests.support.token_dataset import write_dataset
+from tests.support.unwritten import with_nan_memory
 
 MODELS, MEASURED, STEPS = ("gpt2", "qwen3"), 6, 5
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -58,7 +59,7 @@ def trained(layouts: list[dict[str, Any]], root: Path) -> list[Any]:
     for number, layout in enumerate(layouts):
         for name in MODELS:
             common: dict[str, Any] = dict(
-                checkpoint=str(root / name), precision=Precision.fp32, micro_batch_size=3,
+                checkpoint=str(root / name), precision=Precision.fp32, micro_batch_size=13,
                 data=DataConfig(validation=[DatasetConfig(path=str(root / "data"))]),
                 parallel=ParallelConfig(**layout), sequences=MEASURED, seq_len=SEQ_LEN,
             )  # fmt: skip
@@ -159,13 +160,12 @@ def compare(layouts: list[dict[str, Any]], ranks: list[Any], wanted: list[Any]) 
         assert first["text"]["tuned"]["losses"][0] != first["text"]["lens"]["losses"][0]
 
 
-# One of five runs of the suite had NaN from the second step on, at TP2 with SP: not understood yet.
-@pytest.mark.slow
 def test_translators_equal_those_that_torch_trains_on_transformers(
     root: Path, wanted: list[Any]
 ) -> None:
-    """Vocabulary in parts, sequences in parts; and the file holds them."""
-    for ranks in run_on_ranks(trained, 2, FAST, root):
+    """Vocabulary in parts, sequences in parts; and the file holds them. Once in five runs the gradient was NaN: that of
+    the hidden is 0 times the rows of the vocabulary's padding, which no checkpoint fills."""
+    for ranks in run_on_ranks(with_nan_memory, 2, trained, FAST, root):
         compare(FAST, ranks, wanted)
 
 
@@ -176,7 +176,7 @@ def test_translators_are_the_same_at_every_layout(
 ) -> None:
     """Also where copies of the model share a step's sequences unevenly."""
     layouts = LAYOUTS[world_size]
-    for ranks in run_on_ranks(trained, world_size, layouts, root):
+    for ranks in run_on_ranks(with_nan_memory, world_size, trained, layouts, root):
         compare(layouts, ranks, wanted)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.support.layouts import STEPS, config, reference, train_all
 from tests.support.ranks import run_on_ranks
+from tests.support.unwritten import with_nan_memory
 
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 3e-2), "fp16": (1e-3, 1e-2)}
 # Products of three bits of mantissa: ten steps stay within 2e-4 of the fp32 loss and 3e-2 of its norm.
@@ -19,7 +20,9 @@ def check(world_size: int, cases: list[Case], *, num_steps: int = STEPS) -> list
     """Run all cases of one world size in one set of processes and compare each; what rank 0 found."""
     kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
     configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
-    results = run_on_ranks(train_all, world_size, configs, kinds, num_steps, timeout_s=1800.0)
+    results = run_on_ranks(
+        with_nan_memory, world_size, train_all, configs, kinds, num_steps, timeout_s=1800.0
+    )
     for ranks in zip(*results):
         assert all(r["history"] == ranks[0]["history"] for r in ranks), (
             "ranks disagree about loss or gradient norm"
