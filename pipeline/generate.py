@@ -113,7 +113,12 @@ def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
             continue
         messages.append(about_pictures(shown, said) if shown else {"role": "user", "content": said})
         shown = []
-        (answer,) = sampler.answer([messages], on_text=_show)
+        try:
+            (answer,) = sampler.answer([messages], on_text=_show)
+        except ConfigError as error:  # one line too long ends no dialogue
+            messages.pop()
+            log.say(str(error))
+            continue
         sys.stdout.write("\n")
         messages.append({"role": "assistant", "content": answer})
 

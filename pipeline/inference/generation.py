@@ -81,6 +81,11 @@ def check_drawing(cfg: GenerateConfig) -> None:
             f"{' and '.join(asked)} are several ways to ask; one of them would have no effect. "
             "Set one."
         )
+    if cfg.num_samples > 1 and (cfg.interactive or cfg.chat):
+        raise ConfigError(
+            f"num_samples={cfg.num_samples} has no effect with {asked[0]}=true, where each line "
+            "has one answer. Leave it out."
+        )
 
 
 def check_model(cfg: GenerateConfig) -> None:

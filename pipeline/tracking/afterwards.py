@@ -5,6 +5,7 @@ checkpoint --run_of--> its trackers, as it was trained with --tell--> the same W
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def run_of(path: Path) -> TrackedRun:
     """
     is_ours = not (path / "config.json").is_file()  # else a Hugging Face folder
     checkpoint = folders.find(path) if is_ours else path
-    run_dir = checkpoint.absolute().parent.parent  # also of one at the root
+    # Words alone: `..` would be the name of the run, and one at the root has no second parent.
+    run_dir = Path(os.path.abspath(checkpoint)).parent.parent
     try:
         facts = History.load(run_dir).facts if is_ours else None
     except DataError:

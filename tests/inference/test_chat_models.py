@@ -126,12 +126,15 @@ def test_both_samplers_answer_alike_and_stop_at_the_end_of_the_turn(root: Path) 
     assert found["heard"].split() == kept
 
 
+LONG = " ".join(["t5"] * 500)
+
+
 def talked(root: Path) -> list[str]:
     """What a chat of two turns prints, and that of a model without a template."""
     warnings.simplefilter("ignore")
     printed = []
     for name in ("chat", "text-hf"):
-        sys.stdin = io.StringIO("t5 t6\nt7\n")
+        sys.stdin = io.StringIO(f"t5 t6\n{LONG}\nt7\n")
         with contextlib.redirect_stdout(io.StringIO()) as out:
             try:
                 main(
@@ -146,8 +149,11 @@ def talked(root: Path) -> list[str]:
 
 
 def test_a_chat_in_the_terminal_keeps_the_dialogue(root: Path) -> None:
+    """Also where a line has more tokens than the model has room for."""
     chat, text = run_on_ranks(talked, 1, root)[0]
-    asked, first, again, second = chat.splitlines()[:4]  # piped in, the questions are printed too
+    asked, first, _, again, second = chat.splitlines()[
+        :5
+    ]  # piped in, the questions are printed too
     assert (asked, again) == ("> t5 t6", "> t7") and first and second
     assert "this model has no chat template" in text
 

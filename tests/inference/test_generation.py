@@ -28,6 +28,8 @@ from tests.support.ranks import run_on_ranks
         ({"seed": -(2**63) - 1}, "64 bits"), ({"stop": ["a", ""]}, "empty text"),
         ({"chat": True, "prompt": "t1"}, "prompt and chat are several ways"),
         ({"interactive": True, "file": "prompts.txt"}, "file and interactive"),
+        ({"interactive": True, "num_samples": 2}, "num_samples=2 has no effect with interactive"),
+        ({"chat": True, "num_samples": 2}, "num_samples=2 has no effect with chat"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:

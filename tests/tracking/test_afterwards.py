@@ -32,7 +32,7 @@ def write_run(run: Path, **tracking: object) -> Path:
 
 def test_the_trackers_of_the_run_are_those_it_was_trained_with(tmp_path: Path) -> None:
     checkpoint = write_run(tmp_path / "a", wandb="offline", project="mine", tensorboard=True)
-    for path in (tmp_path / "a", checkpoint):
+    for path in (tmp_path / "a", checkpoint, tmp_path / "a" / "checkpoints" / ".."):
         run = run_of(path)
         assert [tracker.name for tracker in run.trackers] == ["W&B", "TensorBoard"]
         assert run.at[:2] == (RECORD["step"], RECORD["state"]["tokens_seen"])
