@@ -40,7 +40,7 @@ bench: .venv/dev
 soak: .venv/dev
 	.venv/bin/python -m tests.campaign --faults 300 --report campaign.md
 	.venv/bin/python -m tests.soak --report soak.md
-	$(PYTEST) -m slow -k soak
+	SOAK_KILLS=20 $(PYTEST) -m slow -k soak
 
 .venv/core: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

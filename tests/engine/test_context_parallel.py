@@ -15,6 +15,7 @@ from tests.support.checkpoint_runs import Run, resume, train_and_save
 from tests.support.equivalence import Case, check, compare
 from tests.support.exported import export_and_compare, tokenizer_file
 from tests.support.layouts import (
+    FEW_STEPS,
     batches,
     config,
     rank_batches,
@@ -103,7 +104,7 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
             return table
 
         architecture.rope_table = of_a_run
-    return train(cfg, batches())
+    return train(cfg, batches()[:FEW_STEPS])
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_sabotage_turns_the_comparison_red(sabotage: str) -> None:
     cfg = config("moe-aux" if sabotage == "router scale" else "modern", cp=2)
     history = run_on_ranks(train_sabotaged, 2, cfg, sabotage)[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
-        compare({"history": history}, reference(cfg), "fp32", sabotage)
+        compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp32", sabotage)
 
 
 @pytest.mark.slow
@@ -125,9 +126,9 @@ def test_dropout_is_each_copys_own_and_repeats() -> None:
         for r in ("none", "full", "selective")
     ]
     kinds = [{"documents": documents} for documents in (False, True) for _ in range(3)]
-    found = [run["history"] for run in run_on_ranks(train_all, 2, cases, kinds)[0]]
+    found = [run["history"] for run in run_on_ranks(train_all, 2, cases, kinds, FEW_STEPS)[0]]
     assert found[0] == found[1] == found[2] and found[3] == found[4] == found[5]
-    without = reference(config("modern"))
+    without = reference(config("modern"), num_steps=1)
     assert found[0][0][0] == pytest.approx(without[0][0], rel=0.1)
     assert found[0][0][0] != pytest.approx(without[0][0], rel=1e-4)
 

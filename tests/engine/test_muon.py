@@ -52,7 +52,7 @@ ALL: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world_size", FAST)
 def test_layouts_match_plain_torch(world_size: int) -> None:
     """A rank that makes its shard orthogonal trains another model at every layout."""
-    check(world_size, FAST[world_size], num_steps=FEW_STEPS)
+    check(world_size, FAST[world_size])
 
 
 @pytest.mark.slow

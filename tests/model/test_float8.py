@@ -13,7 +13,7 @@ from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
 from pipeline.model import float8
 from tests.support.equivalence import Case, check
-from tests.support.layouts import VOCAB, config
+from tests.support.layouts import STEPS, VOCAB, config
 
 FP8: Case = dict(precision="bf16", fp8="rowwise")
 CASES: dict[int, list[Case]] = {
@@ -30,7 +30,7 @@ CASES: dict[int, list[Case]] = {
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layouts_match_plain_torch(world_size: int) -> None:
-    check(world_size, CASES[world_size])
+    check(world_size, CASES[world_size], num_steps=STEPS)
 
 
 def refused(message: str, **settings: Any) -> None:

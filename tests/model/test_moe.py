@@ -10,8 +10,8 @@ import pytest
 from tests.support.equivalence import check, compare
 from tests.support.layouts import (
     BATCH,
+    FEW_STEPS,
     SEQ_LEN,
-    STEPS,
     batches,
     config,
     reference,
@@ -62,7 +62,7 @@ def check_spread(world_size: int, layouts: list[dict[str, Any]]) -> None:
     exact = next(got for layout, got in zip(layouts, found) if "precision" not in layout)
     for got in found:
         compare_first_norm(got, exact["history"])
-    tokens = STEPS * BATCH * SEQ_LEN
+    tokens = FEW_STEPS * BATCH * SEQ_LEN
     for layout, got in zip(layouts, found):
         for *counts, entropy, rows in got["routing"]:
             assert (sum(counts), rows) == (2 * tokens, tokens), layout
@@ -99,7 +99,7 @@ def test_sabotaged_experts_turn_the_comparison_red(sabotage: str) -> None:
     """Each is seen by one layout alone: the first not without tensor ranks, the second not without several copies."""
     layout = SABOTAGES[sabotage]
     got = run_on_ranks(train_sabotaged, 4, config("moe-whole", **layout), sabotage)[0]
-    expected = reference(config("moe-whole"))
+    expected = reference(config("moe-whole"), num_steps=FEW_STEPS)
     with pytest.raises(AssertionError, match="grad_norm of step 0 differs"):
         compare(got, expected, layout.get("precision", "fp32"), sabotage)
         compare_first_norm(got, expected)
@@ -120,7 +120,7 @@ def train_sabotaged(cfg: Any, sabotage: str) -> dict[str, Any]:
         plain.Reduction = MeanOverCopies
     else:
         changes._counts_here = lambda parameter, rank: rank == 0 or is_split(parameter)
-    return train(cfg, batches())
+    return train(cfg, batches()[:FEW_STEPS])
 
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -139,10 +139,12 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 )
 def test_experts_match_plain_torch(world_size: int, model: str) -> None:
     configs = [config(model, **layout) for layout in LAYOUTS[world_size]]
-    expected = reference(config(model))
+    expected = reference(config(model), num_steps=FEW_STEPS)
     for layout, got in zip(
         LAYOUTS[world_size],
-        run_on_ranks(with_nan_memory, world_size, train_all, configs, [{}] * len(configs))[0],
+        run_on_ranks(
+            with_nan_memory, world_size, train_all, configs, [{}] * len(configs), FEW_STEPS
+        )[0],
     ):
         compare(got, expected, "fp32", f"{model} {layout}")
 
@@ -172,9 +174,10 @@ def test_router_losses_match_plain_torch(world_size: int) -> None:
     Balance is counted within a sequence: which sequences share a micro-batch (its size, the lanes) changes nothing.
     """
     layouts = ROUTER_LOSSES[world_size]
-    expected, without = reference(config("moe-aux")), reference(config("moe-unbalanced"))
+    expected = reference(config("moe-aux"), num_steps=FEW_STEPS)
+    without = reference(config("moe-unbalanced"), num_steps=1)
     assert abs(expected[0][1] / without[0][1] - 1) > 1e-3, "the router losses changed nothing"
     configs = [config("moe-aux", **layout) for layout in layouts]
-    results = run_on_ranks(train_all, world_size, configs, [{}] * len(configs))[0]
+    results = run_on_ranks(train_all, world_size, configs, [{}] * len(configs), FEW_STEPS)[0]
     for layout, got in zip(layouts, results):
         compare(got, expected, layout.get("precision", "fp32"), f"moe-aux {layout}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.layouts import STEPS, config, reference, train_all
+from tests.support.layouts import BATCH, FEW_STEPS, config, reference, train_all
 from tests.support.ranks import run_on_ranks
 from tests.support.unwritten import with_nan_memory
 
@@ -16,8 +16,17 @@ Case = dict[str, Any]
 KINDS = ("documents", "masked", "positions", "batch_size")  # of the data
 
 
-def check(world_size: int, cases: list[Case], *, num_steps: int = STEPS) -> list[dict[str, Any]]:
+def four_micro_batches(world_size: int, case: Case) -> Case:
+    """A step in four parts also without data parallelism: eight cost twice the collectives and prove the same."""
+    model_parallel_size = case.get("tp", 1) * case.get("pp", 1) * case.get("cp", 1)
+    return {"micro_batch_size": BATCH // 4 if world_size == model_parallel_size else 2, **case}
+
+
+def check(
+    world_size: int, cases: list[Case], *, num_steps: int = FEW_STEPS
+) -> list[dict[str, Any]]:
     """Run all cases of one world size in one set of processes and compare each; what rank 0 found."""
+    cases = [four_micro_batches(world_size, case) for case in cases]
     kinds = [{k: case[k] for k in KINDS if k in case} for case in cases]
     configs = [config(**{k: v for k, v in case.items() if k != "masked"}) for case in cases]
     results = run_on_ranks(
