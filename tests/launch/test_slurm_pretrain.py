@@ -23,6 +23,11 @@ from tests.support.waiting import HANG_S
 pytestmark = NEEDS_SLURM
 
 
+@pytest.fixture(scope="module", autouse=True)
+def preloaded(one_lab: Lab) -> None:
+    one_lab.preload()
+
+
 def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     """sbatch of the same line twice, on two nodes that share the disk: the first must not notice the second."""
     first = lab.submit("twice", options=("--nodes=1",), plant="step_s=1")
