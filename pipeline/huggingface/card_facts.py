@@ -30,7 +30,8 @@ def privacy_facts(record: CheckpointRecord, checkpoint: Path | None) -> dict[str
             f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} for {spent['unit']}; each "
             f"was read at most {spent['reads']} times; noise multiplier "
             f"{spent['noise_multiplier']:g}, clipping norm {spent['clip_norm']:g}; of this run "
-            "alone, not of the weights it began with"
+            "alone: of somebody who is also in the data of a private run that its first weights "
+            "came from, epsilons and deltas add up; of one without privacy nothing is promised"
         )
     return facts
 

@@ -252,3 +252,39 @@ def test_findings_are_the_same_at_every_layout(
         cases = [(layout, i) for layout in layouts for i in range(len(MODELS))]
         for pair, (layout, i) in zip(ranks, cases, strict=True):
             compare(pair, wanted[i], f"{MODELS[i]} {layout}")
+
+
+POST_NORM = [dict(tensor_parallel_size=2, sequence_parallel=True), dict(pipeline_parallel_size=2)]
+
+
+def of_post_norm(layouts: list[dict[str, Any]], root: Path) -> list[Any]:
+    """Findings on the prompt of a model whose norms stand behind what is added."""
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.probe import ProbeConfig, look_into
+
+    if layouts == [{}]:
+        save_models({"gpt1": KINDS_OF_MODELS["gpt1"]}, root, tokenizer_file(root))
+    answers = []
+    for layout in layouts:
+        cfg = ProbeConfig(
+            checkpoint=str(root / "gpt1"), prompt=text(PROMPT), patch_into=text(OTHER), answer=text([ANSWER]),
+            ablate=True, precision=Precision.fp32, parallel=ParallelConfig(**layout),
+        )  # fmt: skip
+        answers.append(look_into(cfg, ranks_from_environment()))
+        reset_parallel_state()
+    return answers
+
+
+@pytest.mark.slow
+def test_post_norm_models_are_seen_alike_at_several_ranks(tmp_path: Path) -> None:
+    """One process's findings are those of `test_parts_add_up...`; transformers has no class for these models."""
+    [[alone]] = run_on_ranks(of_post_norm, 1, [{}], tmp_path)
+    assert "attribution" not in alone["averages"]
+    for ranks in run_on_ranks(with_nan_memory, 2, of_post_norm, POST_NORM, tmp_path):
+        for layout, findings in zip(POST_NORM, ranks, strict=True):
+            for name in ("averages", "kinds", "ablation"):
+                close(findings[name], alone[name], f"{layout} {name}")
+            for name in ("of_prompt", "of_other", "streams", "heads"):
+                close(findings["patching"][name], alone["patching"][name], f"{layout} {name}")
+            lens = [found["text"]["lens"]["probabilities"] for found in (findings, alone)]
+            close(*lens, f"{layout} lens")

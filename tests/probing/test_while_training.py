@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from pipeline.config.choices import Precision
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
+from pipeline.model.names import canonical_name
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import tokenizer_file
-from tests.support.layouts import SEQ_LEN, VOCAB, config, reset_parallel_state
+from tests.support.layouts import SEQ_LEN, VOCAB, config, rank_batches, reset_parallel_state
 from tests.support.ranks import run_on_ranks
+from tests.support.unwritten import with_nan_memory
 
 Case = dict[str, Any]
 LAYOUTS: dict[int, list[Case]] = {
@@ -132,6 +136,68 @@ def test_three_ranks_may_share_sequences() -> None:
     for found in run_on_ranks(shared_by_three, 3):
         for name, table in alone.items():
             np.testing.assert_allclose(found[name], table, atol=1e-5, err_msg=name)
+
+
+KINDS = ("moe", "pictures", "gpt1")
+
+
+def lens_beside_cut_models(cases: list[Case]) -> list[Any]:
+    """After a step: lens losses, those of the model without its later blocks, and what heads do."""
+    from pipeline.data.batch import Batch
+    from pipeline.model.stage_io import StageSchema
+    from pipeline.probing.passage import hooked
+    from pipeline.probing.while_training import HeadProbe, LensProbe
+    from tests.engine.test_engine import engine_of
+    from tests.engine.test_pictures import pictured
+
+    found = []
+    for case in cases:
+        cfg = config(**case)
+        engine = engine_of(cfg)
+        step = pictured()[0]
+        if case["model"] != "pictures":
+            del step["images"], step["patch_ids"]
+        engine.train_step(rank_batches(step, engine.shape, engine.layout), step=0)
+        rows = {"loss_mask" if name == "mask" else name: t[:6] for name, t in step.items()}
+        text = Batch(
+            sample_ids=np.arange(6), num_documents=6, document_ids=None, positions=None, **rows
+        )
+        schema = StageSchema.of(cfg.data, cfg.parallel, cfg.model)
+        lens = list(LensProbe(engine, schema, text).run().values())
+        heads = HeadProbe(engine, schema).run()
+        blocks = {
+            int(match[1]): module
+            for name, module in engine.runner.module.named_modules()
+            if (match := re.fullmatch(r"layers\.(\d+)\.?", canonical_name(name, num_layers=4)))
+        }
+        cut = []
+        for last in range(4):
+            with ExitStack() as hooks:
+                for number, block in blocks.items():
+                    if number > last:
+                        hooks.enter_context(hooked(block, lambda _module, inputs, _out: inputs[0]))
+                scores = engine.evaluate([text])
+            cut.append(float(scores.nats / scores.tokens))
+        found.append((lens, cut, list(heads.values())))
+        reset_parallel_state()
+    return found
+
+
+@pytest.mark.slow
+def test_the_lens_of_experts_pictures_and_post_norm_is_the_model_without_its_later_blocks() -> None:
+    """A lens loss is what is left when later blocks hand on what they are given; at every layout the same numbers."""
+    alone = [dict(model=model) for model in KINDS]
+    expected = dict(zip(KINDS, run_on_ranks(lens_beside_cut_models, 1, alone)[0], strict=True))
+    cases = [{**case, **layout} for case in alone for layout in (dict(tp=2, sp=True), dict(pp=2))]
+    cases.append(dict(model="moe", ep=2))
+    for ranks in run_on_ranks(with_nan_memory, 2, lens_beside_cut_models, cases):
+        for case, (lens, cut, heads) in zip(cases, ranks, strict=True):
+            lens_alone, cut_alone, heads_alone = expected[case["model"]]
+            assert min(abs(np.diff(lens))) > 1e-4, "blocks that say the same show nothing"
+            np.testing.assert_allclose(lens, cut, atol=1e-5, err_msg=str(case))
+            np.testing.assert_allclose(lens_alone, cut_alone, atol=1e-5, err_msg=str(case))
+            np.testing.assert_allclose(lens, lens_alone, atol=2e-5, err_msg=str(case))
+            np.testing.assert_allclose(heads, heads_alone, atol=2e-5, err_msg=str(case))
 
 
 def test_compiled_blocks_are_not_looked_into() -> None:

@@ -18,6 +18,7 @@ from pipeline.config.finetune import FinetuneConfig, PrivacyConfig
 from pipeline.config.privacy_rules import delta, privacy
 from pipeline.config.run_shape import derive
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.huggingface.card_facts import privacy_facts
 from pipeline.training import privacy as privacy_module
 from pipeline.training.privacy import _own_key, check_same, epsilon, noise_salt, spent
 from tests.support.checkpoint_runs import record_of
@@ -149,3 +150,11 @@ def test_experts_are_refused_and_the_rules_are_asked() -> None:
     cfg = replace(config("moe", clip_grad=0.0), finetune=PRIVATE.finetune)
     with pytest.raises(ConfigError, match="couples the sequences of a batch"):
         derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
+
+
+def test_epsilon_is_not_said_to_cover_the_runs_before() -> None:
+    """A second private run begins with weights for which another epsilon was spent."""
+    found = {"epsilon": 4.7, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 1, "unit": "a row"}  # fmt: skip
+    card = privacy_facts(replace(record_of(1), privacy=found), None)["Differential privacy"]
+    assert "of this run alone" in card and "epsilons and deltas add up" in card
+    assert privacy_facts(record_of(1), None) == {}
