@@ -20,13 +20,8 @@ from pipeline.model.context_parallel import context_group, gather_run
 from pipeline.model.documents import document_starts
 from pipeline.model.embedding import Embedding, Head
 from pipeline.model.exact import count_exact
-from pipeline.model.loss import (
-    Projection,
-    final_logits,
-    label_losses,
-    linear_cross_entropy,
-    score_labels,
-)
+from pipeline.model.loss import Projection, linear_cross_entropy
+from pipeline.model.predictions import final_logits, label_losses, score_labels
 from pipeline.model.tensor_parallel import enter_output_projection
 
 # (hidden, output weight, labels, token weights) to what is asked of them
@@ -45,6 +40,7 @@ class Loss:
             z_loss_coeff=model.z_loss_coeff,
             scale=model.mup_base_hidden_size / model.hidden_size if model.init is Init.mup else 1.0,
             group=tensor_group if tensor_group.size() > 1 else None,
+            compiled=model.compile,
         )
 
     def __call__(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.engine.forward_only import ForwardOnly
-from pipeline.model.loss import divergences, label_losses, likeliest_tokens
+from pipeline.model.predictions import divergences, label_losses, likeliest_tokens
 from pipeline.model.tensor_parallel import Norm
 from pipeline.probing.passage import Passage
 

@@ -3,126 +3,50 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from pipeline.model import loss as loss_module
-from pipeline.model.loss import Projection, divergences, linear_cross_entropy, score_labels
+from pipeline.model import fused_loss
+from pipeline.model.loss import Projection, linear_cross_entropy
+from tests.support.loss_inputs import OPTIONS, VOCAB, chunked, inputs, plain
 from tests.support.ranks import run_on_ranks
 
-VOCAB, PADDED, HIDDEN = 91, 128, 24
+
+def both(*given: Any) -> list[list[Any]]:
+    """`chunked` by loss.py's operators, and by the arithmetic that fused_loss.py compiles."""
+    with mock.patch.object(fused_loss, "compiled", side_effect=lambda function: function):
+        return [chunked(*given), chunked(*given, True)]
 
 
-def inputs() -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 50, HIDDEN, generator=generator)
-    weight = torch.randn(PADDED, HIDDEN, generator=generator)
-    labels = torch.randint(0, VOCAB, (3, 50), generator=generator)
-    weights = torch.rand(3, 50, generator=generator)
-    return hidden, weight, labels, weights
-
-
-def plain(softcap: float, z: float, scale: float) -> list[torch.Tensor]:
-    hidden, weight, labels, weights = inputs()
-    hidden.requires_grad_(), weight.requires_grad_()
-    logits = scale * (hidden @ weight[:VOCAB].t())
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    losses = (
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        + z * logits.logsumexp(-1).flatten() ** 2
-    )
-    total = (losses * weights.flatten()).sum()
-    (3.0 * total).backward()
-    return [total.detach(), hidden.grad, weight.grad]
-
-
-def chunked(softcap: float, z: float, scale: float, chunk_bytes: int) -> list[Any]:
-    """Over the world's ranks; whole gradients on rank 0."""
-    loss_module.CHUNK_BYTES["cpu"] = chunk_bytes
-    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    hidden, weight, labels, weights = inputs()
-    shard = weight.chunk(size)[rank].clone().requires_grad_()
-    hidden.requires_grad_()
-    group = dist.group.WORLD if size > 1 else None
-    total = linear_cross_entropy(
-        hidden, shard, labels, weights, Projection(VOCAB, softcap, z, scale, group)
-    )
-    (3.0 * total).backward()
-    if size > 1:
-        dist.all_reduce(hidden.grad)
-    return [total.item(), hidden.grad.numpy(), shard.grad.numpy()]
-
-
-@pytest.mark.parametrize(
-    "softcap, z, scale", [(0, 0, 1), (5.0, 0, 1), (0, 1e-2, 1), (3.0, 1e-2, 0.5)]
-)
+@pytest.mark.parametrize("softcap, z, scale", OPTIONS)
 @pytest.mark.parametrize("chunk_bytes", [2**10, 2**30])
 def test_chunks_equal_torch_on_one_rank(
     softcap: float, z: float, scale: float, chunk_bytes: int
 ) -> None:
     """Padding columns count for nothing, and a chunk's size changes nothing."""
-    for got, want in zip(chunked(softcap, z, scale, chunk_bytes), plain(softcap, z, scale)):
-        torch.testing.assert_close(torch.as_tensor(got), want, rtol=2e-5, atol=2e-5)
+    for found in both(softcap, z, scale, chunk_bytes):
+        for got, want in zip(found, plain(softcap, z, scale), strict=True):
+            torch.testing.assert_close(torch.as_tensor(got), want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_split_vocabulary_gives_the_same_loss_and_gradients(world_size: int) -> None:
     """On four ranks the last one holds nothing but padding."""
-    results = run_on_ranks(chunked, world_size, 3.0, 1e-2, 0.5, 2**12)
+    results = run_on_ranks(both, world_size, 3.0, 1e-2, 0.5, 2**12)
     total, hidden_grad, weight_grad = plain(3.0, 1e-2, 0.5)
-    for rank, (got, grad, shard_grad) in enumerate(results):
-        assert got == pytest.approx(total.item(), rel=1e-5)
-        torch.testing.assert_close(torch.as_tensor(grad), hidden_grad, rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(
-            torch.as_tensor(shard_grad), weight_grad.chunk(world_size)[rank], rtol=2e-5, atol=2e-5
-        )
-
-
-def tied_inputs() -> tuple[torch.Tensor, ...]:
-    """As `inputs`, in whole numbers, whose sums no kernel rounds: equal logits are equal at every layout."""
-    hidden, weight, _, weights = inputs()
-    hidden, weight = (2 * hidden).round(), (2 * weight).round()
-    # Equal at three ids in different quarters of the columns; for many tokens they are the largest.
-    weight[[3, 40, 80]] = (30 * hidden.mean((0, 1))).round()
-    logits = hidden @ weight[:VOCAB].t()
-    labels = logits.argmax(-1)
-    labels[:, ::5] += 1
-    labels[(labels == 3) & (torch.arange(50) % 3 == 0)] = 40  # as likely as 3, and not the lowest
-    return hidden, weight, labels % VOCAB, weights
-
-
-def scored(softcap: float, scale: float, chunk_bytes: int) -> tuple[float, float, list[list[bool]]]:
-    """Over the world's ranks: loss by both functions, hits."""
-    loss_module.CHUNK_BYTES["cpu"] = chunk_bytes
-    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    hidden, weight, labels, weights = tied_inputs()
-    shard = weight.chunk(size)[rank].clone()
-    group = dist.group.WORLD if size > 1 else None
-    projection = Projection(VOCAB, softcap, 0.0, scale, group)
-    loss, hits = score_labels(hidden, shard, labels, weights, projection)
-    other = linear_cross_entropy(hidden, shard, labels, weights, projection)
-    return loss.item(), other.item(), hits.tolist()
-
-
-def test_hits_are_those_of_a_greedy_choice_at_any_split_of_the_vocabulary() -> None:
-    """Ties go to the lowest id, wherever the columns lie; padding is never chosen."""
-    hidden, weight, labels, _ = tied_inputs()
-    expected = (hidden @ weight[:VOCAB].t()).argmax(-1) == labels
-    ties = (labels == 40) & ~expected
-    assert 20 < int(expected.sum()) < 140 and int(ties.sum()) > 2 and int((expected & (labels == 3)).sum()) > 2  # fmt: skip
-    for world_size, results in (
-        (1, [scored(0.0, 1.0, 2**30)]),
-        (1, [scored(0.0, 1.0, 2**10)]),
-        (2, run_on_ranks(scored, 2, 0.0, 1.0, 2**12)),
-        (4, run_on_ranks(scored, 4, 0.0, 1.0, 2**12)),
-    ):
-        for loss, other, hits in results:
-            assert loss == other, world_size
-            assert hits == expected.tolist(), world_size
+    for rank, found in enumerate(results):
+        for got, grad, shard_grad in found:
+            assert got == pytest.approx(total.item(), rel=1e-5)
+            torch.testing.assert_close(torch.as_tensor(grad), hidden_grad, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(
+                torch.as_tensor(shard_grad),
+                weight_grad.chunk(world_size)[rank],
+                rtol=2e-5,
+                atol=2e-5,
+            )
 
 
 def test_the_mean_is_taken_without_weights() -> None:
@@ -130,30 +54,3 @@ def test_the_mean_is_taken_without_weights() -> None:
     got = linear_cross_entropy(hidden, weight, labels, None, Projection(VOCAB))
     want = F.cross_entropy((hidden @ weight[:VOCAB].t()).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize(("softcap", "scale"), [(0.0, 1.0), (5.0, 0.5)])
-def test_divergences_and_their_gradients_are_torchs(
-    softcap: float, scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Padded columns are in neither distribution; chunks do not show."""
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * PADDED * 20)
-    target, weight, _, weights = inputs()
-    said = [target.roll(1, 0), 0.5 * target]
-    sums, gradients = divergences(
-        said, target, weight, weights, Projection(VOCAB, softcap, 0.0, scale)
-    )
-
-    def log_probabilities(hidden: torch.Tensor) -> torch.Tensor:
-        logits = scale * (hidden @ weight[:VOCAB].t())
-        return (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
-
-    for number, hidden in enumerate(said):
-        hidden.requires_grad_()
-        apart = F.kl_div(
-            log_probabilities(hidden), log_probabilities(target), log_target=True, reduction="none"
-        )
-        total = (apart.sum(-1) * weights).sum()
-        total.backward()
-        torch.testing.assert_close(sums[number], total.detach())
-        torch.testing.assert_close(gradients[number], hidden.grad, rtol=1e-5, atol=1e-5)
