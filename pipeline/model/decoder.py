@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.choices import Init, Normalization, NormPlacement, Position
 from pipeline.config.finetune import FinetuneConfig
@@ -26,6 +27,8 @@ from pipeline.config.parameter_names import parameter_shapes
 from pipeline.model.activations import ACTIVATIONS
 from pipeline.model.rope import apply_rope, rope_table
 
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, which plans each new number of keys, and here every token brings one."""
 ROPE_STEP = 256
 """Positions by which the rotary table grows, so that it is not made anew for each token."""
 
@@ -88,6 +91,7 @@ class Decoder:
         return self.read(torch.tensor(ids), memory), memory
 
     @torch.no_grad()
+    @sdpa_kernel(KERNELS)
     def read(self, tokens: Tensor, memory: Memory) -> Tensor:
         """(B, vocab_size) fp32 logits behind (B, S) ids that come after what was read."""
         model, tokens = self.model, tokens.to(self.device)

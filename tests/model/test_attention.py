@@ -25,3 +25,35 @@ def test_repeated_key_heads_give_what_shared_ones_do() -> None:
     """fp32 on CUDA: which query head looks at which key head must stay."""
     difference, copies_nothing = run_on_ranks(repeated_heads, 1)[0]
     assert difference < 1e-6 and copies_nothing
+
+
+def orders() -> list[list[str]]:
+    """Kernels' names in their order: on an A100, an H200, a B200, a Blackwell without cuDNN's own."""
+    from pipeline.model.attention import kernel_order
+
+    capabilities = [(8, 0), (9, 0), (10, 0), (12, 0)]
+    return [[kernel.name for kernel in kernel_order(one)] for one in capabilities]
+
+
+def pinned_order() -> tuple[list[str], list[str]]:
+    """(what torch would try, what was given) once a CPU's process has pinned its kernels."""
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    from pipeline.model.attention import kernel_order, pin_attention_kernels
+
+    pin_attention_kernels()
+    pin_attention_kernels()  # of a second engine in the process
+    given = [kernel.name for kernel in kernel_order((0, 0))]
+    return [kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)], given
+
+
+def test_cudnn_comes_first_where_it_is_the_faster_one() -> None:
+    """Plain attention, which holds S x S scores, comes last, and fp32 has its kernel everywhere."""
+    first = [order[0] for order in run_on_ranks(orders, 1)[0]]
+    assert first == ["FLASH_ATTENTION", "CUDNN_ATTENTION", "CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    assert {tuple(order[2:]) for order in run_on_ranks(orders, 1)[0]} == {("EFFICIENT_ATTENTION", "MATH")}  # fmt: skip
+
+
+def test_the_order_is_pinned() -> None:
+    found, given = run_on_ranks(pinned_order, 1)[0]
+    assert found[: len(given)] == given
