@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -74,7 +75,8 @@ class Block(nn.Module):
                 tp_group=groups.tp,
             )
         if model.compile:
-            self.compile()
+            # Not the whole block: what recomputes is not traced, and all behind it was eager.
+            self._run = torch.compile(self._run)  # type: ignore[method-assign]
 
     def forward(self, hidden: Tensor, starts: Tensor | None = None) -> Tensor:
         """Hidden after the block, in the same layout; starts as in CoreAttention."""
