@@ -4,8 +4,9 @@
     python benchmarks/gpu_check.py --stages smoke 125m    some stages
     python benchmarks/gpu_check.py --cpu --out /tmp/check the same code at tiny sizes, to see that it runs
 
-Each stage is a process with a limit of its own; what it prints last is its result. The folder has table.md, a line of
-results.jsonl a stage, and log.txt with all that was printed. Sizes whose states do not fit the device are not tried.
+Each stage is a process with a limit of its own; what it prints last is its result. Those that ask whether it runs go
+beside each other, those that ask how fast alone. The folder has table.md, a line of results.jsonl a stage, and log.txt
+with all that was printed. Sizes whose states do not fit the device are not tried.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 import argparse  # noqa: E402
 import importlib.metadata  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
@@ -27,6 +29,7 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -50,29 +53,44 @@ class Stage:
     command: tuple[str, ...]
     least_gib: int = 0
     """Memory of a device below which it is left out."""
+    beside: bool = False
+    """Runs beside its neighbours that do: nothing in it is timed."""
 
 
 def stages(cpu: bool, work: str) -> list[Stage]:
     """What is tried, in order: first whether it runs, then how fast."""
 
     def part(name: str) -> tuple[str, ...]:
-        return (str(Path(__file__).resolve()), "--part", name, "--work", work)
+        return (str(Path(__file__).resolve()), "--part", name, "--work", f"{work}/{name}")
 
     def rung(name: str, *more: str) -> tuple[str, ...]:
         return ("benchmarks/gpu_ladder.py", "--one", name, "--steps", "2" if cpu else "5", *more)
 
     def peers(shape: str) -> tuple[str, ...]:
-        rounds = ("--rounds", "2", "--seconds", "1" if cpu else "4")
-        return ("benchmarks/train_step.py", "--shapes", shape, "--precisions", "bf16", "--contenders", "ours",
+        rounds = ("--rounds", "2", "--seconds", "1" if cpu else "3")
+        return ("benchmarks/train_step.py", "--shapes", shape, "--precisions", "bf16", "--contenders", "ours", "ours compiled",
                 "compiled", *rounds)  # fmt: skip
 
+    tests = (
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        *TESTS,
+    )
+    features = ("benchmarks/gpu_features.py", *(("--only", "modern fp32", "lora") if cpu else ()))
     found = [
-        Stage("facts", 90, part("facts")),
-        Stage("smoke", 110, part("smoke")),
-        Stage("repeat", 160, part("repeat")),
-        Stage(
-            "gpu tests", 160, ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *TESTS)
-        ),
+        Stage("facts", 120, part("facts"), beside=True),
+        Stage("smoke", 120, part("smoke"), beside=True),
+        Stage("repeat", 180, part("repeat"), beside=True),
+        Stage("features", 240, features, beside=True),
+        Stage("gpu tests", 180, tests, beside=True),
+        Stage("attention", 60, ("benchmarks/gpu_attention.py",)),
     ]
     if cpu:
         return [
@@ -83,12 +101,15 @@ def stages(cpu: bool, work: str) -> list[Stage]:
         ]
     return [
         *found,
-        *(Stage(name, 75, rung(name)) for name in ("125m", "350m", "1.3b")),
-        Stage("7b", 130, rung("7b"), least_gib=130),
-        Stage("7b-half", 100, rung("7b-half"), least_gib=70),
-        *(Stage(f"{name} compiled", 110, rung(name, "--compile")) for name in ("125m", "1.3b")),
-        Stage("1.3b recomputed", 70, rung("1.3b-recomputed")),
+        *(
+            Stage(f"{name} compiled", 110, rung(name, "--compile"))
+            for name in ("125m", "350m", "1.3b")
+        ),
+        Stage("7b compiled", 150, rung("7b", "--compile"), least_gib=130),
+        Stage("7b-half compiled", 120, rung("7b-half", "--compile"), least_gib=70),
         Stage("peers", 120, peers("gpu")),
+        *(Stage(name, 75, rung(name)) for name in ("125m", "350m", "1.3b")),
+        Stage("1.3b recomputed", 70, rung("1.3b-recomputed")),
     ]
 
 
@@ -255,21 +276,27 @@ def check(chosen: list[Stage], *, out: Path, budget_s: float, cpu: bool) -> int:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     gib, end = (0.0 if cpu else device_gib()), time.monotonic() + budget_s
     rows: list[dict[str, Any]] = []
-    for stage in chosen:
+
+    def one(stage: Stage) -> dict[str, Any]:
         left = end - time.monotonic()
         limit = min(stage.limit_s * (CPU_SCALE if cpu else 1), left)
         row = {"stage": stage.name, "s": 0, "result": ""}
         if stage.least_gib > gib:
-            row["verdict"] = f"needs {stage.least_gib} GiB"
-        elif left < LEAST_S:
-            row["verdict"] = "not reached"
-        else:
-            print(f"== {stage.name}: {limit:.0f} s at most", file=sys.stderr, flush=True)
-            row |= run(stage, limit_s=limit, environment=environment, log=out / "log.txt")
-        rows.append(row)
-        with (out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        (out / "table.md").write_text(table(rows))  # after each: whoever ends this, it is there
+            return row | {"verdict": f"needs {stage.least_gib} GiB"}
+        if left < LEAST_S:
+            return row | {"verdict": "not reached"}
+        print(f"== {stage.name}: {limit:.0f} s at most", file=sys.stderr, flush=True)
+        return row | run(stage, limit_s=limit, environment=environment, log=out / "log.txt")
+
+    for is_beside, group in itertools.groupby(chosen, key=lambda stage: stage.beside):
+        together = list(group)
+        with ThreadPoolExecutor(len(together) if is_beside else 1) as pool:
+            for row in pool.map(one, together):
+                rows.append(row)
+                with (out / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                # After each: whoever ends this, it is there.
+                (out / "table.md").write_text(table(rows))
     print(table(rows), end="")
     return sum(row["verdict"].startswith(("failed", "time limit", "not reached")) for row in rows)
 

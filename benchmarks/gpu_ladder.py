@@ -20,6 +20,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -39,8 +40,8 @@ RUNGS = {
     "125m": Rung("gpt3-125m", 1024, 32, 4),
     "350m": Rung("gpt3-350m", 2048, 16, 4),
     "1.3b": Rung("gpt3-1.3b", 2048, 8, 8),
-    # Weights, gradients and Adam's moments take 126 of an H200's 139 GiB: blocks are recomputed.
-    "7b": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full",)),
+    # Weights, gradients and Adam's moments take 124 of an H200's 140 GiB: half the blocks are kept.
+    "7b": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full", "training.recompute_every=2")),
     # The same matrices for 80 GB: half the layers take 61 GiB.
     "7b-half": Rung("modern-7b", 2048, 1, 16, ("training.recompute=full", "model.num_layers=15")),
     "1.3b-recomputed": Rung("gpt3-1.3b", 2048, 16, 4, ("training.recompute=full",)),
@@ -109,6 +110,13 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
     if on_cuda:
         torch.cuda.synchronize()
     tokens_per_s = steps * shape.at(0).tokens / (time.perf_counter() - start)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    if on_cuda:
+        print(
+            kernels_of(
+                lambda: engine.train_step(random_batches(rung, vocab_size, device), step=number)
+            )
+        )
     achieved = tokens_per_s * flops_per_token(
         cfg.model, cfg.finetune, vocab_size=shape.vocab_size, seq_len=rung.seq_len
     )
@@ -119,9 +127,36 @@ def measure(name: str, steps: int, compile_blocks: bool) -> dict[str, Any]:
         "tflops": achieved / 1e12,
         "datasheet_tflops": peak_tflops(torch.cuda.get_device_name()) if on_cuda else None,
         "gemm_tflops": gemm_tflops(device, 8192 if on_cuda else 1024),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+        "peak_gib": peak_gib,
         "loss": float(loss),
     }
+
+
+def kernels_of(step: Callable[[], Any]) -> str:
+    """What the device did in a step: its kernels by time, and the host's waits and launches."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()  # one of the waits below is this one
+    events = seen.key_averages()
+    kernels = sorted(
+        (
+            (e.self_device_time_total / 1e3, e.count, e.key)
+            for e in events
+            if e.self_device_time_total
+        ),
+        reverse=True,
+    )
+    total = sum(ms for ms, _, _ in kernels)
+    lines = [f"device busy {total:.1f} ms"]
+    lines += [
+        f"{ms:9.2f} ms {ms / total:6.1%} {count:6} x {name[:110]}"
+        for ms, count, name in kernels[:45]
+    ]
+    host = {e.key: e.count for e in events if "Synchronize" in e.key or "aunchKernel" in e.key}
+    return "\n".join([*lines, f"host: {json.dumps(host)}"])
 
 
 def gemm_tflops(device: Any, size: int) -> float:
@@ -170,7 +205,10 @@ def main() -> None:
             str(options.steps),
         ]
         done = subprocess.run(
-            command + ["--compile"] * options.compile, capture_output=True, text=True, cwd=ROOT
+            command + ["--compile"] * options.compile,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         if done.returncode:
             print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * 6)

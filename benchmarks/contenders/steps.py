@@ -12,7 +12,7 @@ SHAPES = {
     "large": (12, 768, 12, 512, 2, 32000),
     "gpu": (12, 768, 12, 1024, 32, 50304),  # too large for a CPU: only where it is asked for
 }
-NAMES = ("ours", "eager", "compiled", "huggingface", "huggingface+deepspeed")
+NAMES = ("ours", "ours compiled", "eager", "compiled", "huggingface", "huggingface+deepspeed")
 LR, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
 
 
@@ -103,8 +103,8 @@ def build(contender: str, shape: str, precision: str) -> Callable[[], float]:
         0, vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(1)
     ).to(device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if contender == "ours":
-        return our_step(shape, precision, inputs, labels)
+    if contender in ("ours", "ours compiled"):
+        return our_step(shape, precision, inputs, labels, compiled=contender != "ours")
     if contender in ("eager", "compiled"):
         model = eager_gpt(layers, width, heads, seq, vocab).to(device)
         model = torch.compile(model) if contender == "compiled" else model
@@ -139,7 +139,9 @@ def build(contender: str, shape: str, precision: str) -> Callable[[], float]:
     return step
 
 
-def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[], float]:
+def our_step(
+    shape: str, precision: str, inputs: Any, labels: Any, *, compiled: bool
+) -> Callable[[], float]:
     """A step of pipeline.engine as the trainer calls it."""
     from types import SimpleNamespace
 
@@ -161,6 +163,7 @@ def our_step(shape: str, precision: str, inputs: Any, labels: Any) -> Callable[[
             hidden_size=width,
             num_attention_heads=heads,
             max_seq_len=seq,
+            compile=compiled,
         ),
         optimizer=OptimizerConfig(lr=LR, weight_decay=DECAY, clip_grad=CLIP),
         training=TrainingConfig(
