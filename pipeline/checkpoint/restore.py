@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.checkpoint.adapters import ModelTensors
 from pipeline.checkpoint.record import CheckpointRecord, read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
 from pipeline.config.parameter_names import is_lora
 from pipeline.engine import state
-from pipeline.engine.engine import Engine
 from pipeline.engine.weights import Weights
 from pipeline.errors import CheckpointError
 from pipeline.model.fragments import chunks_of
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import Engine
 
 Sources = Callable[[str], str | None]
 """Canonical name -> what a parameter is called where it is read; None: it keeps its values."""

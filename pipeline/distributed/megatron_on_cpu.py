@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import pipeline.distributed.lean_megatron  # noqa: F401
 from pipeline.patching import replace, supply
 
 LAYOUTS = "tests/engine/test_equivalence.py::test_layouts_match_plain_torch"

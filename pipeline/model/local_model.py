@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pipeline.distributed.lean_megatron  # noqa: F401
+
+# isort: split
 import os
 from collections.abc import Callable
 from dataclasses import replace
