@@ -190,7 +190,7 @@ def read_completed(root: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_leaves_the_last_completed_save(kills: int, tmp_path: Path) -> None:
     """kill -9 of both ranks at random moments around saves; each restart finds a whole one, as new as promised."""
     draw = random.Random(kills)
