@@ -43,8 +43,17 @@ def setup(*, global_rank: int = 0) -> None:
 
 def info(text: str) -> None:
     """Log a message of any length, broken between words."""
+    _log(logging.INFO, text)
+
+
+def warning(text: str) -> None:
+    """As `info`, of what somebody should do something about."""
+    _log(logging.WARNING, text)
+
+
+def _log(level: int, text: str) -> None:
     for line in textwrap.wrap(text, COLUMNS, subsequent_indent="  "):
-        logger.info("%s", line)
+        logger.log(level, "%s", line)
 
 
 class _Redacting(logging.Formatter):

@@ -79,3 +79,13 @@ def test_a_file_gets_what_is_printed(encoding, written):
 def test_bytes_are_said_in_units_in_which_they_are_not_zero(num_bytes, words):
     """A checkpoint of a small model had 0.01 GiB."""
     assert log.in_units(num_bytes) == words
+
+
+def test_long_messages_are_broken_between_words(caplog, monkeypatch):
+    """The terminal of a newcomer has 80 columns; a warning was 160 wide."""
+    monkeypatch.setattr(log.logger, "propagate", True)
+    words = "four ranks wait for each other " * 5
+    log.warning(words)
+    shown = [record.getMessage() for record in caplog.records]
+    assert 1 < len(shown) and all(len("23:59:59 W ") + len(line) <= 78 for line in shown)
+    assert " ".join(line.strip() for line in shown) == words.strip()

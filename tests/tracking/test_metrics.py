@@ -9,6 +9,7 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -301,7 +302,13 @@ def test_wandb_that_hangs_costs_no_step_and_a_bounded_end(tmp_path, monkeypatch)
     """An init that never returns must hold neither the loop nor the end of the job."""
     import wandb
 
-    monkeypatch.setattr(wandb, "init", lambda **_: time.sleep(60))
+    test_ends = threading.Event()
+
+    def hang(**_):
+        test_ends.wait()
+        raise RuntimeError("the test has ended")
+
+    monkeypatch.setattr(wandb, "init", hang)
     monkeypatch.setattr(feed, "CLOSE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(feed, "MOST_WAITING", 2)
     began, failures = time.monotonic(), num_failures()
@@ -310,6 +317,7 @@ def test_wandb_that_hangs_costs_no_step_and_a_bounded_end(tmp_path, monkeypatch)
     tracker.close()
     assert time.monotonic() - began < 5
     assert num_failures() > failures, "values were left out, and counted"
+    test_ends.set()
 
 
 @pytest.mark.slow
