@@ -110,7 +110,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def holds_template(folder: Path) -> bool:
     """Whether a folder has a chat template, in a file of its own or in the tokenizer's settings."""
-    if any(folder.glob("chat_template.*")):
+    if (folder / "chat_template.jinja").is_file():
         return True
     try:
         settings = read_json(folder / "tokenizer_config.json")

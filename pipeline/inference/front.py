@@ -35,6 +35,8 @@ from pipeline.inference.served import Served
 
 HERE = "127.0.0.1"
 NAMES = (HERE, "localhost")
+START_S = 600.0
+"""After so long a server that reads a model from a slow disk will not come."""
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PAGE = Path(__file__).with_name("talk.html")
 
@@ -229,7 +231,7 @@ def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
     """`transformers serve` of the model until the block ends.
 
     Raises:
-        MachineError: it ended before it answered, or answers everybody.
+        MachineError: it ended before it answered, has not begun to, or answers everybody.
     """
     with socket.create_server((HERE, 0)) as free:
         upstream = Upstream(free.getsockname()[1], secrets.token_urlsafe(32))
@@ -253,11 +255,14 @@ def transformers_serve(model: Served, scratch: Path) -> Iterator[Upstream]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C of the terminal is ours to hear
         )
+    give_up_at = time.monotonic() + START_S
     try:
         while _health(upstream, upstream.headers) != 200:
-            if server.poll() is not None:
+            has_ended, is_late = server.poll() is not None, time.monotonic() > give_up_at
+            if has_ended or is_late:
+                what = "ended at its start" if has_ended else f"has not answered in {START_S:g} s"
                 said = log.read_text(errors="backslashreplace").strip().splitlines()[-15:]
-                raise MachineError("\n".join(["transformers serve ended at its start:", *said]))
+                raise MachineError("\n".join([f"transformers serve {what}:", *said]))
             time.sleep(0.2)
         if _health(upstream, {}) != 403:
             raise MachineError(

@@ -37,3 +37,19 @@ def test_a_full_memory_is_not_the_folders_fault(tmp_path, monkeypatch, raised, s
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(seen):
         loading.load_transformers(tmp_path, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("files", "has"),
+    [
+        ({"chat_template.jinja": "{{ messages }}"}, True),
+        ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, True),
+        ({"tokenizer_config.json": '{"chat_template": null}'}, False),
+        # A processor's, which no tokenizer reads: the chat failed once the model was loaded.
+        ({"tokenizer_config.json": "{}", "chat_template.json": "{}"}, False),
+    ],
+)
+def test_a_template_is_one_that_the_tokenizer_reads(tmp_path, files, has):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert loading.holds_template(tmp_path) == has

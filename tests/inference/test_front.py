@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.inference import front
 from pipeline.inference.served import Served
 from pipeline.inference.upstream import HEADER
 from tests.inference.test_chat_models import chat_tokenizer
+from tests.support.waiting import HANG_S
 
 SAID = b'data: {"choices": [{"text": "t7"}]}\n\n'
 WORD = "between-front-and-upstream"
@@ -183,3 +185,28 @@ def test_a_taken_port_is_named_with_the_way_out() -> None:
         port = server.server_address[1]
         with pytest.raises(MachineError, match=rf"port {port} .*port={port + 1}"):
             front.listening(port)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit('no such model')", "ended at its start:\n.*no such model"),
+        ("import time; time.sleep(60)", "has not answered in 0.5 s"),
+    ],
+)
+def test_a_server_that_does_not_come_is_not_waited_for(
+    program: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`timeit` runs what stands in the place of the model's name."""
+    monkeypatch.setattr(front, "START_S", 0.5 if "sleep" in program else HANG_S)
+    monkeypatch.setattr(
+        front,
+        "upstream_program",
+        SimpleNamespace(__name__="timeit", VARIABLE="WORD", HEADER=HEADER),
+    )
+    model: Any = SimpleNamespace(name=program, folder=tmp_path / "model")
+    with (
+        pytest.raises(MachineError, match=f"(?s){said}"),
+        front.transformers_serve(model, tmp_path),
+    ):
+        pass
