@@ -36,7 +36,9 @@ from typing import Any  # noqa: E402
 LEAST_S = 20  # a stage that would get less is not begun
 CPU_SCALE = 10  # of the stages' limits, which are a device's
 VERSIONS = ("torch", "transformers", "numpy", "deepspeed", "megatron-core")
-TESTS = ("tests/engine/test_host_waits.py", "tests/data/test_loader.py")
+TESTS = (
+    "tests/engine/test_host_waits.py", "tests/data/test_loader.py", "tests/model/test_documents.py",
+)  # fmt: skip
 RUN = (
     "model=tiny", "tracking=local", "training.global_batch_size=8", "training.micro_batch_size=4",
     "training.seq_len=64", "training.precision=bf16", "training.eval_every=0", "training.eval_sequences=16",

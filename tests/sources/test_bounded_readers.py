@@ -31,7 +31,7 @@ from tests.support.arrow import views, write_arrow
 GOOD = b'{"text": "good"}\n'
 
 
-# 2 GB of addresses, libraries included, as docs/data_prep.md says; of each file its documents and reasons.
+# 2 GB of addresses, libraries included, as docs/data.md says; of each file its documents and reasons.
 READ = """
 import collections, json, os, resource, sys
 from data_prep.sources.documents import read_documents
