@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.adapters import find_base, recorded_base
-from pipeline.checkpoint.record import CHAT_TEMPLATE, attachment, read_record
+from pipeline.checkpoint.record import read_record
 from pipeline.config.parameter_names import is_lora, parameter_shapes
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import write_durably
@@ -30,6 +30,7 @@ from pipeline.huggingface.writer import (
     export,
     fixed_tokens,
     model_card,
+    write_chat,
     write_json,
 )
 
@@ -77,9 +78,11 @@ def export_adapter(
         matrices.values(),
         getattr(torch, DTYPES[dtype]),
     )
-    copy_tokenizer(checkpoint, record, output)
-    if (template := attachment(checkpoint, CHAT_TEMPLATE)) is not None:
-        write_durably(output / CHAT_TEMPLATE, template)
+    tokenizer = copy_tokenizer(checkpoint, record, output)
+    eod = record.eod if tokenizer is None else tokenizer.eod
+    # peft generates by the base's settings: in one that is only here for the adapter they are its.
+    for folder in (output, output / BASE) if source == output / BASE else (output,):
+        write_chat(checkpoint, record, folder, eod=eod)
     card = model_card(record, mapping, dtype, library="peft", checkpoint=checkpoint)
     write_durably(output / "README.md", card.encode())
     write_json(

@@ -67,16 +67,23 @@ def export(checkpoint: Path, output: Path, *, dtype: DType, base: Path | None = 
         config |= {"image_token_index": record.image_token_id}
         config["text_config"] = config["text_config"] | ends
         write_processor(model, output, tokenizer, record.image_token_id)
-    generation: dict[str, Any] = {**ends, "pad_token_id": eod}
+    write_chat(checkpoint, record, output, eod=eod)
+    card = model_card(record, mapping, dtype, checkpoint=checkpoint)
+    write_durably(output / "README.md", card.encode())
+    write_json(output / "config.json", config)  # last: without it the folder is no model
+    return mapping
+
+
+def write_chat(
+    checkpoint: Path, record: CheckpointRecord, output: Path, *, eod: int | None
+) -> None:
+    """Write what begins and ends a text: the chat template, if there is one, and the ends' ids."""
+    generation: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
     template = attachment(checkpoint, CHAT_TEMPLATE)
     if template is not None:  # it stops where a turn ends, and where a document does
         write_durably(output / CHAT_TEMPLATE, template)
         generation["eos_token_id"] = list(dict.fromkeys([eod, record.end_of_turn]))
     write_json(output / "generation_config.json", generation)
-    card = model_card(record, mapping, dtype, checkpoint=checkpoint)
-    write_durably(output / "README.md", card.encode())
-    write_json(output / "config.json", config)  # last: without it the folder is no model
-    return mapping
 
 
 def copy_tokenizer(checkpoint: Path, record: CheckpointRecord, output: Path) -> Tokenizer | None:

@@ -20,6 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.peft import adapter_difference, export_adapter
 from pipeline.huggingface.writer import DType, export, logits_difference
+from tests.inference.test_chat_models import CHATML, END, EOD
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import EXPORTED, tokenizer_file
 from tests.support.layouts import config
@@ -48,7 +49,10 @@ def save_adapters(names: list[str], root: Path, tokenizer: Path) -> None:
             cfg.model, cfg.optimizer.lr, cfg.schedule.warmup_steps = model, 0.03, 0
             base = None if kind == "base" else folders.find(root / name / "base")
             files = {"tokenizer.json": tokenizer.read_bytes()}
-            run = Run(cfg, root / name / kind, attachments=files, base=base)
+            ends = {"eod": EOD}
+            if kind == "adapter":  # that learned dialogues, of a base that has read text
+                files["chat_template.jinja"], ends["end_of_turn"] = CHATML.encode(), END
+            run = Run(cfg, root / name / kind, attachments=files, base=base, ends=ends)
             run.train(0, 4)
             run.save(4)
             run.close()
@@ -106,6 +110,15 @@ def test_the_folder_holds_the_product_of_every_matrix(
     assert not any("mlp.experts" in name for name in files)
     # Its tokenizer gives the ids of training: the template stays out, as in every export.
     assert AutoTokenizer.from_pretrained(tmp_path)("t1 t2").input_ids == [1, 2]
+
+
+def test_an_adapter_of_a_chat_stops_where_its_turn_ends(adapters: Path, tmp_path: Path) -> None:
+    """peft generates by the base's settings, and that of text ended at documents only."""
+    export_adapter(folders.find(adapters / "llama" / "adapter"), tmp_path, dtype=DType.fp32)
+    for folder in (tmp_path, tmp_path / "base"):
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [EOD, END]
+        assert (folder / "chat_template.jinja").read_text() == CHATML
 
 
 def test_more_than_low_rank_matrices_is_refused(adapters: Path, tmp_path: Path) -> None:
