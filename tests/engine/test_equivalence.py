@@ -176,7 +176,8 @@ def with_groups(kind: str, **layout: Any) -> Any:
 
 
 GROUPS: dict[int, list[tuple[str, Case]]] = {
-    2: [("mup", dict(pp=2, schedule="dualpipev")), ("lr_scale", dict(pp=2))],
+    2: [("mup", dict(pp=2, schedule="dualpipev"))]
+    + [(kind, dict(pp=2)) for kind in ("mup", "lr_scale", "decay_embeddings")],
     3: [(kind, dict(pp=3)) for kind in ("mup", "lr_scale", "decay_embeddings")]
     + [("lr_scale", dict(pp=3, precision="fp16"))],
     4: [(kind, dict(pp=2, tp=2)) for kind in ("mup", "lr_scale", "decay_embeddings")],
