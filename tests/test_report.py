@@ -33,7 +33,7 @@ def step_row(step: int, loss: float | None) -> dict:
 
 def write(run_dir: Path, rows: list[dict], tail: str = "") -> Path:
     run_dir.mkdir(exist_ok=True)
-    facts = {"num_parameters": 1234, "device": "<cpu>"}
+    facts = {"num_parameters": 1234, "device": "<cpu>", "versions": {"torch": "2.13", "<x>": "1"}}
     lines = [{"event": "start", "world_size": 2, "facts": facts}, *rows]
     (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + tail)
     (run_dir / "config.yaml").write_text("name: <x>\n")
@@ -60,7 +60,7 @@ def test_report_is_a_picture_and_a_page_that_stands_alone(tmp_path, capsys):
     assert "62.5 % of answers exact  (talks, step 200)" in capsys.readouterr().out
     assert "1,234 parameters" in page
     assert "Goodput 87 %, 3 steps done twice." in page
-    assert "&lt;cpu&gt;" in page
+    assert "&lt;cpu&gt;" in page and ">torch 2.13, &lt;x&gt; 1<" in page
     assert "name: &lt;x&gt;" in page
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from pipeline.tracking.curves import PANELS, draw, smoothed
+import pytest
+
+from pipeline.tracking import curves
+from pipeline.tracking.curves import COLORS, PANELS, draw, smoothed
 from pipeline.tracking.history import History
 
 
@@ -31,3 +35,33 @@ def test_only_what_some_run_has_is_drawn() -> None:
     wanted = [p.title for p in PANELS if p.column in ("train/loss", "train/lr", "memory/peak_gib")]
     assert list(pictures.panels) == wanted and len(wanted) == 5
     assert all(png.startswith(b"\x89PNG") for png in (pictures.sheet, *pictures.panels.values()))
+
+
+def legends(
+    histories: Mapping[str, History], monkeypatch: pytest.MonkeyPatch
+) -> list[list[tuple[str, str]]]:
+    """(name, colour) of what the legend of each panel names, the sheet's first; nothing is drawn."""
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(curves, "_png", lambda figure, *, dpi: figures.append(figure) or b"")
+        draw(histories, title="")
+    found = []
+    for axes in (axes for figure in figures for axes in figure.axes):
+        legend = axes.get_legend()
+        texts, lines = (legend.get_texts(), legend.get_lines()) if legend else ([], [])
+        found.append([(t.get_text(), line.get_color()) for t, line in zip(texts, lines)])
+    return found
+
+
+def test_every_panel_of_several_runs_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two colours without names are no comparison; of a single run only the loss has several."""
+    one, other = (
+        history(train__loss=[3.0, 2.0], tokens=[1, 2], train__lr=[lr] * 2) for lr in (1, 2)
+    )
+    assert legends({"slow": one, "fast": other}, monkeypatch) == [
+        [("slow", COLORS[0]), ("fast", COLORS[1])]
+    ] * (4 + 4)
+    sheet_and_panels = (
+        [[("training", COLORS[0])], [], [], []] + [[("training", COLORS[0])]] * 3 + [[]]
+    )
+    assert legends({"slow": one}, monkeypatch) == sheet_and_panels

@@ -7,6 +7,7 @@ import pytest
 from pipeline.config.choices import WandbMode, XAxis
 from pipeline.config.operation import TrackingConfig
 from pipeline.tracking import wandb_run
+from pipeline.tracking.samples import Sample
 from pipeline.tracking.tracker import At
 
 
@@ -66,6 +67,22 @@ def test_steps_and_tokens_are_axes_and_the_run_has_a_summary(tmp_path, monkeypat
     assert run.rows == [{"step": 2, "tokens": 64, "train/loss": 3.0}]
     assert (run.summary, run.exit_code) == ({"best/loss": 3.0, "best/step": 2}, 5)
     assert made.is_known(), "its id is kept"
+
+
+def test_samples_are_a_table_that_says_when_each_was_written(tmp_path, monkeypatch):
+    """W&B joins the tables of all steps: a row without its step and tokens could not be placed."""
+    import wandb
+
+    run = Run()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    made = wandb_run.WandbRun(TrackingConfig(wandb=WandbMode.offline), run_dir=tmp_path, config={})
+    made.open(None)
+    made.log_samples(At(2, 64, 1.0), [Sample("Once", " upon"), Sample("", "a\nb")])
+    (row,) = run.rows
+    table = row.pop("samples")
+    assert row == {"step": 2, "tokens": 64}
+    assert table.columns == ["step", "tokens", "prompt", "text"]
+    assert table.data == [[2, 64, "Once", " upon"], [2, 64, "", "a\nb"]]
 
 
 def test_an_exported_model_is_an_artifact_of_its_step_without_a_copy(tmp_path, monkeypatch):
