@@ -48,11 +48,11 @@ def connect(url: str) -> tuple[Any, str]:
     try:
         file_system, place = fsspec.core.url_to_fs(url, **options)
         return file_system, place
-    except ImportError:
-        raise ConfigError(
-            f"{url} needs the package of its protocol: pip install -e "
-            f'".[{EXTRAS.get(protocol, protocol)}]" in the folder of this project.'
-        ) from None
+    except ImportError as error:
+        way = f"{error}."  # fsspec names the package
+        if (extra := EXTRAS.get(protocol)) is not None:
+            way = f'pip install -e ".[{extra}]" in the folder of this project.'
+        raise ConfigError(f"{url} needs the package of its protocol: {way}") from None
     except ValueError as error:
         raise ConfigError(f"{url} cannot be opened: {error}") from None
 

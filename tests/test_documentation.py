@@ -7,17 +7,19 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from pipeline import cli, sweep
+from pipeline import cli, remote, sweep
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 from pipeline.pretrain import COMMANDS as FRONT_DOOR
 from pipeline.sweeping.points import points_of
+from tests.support.source_texts import texts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -54,12 +56,14 @@ TEXT_TO_MODEL = r"launch/text_to_model\.sh (?P<first>.*) -- (?P<second>.*)"
 
 
 def written(path: Path) -> Iterator[str]:
-    """The lines of a page, of a script's comments, or of the docstring that a command prints as its help."""
+    """The lines of a page, of a script's comments and last words, or of the docstring that a command prints as its help."""
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     if path in SCRIPTS:
-        text = "\n".join(re.findall(r"^ *# *(.*)", text, re.MULTILINE))
+        last_words = re.findall(r"^cat << END\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+        text = "\n".join([*re.findall(r"^ *# *(.*)", text, re.MULTILINE), *last_words])
+        text = text.replace("$run", "runs/NAME")
     text = re.sub(r"\\\n(?:\s*#)?\s*", "", text)
     for line in text.splitlines():
         yield from re.findall(r"`([^`]+)`", line) if "`" in line else [line]
@@ -128,7 +132,7 @@ def test_local_links_lead_somewhere(page):
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_on_a_page_exist(page):
     """The six files to read first must be there; so must the test that shows a claim."""
     folders = "pipeline|data_prep|launch|conf|docs|tests|benchmarks"
@@ -141,10 +145,10 @@ def test_files_named_on_a_page_exist(page):
     assert [name for name in sorted(named - made_by_the_reader) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_on_a_page_exist(page):
     targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE)
+    named = re.findall(r"(?:^ *|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE)
     assert set(named) <= targets
 
 
@@ -192,3 +196,34 @@ def test_commands_are_found_in_every_spelling(tmp_path):
 
 def test_the_pages_have_commands():
     assert sum(len(commands(path)) for path in PAGES) > 40
+
+
+def wrong_installations(text: str, extras: set[str]) -> list[str]:
+    """What stands after `pip install` of extras in another spelling, or of extras that there are not."""
+    line = r"""(?:--[\w-]+ )*(?:-c constraints\.txt )?-e "\.\[([\w,{}$]+)\]"\W*"""
+    wrong = []
+    for words in re.findall(r"pip install +([^\n`[]*\[[^]\n`]*\]\S*)", text):
+        match = re.fullmatch(line, words)
+        if match is None or not set(match[1].split(",")) <= extras | {"{}", "$EXTRAS"}:
+            wrong.append(words)
+    return wrong
+
+
+def test_an_extra_is_installed_by_a_line_that_works() -> None:
+    """Without quotes zsh takes the brackets for a pattern; without -e and the dot it is somebody else's package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    files = [path for name in ("pipeline", "data_prep") for path in (ROOT / name).rglob("*.py")]
+    pages = [path for path in PAGES if path.name != "CHANGELOG.md"]  # which tells of old ones
+    texts = {path: path.read_text() for path in [*pages, *SCRIPTS]}
+    texts |= {path: "\n".join(texts_of(path)) for path in files}
+    found = {
+        str(path.relative_to(ROOT)): wrong_installations(text, extras)
+        for path, text in texts.items()
+    }
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
+    assert sum(text.count('pip install -e ".[') for text in texts.values()) > 10
+    assert set(remote.EXTRAS.values()) <= extras
+    for line in ("pretrain[hf]", "-e .[hf]", '-e ".[hg]"', '".[hf]"', "-e '.[hf]'"):
+        assert wrong_installations(f"it needs x: pip install {line}, or not", extras), line
+    assert not wrong_installations('pip install -e ".[hf,serve]".', extras)

@@ -48,6 +48,21 @@ def server(*answers: bytes, drip: bool = False, endless: bool = False) -> Iterat
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/file"
 
 
+@pytest.mark.parametrize(
+    "url, way",
+    [("s3://a/b", r'pip install -e "\.\[s3\]" in'), ("abfs://a/b", r"Install adlfs to .*\.$")],
+)
+def test_the_package_of_a_protocol_is_named(url: str, way: str, monkeypatch) -> None:
+    """A protocol that no extra brings was answered with an extra of its name, which does not exist."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Install adlfs to access Azure")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ConfigError, match=f"{url} needs the package of its protocol: {way}"):
+        remote.connect(url)
+
+
 def test_a_small_file_without_end_is_left_at_its_limit():
     with server(ENDLESS, endless=True) as url, pytest.raises(DataError, match="more than 100000"):
         remote.read_small(*remote.connect(url), most=100_000)

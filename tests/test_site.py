@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -14,6 +13,7 @@ import pytest
 
 from pipeline import pretrain
 from pipeline import schema as schemas
+from tests.support.source_texts import texts_of
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,26 +48,12 @@ def test_links_of_a_page_are_turned_to_where_their_targets_are() -> None:
     )
 
 
-def said() -> str:
-    """Every text of the source, pieces of f-strings joined as they are written."""
-    found = []
-    for path in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [
-                    part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
-                ]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\0".join(found)
-
-
 def test_the_messages_of_the_page_are_those_that_commands_print() -> None:
     """A reader looks for what the terminal shows."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-    everything = said()
+    sources = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py")]
+    everything = "\0".join(text for path in sources for text in texts_of(path))
     assert len(messages) > 12
     assert [message for message in messages if message not in everything] == []
 

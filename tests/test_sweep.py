@@ -116,6 +116,16 @@ def test_a_point_that_was_made_with_other_settings_is_not_taken_for_done(
             main(sweep, [*words, change])
 
 
+def test_multirun_of_train_is_a_sweep(tmp_path: Path) -> None:
+    """Hydra's spelling; without it `seed=1,2` is a value that no run has."""
+    words = ["--multirun", *SWEPT, "run=false", f"runs_dir={tmp_path}", "name=s"]
+    command = [sys.executable, "-m", "pipeline.train", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 1, done.stderr  # none of the points is done
+    assert states(done.stdout) == ["not begun"] * 4
+    assert (tmp_path / "s" / "table.md").read_text() == done.stdout
+
+
 def kill_the_second(sweep_process: subprocess.Popen, run: Path) -> None:
     """Kill -9 the training of a point once it has logged a step."""
     end = time.monotonic() + HANG_S

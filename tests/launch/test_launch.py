@@ -117,6 +117,33 @@ def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, output
     assert config.data.path == output
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "talk", "caption"])
+def test_settings_of_a_recipe_that_is_done_are_refused(tmp_path, recipe):
+    """They would change nothing, and the tables printed after them would be taken for theirs."""
+    for folder in ("launch", f"runs/{recipe}"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("recipe.sh", f"{recipe}.sh"):
+        (tmp_path / "launch" / name).write_bytes((LAUNCH / name).read_bytes())
+    (tmp_path / "runs" / recipe / "DONE").touch()
+    command = ["bash", f"launch/{recipe}.sh", "optimizer.lr=1", "seed=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 2 and done.stdout == ""
+    told = f"error: runs/{recipe} is done, and optimizer.lr=1 seed=2 would change nothing."
+    assert done.stderr.startswith(told) and "name=mine" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "is_done, words, code", [(True, "", 0), (False, "seed=2", 0), (True, "seed=2", 2)]
+)
+def test_a_recipe_goes_on_without_settings_or_before_its_end(tmp_path, is_done, words, code):
+    """The same line resumes what was interrupted, and reuses what is done."""
+    if is_done:
+        (tmp_path / "DONE").touch()
+    show = f'source "{LAUNCH}/recipe.sh"; refuse_settings_of_done "{tmp_path}" {words}'
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, timeout=HANG_S)
+    assert (done.returncode, bool(done.stderr)) == (code, code != 0)
+
+
 def test_text_to_model_says_a_wrong_setting_before_anything_is_submitted(tmp_path):
     """Sixty-four tasks would each say it in an hour."""
     result = subprocess.run(
