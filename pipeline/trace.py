@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,32 @@ SHAPE = {
     ],
     "not_found": [str],
 }
-SHOWN = 20  # steps on the terminal
+SHOWN = 20  # steps, and runs of windows, on the terminal
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a dataset as runs of their numbers in it: ascending, apart."""
+
+    begins: Ints
+    ends: Ints
+    firsts: Ints
+    """(shards + 1,) number of each shard's first window; last, of all."""
+
+    def count(self) -> int:
+        """How many there are."""
+        return int((self.ends - self.begins).sum())
+
+    def names(self) -> Iterator[str]:
+        """`shard:first-last` of every run, counted in the shard, cut where a shard ends."""
+        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
+            while begin < end:
+                # Of shards without a window, which begin at the same number, the last one counts.
+                shard = int(np.searchsorted(self.firsts, begin, "right")) - 1
+                first, stop = int(self.firsts[shard]), min(end, int(self.firsts[shard + 1]))
+                last = f"-{stop - 1 - first}" if stop > begin + 1 else ""
+                yield f"{shard}:{begin - first}{last}"
+                begin = stop
 
 
 @dataclass
@@ -80,10 +106,14 @@ def main(cfg: TraceConfig) -> int:
             f"been trained on; that was {names}. Trace the documents in that dataset.{lost}"
         )
     found = [samples_with(record, places) for record in read]
+    windows = found[-1][1]
     print(
-        f"{len(places['places']):,} places in {found[-1][1]:,} windows of "
+        f"{len(places['places']):,} places in {windows.count():,} windows of "
         f"{read[-1].loader['order']['seq_len']:,} tokens"
     )
+    if runs := list(islice(windows.names(), SHOWN + 1)):
+        more = ", and more" if len(runs) > SHOWN else ""
+        print(f"windows, as shard:number: {', '.join(runs[:SHOWN])}{more}")
     numbers = np.concatenate([numbers for numbers, _ in found])
     _print_found(folder, records[-1], numbers)
     if begin:
@@ -186,21 +216,23 @@ def read_places(path: Path) -> dict[str, Any]:
     )
 
 
-def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints, int]:
+def samples_with(record: CheckpointRecord, places: dict[str, Any]) -> tuple[Ints, Windows]:
     """Samples that hold a token of a place.
 
     Returns:
-        Numbers, ascending, of those read before the checkpoint; how many windows of the dataset
+        Numbers, ascending, of those read before the checkpoint; the windows of the dataset that
         hold such a token.
     """
     seen = Seen(record)
     source = seen.sampler.identities.index(places["dataset"])
-    begins, ends = _runs(places, seen.firsts(source), seen.seq_len)
+    firsts = seen.firsts(source)
+    begins, ends = _runs(places, firsts, seen.seq_len)
     found = []
     for numbers, windows in seen.windows(source):
         run = np.searchsorted(begins, windows, "right") - 1
         found.append(numbers[(run >= 0) & (windows < ends[run])] if len(begins) else numbers[:0])
-    return np.concatenate(found) if found else np.zeros(0, np.int64), int((ends - begins).sum())
+    numbers = np.concatenate(found) if found else np.zeros(0, np.int64)
+    return numbers, Windows(begins, ends, firsts)
 
 
 def _runs(places: dict[str, Any], first: Ints, seq_len: int) -> tuple[Ints, Ints]:

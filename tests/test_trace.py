@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,12 @@ def test_steps_are_those_whose_batches_hold_a_token(
         steps = [step for step, batch in enumerate(read, 1) if batch & tokens]
         code = run_command.main(TraceConfig(str(run), str(data / "one.json")))
         printed = capsys.readouterr().out
+        assert named_windows(printed) == {
+            (s["shard"], window)
+            for s in place["spans"]
+            for window in range((int(manifest.shard_tokens[s["shard"]]) - 1) // SEQ_LEN)
+            if window * SEQ_LEN < s["end"] and (window + 1) * SEQ_LEN >= s["begin"]
+        }
         assert code == bool(steps)
         seen_or_not.add(code)
         if steps:
@@ -186,6 +193,15 @@ def test_steps_are_those_whose_batches_hold_a_token(
                 f"before the first of them: {run}/checkpoints/step-{steps[0] - 1:08d}\n" in printed
             )
     assert 1 in seen_or_not
+
+
+def named_windows(printed: str) -> set[tuple[int, int]]:
+    """(shard, number) of every window that the command says."""
+    found = set()
+    for name in re.findall(r"(\d+:[-\d]+)", printed.split("shard:number: ")[1].split("\n")[0]):
+        shard, first, last = re.fullmatch(r"(\d+):(\d+)-?(\d*)", name).groups()  # type: ignore[union-attr]
+        found |= {(int(shard), n) for n in range(int(first), int(last or first) + 1)}
+    return found
 
 
 def test_places_of_another_dataset_and_damaged_ones_are_refused(
@@ -229,7 +245,9 @@ def test_places_that_name_the_whole_dataset_over_and_over_cost_their_number(
     (tmp_path / "all.json").write_text(json.dumps(content | {"places": [place] * 2000}))
     assert run_command.main(TraceConfig(str(run), str(tmp_path / "all.json"))) == 1
     windows = sum((n - 1) // SEQ_LEN for n in manifest.shard_tokens.tolist())
-    assert f"in {windows:,} windows of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"in {windows:,} windows of" in printed and "and more" not in printed
+    assert len(named_windows(printed)) == windows
 
 
 def test_an_empty_list_and_packed_rows_are_refused(
@@ -274,6 +292,15 @@ def test_a_dataset_made_without_them_is_another_and_holds_the_rest(
     before, after = Manifest.load(data / "out/train"), Manifest.load(tmp_path / "out/train")
     assert before.identity != after.identity
     assert json.loads((tmp_path / "out/summary.json").read_text())["rejects"] == {"removed": 5}
+    rows = map(json.loads, (tmp_path / "out/rejects.jsonl").read_text().splitlines())
+    lines = {i: (data / f"{i}.jsonl").read_bytes().splitlines(keepends=True) for i in range(5)}
+    removed = {
+        f"{i}.jsonl@{len(b''.join(lines[i][:line]))}"
+        for i, line in [(0, 3), (1, 5), (3, 4), (4, 11), (4, 12)]  # the last one is text 17 again
+    }
+    assert {(row["reason"], Path(row["file"]).name) for row in rows} == {
+        ("removed", p) for p in removed
+    }
     backend = tokenizer_of(after)
     left = [backend.decode(read_document(after, n)[:-1]) for n in range(after.documents)]
     assert left == [text for text in TEXTS if text not in ASKED]
