@@ -95,6 +95,18 @@ def test_windows_known_by_heart_are_extracted_and_held_out_ones_are_not() -> Non
     assert found[1]["read"]["exact"]["value"] == 0.0  # not by heart from there on
 
 
+def test_a_continuation_with_one_other_token_in_ten_is_near_and_not_exact() -> None:
+    """With two others it is neither: near is an edit distance up to a tenth of the length."""
+    known = windows(4, 18, 6)
+    one, two = known.clone(), known.clone()
+    one[:, -1] += 1
+    two[:, -2:] += 1
+    asked = {"read": one, "held_out": two}
+    (row,) = extraction(Knows(*known.tolist()), asked, prefixes=[8], length=10, audit=AUDIT)
+    shares = {name: (row[name]["near"]["value"], row[name]["exact"]["value"]) for name in asked}
+    assert shares == {"read": (1.0, 0.0), "held_out": (0.0, 0.0)}
+
+
 def test_greedy_takes_the_likeliest_token_again_and_again() -> None:
     text = encode("hello world")
     said = greedy(Knows(text), torch.tensor([text[:3]]), len(text) - 3)

@@ -45,6 +45,11 @@ def texts(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def test_they_are_planted_once_to_64_times_unless_it_is_said_otherwise() -> None:
+    drawn = draw(CanaryConfig(each=2))
+    assert Counter(c.repetitions for c in drawn) == dict.fromkeys((0, 1, 4, 16, 64), 2)
+
+
 def test_each_is_planted_as_often_as_it_says_and_never_held_out(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -13,9 +13,11 @@ from data_prep.tokens.pii_tally import CLEAN
 from data_prep.tokens.tokenize_job import TokenizeConfig
 from data_prep.tokens.tokenize_job import main as tokenize
 from pipeline import cli
+from pipeline.config.data import DataConfig
 from pipeline.data import pii_report
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.loading import loaders, shape_of
 
 MAIL, ADDRESS = "write to ada@lovelace.uk", "from 8.8.8.8 or 9.9.9.9, not 192.0.2.1"
 
@@ -44,6 +46,9 @@ def test_the_report_has_sources_and_kinds_and_the_gate_holds(tmp_path: Path) -> 
         "web": {"documents": 19, "with_any": 2, "found": {"emails": 2, "ips": 2}},
         "book": {"documents": 3, "with_any": 0, "found": {}},
     }
+    (loader,) = loaders(DataConfig(path=str(output)), shape_of(1))
+    assert pii_report.parse(loader.attachments()[pii_report.NAME]) == found  # for a checkpoint
+    loader.close()
     assert pii_report.summary(found) == (
         "0 secrets, 2 emails, 2 ips, 0 phones left in 9.091% of 22 documents"
     )
@@ -51,7 +56,10 @@ def test_the_report_has_sources_and_kinds_and_the_gate_holds(tmp_path: Path) -> 
         prepare(tmp_path, "other", "pii_max_rate=0.05")
     assert "pii_max_rate=0.05 (5.000%)" in str(refused.value) and CLEAN in str(refused.value)
     assert not (tmp_path / "other/summary.json").exists()
-    assert not (prepare(tmp_path, "plain") / pii_report.NAME).exists()
+    plain = prepare(tmp_path, "plain")
+    (loader,) = loaders(DataConfig(path=str(plain)), shape_of(1))
+    assert not (plain / pii_report.NAME).exists() and pii_report.NAME not in loader.attachments()
+    loader.close()
     with pytest.raises(ConfigError, match="at most 1"):
         prepare(tmp_path, "more", "pii_max_rate=2")
 

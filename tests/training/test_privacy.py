@@ -57,6 +57,14 @@ def test_epsilon_is_an_upper_bound_close_to_the_least_one(
     assert least < found < 1.1 * least
 
 
+def test_epsilon_is_that_of_the_accountant_asked_read_by_read() -> None:
+    """It is told all reads at once, in a field of its own that another release may read otherwise."""
+    accountant = pytest.importorskip("opacus.accountants").RDPAccountant()
+    for reads in (1, 2, 3):
+        accountant.step(noise_multiplier=1.5, sample_rate=1)
+        assert epsilon(1.5, reads, 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-12)
+
+
 def test_a_run_that_has_read_nothing_has_spent_nothing() -> None:
     dp = PrivacyConfig(clip_norm=1.0)
     assert spent(dp, reads=0, seq_len=8, salt="s") | {"unit": ""} == {
