@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MachineError, visible
 from pipeline.files import write_durably
-from pipeline.probing.page import block_columns, page
+from pipeline.probing.page import block_columns, finite, page
 
 STRONGEST = 3
 """Heads that the summary names of each score."""
@@ -22,7 +23,7 @@ def write_findings(findings: dict[str, Any], folder: Path) -> dict[str, Path]:
         MachineError: the folder cannot be written.
     """
     files = {
-        "numbers": (folder / "probe.json", json.dumps(findings) + "\n"),
+        "numbers": (folder / "probe.json", json.dumps(finite(findings), allow_nan=False) + "\n"),
         "page": (folder / "index.html", page(findings)),
     }
     try:
@@ -61,9 +62,9 @@ def print_summary(findings: dict[str, Any]) -> None:
 
 
 def strongest(table: Sequence[Sequence[float]]) -> list[str]:
-    """`block.head value` of the largest values of a [L][N] table."""
+    """`block.head value` of the largest values of a [L][N] table; what is no number comes last."""
     found = [(v, f"{i}.{head}") for i, row in enumerate(table) for head, v in enumerate(row)]
-    found.sort(key=lambda pair: -pair[0])
+    found.sort(key=lambda pair: (math.isnan(pair[0]), -pair[0]))
     return [f"{place} {value:.3f}" for value, place in found[:STRONGEST]]
 
 

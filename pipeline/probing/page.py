@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from typing import Any
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: min(2rem, 4vw); }
 table { border-collapse: collapse; margin: .5rem 0; }
 td, th { padding: .1rem .4rem; font-size: 13px; text-align: left; font-weight: normal; }
 td { font-variant-numeric: tabular-nums; border: 1px solid #fff; }
 th { color: #666; }
 .wide { overflow-x: auto; }
 .lens td { font-family: ui-monospace, monospace; white-space: pre; }
-.map { display: inline-block; margin-right: 2rem; vertical-align: top; }
+#maps { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 2rem; }
+.map { max-width: 100%; overflow-x: auto; }
 .map td { width: 1.4rem; height: 1.4rem; padding: 0; cursor: pointer; }
 .chosen { outline: 2px solid #222; }
 #text span { padding: .15rem .1rem; border-radius: 3px; white-space: pre-wrap; cursor: default;
-             font-family: ui-monospace, monospace; line-height: 2; }
+             overflow-wrap: anywhere; font-family: ui-monospace, monospace; line-height: 2; }
 #text span.looks { outline: 2px solid #222; }
 """
 SCRIPT = """
@@ -28,7 +30,11 @@ const make = (tag, parent, text) => {
   if (text !== undefined) node.textContent = text;
   return parent.appendChild(node);
 };
-const shade = share => `rgba(68, 119, 170, ${Math.max(0, Math.min(1, share))})`;
+const shade = share =>
+  share === null ? "none" : `rgba(68, 119, 170, ${Math.max(0, Math.min(1, share))})`;
+const say = (value, digits) => value === null ? "no number" : value.toFixed(digits);
+const times = (value, factor) => value === null ? null : factor * value;
+const minus = (value, other) => value === null || other === null ? null : value - other;
 const line = token => token.replaceAll("\\n", "\\u23ce");
 const ink = share => share > .6 ? "#fff" : "#222";
 let block = 0, head = 0, place = -1;
@@ -46,7 +52,7 @@ function lens(found, box) {
       const cell = make("td", row, line(tokens[0]));
       cell.style.background = shade(chances[0]);
       cell.style.color = ink(chances[0]);
-      cell.title = tokens.map((t, k) => `${JSON.stringify(t)} ${(100 * chances[k]).toFixed(1)} %`)
+      cell.title = tokens.map((t, k) => `${JSON.stringify(t)} ${say(times(chances[k], 100), 1)} %`)
         .join("\\n");
     });
   }
@@ -57,19 +63,19 @@ function map(name, values, { columns, labels, rows, low = 0, high = null, note =
   box.className = "map";
   make("h3", box, name);
   if (note) make("p", box, note);
-  const flat = values.flat();
+  const flat = values.flat().filter(value => value !== null);
   const most = high ?? Math.max(...flat), least = low ?? Math.min(...flat);
   const table = make("table", box), top = make("tr", table);
   make("th", top, rows ? "head" : "block");
-  (labels ?? values[0].map((_, k) => k)).forEach(label => make("th", top, label));
+  (labels ?? values[0].map((_, k) => k)).forEach(label => make("th", top, line(`${label}`)));
   for (let i = values.length - 1; i >= 0; i--) {
     const row = make("tr", table);
     make("th", row, rows ? rows[i] : i);
     values[i].forEach((value, k) => {
       const cell = make("td", row);
-      cell.style.background = shade((value - least) / ((most - least) || 1));
+      cell.style.background = shade(times(minus(value, least), 1 / ((most - least) || 1)));
       const where = rows ? `${rows[i]} at ${labels[k]}` : `${i}.${k}`;
-      cell.title = `${columns} ${where}: ${value.toFixed(4)}`;
+      cell.title = `${columns} ${where}: ${say(value, 4)}`;
       if (columns === "head") {
         cell.dataset.head = `${i}.${k}`;
         cell.onclick = () => { block = i; head = k; draw(); };
@@ -87,7 +93,7 @@ function draw() {
     const share = place < 0 ? 0 : attention[place][at];
     span.style.background = shade(share);
     span.style.color = ink(share);
-    span.title = place < 0 ? "" : share.toFixed(3);
+    span.title = place < 0 ? "" : say(share, 3);
     span.classList.toggle("looks", at === place);
   });
 }
@@ -100,7 +106,8 @@ if (data.text.tuned) {
 }
 const text = document.getElementById("text");
 data.text.tokens.forEach((token, at) => {
-  make("span", text, token).onmouseenter = () => { place = at; draw(); };
+  const span = make("span", text, token.replaceAll("\\n", "\\u23ce\\n"));
+  span.onmouseenter = () => { place = at; draw(); };
 });
 for (const [name, values] of Object.entries(data.kinds))
   map(name, values, { columns: "head", high: 1 });
@@ -110,7 +117,7 @@ if (data.averages.attribution)
   map("attribution", data.averages.attribution.heads, { columns: "head", low: null });
 if (data.ablation) {
   const loss = data.ablation.none[0];
-  map("ablation", data.ablation.heads.map(row => row.map(v => v - loss)),
+  map("ablation", data.ablation.heads.map(row => row.map(value => minus(value, loss))),
     { columns: "head", low: null, note: "loss added without the head" });
 }
 if (data.curve) {
@@ -131,12 +138,13 @@ if (data.patching) {
 draw();
 """
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{style}</style>
 <h1>{title}</h1>
 <p>{layers} blocks of {heads} heads; means over {tokens:,} tokens.</p>
 <h2>Blocks</h2>
-{blocks}
+<div class="wide">{blocks}</div>
 <h2>Lens</h2>
 <p>The likeliest next token after each block, darker where it is likelier; the mouse shows five.</p>
 <div class="wide lens" id="lens"></div>
@@ -171,7 +179,7 @@ def page(findings: dict[str, Any]) -> str:
         tokens=averages["tokens"],
         blocks=f"<table><tr>{head}</tr>{rows}</table>",
         # `<` never appears in it: no text of a tokenizer ends the element.
-        findings=json.dumps(_rounded(findings)).replace("<", "\\u003c"),
+        findings=json.dumps(finite(findings, digits=4), allow_nan=False).replace("<", "\\u003c"),
         script=SCRIPT,
     )
 
@@ -185,10 +193,15 @@ def block_columns(averages: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in names.items() if name in averages}
 
 
-def _rounded(value: Any) -> Any:
-    """Nested values, numbers with four decimals: attention maps are most of the page."""
+def finite(value: Any, *, digits: int | None = None) -> Any:
+    """Nested values, None for each that is no number: JSON has none, and no browser reads NaN.
+
+    digits: decimals that are kept (attention maps are most of the page); None: all.
+    """
     if isinstance(value, float):
-        return round(value, 4)
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else round(value, digits)
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+        return {key: finite(inner, digits=digits) for key, inner in value.items()}
+    return [finite(inner, digits=digits) for inner in value] if isinstance(value, list) else value

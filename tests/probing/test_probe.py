@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from pipeline.config.choices import Init, Precision
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.training import ParallelConfig
+from pipeline.probing.findings import print_summary, write_findings
 from tests.support.exported import EXPORTED, save_models, tokenizer_file
 from tests.support.layouts import MODELS as KINDS_OF_MODELS
 from tests.support.layouts import SEQ_LEN, VOCAB, reset_parallel_state
@@ -171,11 +173,28 @@ def wanted(runs: Path) -> list[Any]:
     return run_on_ranks(expected, 1, runs)[0]
 
 
-def test_findings_equal_transformers_on_the_exported_folder(runs: Path, wanted: list[Any]) -> None:
+def test_findings_equal_transformers_on_the_exported_folder(
+    runs: Path, wanted: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Heads and vocabulary in parts, sequences in parts that the prompt does not fill."""
     for ranks in run_on_ranks(with_nan_memory, 2, found, FAST, runs):
         for pair, theirs, name in zip(ranks, wanted, MODELS, strict=True):
             compare(pair, theirs, name)
+    for findings, name in zip(pair, ("prompt", "held_out"), strict=True):
+        written = write_findings(findings | {"checkpoint": name}, tmp_path / name)
+        assert json.loads(written["numbers"].read_text()) == findings | {"checkpoint": name}
+        assert f"Inside {name}" in written["page"].read_text()
+        print_summary(findings)
+        printed = capsys.readouterr().out
+        averages = findings["averages"]
+        for block, loss in enumerate(averages["lens_loss"]):
+            assert f"\n{block:<8}{loss:>12.4f}{averages['residual'][block]:>12.2f}" in printed
+        best = max(
+            (v, f"{i}.{k}") for i, row in enumerate(averages["sink"]) for k, v in enumerate(row)
+        )
+        assert f"\nsink        {best[1]} {best[0]:.3f}  " in printed
+        assert ("(loss added)" in printed, "after patch_into" in printed) == (name == "prompt",) * 2
+        assert (f"\n1           {averages['lens_loss'][-1]:>8.4f}" in printed) == (name != "prompt")
 
 
 OTHERS = {

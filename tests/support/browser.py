@@ -78,6 +78,29 @@ class Page:
             assert time.monotonic() < end, f"{expression}\n{self.said}"
             time.sleep(0.05)
 
+    def hover(self, selector: str) -> None:
+        """Put the mouse on it."""
+        place = self._middle(selector)
+        self.command("Input.dispatchMouseEvent", type="mouseMoved", **place)
+
+    def click(self, selector: str) -> None:
+        """With the mouse."""
+        place = self._middle(selector)
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.command(
+                "Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place
+            )
+
+    def _middle(self, selector: str) -> dict[str, float]:
+        """Where it is in the window, once it has been scrolled into it."""
+        x, y = self.value(
+            f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
+            "it.scrollIntoView({block: 'center', inline: 'center'});"
+            "const box = it.getClientRects()[0];"
+            "return [box.left + box.width / 2, box.top + box.height / 2]; })()"
+        )
+        return {"x": x, "y": y}
+
     def type(self, text: str) -> None:
         """Into whatever has the focus."""
         self.command("Input.insertText", text=text)
