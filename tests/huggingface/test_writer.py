@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from pipeline.checkpoint import folder as folders
+from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.data import pii_report
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface import writer
-from pipeline.huggingface.writer import DType, export, write_tokenizer
+from pipeline.huggingface.mapping import mapping_for
+from pipeline.huggingface.writer import DType, export, model_card, write_tokenizer
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
 from tests.support.exported import (
     EXPORTED,
@@ -90,8 +94,28 @@ def test_tokenizer_and_card_travel_with_the_model(exported: tuple[Path, dict]) -
     assert tokenizer.eos_token_id == VOCAB - 1 and tokenizer.eos_token == "<|endoftext|>"
     card = (exported[0] / "gpt2" / "README.md").read_text()
     assert "512 tokens in 1 steps" in card and "GPT2LMHeadModel" in card
+    assert "| Personal data in the training text | not looked for |" in card
+    assert "| Memorization | not measured |" in card
     generation = json.loads((exported[0] / "gpt2" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == VOCAB - 1
+
+
+def test_card_says_which_data_what_was_found_in_them_and_epsilon(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """What a private run has promised, and what somebody has found, is worth nothing if no reader is told."""
+    spent = {"epsilon": 4.7, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 1, "unit": "a row"}  # fmt: skip
+    record = replace(
+        read_record(folders.find(checkpoints / "gpt2")),
+        loader={"datasets": {"ab" * 32: {"name": "web"}}},
+        privacy=spent,
+    )
+    found = {"web": {"documents": 100, "with_any": 2, "found": {"emails": 3}}}
+    (tmp_path / pii_report.NAME).write_bytes(pii_report.to_json(found))
+    card = model_card(record, mapping_for(record.model()), DType.bf16, checkpoint=tmp_path)
+    assert "| Dataset identities (SHA-256) | web abababababababab... |" in card
+    assert "3 emails" in card and "left in 2.000% of 100 documents |" in card
+    assert "| Differential privacy | epsilon 4.70 at delta 1e-05 for a row; " in card
 
 
 # AutoTokenizer takes the name of a special token in a text for the token: texts without.
