@@ -102,7 +102,6 @@ TESTED_IN = {
     "pipeline/data/special_tokens.py": ("data/test_tokenizer.py", "a part of the tokenizer"),
     "pipeline/distributed/layout.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/distributed/megatron_on_cpu.py": ("engine/test_equivalence.py", LAYOUTS),
-    "pipeline/distributed/random_streams.py": ("engine/test_engine.py", LAYOUTS),
     "pipeline/engine/counting.py": ("engine/test_forward_only.py", "sums of an evaluation"),
     "pipeline/engine/deepspeed/base.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/deepspeed/changes.py": ("engine/test_host_waits.py", "each replaces a wait"),

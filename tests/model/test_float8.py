@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
 from pipeline.model import float8
-from tests.support.equivalence import Case, check
-from tests.support.layouts import STEPS, VOCAB, config
+from tests.support.equivalence import Case, check, compare
+from tests.support.layouts import FEW_STEPS, STEPS, VOCAB, batches, config, reference, train
+from tests.support.ranks import run_on_ranks
 
 FP8: Case = dict(precision="bf16", fp8="rowwise")
 CASES: dict[int, list[Case]] = {
@@ -31,6 +32,26 @@ CASES: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layouts_match_plain_torch(world_size: int) -> None:
     check(world_size, CASES[world_size], num_steps=STEPS)
+
+
+def train_sabotaged(cfg: Any) -> dict[str, Any]:
+    """A run whose products take each row's factor from the row beside it."""
+    whole = float8.quantize
+
+    def of_another_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers, factors = whole(x)
+        return numbers, factors.roll(1, 0).contiguous()
+
+    float8.quantize = of_another_row
+    return train(cfg, batches()[:FEW_STEPS])
+
+
+def test_factors_of_another_row_turn_the_comparison_red() -> None:
+    """The widest tolerance of all, of what three bits of mantissa lose, still tells rows apart."""
+    cfg = config("modern", **FP8)
+    history = run_on_ranks(train_sabotaged, 1, cfg)[0]["history"]
+    with pytest.raises(AssertionError, match="differs"):
+        compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp8", "sabotage")
 
 
 def refused(message: str, **settings: Any) -> None:

@@ -58,6 +58,43 @@ def test_hang_ends_the_process_with_its_code_and_its_stacks(tmp_path):
     assert kept["phase"] == "data"
 
 
+SECRET, ADDRESS = (
+    "planted0value0of0a0key",
+    "https://someone:planted0password@store.example/part-7.jsonl",
+)
+READING = f"""
+import os, threading, time
+from pipeline.resilience import watchdog
+key, address = os.environ["STORE_API_KEY"], "{ADDRESS}"
+def refuse(): raise OSError(f"403 of {{address}} with {{key}}")
+guard.describe_step = refuse
+watchdog.waiting_collectives = lambda: [f"all_reduce of {{address}} {{key}}"]
+threading.Thread(target=time.sleep, args=[60], name=f"reads {{address}} with {{key}}", daemon=True).start()
+time.sleep(60)  # waits for {ADDRESS} with {SECRET}
+"""
+
+
+def test_what_a_rank_was_doing_is_told_without_its_secrets(tmp_path, monkeypatch):
+    """Pages are mailed and pasted: names of threads, lines of code, errors and notes quote what they work with."""
+    monkeypatch.setenv("STORE_API_KEY", SECRET)
+    reader = tmp_path / "reader.py"  # from a file: the stack quotes its lines
+    reader.write_text(READING)
+    program = HANGING.replace(
+        "    wait_for_a_disk_that_never_answers()",
+        f"    import runpy; runpy.run_path({str(reader)!r}, dict(guard=guard))",
+    )
+    program = program.replace('"samples beef"):', '"samples beef") as guard:')
+    done = hang(tmp_path, program=program)
+    assert done.returncode == EXIT_HANG, done.stderr
+    page = (tmp_path / "logs" / "hang-7.md").read_text()
+    kept = (tmp_path / "logs" / "hang-7" / "00000.json").read_text()
+    for text in (page, kept):
+        assert SECRET not in text and "planted0password" not in text
+        for place in ("reads", "waits for", "403 of", "all_reduce of"):  # each was quoted, without
+            assert f"{place} https://***@store.example/part-7.jsonl" in text
+    assert SECRET not in done.stderr and "planted0password" not in done.stderr
+
+
 def test_progress_in_the_last_moment_withdraws_the_report(tmp_path):
     clock = Clock()
     with Watchdog(

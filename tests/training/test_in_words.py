@@ -34,3 +34,22 @@ def test_a_warm_up_that_was_set_is_not_explained() -> None:
 def test_what_stays_frozen_is_said() -> None:
     first = lines_of("finetune=lora", "checkpoint.init_from=x")[0]
     assert first.startswith("model tiny: 1,") and first.endswith(" of them trained")
+
+
+def test_the_largest_size_that_shares_a_sequence_is_named() -> None:
+    """Who has long sequences asks how far they can be cut: by heads of a tensor-parallel rank, and by every length."""
+    long = ("model=tiny", "model.max_seq_len=16384", "training.seq_len=16384")
+    here = "sequences of 16,384 tokens, {} on a rank: parallel.context_parallel_size={}, at most {}"
+    two = (*long, "parallel.context_parallel_size=2")
+    assert here.format("16,384", 1, 4) in lines_of(*long)
+    assert here.format("8,192", 2, 4) in lines_of(*two, world_size=2)
+    assert here.format("8,192", 2, 2) in lines_of(
+        *two, "parallel.tensor_parallel_size=2", world_size=4
+    )
+    # 16,388 is 4 x 4,097; the shorter sequences of the ramp are cut by 2 and no more.
+    odd = [word.replace("16384", "16388") for word in two]
+    here = here.replace("16,384", "16,388")
+    assert here.format("8,194", 2, 4) in lines_of(*odd, world_size=2)
+    ramp = "training.ramp=[{until_step: 5, seq_len: 8194}]"
+    assert here.format("8,194", 2, 2) in lines_of(*odd, ramp, world_size=2)
+    assert not [line for line in lines_of() if "context_parallel_size" in line]
