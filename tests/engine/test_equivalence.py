@@ -28,10 +28,10 @@ from tests.support.ranks import run_on_ranks
 FAST: dict[int, list[Case]] = {
     1: [
         dict(model="gpt2"),
-        dict(model="modern", precision="bf16", zero=2),
+        dict(model="modern", precision="bf16", zero=2, recompute="selective", documents=True),
         dict(model="capped", zero=0),
         dict(model="gpt1"),
-        dict(model="gpt2", zero=3, precision="fp16"),
+        dict(model="gpt2", zero=3, precision="fp16", recompute="full", documents=True),
     ],
     2: [
         dict(model="gpt2", tp=2, zero=2),

@@ -18,7 +18,7 @@ from tests.support.ranks import run_on_ranks
 
 FP8: Case = dict(precision="bf16", fp8="rowwise")
 CASES: dict[int, list[Case]] = {
-    1: [dict(model="modern", zero=1, **FP8)],
+    1: [dict(model="modern", zero=1, recompute="selective", documents=True, **FP8)],
     2: [
         dict(model="modern", tp=2, sp=True, **FP8),
         dict(model="gpt2", tp=2, **FP8),
