@@ -46,6 +46,7 @@ def train_sabotaged(cfg: Any) -> dict[str, Any]:
     return train(cfg, batches()[:FEW_STEPS])
 
 
+@pytest.mark.slow
 def test_factors_of_another_row_turn_the_comparison_red() -> None:
     """The widest tolerance of all, of what three bits of mantissa lose, still tells rows apart."""
     cfg = config("modern", **FP8)
