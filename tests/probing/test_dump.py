@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,15 @@ def read(folder: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return list(stream.to_tuple("__key__", "tokens.npy", "activations.npy"))
 
 
+def documented_rows() -> Any:
+    """The `rows` of docs/probing.md, which autoencoders are trained on."""
+    page = (Path(__file__).resolve().parents[2] / "docs/probing.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def rows" in c)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    return names["rows"]
+
+
 def compare(folder: Path, wanted: list[np.ndarray], case: str) -> None:
     found = read(folder)
     assert [key for key, _, _ in found] == [f"{number:09d}" for number in range(len(wanted))], case
@@ -136,6 +146,12 @@ def test_activations_are_transformers_and_a_dump_goes_on_where_it_was_killed(
     folders = [tmp_path / f"0-{place}" for place in PLACES]
     for folder, place in zip(folders, PLACES):
         compare(folder, wanted[place], place)
+    batches = list(documented_rows()(folders[1], batch=8, mixed=20))
+    assert max(map(len, batches)) == 8
+    theirs = np.concatenate(wanted[PLACES[1]])
+    by_first = np.argsort(theirs[:, 0]), torch.cat(batches).numpy()
+    mixed = by_first[1][np.argsort(by_first[1][:, 0])]
+    np.testing.assert_allclose(mixed, theirs[by_first[0]], rtol=1e-5, atol=1e-5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for folder in folders:
         (folder / "done" / "00000001.json").unlink()
