@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.forking import ROOT, workers_context
+from tests.support.ranks import run_on_ranks
 
 
 def path_of_worker(_: int) -> list[str]:
@@ -32,3 +33,14 @@ def test_a_worker_finds_the_project_and_not_the_current_folder(
     assert dict(os.environ) == environment
     assert ROOT in found and str(tmp_path) not in found and "" not in found
     multiprocessing.forkserver._forkserver._stop()
+
+
+def has_deepspeed() -> bool:
+    return "deepspeed" in sys.modules
+
+
+def test_ranks_have_everything_imported_also_after_workers_of_a_job() -> None:
+    """Python has one fork server a process: 10 s of CPU in each rank, where a job had asked for it first."""
+    with workers_context(__name__).Pool(1) as pool:
+        pool.map(path_of_worker, [0])
+    assert run_on_ranks(has_deepspeed, 1) == [True]

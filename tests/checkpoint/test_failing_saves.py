@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
@@ -26,7 +25,7 @@ from pipeline.errors import CheckpointError
 from pipeline.log import logger
 from tests.support.checkpoint_runs import ALONE, Run, record_of, small_chunks
 from tests.support.layouts import config
-from tests.support.ranks import PRELOAD, run_on_ranks
+from tests.support.ranks import forked_from_our_server, run_on_ranks
 from tests.support.waiting import HANG_S
 
 
@@ -154,15 +153,14 @@ def save_for_ever(rank: int, world_size: int, folder: str, store: str) -> None:
 
 
 def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     store = str(root / f"store-{number}")
-    ranks = [
-        context.Process(target=save_for_ever, args=(r, 2, str(root), store), daemon=True)
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
+    with forked_from_our_server() as context:
+        ranks = [
+            context.Process(target=save_for_ever, args=(r, 2, str(root), store), daemon=True)
+            for r in range(2)
+        ]
+        for process in ranks:
+            process.start()
     before = read_completed(root)
     deadline = time.monotonic() + HANG_S
     while read_completed(root) <= before and time.monotonic() < deadline:

@@ -1,7 +1,8 @@
 """run_on_ranks: run a function on N gloo ranks, forked from a server that has torch and the libraries loaded.
 
 Importing torch, DeepSpeed and megatron-core takes seconds of CPU; the fork server pays it once a test session, so a
-four-rank test costs what it computes.
+four-rank test costs what it computes. The server is the ranks' own: Python has one a process, which the first to ask
+for it fills, and where data_prep's workers came first every rank of the session imported everything itself.
 """
 
 from __future__ import annotations
@@ -10,12 +11,24 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
+from unittest.mock import patch
 
 from tests.support.waiting import HANG_S
 
 PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
+SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload(PRELOAD)
+
+
+@contextmanager
+def forked_from_our_server() -> Iterator[Any]:
+    """multiprocessing's context, whose processes start from SERVER while this is open."""
+    with patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+        yield multiprocessing.get_context("forkserver")
 
 
 def run_on_ranks(
@@ -29,9 +42,7 @@ def run_on_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or ran out of time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, forked_from_our_server() as context:
         queue = context.Queue()
         processes = [
             context.Process(
