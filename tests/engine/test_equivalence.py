@@ -82,7 +82,8 @@ ALL: dict[int, list[Case]] = {
         dict(model="modern", zero=z, precision=p)
         for z, p in zip((1, 2, 3, 3), ("bf16", "fp16") * 2)
     ]
-    + [dict(model=m, pp=2) for m in ("gpt1", "mqa", "parallel", "odd")],
+    + [dict(model=m, pp=2) for m in ("gpt1", "mqa", "parallel", "odd")]
+    + [dict(model="modern", pp=2, schedule="dualpipev", precision="fp16", recompute="selective")],
     3: [
         dict(model="odd", tp=3),
         dict(model="odd", zero=3, batch_size=12, masked=True),

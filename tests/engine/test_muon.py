@@ -39,9 +39,11 @@ ALL: dict[int, list[Case]] = {
     + [dict(model="modern", zero=z, **MUON) for z in (0, 1, 2)]
     + [dict(model="modern", pp=2, precision="bf16", **MUON)]
     + [dict(model="moe", tp=2, sp=True, **MUON), dict(model="mqa", pp=2, **MUON)]
-    + [dict(model="modern", zero=1, precision=p, **MUON) for p in ("bf16", "fp16")],
+    + [dict(model="modern", zero=1, precision="bf16", **MUON)]
+    + [dict(model="moe-switch", zero=1, precision="fp16", **MUON)]
+    + [dict(model="modern", pp=2, recompute="selective", **MUON)],
     3: [dict(model="odd", tp=3, **MUON), dict(model="odd", zero=2, batch_size=12, **MUON)],
-    4: [dict(model="modern", pp=4, **MUON), dict(model="gpt2", tp=2, pp=2, **MUON)]
+    4: [dict(model="modern", pp=4, **MUON), dict(model="gpt2", tp=2, pp=2, sp=True, recompute="full", **MUON)]
     + [dict(model="modern", tp=2, zero=z, sp=True, **MUON) for z in (1, 3)]
     + [dict(model="modern", pp=2, schedule="dualpipev", precision=p, **MUON) for p in ("fp32", "bf16")]
     + [dict(model="modern", tp=2, zero=2, precision="bf16", **MUON)]

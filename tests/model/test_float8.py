@@ -25,6 +25,9 @@ CASES: dict[int, list[Case]] = {
         dict(model="gpt2", pp=2, **FP8),
         dict(model="gpt2", zero=3, recompute="full", **FP8),
         dict(model="modern", zero=2, optimizer="muon", **FP8),
+        dict(model="moe-switch", pp=2, schedule="dualpipev", recompute="full", **FP8),
+        dict(model="moe-switch", cp=2, zero=2, recompute="full", **FP8),
+        dict(model="moe", ep=2, **FP8),
     ],
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.equivalence import check, compare
+from tests.support.equivalence import Case, check, compare
 from tests.support.layouts import (
     BATCH,
     FEW_STEPS,
@@ -127,6 +127,17 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [dict(), dict(zero=3)],
     2: [dict(tp=2, sp=True), dict(pp=2), dict(zero=2)],
 }
+
+
+AMONG_OTHERS: list[Case] = [
+    dict(model="moe-switch", tp=2, sp=True, ep=2, zero=3, recompute="selective", documents=True),
+]
+
+
+@pytest.mark.slow
+def test_the_chosen_expert_beside_what_else_there_is() -> None:
+    """On ranks of its own, its weights gathered, its block recomputed, its tokens in documents."""
+    check(4, AMONG_OTHERS)
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
