@@ -4,10 +4,8 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import checksums, make_tokenizer
+from tests.support.waiting import kill_after_new_names
 
 ROW = 192
 
@@ -142,9 +141,7 @@ def test_bytes_do_not_depend_on_kills(corpus, reference, tmp_path):
             with contextlib.suppress(BaseException):
                 convert(corpus, output, "workers=1")
             os._exit(0)
-        time.sleep(draw.random() * 0.4)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill_after_new_names(child, output, draw.randint(1, 12))
     convert(corpus, output, "workers=1")
     assert checksums(output) == checksums(reference)
     assert not (output / ".work").exists()

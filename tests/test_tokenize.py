@@ -5,7 +5,6 @@ import hashlib
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from pipeline import cli
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 from tests.support.corpus import checksums, make_texts, make_tokenizer, write_jsonl
-from tests.support.waiting import HANG_S
+from tests.support.waiting import HANG_S, kill_after_new_names
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = make_texts(400)
@@ -151,9 +150,7 @@ def test_bytes_do_not_depend_on_ten_random_kills(corpus, reference, tmp_path):
             with contextlib.suppress(BaseException):
                 tokenize(corpus, output, "workers=1")
             os._exit(0)
-        time.sleep(draw.random() * 0.4)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill_after_new_names(child, output, draw.randint(1, 12))
         for shard in output.glob("*/shards/*/*.tar"):  # whatever has its final name is whole
             assert (
                 expected[str(shard.relative_to(output))]

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pipeline.log import logger
 from tests.support.checkpoint_runs import ALONE, Run, record_of, small_chunks
 from tests.support.layouts import config
 from tests.support.ranks import forked_from_our_server, run_on_ranks
-from tests.support.waiting import HANG_S
+from tests.support.waiting import names_under, wait_until
 
 
 def save_under_trouble(folder: Path) -> dict[str, Any]:
@@ -162,10 +161,9 @@ def kill_and_check(root: Path, number: int, draw: random.Random) -> None:
         for process in ranks:
             process.start()
     before = read_completed(root)
-    deadline = time.monotonic() + HANG_S
-    while read_completed(root) <= before and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0, 0.15))
+    wait_until(lambda: read_completed(root) > before)
+    known, number = names_under(root), draw.randint(0, 9)
+    wait_until(lambda: len(names_under(root) - known) >= number)
     for process in draw.sample(ranks, 2):
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from tests.support.corpus import checksums, make_tokenizer
 from tests.support.picture_talks import PATCH, ROW, SIZE, colour, convert, dialogues, fill
+from tests.support.waiting import kill_after_new_names
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,7 @@ def test_bytes_do_not_depend_on_workers_or_kills(
             with contextlib.suppress(BaseException):
                 convert(corpus, output)
             os._exit(0)
-        time.sleep(draw.random() * 0.3)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill_after_new_names(child, output, draw.randint(1, 12))
     assert checksums(convert(corpus, output)) == checksums(reference)
     assert not (output / ".work").exists()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.tracking.feed import Feed
 from pipeline.tracking.samples import Sample
 from pipeline.tracking.tracker import At, Row
 from tests.support.trackers import Memory
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +37,6 @@ def start(memory: Memory, *past: Row, at: int = 0) -> Iterator[Feed]:
     made.begin(At(at, 32 * at, 0.0), past)
     yield made
     made.close(0)
-
-
-def wait_until(claim) -> None:
-    deadline = time.monotonic() + 30
-    while not claim():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def steps(memory: Memory, key: str = "train/loss") -> list[int]:
