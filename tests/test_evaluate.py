@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import replace
@@ -19,8 +21,9 @@ from pipeline.config.data_rules import held_out
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
+from pipeline.data.datasets import describe
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig, main
+from pipeline.evaluate import EvaluateConfig, _described, main
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from pipeline.inference.asked_model import held_out_data, say_if_masks_differ
 from tests.support.checkpoint_runs import Run
@@ -129,8 +132,17 @@ def save_fresh(data: Path, folder: Path) -> list[EvalResult]:
     return evaluate([{}], data, folder, save=True)
 
 
+def evaluate_aloud(cfg: EvaluateConfig) -> tuple[int, str]:
+    """The command's exit code, and what it says. Collective."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return main(cfg), said.getvalue()
+
+
 def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: Path) -> None:
-    """Saved by one process, evaluated by two; on the run's own held-out data where none is named; the run is told."""
+    """Saved by one process, evaluated by two; on the run's own held-out data where none is named; the run is told.
+
+    And it says once on which data: path, sequences, tokens, tokenizer.
+    """
     run_on_ranks(save_fresh, 1, data, tmp_path / "run" / "checkpoints")
     row = {"step": 0, "tokens": 0, "train/loss": 1.0}
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -142,7 +154,11 @@ def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: 
         precision=Precision.fp32,
         parallel=ParallelConfig(tensor_parallel_size=2),
     )
-    assert run_on_ranks(main, 2, cfg) == [0, 0]
+    (code, said), (other_code, other) = run_on_ranks(evaluate_aloud, 2, cfg)
+    assert (code, other_code) == (0, 0) and "evaluating" not in other
+    tokenizer = json.loads((data / "manifest.json").read_text())["tokenizer"]["sha256"]
+    part = "5 of 5 sequences of 32, 115 tokens"
+    assert said.count(f"evaluating on {data}: {part}, tokenizer {tokenizer[:12]}\n") == 1
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["checkpoint"].endswith("step-00000000")
     check(EvalResult(**document["results"]["held-out"]), data)
@@ -150,6 +166,15 @@ def test_command_evaluates_a_checkpoint_on_another_layout(data: Path, tmp_path: 
     assert len(drawn) == TRACKED.tensorboard and all(
         b"evaluation/held-out/loss" in file for file in drawn
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "part"), [(0, "5 of 5"), (3, "3 of 5"), (9, "5 of 5")]
+)  # shards of 70 and 45 tokens: 69 labels in three windows of 32, 44 in two
+def test_what_is_evaluated_is_named_with_how_much_of_it(data: Path, limit: int, part: str) -> None:
+    """Also where `sequences=` cuts it, or asks for more than there are."""
+    (dataset,) = describe(DataConfig(train=[DatasetConfig(path=str(data))])).train
+    assert f"{data}: {part} sequences of {SEQ_LEN}, " in _described(dataset, SEQ_LEN, limit)
 
 
 def test_the_data_of_the_run_count_only_where_none_are_named() -> None:
