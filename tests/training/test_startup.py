@@ -7,18 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import cli
+from pipeline.checkpoint.record import CheckpointRecord
 from pipeline.config.data import DataConfig, DatasetConfig
 from pipeline.config.pretrain import PretrainConfig
-from pipeline.data.datasets import DataSummary, describe
+from pipeline.data.datasets import DataSummary, describe, open_datasets
+from pipeline.data.sampler import Sampler
 from pipeline.errors import CheckpointError, DataError, MachineError, PipelineError
 from pipeline.evaluate import EvaluateConfig
 from pipeline.evaluate import main as evaluate
+from pipeline.files import sha256_of
+from pipeline.inference.asked_model import evaluation_of
 from pipeline.preflight import PreflightConfig, another_owner
 from pipeline.training.startup import check, check_same_tokenizer, first_weights, own
 from tests.support.corpus import edit_tokenizer, make_tokenizer
-from tests.support.llama_folder import LLAMA
+from tests.support.llama_folder import LLAMA, LLAMA_NAMES
+from tests.support.llama_folder import SETTINGS as LLAMA_SETTINGS
 from tests.support.records import write_record
 from tests.support.token_dataset import write_dataset
 
@@ -159,6 +165,81 @@ def test_training_on_data_of_another_tokenizer_is_refused_at_the_start(
     cfg.data, cfg.checkpoint.init_from = data, str(folder)
     with pytest.raises(PipelineError, match="know another tokenizer"):
         check(cfg, world_size=1)
+
+
+def run_words(folder: Path) -> list[str]:
+    """A run of the small Llama on the dataset in `folder`."""
+    return [
+        f"data.path={folder}/data", f"runs_dir={folder}/runs", "name=run", "model=tiny", *LLAMA_SETTINGS,
+        "training.total_steps=20", "training.global_batch_size=8", "training.micro_batch_size=2",
+        "schedule.warmup_steps=2", "tracking=local",
+    ]  # fmt: skip
+
+
+def write_checkpoint(folder: Path, cfg: PretrainConfig) -> None:
+    """What of a checkpoint of that run is read before any tensor."""
+    datasets = open_datasets(cfg.data.train, cfg=cfg.data, cache_dir=folder / "cache")
+    sampler = Sampler(cfg.data, datasets, seq_len=64, seed=cfg.seed)
+    record = CheckpointRecord(
+        state={"step": 5}, config=cli.to_dict(cfg), loader=sampler.state(sampler.advance(sampler.start(), 40)[1]),
+        step=5, optimizer="adamw", optimizer_step=5, loss_scale=None, vocab_size=408, layout={}, versions={},
+        saved_at="now", eod=0,
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    make_tokenizer(folder / "tokenizer.json")
+    write_record(folder, record.to_json())
+
+
+def write_folder(folder: Path) -> None:
+    """Of transformers, of the same model."""
+    weights(folder)
+    shapes = {name: [408 if n == 64 else n for n in shape] for name, shape in LLAMA_NAMES.items()}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "command, kind",
+    [
+        ("evaluate", "checkpoint"),
+        ("evaluate", "Hugging Face"),
+        ("init_from", "checkpoint"),
+        ("init_from", "Hugging Face"),
+        ("resume", "checkpoint"),
+    ],
+)
+def test_every_command_refuses_another_tokenizer_of_equal_size(
+    command: str, kind: str, tmp_path: Path
+) -> None:
+    """No id is out of range then, and the loss is that of noise: the name and the way out are all there is."""
+    raw = make_tokenizer(tmp_path / "tokenizer.json").read_bytes()
+    for split in ("train", "validation"):
+        write_dataset(tmp_path / "data" / split, [np.arange(4000) % 400], vocab_size=408, tokenizer=raw)  # fmt: skip
+    words = run_words(tmp_path)
+    folder = tmp_path / ("runs/run/checkpoints/step-00000005" if command == "resume" else "weights")
+    if kind == "checkpoint":
+        write_checkpoint(folder, cli.compose(PretrainConfig, words, config="pretrain"))
+    else:
+        write_folder(folder)
+    if command == "init_from":
+        words.append(f"checkpoint.init_from={folder}")
+
+    def begin() -> None:
+        if command == "evaluate":
+            data = DataConfig(path=str(tmp_path / "data"))
+            evaluation_of(EvaluateConfig(checkpoint=str(folder), data=data))
+        else:
+            check(cli.compose(PretrainConfig, words, config="pretrain"), world_size=1)
+
+    begin()  # it is the tokenizer that is in the way
+    edit_tokenizer(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    if kind == "checkpoint":
+        write_record(folder, (folder / "checkpoint.json").read_text())
+    ours, theirs = (sha256_of(path)[:12] for path in (tmp_path / "tokenizer.json", folder / "tokenizer.json"))  # fmt: skip
+    with pytest.raises(PipelineError) as caught:
+        begin()
+    assert f"{folder} know another tokenizer (sha256 {theirs}) than the data was made with ({ours})" in str(caught.value)  # fmt: skip
+    assert f"tokenizer={folder}/tokenizer.json" in str(caught.value)
 
 
 def test_datasets_with_other_ends_of_documents_do_not_mix(data: DataConfig, tmp_path: Path) -> None:
