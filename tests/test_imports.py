@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -53,10 +55,11 @@ LEAVES = {
     "data_prep": {"forking", "jobs"},
 }
 
-# library -> places that may import it
+# library, or a package of ours that stands for one -> places that may import it
 FENCES = {
     "hydra": ["pipeline.cli", "pipeline.sweeping.points"],
     "deepspeed": ["pipeline.engine.deepspeed", "pipeline.rehearsal"],
+    "pipeline.engine.deepspeed": ["pipeline.engine.deepspeed", "pipeline.training.build"],
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],
     "wandb": ["pipeline.tracking.wandb_run"],
     "tensorboard": ["pipeline.tracking.tensorboard_run"],
@@ -180,7 +183,7 @@ def fence_breaks(library: str, found: dict[str, set[str]]) -> list[str]:
     return [
         module
         for module, others in sorted(found.items())
-        if any(other.split(".")[0] == library for other in others)
+        if any(f"{other}.".startswith(f"{library}.") for other in others)
         and not any(module == place or module.startswith(f"{place}.") for place in FENCES[library])
     ]
 
@@ -217,6 +220,8 @@ def test_an_upward_import_and_a_stranger_are_found():
     assert not wrong_imports("pipeline", {"pipeline.training.trainer": {"pipeline.errors"}})
     assert fence_breaks("deepspeed", {"pipeline.engine.engine": {"deepspeed.comm"}})
     assert not fence_breaks("deepspeed", {"pipeline.engine.deepspeed.plain": {"deepspeed"}})
+    ours = {"pipeline.engine.engine": {"pipeline.engine.deepspeed.runners"}}
+    assert fence_breaks("pipeline.engine.deepspeed", ours)
 
 
 @pytest.mark.parametrize("library", FENCES)
@@ -298,8 +303,23 @@ def test_entry_point_imports_no_torch_before_the_config_is_checked(entry):
         }, name
 
 
-def test_a_model_that_is_only_asked_imports_no_deepspeed():
-    """An evaluation of one process took 0.4 s of CPU longer for it."""
-    for asked in ("pipeline.engine.forward_only", "pipeline.training.initial_weights"):
-        for name, found in imported_with(asked).items():
-            assert "deepspeed" not in {module.split(".")[0] for module in found}, name
+@pytest.mark.parametrize(
+    "start",
+    ["pipeline.engine.forward_only", "pipeline.training.initial_weights", "pipeline.engine.engine"],
+)
+def test_no_deepspeed_comes_with(start):
+    """An evaluation took 0.4 s of CPU longer for it; a step is arithmetic, whoever runs it."""
+    found = imported_with(start)
+    assert fence_breaks("deepspeed", found) == []
+    assert [name for name in found if name.startswith("pipeline.engine.deepspeed")] == []
+
+
+@pytest.mark.slow
+def test_an_interpreter_that_has_the_engine_has_no_deepspeed():
+    """What the sources say, and what other libraries bring along."""
+    code = "import sys, pipeline.engine.engine; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "pipeline.engine.engine" in loaded
+    assert [name for name in loaded if "deepspeed" in name.split(".")] == []

@@ -28,7 +28,6 @@ from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.random_streams import seed_step
 from pipeline.engine import state
 from pipeline.engine.counting import count_all, count_documents, loss_masks
-from pipeline.engine.deepspeed.runners import choose_runner
 from pipeline.engine.forward_only import Scores
 from pipeline.engine.loss_scale import LossScale
 from pipeline.engine.lr_schedule import lr_at
@@ -36,7 +35,7 @@ from pipeline.engine.muon import Muon
 from pipeline.engine.optimizer import parameter_groups, set_lr
 from pipeline.engine.own_runs import own_runs
 from pipeline.engine.private import PrivateGradients
-from pipeline.engine.runner import Runner
+from pipeline.engine.runner import Runner, RunnerClass
 from pipeline.engine.verdict import Verdict, decide_update
 from pipeline.engine.weights import named_parameters, partition_of
 from pipeline.model.architecture import Architecture
@@ -79,6 +78,7 @@ class Engine:
         schema: StageSchema,
         layout: ParallelLayout,
         *,
+        runner_class: RunnerClass,
         shape: RunShape,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -89,6 +89,7 @@ class Engine:
         """Build this rank's stage, with its initial weights, and its optimizer.
 
         Args:
+            runner_class: of whom holds the numbers at this layout.
             schedule: of the learning rate.
             finetune: which parameters are trained.
             seed: of the initial weights and of every step's random streams.
@@ -97,7 +98,6 @@ class Engine:
         self.architecture, self.model = architecture, architecture.model
         self.shape, self.layout = shape, layout
         self._optimizer, self._schedule, self._seed = optimizer, schedule, seed
-        runner_class = choose_runner(shape, architecture.precision)
         pin_attention_kernels()
         module = runner_class.build_module(architecture, schema, shape, layout)
         adapt(module, self.model, finetune)

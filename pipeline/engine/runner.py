@@ -13,14 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from pipeline.config.run_shape import RunShape
+    from pipeline.config.training import OptimizerConfig
     from pipeline.data.batch import Batch
+    from pipeline.distributed.layout import ParallelLayout
+    from pipeline.engine.loss_scale import LossScale
+    from pipeline.model.architecture import Architecture
     from pipeline.model.gpt import Measure
+    from pipeline.model.stage_io import StageSchema
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,35 @@ class Runner(Protocol):
 
     def publish_weights(self) -> None:
         """Copy the fp32 weights into those that the model computes with."""
+
+
+class RunnerClass(Protocol):
+    """How a Runner is made: in two steps, between which its module gets its initial weights."""
+
+    def build_module(
+        self,
+        architecture: Architecture,
+        schema: StageSchema,
+        shape: RunShape,
+        layout: ParallelLayout,
+    ) -> nn.Module:
+        """This rank's share of the model. Collective."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        *,
+        optimizer: OptimizerConfig,
+        architecture: Architecture,
+        shape: RunShape,
+        layout: ParallelLayout,
+        loss_scale: LossScale | None,
+    ) -> Runner:
+        """The runner of a module with its initial weights. Collective.
+
+        Args:
+            module: from `build_module`.
+            groups: of its parameters (engine/optimizer.py).
+            loss_scale: of fp16; None: there is none.
+        """

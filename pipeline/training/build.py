@@ -13,6 +13,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.validation import beginnings
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.distributed.timeouts import step_timeout_s
+from pipeline.engine.deepspeed.runners import choose_runner
 from pipeline.engine.engine import Engine
 from pipeline.model.architecture import Architecture
 from pipeline.model.stage_io import StageSchema
@@ -78,6 +79,7 @@ def _parts(
 def _sections(cfg: PretrainConfig, shape: RunShape) -> dict[str, Any]:
     """The settings that an engine is given, by the names of its arguments."""
     return {
+        "runner_class": choose_runner(shape, cfg.training.precision),
         "shape": shape,
         "optimizer": cfg.optimizer,
         "schedule": cfg.schedule,

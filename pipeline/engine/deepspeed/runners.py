@@ -11,10 +11,11 @@ from pipeline.config.choices import Precision
 from pipeline.config.run_shape import RunShape
 from pipeline.engine.deepspeed.plain import PlainRunner
 from pipeline.engine.deepspeed.staged import StagedRunner
+from pipeline.engine.runner import RunnerClass
 from pipeline.errors import ConfigError
 
 
-def choose_runner(shape: RunShape, precision: Precision) -> type[PlainRunner] | type[StagedRunner]:
+def choose_runner(shape: RunShape, precision: Precision) -> RunnerClass:
     """The runner of a layout; DeepSpeed takes over torch's process group.
 
     Raises:
