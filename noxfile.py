@@ -12,10 +12,12 @@ UV_TORCH_BACKEND=cpu makes uv take torch's CPU build; --envdir puts environments
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import nox
 
-EXTRAS = ["dev", "hf", "s3", "clean"]
+# What CI installs and tests: `make .venv/dev` owns the list.
+EXTRAS = re.findall(r"\[(dev,.*)\]", Path(__file__).with_name("Makefile").read_text())[0].split(",")
 SHOWN = ["torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy", "pyarrow"]
 
 nox.options.default_venv_backend = "uv|virtualenv"

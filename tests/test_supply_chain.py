@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
+import sys
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -43,6 +46,18 @@ def test_the_lock_has_every_direct_requirement_of_what_ci_installs() -> None:
     lines = [*project["dependencies"], *(line for extra in tool.EXTRAS for line in project["optional-dependencies"][extra])]  # fmt: skip
     names = {tool.normal(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in lines}  # type: ignore[index]
     assert names - set(tool.pins((ROOT / "requirements.lock").read_text())) == {"torch"}
+
+
+def test_every_set_of_versions_is_tested_with_the_extras_of_ci(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tests skip what is not installed: the oldest and the newest set ran without five extras, and said so nowhere."""
+    monkeypatch.setitem(sys.modules, "nox", MagicMock())  # in no environment of ours
+    nox = runpy.run_path(str(ROOT / "noxfile.py"))
+    installed = re.findall(r'-e "\.\[([^]]*)\]"', (ROOT / "Makefile").read_text())
+    assert [",".join(nox["EXTRAS"])] == [extras for extras in installed if "dev" in extras]
+    assert tool.EXTRAS == nox["EXTRAS"]
+    assert (ROOT / "requirements.lock").read_text().startswith(tool.HEAD)
 
 
 ALLOWED = ["MIT", "Apache-2.0 AND MIT", "GPL-2.0 OR MIT", "MPL-2.0 AND (Apache-2.0 OR MIT)", "(MIT)", "BSD License", "Apache-2.0 WITH LLVM-exception"]  # fmt: skip

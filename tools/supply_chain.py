@@ -21,25 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-EXTRAS = (
-    "dev",
-    "hf",
-    "s3",
-    "clean",
-    "answers",
-    "talk",
-    "serve",
-    "notebook",
-    "privacy",
-    "tensorboard",
-)  # what .ci/run installs
+# What .ci/run installs: `make .venv/dev` owns the list.
+EXTRAS = re.findall(r"\[(dev,.*)\]", (ROOT / "Makefile").read_text())[0].split(",")
 # torch, and what only its CUDA build requires.
 TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-.*)")
 # Installers and the project itself: in an environment, but no requirement of ours.
 OURS = {"pip", "setuptools", "wheel", "uv", "pretrain"}
-HEAD = """\
+HEAD = f"""\
 # Every requirement but torch, by hash, for Linux and Python 3.11 to 3.13. Made by: python tools/supply_chain.py lock
-#   pip install --require-hashes --no-deps -r requirements.lock && pip install -c constraints.txt -e ".[dev,hf,s3,clean,answers,talk,serve,notebook,privacy,tensorboard]"
+#   pip install --require-hashes --no-deps -r requirements.lock && pip install -c constraints.txt -e ".[{",".join(EXTRAS)}]"
 """
 
 # May be used and passed on with a program under Apache-2.0. MPL-2.0 asks for changes to its own files only.
