@@ -145,6 +145,42 @@ def test_files_named_on_a_page_exist(page):
     assert [name for name in sorted(named - made_by_the_reader) if not (ROOT / name).exists()] == []
 
 
+def folders_of_tree(text: str) -> dict[str, str]:
+    """Path of each folder that a tree of folders lists -> what it says of it."""
+    found, above = {}, ""
+    for indent, name, said in re.findall(r"^( *)([\w.-]+)/ +(.*)$", text, re.MULTILINE):
+        above = above if indent else name
+        found[f"{above}/{name}" if indent else name] = said
+    return found
+
+
+def missing_in_tree(text: str) -> set[str]:
+    """Folders that a tree lists and that there are not, or the reverse; files it names in vain."""
+    listed = folders_of_tree(text)
+    ignored = set(re.findall(r"^/?([\w-]+)/$", (ROOT / ".gitignore").read_text(), re.MULTILINE))
+    there = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*", "pipeline/*", "data_prep/*")
+        for path in ROOT.glob(pattern)
+        if path.is_dir() and path.name[0] not in "._" and not path.name.endswith(".egg-info")
+    }
+    vain = {
+        name
+        for folder, said in listed.items()
+        for name in re.findall(r"[\w./]+/(?= )|\w+\.(?:py|ipynb)", said)
+        if not any((ROOT / at / name).exists() for at in ("", folder, folder.split("/")[0]))
+    }
+    return (set(listed) ^ (there - ignored)) | vain
+
+
+def test_the_readme_lists_every_folder_and_none_that_is_not_there() -> None:
+    """A stranger looks there for the room of a line."""
+    text = (ROOT / "README.md").read_text().partition("## The folders")[2].split("```")[1]
+    assert missing_in_tree(text) == set()
+    wrong = text.replace("  probing/ ", "  probes/ ").replace("engine/deepspeed/", "engine/ds/")
+    assert missing_in_tree(wrong) == {"pipeline/probing", "pipeline/probes", "engine/ds/"}
+
+
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_on_a_page_exist(page):
     targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
