@@ -119,7 +119,8 @@ def epsilon(noise_multiplier: float, reads: int, delta: float) -> float:
     from opacus.accountants import RDPAccountant
 
     accountant = RDPAccountant()
-    accountant.history = [(noise_multiplier, 1.0, reads)]
+    # Not assigned: under a name that a release has renamed nothing would be counted, epsilon 0.
+    accountant.history.append((noise_multiplier, 1.0, reads))
     return float(accountant.get_epsilon(delta)) if reads else 0.0
 
 
