@@ -2,6 +2,7 @@
 
     python -m benchmarks.loader                            16 shards of 4 Mi tokens, three rounds
     python -m benchmarks.loader --rounds 5 --cpu-s 4       longer
+    python -m benchmarks.loader --contenders ours ours+masks --against ../old       ours here over ours in another checkout
 
 Contenders: ours as the trainer uses it, also with document masks; stock webdataset on the same shards (shuffle 1000);
 a random-offset np.memmap reader (nanoGPT's get_batch); megatron.core's GPTDataset with torch's default_collate;
@@ -39,6 +40,11 @@ from benchmarks.contenders.loader_data import (  # noqa: E402
     quiet,
 )
 from benchmarks.contenders.loaders import GLOBAL_BATCH, MICRO_BATCH, NAMES, contender  # noqa: E402
+
+# What another checkout is asked for: its shards, read by its loader. Its --one answers as ours does.
+PREPARE = (
+    "import sys, pathlib; from benchmarks.loader import prepare; prepare(pathlib.Path(sys.argv[1]))"
+)
 
 
 def measure(name: str, folder: Path, cpu_s: float) -> dict[str, float]:
@@ -104,6 +110,9 @@ def main() -> None:
         "--cpu-s", type=float, default=1.5, help="CPU seconds a contender reads in each round"
     )
     parser.add_argument("--contenders", nargs="*", default=NAMES)
+    parser.add_argument(
+        "--against", type=Path, help="another checkout, such as a git worktree of an older commit"
+    )
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -111,6 +120,9 @@ def main() -> None:
         print(json.dumps(scale(folder) if name == "scale" else measure(name, folder, args.cpu_s)))
         return
     names = [n for n in [*args.contenders, "ours-10k"] if n != "streaming" or has_streaming()]
+    if args.against:
+        compare(args.against.resolve(), names, rounds=args.rounds, cpu_s=args.cpu_s)
+        return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -145,8 +157,38 @@ def main() -> None:
     )
 
 
-def in_process(name: str, folder: str, cpu_s: float) -> dict[str, float]:
-    """measure() in a process of its own, with one thread a library."""
+def compare(other: Path, names: list[str], *, rounds: int, cpu_s: float) -> None:
+    """Print how our contenders here stand to those of another checkout, each on shards of its own.
+
+    Every second round begins with the other one, so that neither always follows on a warm cache.
+    """
+    ours = [*(name for name in names if name.startswith("ours")), "scale"]
+    ratios: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory() as there:
+        prepare(Path(here))
+        subprocess.run([sys.executable, "-c", PREPARE, there], cwd=other, check=True)
+        sides = [(ROOT, here), (other, there)]
+        for number in range(rounds):
+            for name in ours:
+                found = {
+                    root: in_process(name, folder, cpu_s, root=root)
+                    for root, folder in (sides[::-1] if number % 2 else sides)
+                }
+                for key, value in found[ROOT].items():
+                    ratios.setdefault((name, key), []).append(value / found[other][key])
+    print(
+        f"here over {other}, medians of {rounds} rounds (lowest-highest); rates: more is better\n"
+    )
+    print("| contender | number | here / there |")
+    print("|---|---|---|")
+    for (name, key), found in ratios.items():
+        print(
+            f"| {name} | {key} | {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f}) |"
+        )
+
+
+def in_process(name: str, folder: str, cpu_s: float, *, root: Path = ROOT) -> dict[str, float]:
+    """measure() of a checkout in a process of its own, with one thread a library."""
     command = [
         sys.executable,
         "-m",
@@ -158,7 +200,7 @@ def in_process(name: str, folder: str, cpu_s: float) -> dict[str, float]:
         folder,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

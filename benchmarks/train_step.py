@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                          every shape and precision, one thread
     python benchmarks/train_step.py --shapes small --precisions fp32 --rounds 5
+    python benchmarks/train_step.py --contenders ours --against ../old          ours here beside ours in another checkout
 
 Contenders: ours; a plain eager torch GPT with nanoGPT's arithmetic (written here); the same under torch.compile;
 Hugging Face's GPT2LMHeadModel; Hugging Face under DeepSpeed ZeRO-1. Each lives in a process of its own with the same
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
 from benchmarks.contenders.steps import NAMES, SHAPES, build  # noqa: E402
+
+THERE = "ours there"
+"""Ours in another checkout, whose --worker answers as ours does."""
 
 
 def gemm_flops(precision: str) -> float:
@@ -75,9 +79,9 @@ def worker(contender: str, shape: str, precision: str, threads: int) -> None:
 
 
 def start(
-    contender: str, shape: str, precision: str, threads: int, preload: str
+    contender: str, shape: str, precision: str, threads: int, preload: str, *, root: Path = ROOT
 ) -> subprocess.Popen | None:
-    """A worker that has made its first steps, or None when it could not."""
+    """A worker of a checkout that has made its first steps, or None when it could not."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -86,14 +90,14 @@ def start(
     }
     environment |= {
         "DS_ACCELERATOR": environment.get("DS_ACCELERATOR", ""),
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        "MASTER_PORT": str(20000 + os.getpid() % 20000 + (root != ROOT)),
     }
     if not environment["DS_ACCELERATOR"]:
         del environment["DS_ACCELERATOR"]
     environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, "--worker", contender, shape, precision, str(threads)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        [sys.executable, "-W", "ignore", str(root / "benchmarks/train_step.py"), "--worker", contender, shape, precision, str(threads)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
@@ -139,14 +143,17 @@ def compare(
     seconds: float,
     threads: int,
     preload: str,
+    against: Path | None,
 ) -> list[str]:
-    """Rows of the table for one shape and precision."""
+    """Rows of the table for one shape and precision; what ours gained over `against` stands below."""
     processes = {name: start(name, shape, precision, threads, preload) for name in [*names, "gemm"]}
+    if against:
+        processes[THERE] = start("ours", shape, precision, threads, preload, root=against)
     alive = {name: process for name, process in processes.items() if process is not None}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in alive}
-    for _ in range(rounds):
-        for name, process in alive.items():
-            results[name].append(ask(process, seconds))
+    for number in range(rounds):
+        for name in list(alive)[:: -1 if number % 2 else 1]:
+            results[name].append(ask(alive[name], seconds))
     for process in alive.values():
         process.kill()
     ceiling = statistics.median(r["flops"] for r in results.pop("gemm"))
@@ -160,6 +167,13 @@ def compare(
         rows.append(
             f"| {shape} | {precision} | {name} | {rate:,.0f} | {ratio:.2f} | {share:.0%} | "
             f"{answers[-1]['peak_mib']:,.0f} |"
+        )
+    if against:
+        pairs = zip(results["ours"], results[THERE], strict=True)
+        found = [here["tokens_per_s"] / there["tokens_per_s"] for here, there in pairs]
+        rows.append(
+            f"| {shape} | {precision} | ours here / there | | {statistics.median(found):.3f} "
+            f"({min(found):.3f}-{max(found):.3f}) | | |"
         )
     return rows
 
@@ -184,6 +198,9 @@ def main() -> None:
         choices=("auto", "default"),
         default="auto",
         help="auto: tcmalloc where it is found",
+    )
+    parser.add_argument(
+        "--against", type=Path, help="another checkout, such as a git worktree of an older commit"
     )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -211,6 +228,7 @@ def main() -> None:
                 seconds=options.seconds,
                 threads=options.threads,
                 preload=preload,
+                against=options.against and options.against.resolve(),
             )
             print("\n".join(rows), flush=True)
 

@@ -79,6 +79,40 @@ print(c.check(stages[:1], out=Path({str(tmp_path)!r}), budget_s=c.LEAST_S - 1, c
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
 
 
+def test_another_checkout_is_measured_in_the_same_rounds() -> None:
+    """Runs of one commit after those of another showed 16 % that was the neighbours' noise."""
+    program = f"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import loader, train_step
+there, asked = Path("/there"), []
+def answer(root, **numbers):
+    asked.append("there" if root == there else "here")
+    return {{name: value * (1 if root == there else 2) for name, value in numbers.items()}}
+loader.prepare = lambda folder: None
+loader.subprocess = SimpleNamespace(run=lambda words, cwd, check: asked.append(str(cwd)))
+loader.in_process = lambda name, folder, cpu_s, *, root: answer(root, cpu_rate=3.0)
+loader.compare(there, ["ours", "memmap"], rounds=2, cpu_s=1.0)
+def start(name, *_, root=train_step.ROOT):
+    return SimpleNamespace(root=root, kill=lambda: None)
+train_step.start = start
+train_step.ask = lambda worker, _: answer(worker.root, tokens_per_s=5.0, flops=7.0, peak_mib=1.0)
+sizes = dict(rounds=1, seconds=1.0, threads=1, preload="", against=there)
+print(train_step.compare("small", "fp32", ["eager", "ours"], **sizes)[-1])
+print(*asked)
+"""
+    lines = run("-c", program).splitlines()
+    assert lines[4:-2] == [
+        "| ours | cpu_rate | 2.00 (2.00-2.00) |",
+        "| scale | cpu_rate | 2.00 (2.00-2.00) |",
+    ]
+    assert lines[-2].startswith("| small | fp32 | ours here / there | | 2.000 (2.000-2.000)")
+    rounds = "here there here there there here there here"  # of ours and of scale, twice
+    assert lines[-1] == f"/there {rounds} here here here there"
+
+
 @pytest.mark.slow
 def test_the_check_of_a_device_runs_on_a_cpu(tmp_path: Path) -> None:
     """So that the minutes of a device are not spent on mistakes of the check."""
