@@ -9,18 +9,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import show
 from data_prep.conversations import main
 from data_prep.sources.rejects import DIALOGUE_REASONS
 from data_prep.tokens.check import find_faults
-from data_prep.tokens.conversation_job import ConversationConfig
+from data_prep.tokens.conversation_job import TEMPLATES, ConversationConfig, read_template
 from pipeline import cli
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, DataError
+from tests.support.arrow import save_dataset
 from tests.support.corpus import checksums, make_tokenizer
 from tests.support.waiting import kill_after_new_names
 
@@ -147,10 +150,8 @@ def test_bytes_do_not_depend_on_kills(corpus, reference, tmp_path):
     assert not (output / ".work").exists()
 
 
-def test_parquet_and_prompts_with_completions_give_the_same_dialogues(corpus, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_tables_and_prompts_with_completions_give_the_same_dialogues(corpus, tmp_path):
+    """Parquet, and the folder that Hugging Face's save_to_disk writes."""
     pairs = [messages for messages in TALKS if len(messages) == 2][:50]
     write_talks(tmp_path / "a.jsonl", pairs)
     rows = [{"prompt": a["content"], "completion": b["content"]} for a, b in pairs]
@@ -158,13 +159,14 @@ def test_parquet_and_prompts_with_completions_give_the_same_dialogues(corpus, tm
     learned = [[a, b | {"learn": True}] for a, b in pairs]
     pq.write_table(pa.Table.from_pylist([{"messages": m} for m in learned]), tmp_path / "c.parquet")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    save_dataset(tmp_path / "e", {"messages": learned})
     (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
     found = [
-        sorted(dialogues(convert(tmp_path, tmp_path / name, "workers=1", source=name + "." + kind) / "train"))
-        for name, kind in (("a", "jsonl"), ("b", "jsonl"), ("c", "parquet"), ("d", "parquet"))
+        sorted(dialogues(convert(tmp_path, tmp_path / f"{name}", "workers=1", source=source) / "train"))
+        for name, source in enumerate(("a.jsonl", "b.jsonl", "c.parquet", "d.parquet", "e"))
     ]  # fmt: skip
     assert len(found[0]) > 30
-    assert found.count(found[0]) == 4
+    assert found.count(found[0]) == 5
 
 
 QUESTION = {"role": "user", "content": "What?"}
@@ -233,6 +235,27 @@ def test_a_template_is_kept_word_for_word(corpus, tmp_path):
     (tmp_path / "own.jinja").write_text(own)
     output = convert(corpus, tmp_path / "out", f"template={tmp_path}/own.jinja")
     assert json.loads((output / "train/manifest.json").read_text())["chat_template"] == own
+
+
+def test_a_saved_dataset_without_dialogues_is_refused_in_words(corpus, tmp_path):
+    """A text dataset that was meant for tokenize: which row, and which fields it lacks."""
+    (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+    save_dataset(tmp_path / "saved", {"text": ["one", "two", "three", "four"]})
+    with pytest.raises(
+        DataError, match=r"saved/data-.*no messages, and no prompt and no completion"
+    ):
+        convert(tmp_path, tmp_path / "out", "workers=1", source="saved")
+
+
+def test_the_template_is_chatml_where_the_tokenizer_has_its_tokens(corpus, tmp_path):
+    """Else headings of ordinary text."""
+    tokenizer = Tokenizer.from_file(corpus / "tokenizer.json")
+    assert read_template(None, tokenizer) == (TEMPLATES / "chatml.jinja").read_text()
+    words = tokenizer.raw.decode().replace("<|im_start|>", "<|open|>")
+    (tmp_path / "tokenizer.json").write_text(words)
+    other = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert read_template(None, other) == read_template("plain", tokenizer)
+    assert read_template("plain", tokenizer) == (TEMPLATES / "plain.jinja").read_text()
 
 
 def test_every_reason_of_a_dialogue_is_tested():

@@ -21,6 +21,7 @@ from data_prep.sources.inputs import InputConfig, OnError, find_files, find_unit
 from data_prep.sources.kinds import Format
 from data_prep.sources.rejects import Document, Rejects
 from pipeline.errors import ConfigError, DataError
+from tests.support.arrow import save_dataset
 from tests.support.corpus import TEXTS, make_texts, write_jsonl
 
 COMPRESS = {
@@ -243,38 +244,24 @@ def test_links_to_folders_are_passed_over_and_counted(tmp_path, caplog):
     assert "in: passed over, links to folders: 2" in caplog.text
 
 
-def save_dataset(folder, texts, *, shards=2, **state):
-    """What datasets.save_to_disk leaves: arrow streams, listed in state.json."""
-    folder.mkdir(parents=True)
-    files = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
-    for i, name in enumerate(files):
-        table = pa.table({"text": texts[i * len(texts) // shards : (i + 1) * len(texts) // shards]})
-        with pa.ipc.new_stream(str(folder / name), table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    content = {"_data_files": [{"filename": name} for name in files], "_split": "train"} | state
-    (folder / "state.json").write_text(json.dumps(content, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}, indent=2))
-    with pa.ipc.new_stream(str(folder / "cache-1f.arrow"), table.schema) as writer:
-        writer.write_table(table)  # map() leaves such beside; it is no part of the dataset
-    return folder
-
-
 def test_a_saved_hugging_face_dataset_is_read_as_one(tmp_path):
     texts = make_texts(10)
-    folder = save_dataset(tmp_path / "saved", texts)
+    folder = save_dataset(tmp_path / "saved", {"text": texts})
     assert [d.text for d in read(folder)] == texts
     assert [d.text for d in read(tmp_path)] == texts
 
 
 def test_saved_datasets_that_are_not_one_table_are_refused(tmp_path):
-    save_dataset(tmp_path / "all" / "train", ["x", "y"])
+    save_dataset(tmp_path / "all" / "train", {"text": ["x", "y"]})
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(ConfigError, match="the splits train, test .*input=.*/all/train"):
         read(tmp_path / "all")
-    folder = save_dataset(tmp_path / "chosen", ["x", "y"], _indices_data_files=[{"filename": "i"}])
+    folder = save_dataset(
+        tmp_path / "chosen", {"text": ["x", "y"]}, _indices_data_files=[{"filename": "i"}]
+    )
     with pytest.raises(ConfigError, match="flatten_indices"):
         read(folder)
-    gone = save_dataset(tmp_path / "gone", ["x", "y"])
+    gone = save_dataset(tmp_path / "gone", {"text": ["x", "y"]})
     (gone / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match="data-00001-of-00002.arrow is missing"):
         read(gone)
