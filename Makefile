@@ -1,5 +1,6 @@
 # quickstart  data, training, evaluation, a sample and curves on this machine's CPU, in minutes
 # talk        the quickstart's model learns to answer: dialogues, training, answers with base rates, a chat
+# translate   names in five languages into each other, from scratch: training, scores beside guessing and looking up
 # caption     pictures of letters and their names, from scratch: training, scores with a right and a wrong picture, a sheet
 # test        the tests                 check     lint and types
 # test-all    with the slow ones        bench     speed, into benchmarks/RESULTS.md
@@ -10,13 +11,16 @@ PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # DS_BUILD_OPS=0: DeepSpeed compiles operators when they are first used, not at installation.
 INSTALL = DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart talk caption test test-all check bench soak
+.PHONY: quickstart talk translate caption test test-all check bench soak
 
 quickstart: .venv/core
 	launch/quickstart.sh
 
 talk: .venv/talk
 	launch/talk.sh
+
+translate: .venv/talk
+	launch/translate.sh
 
 caption: .venv/core
 	launch/caption.sh

@@ -117,7 +117,7 @@ def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, output
     assert config.data.path == output
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "talk", "caption"])
+@pytest.mark.parametrize("recipe", ["quickstart", "talk", "caption", "translate"])
 def test_settings_of_a_recipe_that_is_done_are_refused(tmp_path, recipe):
     """They would change nothing, and the tables printed after them would be taken for theirs."""
     for folder in ("launch", f"runs/{recipe}"):
