@@ -166,7 +166,7 @@ class LossChunks:
     def of(cls, job: Job) -> LossChunks:
         """Of one micro-batch on a rank."""
         row = job.shape.padded_vocab_size / job.shape.sizes.tensor * 4
-        rows = max(16, int(LOSS_CHUNK_BYTES // row))
+        rows = 1 << (max(16, int(LOSS_CHUNK_BYTES // row)).bit_length() - 1)
         count = math.ceil(job.micro_tokens / rows)
         left = job.micro_tokens - (count - 1) * rows
         return cls(count, min(rows, job.micro_tokens) * row, left * row)
@@ -191,11 +191,12 @@ def _chunk_bytes(job: Job) -> float:
 
     In units of a chunk's fp32 logits, in 16 bits: raw logits 1/2, their fp32 copy 1, probabilities
     1, and the logits' gradient of the chunk before 1/2. In fp32 logits 1, probabilities 1, gradient
-    before 1. The weight's gradient is 16 bits wide after one chunk and fp32 after two, when both
-    and the second's part stand beside each other.
+    before 1. Compiled (model/fused_loss.py): raw logits and their gradient, as wide as they, alone.
+    The weight's gradient is 16 bits wide after one chunk and fp32 after two, when both and the
+    second's part stand beside each other.
     """
     chunks, table, width = LossChunks.of(job), job.table, job.width
-    before, softmax = (1.0, 2.0) if width == 4 else (0.5, 2.5)
+    before, softmax = (1.0, 2.0) if width == 4 else (0.5, 1.0 if job.model.compile else 2.5)
     one, two = table * width, table * (width if width == 4 else 4)
     moments = [softmax * chunks.whole, before * chunks.whole + one]
     if chunks.count >= 2:

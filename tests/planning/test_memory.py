@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.config.model import MoeConfig
-from pipeline.model.loss import CHUNK_BYTES
+from pipeline.model.loss import CHUNK_BYTES, chunks
 from pipeline.planning import kept
 from pipeline.planning.flops import num_parameters
 from pipeline.planning.job import Job
@@ -116,12 +118,35 @@ def test_tensor_parallelism_does_not_split_norms_and_row_biases():
 
 
 def test_logits_are_cut_as_the_loss_cuts_them():
+    """By its own function, given what has the shapes of 6.7B's hidden states and output weight on CUDA."""
     assert kept.LOSS_CHUNK_BYTES == CHUNK_BYTES["cuda"]
-    chunks = kept.LossChunks.of(Job.of(*run_of("training.micro_batch_size=4")))
-    rows = 512 * 2**20 // (50304 * 4)
-    assert chunks.count == -(-4 * 2048 // rows)
-    assert chunks.whole == rows * 50304 * 4
-    assert chunks.last == (4 * 2048 - (chunks.count - 1) * rows) * 50304 * 4
+    hidden: Any = SimpleNamespace(
+        is_cuda=True, device=SimpleNamespace(type="cuda"), shape=(5 * 2048, 4096)
+    )
+    for tensor, wanted in (1, 5), (8, 1):
+        columns = {1: 50304, 8: 51200}[tensor] // tensor  # padded to 128 a rank
+        parts = list(chunks(hidden, SimpleNamespace(shape=(columns, 4096))))  # type: ignore[arg-type]
+        found = kept.LossChunks.of(
+            Job.of(*run_of("training.micro_batch_size=5", f"parallel.tensor_parallel_size={tensor}",
+                           "training.global_batch_size=40"))
+        )  # fmt: skip
+        assert found.count == len(parts) == wanted
+        assert found.whole == min(parts[0].stop, 5 * 2048) * columns * 4
+        assert found.last == (5 * 2048 - parts[-1].start) * columns * 4
+
+
+def test_a_compiled_loss_holds_raw_logits_and_their_gradient():
+    """Measured on an H200: 125M at 32 x 1,024 tokens held 12.0 GiB of tensors, where 12.9 were planned without."""
+    words = ["model=gpt3-125m", "training.seq_len=1024", "training.micro_batch_size=32",
+             "training.global_batch_size=32"]  # fmt: skip
+    (eager,), (compiled,) = (
+        memory_of(*words, f"model.compile={compiled}", world_size=1) for compiled in (False, True)
+    )
+    chunk = 2048 * 50304
+    # fp32 copy and probabilities are in registers, and the gradient is in bf16.
+    assert eager.moment == compiled.moment == "loss"
+    assert eager.tensors - compiled.tensors == chunk * (4 + 4 - 2)
+    assert compiled.tensors / 2**30 == pytest.approx(12.0, abs=0.05)
 
 
 def test_one_fp32_rank_needs_no_second_copy_whatever_stage_is_set():
