@@ -7,11 +7,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.device import has_device, hide_devices
 from tests.support.left_out import leave_out
+
+if TYPE_CHECKING:
+    from pipeline.rehearsal.dry_run import RankProcess
 
 leave_out()
 hide_devices()
@@ -59,3 +63,12 @@ def no_rank_is_left_behind() -> Iterator[None]:
     yield
     left = {name: os.environ.pop(name) for name in RANK_NAMES if name in os.environ}
     assert left == {}, "a test, or what it called, made this process a rank for good"
+
+
+@pytest.fixture(scope="session")
+def rank_process() -> Iterator[RankProcess]:
+    """Rehearses ranks of large jobs (pipeline/rehearsal): what they import takes longer than most of them."""
+    from pipeline.rehearsal.dry_run import RankProcess
+
+    with RankProcess() as process:
+        yield process

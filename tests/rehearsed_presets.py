@@ -10,17 +10,20 @@ each comparison, the widest ones at the end; exit code 1 when one is off by 5 % 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 from pipeline.planning.job import Job
 from pipeline.planning.memory import memory_of_stages
-from pipeline.rehearsal.dry_run import rehearse
+from pipeline.rehearsal.dry_run import RankProcess, rehearse
 
 FILES = (cli.CONF_DIR / "model").glob("*.yaml")
 # Of text, and dense.
@@ -42,7 +45,9 @@ Case = tuple[str, str, str]
 """Preset, kind of rank, recompute."""
 
 
-def error(model: str, kind: str, recompute: str, *settings: str) -> float:
+def error(
+    model: str, kind: str, recompute: str, *settings: str, process: RankProcess | None = None
+) -> float:
     """By how much the plan is above the rehearsed peak, 0.01 is 1 %."""
     pipeline, stage, zero = KINDS[kind]
     tensor = 8 if model == "gpt3-175b" else 1
@@ -64,6 +69,7 @@ def error(model: str, kind: str, recompute: str, *settings: str) -> float:
         world_size=world_size,
         tokenizer_vocab_size=vocab_size,
         num_micro_batches=max(2, pipeline),
+        process=process,
     )
     assert report.pipeline_rank == stage
     planned = memory_of_stages(Job.of(cfg, shape))[stage]
@@ -84,6 +90,15 @@ def slice_of_cases() -> list[Case]:
     ]
 
 
+def _error_in(idle: SimpleQueue[RankProcess], case: Case) -> float:
+    """The error of a case, rehearsed in one of the idle processes."""
+    process = idle.get()
+    try:
+        return error(*case, process=process)
+    finally:
+        idle.put(process)
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit code 1 when the plan is off somewhere."""
     parser = argparse.ArgumentParser(prog="python -m tests.rehearsed_presets", description=__doc__.splitlines()[0])  # fmt: skip
@@ -95,13 +110,19 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"no such preset: {', '.join(unknown)}; there are {', '.join(PRESETS)}")
     wanted = cases(models)
     errors: dict[Case, float] = {}
-    with ThreadPoolExecutor(options.processes) as pool:  # each rehearsal is a process of its own
-        for case, found in zip(wanted, pool.map(lambda case: error(*case), wanted)):
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        idle: SimpleQueue[RankProcess] = SimpleQueue()
+        for _ in range(options.processes):
+            idle.put(stack.enter_context(RankProcess()))
+        pool = stack.enter_context(ThreadPoolExecutor(options.processes))
+        for case, found in zip(wanted, pool.map(lambda case: _error_in(idle, case), wanted)):
             errors[case] = found
             print(f"{found:+7.2%}  {case[0]}, {case[1]}, recompute {case[2]}", flush=True)
     wrong = [case for case, found in errors.items() if abs(found) >= MOST]
     least, most = min(errors.values()), max(errors.values())
     print(f"{len(errors)} comparisons, {least:+.2%} to {most:+.2%}; {len(wrong)} off by {MOST:.0%} or more")  # fmt: skip
+    print(f"in {(time.monotonic() - began) / 60:.0f} minutes")
     return 1 if wrong else 0
 
 

@@ -1,6 +1,7 @@
 """Any rank of a job of any size, on one machine without a GPU: does it start, what does it hold?
 
     rehearse(cfg, rank=0, world_size=1024)  --a process of its own-->  Report
+    with RankProcess() as process: rehearse(..., process=process)  many, whose imports are made once
 
 The rank's own code runs, from connect() to the optimizer's step, on tensors that have a shape, a
 dtype and a device, and no numbers (fake_cuda.py). Needs no torch in this process.
@@ -8,9 +9,11 @@ dtype and a device, and no numbers (fake_cuda.py). Needs no torch in this proces
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -77,6 +80,45 @@ class Report:
         return max(self.build_peak_bytes, *self.step_peak_bytes)
 
 
+class RankProcess:
+    """Rehearses one rank after the other, each in a copy of a process that has imported all."""
+
+    def __enter__(self) -> RankProcess:
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.rehearsal.one_rank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._errors.close()
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The report of one rank.
+
+        Raises:
+            RuntimeError: the rank failed; its traceback is the message.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then nothing is answered
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        if answer := self._process.stdout.readline():
+            report: dict[str, Any] = json.loads(answer)
+        else:
+            self._errors.seek(0)
+            report = {"failed": self._errors.read().decode()[-8000:]}
+        if "failed" in report:
+            place = f"rank {request['rank']} of {request['world_size']}"
+            raise RuntimeError(f"{place} failed:\n{report['failed']}")
+        return report
+
+
 def rehearse(
     cfg: PretrainConfig,
     *,
@@ -85,6 +127,7 @@ def rehearse(
     tokenizer_vocab_size: int = GPT2_VOCABULARY,
     num_micro_batches: int | None = None,
     steps: int = 2,
+    process: RankProcess | None = None,
 ) -> Report:
     """One rank of a run, from its process groups to the end of a step. About 10 s of one core.
 
@@ -94,6 +137,7 @@ def rehearse(
         world_size: ranks of the job.
         num_micro_batches: of a step; None: the run's, or fewer where more would change no peak.
         steps: the second one has the optimizer's state from its beginning.
+        process: that runs it; None: one that begins and ends with this rank.
 
     Raises:
         ConfigError: a rule of the run is broken, or it cannot be rehearsed.
@@ -116,14 +160,10 @@ def rehearse(
         "settings": cli.to_dict(cfg), "world_size": world_size, "rank": rank, "steps": steps,
         "tokenizer_vocab_size": tokenizer_vocab_size, "num_micro_batches": count,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.rehearsal.one_rank"],
-        input=json.dumps(request).encode(),
-        capture_output=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"rank {rank} of {world_size} failed:\n{done.stderr.decode()[-8000:]}")
-    return _parse(json.loads(done.stdout))
+    if process is not None:
+        return _parse(process.run(request))
+    with RankProcess() as process:
+        return _parse(process.run(request))
 
 
 def _problems(cfg: PretrainConfig, shape: RunShape) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""One rank of a large job, alone in this process: a request on standard input, its report out.
+"""Ranks of large jobs, each alone in a process: requests on standard input, their reports out.
 
-    Request, as JSON -> our own groups, engine and steps on fake tensors -> JSON
+    a Request a line, as JSON -> our own groups, engine and steps on fake tensors -> JSON, a line
 
-torch's `fake` process group answers every collective at once; nothing is computed or sent. The
-program is started by rehearse() and is of no other use.
+Imports take longer than most ranks: they are made once, and each rank runs in a copy of this
+process. torch's `fake` process group answers every collective at once; nothing is computed or sent.
+The program is started by rehearse() and is of no other use.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import os
 import sys
 import time
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,16 +58,36 @@ class Request:
 
 
 def main() -> None:
-    """Read the request, rehearse, print the report."""
-    request = Request.read(sys.stdin.read())
+    """Rehearse each request in a process of its own; print its report, or how it failed."""
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
     fake_cuda.load_guard()
-    print(json.dumps(asdict(_rehearse(request))), file=out)
+    _import_all()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            print(_answer(line), file=out, flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            print(json.dumps({"failed": f"its process ended with code {code}"}), file=out)
+        out.flush()
 
 
-def _rehearse(request: Request) -> Report:
-    """Groups, engine and steps of one rank, watched from the engine on."""
-    began = time.monotonic()
+def _answer(line: str) -> str:
+    """A line of JSON: the report, or {"failed": traceback}."""
+    try:
+        return json.dumps(asdict(_rehearse(Request.read(line))))
+    except Exception:
+        return json.dumps({"failed": traceback.format_exc()[-8000:]})
+
+
+kernels: Counter[str] = Counter()
+"""Attention kernel -> how often it was taken."""
+
+
+def _import_all() -> None:
+    """What every rank needs, on a device that is stood in for. No thread: a copy has none."""
     os.environ.update(DS_ACCELERATOR="cuda", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # megatron-core decorates what nothing here calls
     import torch
@@ -72,11 +95,17 @@ def _rehearse(request: Request) -> Report:
 
     fake_cuda.stand_in()
     torch.set_num_threads(1)
+    fake_cuda.stand_in_for_attention(lambda name: kernels.update([name]))
+    stand_in_for_fused_kernels()
+    import pipeline.rehearsal.watch
+    import pipeline.training.build  # noqa: F401
+
+
+def _rehearse(request: Request) -> Report:
+    """Groups, engine and steps of one rank, watched from the engine on."""
+    began = time.monotonic()
     cfg, shape = request.cfg, request.shape
     layout = _connect(request)
-    kernels: dict[str, int] = {}
-    fake_cuda.stand_in_for_attention(lambda name: kernels.update({name: kernels.get(name, 0) + 1}))
-    stand_in_for_fused_kernels()
     from pipeline.rehearsal.watch import Watch
     from pipeline.training.build import build_engine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from pipeline import cli
@@ -16,8 +18,8 @@ pytestmark = pytest.mark.skipif(fake_cuda.compiler() is None, reason="no C++ com
     ("model", "kind", "recompute"),
     [("modern-125m", "middle", "full"), ("gpt2-124m", "zero 2", "none")],
 )
-def test_the_plan_is_within_5_percent_of_a_rehearsed_rank(model, kind, recompute):
-    assert abs(error(model, kind, recompute, "model.num_layers=3")) < MOST
+def test_the_plan_is_within_5_percent_of_a_rehearsed_rank(rank_process, model, kind, recompute):
+    assert abs(error(model, kind, recompute, "model.num_layers=3", process=rank_process)) < MOST
 
 
 def test_presets_of_all_kinds_are_here():
@@ -35,9 +37,9 @@ def test_the_slice_has_every_preset_and_every_kind_of_rank():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind", "recompute"), slice_of_cases())
-def test_every_dense_preset_is_within_5_percent(model, kind, recompute):
+def test_every_dense_preset_is_within_5_percent(rank_process, model, kind, recompute):
     """An engineer rents by this number: too low ends in out of memory, too high in devices that idle."""
-    assert abs(error(model, kind, recompute)) < MOST
+    assert abs(error(model, kind, recompute, process=rank_process)) < MOST
 
 
 ENCODER = [
@@ -47,15 +49,16 @@ ENCODER = [
 
 
 @pytest.mark.slow
-def test_a_first_stage_with_pictures_is_within_5_percent():
+def test_a_first_stage_with_pictures_is_within_5_percent(rank_process):
     """The encoder's activations are gone when the word embedding's gradient is there: 7.7 % less, here."""
     settings = [*ENCODER, "model.num_layers=6", "model.vision.num_layers=4"]
-    assert abs(error("modern-125m", "first", "none", *settings)) < MOST
+    assert abs(error("modern-125m", "first", "none", *settings, process=rank_process)) < MOST
 
 
 def test_the_command_says_what_is_off(monkeypatch, capsys):
     errors = iter([0.01, -0.02, 0.0, 0.049, 0.06, 0.0, 0.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(rehearsed_presets, "error", lambda *_: next(errors))
+    monkeypatch.setattr(rehearsed_presets, "error", lambda *_, **__: next(errors))
+    monkeypatch.setattr(rehearsed_presets, "RankProcess", contextlib.nullcontext)
     assert rehearsed_presets.main(["--models", "tiny", "--processes", "1"]) == 1
     out = capsys.readouterr().out
     assert " +6.00%  tiny, first, recompute none\n" in out

@@ -13,7 +13,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError, MachineError
 from pipeline.rehearsal import dry_run, fake_cuda
-from pipeline.rehearsal.dry_run import Report, rehearse
+from pipeline.rehearsal.dry_run import RankProcess, Report, rehearse
 from tests.support.layouts import VOCAB, config
 
 needs_compiler = pytest.mark.skipif(fake_cuda.compiler() is None, reason="no C++ compiler")
@@ -42,10 +42,12 @@ def check_sound(report: Report) -> None:
 
 
 @needs_compiler
-def test_a_rank_of_a_pipeline_is_on_its_one_device_and_reads_nothing_back() -> None:
+def test_a_rank_of_a_pipeline_is_on_its_one_device_and_reads_nothing_back(
+    rank_process: RankProcess,
+) -> None:
     """Rank 7 of a node that sees one device: DeepSpeed took LOCAL_RANK, 7, for its number."""
     cfg = config("modern", tp=2, pp=2, sp=True, precision="bf16")
-    report = rehearse(cfg, rank=7, world_size=8, tokenizer_vocab_size=VOCAB)
+    report = rehearse(cfg, rank=7, world_size=8, tokenizer_vocab_size=VOCAB, process=rank_process)
     check_sound(report)
     assert (report.pipeline_rank, report.data_rank, report.tensor_rank) == (1, 1, 1)
     assert set(report.attention_kernels) == {"flash"}
@@ -59,9 +61,13 @@ def test_a_rank_of_a_pipeline_is_on_its_one_device_and_reads_nothing_back() -> N
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_mixture_in_fp32_with_shared_key_heads_takes_a_kernel_without_scores() -> None:
+def test_a_mixture_in_fp32_with_shared_key_heads_takes_a_kernel_without_scores(
+    rank_process: RankProcess,
+) -> None:
     """Without Transformer Engine the router named what was not there; fp32 and groups took plain attention."""
-    report = rehearse(config("moe"), rank=1, world_size=2, tokenizer_vocab_size=VOCAB)
+    report = rehearse(
+        config("moe"), rank=1, world_size=2, tokenizer_vocab_size=VOCAB, process=rank_process
+    )
     assert report.devices == ["cuda:0"]
     assert set(report.attention_kernels) == {"efficient"}
 
@@ -78,7 +84,7 @@ def test_the_step_behind_every_ramp_is_rehearsed() -> None:
 
 def test_what_cannot_be_rehearsed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a process is started."""
-    monkeypatch.setattr(dry_run.subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(dry_run.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(ConfigError, match="rank=2 must be from 0 to world_size - 1 = 1"):
         rehearse(config(), rank=2, world_size=2, tokenizer_vocab_size=VOCAB)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -105,6 +111,14 @@ def test_a_machine_that_cannot_stand_in_for_a_device_is_refused(
         fake_cuda.check_machine()
 
 
+@needs_compiler
+def test_a_rank_that_fails_says_why_and_others_run(rank_process: RankProcess) -> None:
+    """Each is a process of its own."""
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed:\n(.|\n)*KeyError: 'settings'"):
+            rank_process.run({"rank": 1, "world_size": 2})
+
+
 GPT3_175B = ("experiment=gpt3-175b",)
 GPT3_67B = ("model=gpt3-6.7b", "training.micro_batch_size=1")
 # Most GiB of tensors: what the run needs, and no more (2026-11-27: 19.8, 55.5, 33.8, 59.4, 117.5).
@@ -121,10 +135,10 @@ LARGE: dict[str, tuple[tuple[str, ...], int, int, float]] = {
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_a_rank_of_a_large_job_starts_fits_and_steps(name: str) -> None:
+def test_a_rank_of_a_large_job_starts_fits_and_steps(name: str, rank_process: RankProcess) -> None:
     """A thousand GPUs wait for nothing: what is misplaced, too large or read back is found on one core."""
     overrides, rank, world_size, most_gib = LARGE[name]
-    report = rehearse(preset(*overrides), rank=rank, world_size=world_size)
+    report = rehearse(preset(*overrides), rank=rank, world_size=world_size, process=rank_process)
     if name != "mixture":  # how many tokens an expert has is read back
         check_sound(report)
     assert report.devices == ["cuda:0"]
