@@ -24,7 +24,7 @@ from pipeline.files import write_durably
 from pipeline.planning import advice, page, table
 from pipeline.planning.devices import load_device
 from pipeline.planning.job import Job
-from pipeline.planning.memory import GIB
+from pipeline.planning.memory import GIB, memory_of_stages
 from pipeline.planning.plan import Plan
 from pipeline.planning.search import search
 from pipeline.rehearsal.dry_run import GPT2_VOCABULARY, rehearse
@@ -64,6 +64,8 @@ def main(cfg: PlanConfig) -> None:
         ConfigError: the settings contradict each other, or the device is not known.
     """
     device = load_device(cfg.device)
+    if cfg.rank and not cfg.dry_run:
+        raise ConfigError(f"rank={cfg.rank} is which rank is rehearsed: it needs dry_run=true.")
     if cfg.usd_per_hour is not None:
         device = replace(device, usd_per_hour=cfg.usd_per_hour)
     cfg, data = _read_data(cfg)
@@ -122,7 +124,8 @@ def _rehearsal_lines(cfg: PlanConfig, plan: Plan, vocab_size: int) -> Iterator[s
         cfg, rank=cfg.rank, world_size=cfg.world_size, tokenizer_vocab_size=vocab_size
     )
     peak = report.step_peak_bytes[-1]
-    planned = plan.memory[report.pipeline_rank].tensors
+    model = replace(plan.job.model, compile=False)  # as it is rehearsed
+    planned = memory_of_stages(replace(plan.job, model=model))[report.pipeline_rank].tensors
     yield (
         f"rehearsed rank {report.rank} (data {report.data_rank}, pipeline {report.pipeline_rank}, "
         f"tensor {report.tensor_rank}): all on {', '.join(report.devices)}"

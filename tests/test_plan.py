@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,27 @@ def test_a_layout_that_would_not_start_is_searched_past(capsys):
     out = plan(capsys, *words, "search=true")
     assert "as it is set it would not start: training.global_batch_size (64)" in out
     assert "training.micro_batch_size=1" in out
+
+
+def test_what_no_rank_could_be_is_a_sentence(capsys):
+    """Before anything is planned or started."""
+    words = ["model=tiny", "world_size=8", "training.micro_batch_size=1"]
+    of_a_copy = (
+        "must be a multiple of parallel.tensor_parallel_size * parallel.context_parallel_size * "
+        "parallel.pipeline_parallel_size"
+    )
+    for more, sentence in (
+        (["rank=3"], "rank=3 is which rank is rehearsed: it needs dry_run=true."),
+        (["dry_run=true", "rank=8"], "rank=8 must be from 0 to world_size - 1 = 7."),
+        (["dry_run=true", "rank=-1"], "rank=-1 must be from 0 to world_size - 1 = 7."),
+        (
+            ["dry_run=true", "parallel.pipeline_parallel_size=3"],
+            f"the number of ranks (8) {of_a_copy} (1 * 1 * 3 = 3). Start 9 ranks, or choose sizes that divide 8.",
+        ),
+        (["world_size=0"], f"the number of ranks (0) {of_a_copy} (1 * 1 * 1 = 1). Start 1 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            plan(capsys, *words, *more)
 
 
 def test_with_data_it_says_how_often_they_are_read_and_writes_the_page(capsys, tmp_path):

@@ -13,8 +13,8 @@ from pipeline.config.training import ParallelConfig
 def whole_copies(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     """The ranks make whole copies of the model."""
     sizes = ParallelSizes.filling(parallel, world_size=world_size)
-    more = ParallelSizes.of(parallel, data=sizes.data + 1)
-    if sizes.world_size != world_size:
+    more = ParallelSizes.of(parallel, data=max(0, sizes.data) + 1)
+    if sizes.world_size != world_size or world_size < 1:
         yield (
             f"the number of ranks ({world_size}) must be a multiple of "
             "parallel.tensor_parallel_size * parallel.context_parallel_size * "
