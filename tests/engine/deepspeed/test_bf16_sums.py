@@ -107,6 +107,39 @@ def test_a_pipeline_copies_no_gradients() -> None:
         assert "aten::cat" not in found, found
 
 
+def reductions_beside_large_ops(case: dict[str, Any]) -> tuple[list[tuple[str, bool]], list[str]]:
+    """Of each reduction of gradients its dtype and whether it is of the sums where they lie; operators on that much."""
+    engine = engine_of(config("gpt2-untied", precision="bf16", micro_batch_size=1, **case))
+    places = {t.untyped_storage().data_ptr() for t in engine.runner.wrapper.fp32_groups_gradients_flat}  # fmt: skip
+    numel = sum(p.numel() for p in engine.runner.parameters)
+    found, all_reduce = [], dist.all_reduce
+
+    def recorded(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() > 2500:  # no activation has as many elements
+            found.append((str(tensor.dtype), tensor.untyped_storage().data_ptr() in places))
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = recorded
+    with LargeOps(numel // 2) as ops:
+        for number, step in enumerate(batches()[:2]):
+            engine.train_step(rank_batches(step, engine.shape, engine.layout), step=number)
+    dist.all_reduce = all_reduce
+    return found, ops.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_a_pipeline_of_data_parallel_ranks_reduces_its_fp32_sums_where_they_lie(
+    schedule: str,
+) -> None:
+    """DeepSpeed flattens all sums, and reduces a bf16 copy: 6 bytes a parameter, the peak of the last stage."""
+    case = {"pp": 2, "schedule": schedule}
+    for found, ops in run_on_ranks(reductions_beside_large_ops, 4, case):
+        assert found and set(found) == {("torch.float32", True)}, found
+        assert "aten::zero_" in ops  # DeepSpeed clears a pipeline's sums: the watch sees them
+        assert "aten::cat" not in ops and "aten::_to_copy" not in ops, ops
+
+
 def events() -> list[str]:
     """What happens in the last micro-batch: a reduction is launched, or the gradient of a parameter arrives."""
     from pipeline.engine.deepspeed import bf16_sums
