@@ -8,12 +8,12 @@ One reader for each format; a file that turns out to be damaged keeps what came 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_prep.sources.inputs import InputConfig, Unit
 from data_prep.sources.kinds import Format, format_of
 from data_prep.sources.lines import read_jsonl, read_text
-from data_prep.sources.pieces import open_piece
+from data_prep.sources.pieces import Damaged, Piece, open_piece
 from data_prep.sources.rejects import Document, Rejects, is_damage, out_of_memory
 from data_prep.sources.tables import read_arrow, read_parquet
 from data_prep.sources.tars import read_tar
@@ -26,6 +26,8 @@ READERS: dict[Format, Callable[..., Iterator[Document]]] = {
     Format.arrow: read_arrow,
     Format.tar: read_tar,
 }
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+"""Begins what lies in a clone for a file that Git LFS has not fetched, and is always smaller."""
 
 
 def read_documents(unit: Unit, cfg: InputConfig, rejects: Rejects) -> Iterator[Document]:
@@ -43,6 +45,7 @@ def read_pieces(
         read = readers[kind]
         with open_piece(piece) as file:
             try:
+                _check_no_pointer(file, piece)
                 yield from read(file, piece, unit.source, cfg, rejects)
             except Exception as error:
                 if problem := out_of_memory(error, piece.path):
@@ -56,3 +59,9 @@ def read_pieces(
                     ) from error
                 else:
                     raise
+
+
+def _check_no_pointer(file: BinaryIO, piece: Piece) -> None:
+    """Raise Damaged of a file whose content Git LFS has left at the server: three lines of text."""
+    if piece.size < POINTER_BYTES and file.peek(len(POINTER)).startswith(POINTER):  # type: ignore[attr-defined]
+        raise Damaged("a pointer of Git LFS lies in its place: `git lfs pull` fetches it")

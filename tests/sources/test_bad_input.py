@@ -89,6 +89,7 @@ TAR = tar_of([("1.txt", b"one"), ("2.txt", b"two"), ("3.txt", b"three")])
 PARQUET = parquet_of(text=["a", "b"])
 STREAM = table_of("stream", ["text"], ["a", "b", "c"])
 APART = tar_of([("0.txt", b"a"), ("1.txt", b"b"), ("0.json", b'{"text": "a"}'), ("2.txt", b"c")])
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 12345\n" % 0
 # name: (file name, content, texts that are read, reasons of what is not, further settings)
 CASES = {
     # lines
@@ -152,6 +153,10 @@ CASES = {
     "empty file": ("a.txt", b"", [], ["empty"], {}),
     "only a byte-order mark": ("a.txt", b"\xef\xbb\xbf", [], ["empty"], {}),
     "large file": ("a.txt", b"x" * 2000, [], ["too_large"], {}),
+    # what a clone without Git LFS holds
+    **{f"pointer{suffix}": ("a" + suffix, POINTER, [], ["damaged_file"], {})
+       for suffix in (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet", ".tar")},
+    "a text that tells of pointers": ("a.txt", b"A pointer: " + POINTER, ["A pointer: " + POINTER.decode()], [], {}),
     # compressed files
     "gzip cut off": ("a.jsonl.gz", gzip.compress(NOISE)[:-9000], None, ["damaged_file"], {}),
     "zstd cut off": ("a.jsonl.zst", zstandard.compress(NOISE)[:-9000], None, ["damaged_file"], {}),

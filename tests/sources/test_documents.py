@@ -224,6 +224,14 @@ def test_what_is_of_no_known_kind_is_never_read_as_text(tmp_path, suffix):
         assert [d.text for d in read(path, format=Format.text)] == ["a,b\n1,2\n"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_told_how_to_be_fetched(tmp_path, name):
+    """A clone without LFS gave datasets of `oid sha256:`, a document a file."""
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")  # fmt: skip
+    with pytest.raises(DataError, match=f"{name}: damaged_file.*`git lfs pull`"):
+        read(tmp_path / name)
+
+
 def test_files_that_a_folder_passes_over_are_counted(tmp_path, caplog):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     for name in ("b.csv", "c.csv", "d.png"):
