@@ -11,6 +11,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.config.pretrain import PretrainConfig
+from tests.support.recipe import copy_repository
 from tests.support.slurm_cluster import REPO
 from tests.support.waiting import HANG_S
 
@@ -93,9 +94,17 @@ def test_no_script_splits_what_it_was_given():
         assert not re.search(r'(?<!")\$[@*]|(?<!")\$\{\w+\[@\]\}', code), script
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the repository, whose path has blanks."""
+    folder = tmp_path_factory.mktemp("home") / "my clone"
+    copy_repository(folder)
+    return folder
+
+
 @pytest.mark.parametrize("output", ["out", "my data/[1], größe=2", "a'b\"c{d}"])
 @pytest.mark.parametrize("is_named", [True, False], ids=["output=", "by place"])
-def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, output, is_named):
+def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, clone, output, is_named):
     """The training job would wait for the tokens, and then not find them."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
@@ -106,13 +115,13 @@ def test_text_to_model_hands_on_what_the_tokenization_writes_to(tmp_path, output
     source = tmp_path / "a, b.jsonl"
     words = [f"input={source}", f"output={output}"] if is_named else [str(source), output]
     subprocess.run(
-        [LAUNCH / "text_to_model.sh", "--array=0-3", *words, "tokenizer=t.json", "--", "--nodes=2", "name=big"],
+        [clone / "launch/text_to_model.sh", "--array=0-3", *words, "tokenizer=t.json", "--", "--nodes=2", "name=big"],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable},
         check=True,
     )  # fmt: skip
     tokenize, pretrain = map(json.loads, (tmp_path / "calls").read_text().splitlines())
-    assert tokenize[2:] == [f"{LAUNCH}/tokenize.slurm", *words, "tokenizer=t.json"]
-    assert pretrain[-3:] == [f"{LAUNCH}/pretrain.slurm", f"data.path={output}", "name=big"]
+    assert tokenize[2:] == [f"{clone}/launch/tokenize.slurm", *words, "tokenizer=t.json"]
+    assert pretrain[-3:] == [f"{clone}/launch/pretrain.slurm", f"data.path={output}", "name=big"]
     config = cli.compose(PretrainConfig, pretrain[-2:], config="pretrain")
     assert config.data.path == output
 
