@@ -27,6 +27,7 @@ from pipeline.data.shard_format import (
     PACKED_VERSION,
     PICTURES_VERSION,
     SHARD_COLUMNS,
+    SHARDS_PER_FOLDER,
     VERSION,
     Block,
     Chat,
@@ -34,7 +35,7 @@ from pipeline.data.shard_format import (
     ShardLayout,
     TokenizerIdentity,
     is_sealed,
-    shard_path,
+    shard_paths,
     token_dtype,
 )
 from pipeline.errors import DataError, ShardError
@@ -223,10 +224,7 @@ def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
     if content["dtype"] != token_dtype(identity.vocab_size).str:
         raise ValueError(f"dtype {content['dtype']!r} for a vocab_size of {identity.vocab_size}")
     paths, tokens, sizes, documents, sha256, sources, keys = _columns(raw, content["shards"])
-    # Only the format's own names: another one could lead to any file of this machine.
-    for number, path in enumerate(paths):
-        if path != (name := shard_path(number)):
-            raise ValueError(f"shard {number} is called {path!r}, not {name!r}")
+    _check_names(paths)
     if not all(map(_SHA256, sha256)):
         raise ValueError(f"{next(d for d in sha256 if not _SHA256(d))!r} is not a sha256")
     columns = [np.array(values, np.int64) for values in (tokens, sizes, documents)]
@@ -256,6 +254,17 @@ def _checked(raw: bytes, content: dict[str, Any]) -> dict[str, Any]:
         "shard_keys": keys.tolist(),
         **_packing(content, identity, columns[0]),
     }
+
+
+def _check_names(paths: list[Any]) -> None:
+    """Only the format's own names: another one could lead to any file of this machine."""
+    # Folder by folder: one by one, 300,000 took 0.23 s of CPU, so 0.03.
+    for first in range(0, len(paths), SHARDS_PER_FOLDER):
+        found = paths[first : first + SHARDS_PER_FOLDER]
+        names = shard_paths(first // SHARDS_PER_FOLDER)[: len(found)]
+        if found != names:
+            at = next(i for i, name in enumerate(names) if found[i] != name)
+            raise ValueError(f"shard {first + at} is called {found[at]!r}, not {names[at]!r}")
 
 
 def _packing(

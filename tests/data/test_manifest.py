@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.data import DataConfig, DatasetConfig
+from pipeline.data import manifest
 from pipeline.data import shard_format as fmt
 from pipeline.data.datasets import open_datasets
 from pipeline.data.manifest import Manifest
@@ -133,6 +134,15 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, content, message):
     with pytest.raises(DataError) as caught:
         Manifest.load(write(tmp_path, content))
     assert message in str(caught.value)
+
+
+def test_a_wrong_name_in_a_later_folder_is_refused() -> None:
+    """They are compared a folder at a time."""
+    names = [*fmt.shard_paths(0), *fmt.shard_paths(1)[:5]]
+    manifest._check_names(names)
+    names[1003] = "../x.tar"
+    with pytest.raises(ValueError, match="shard 1003 is called '../x.tar', not '.*01003.tar'"):
+        manifest._check_names(names)
 
 
 JSON = st.recursive(

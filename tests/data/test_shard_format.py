@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import numpy as np
+import pytest
 
 from pipeline.data import shard_format
 
@@ -40,3 +41,11 @@ def test_a_seal_finds_every_flipped_byte():
         flipped = bytearray(sealed)
         flipped[place] ^= 1
         assert not shard_format.is_sealed(bytes(flipped)), place
+
+
+@pytest.mark.parametrize("folder", [0, 7, 99_999, 100_000])
+def test_the_names_of_a_folder_are_those_of_its_shards(folder: int) -> None:
+    """Also where the numbers outgrow their zeros."""
+    first = folder * shard_format.SHARDS_PER_FOLDER
+    names = [shard_format.shard_path(first + i) for i in range(shard_format.SHARDS_PER_FOLDER)]
+    assert shard_format.shard_paths(folder) == names
