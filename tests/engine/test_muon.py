@@ -17,9 +17,11 @@ from pipeline.config.run_shape import derive
 from pipeline.engine.home_ranks import Run, _least_loaded
 from pipeline.engine.muon import MOMENTUM, Muon, orthogonalize, update_of
 from pipeline.errors import ConfigError
+from pipeline.huggingface.writer import DType
 from pipeline.model.partition import Partition
-from tests.support.checkpoint_runs import resume, train_and_save
+from tests.support.checkpoint_runs import History, resume, train_and_save
 from tests.support.equivalence import Case, check, compare
+from tests.support.exported import TOLERANCE, export_and_compare, tokenizer_file
 from tests.support.layouts import FEW_STEPS, VOCAB, batches, config, reference, train
 from tests.support.ranks import run_on_ranks
 from tests.support.reference import newton_schulz
@@ -160,13 +162,25 @@ def test_momentum_clipping_decay_and_rate_are_worked_out_by_hand() -> None:
     torch.testing.assert_close(parameter.detach(), expected)
 
 
-def resumes(folder: Path, names: list[str]) -> dict[str, list]:
-    """Training that goes on from the newest checkpoint at the layouts called so."""
+def saved_by_four(folder: Path, tokenizer: Path) -> History:
+    """Two steps at TP2 with ZeRO-1, kept for export; the losses and norms behind them."""
+    cfg = config("modern", tp=2, zero=1, **MUON)
+    attached = {"tokenizer.json": tokenizer.read_bytes()}
+    return train_and_save(cfg, folder, [SAVED], LAST, attachments=attached)[SAVED:]
+
+
+def resumes(folder: Path, names: list[str], save_to: Path | None = None) -> dict[str, History]:
+    """Training that goes on from the newest checkpoint at the layouts called so; the first one's is written again."""
     layouts: dict[str, Case] = {
         "tp2 dp2": dict(tp=2, zero=1), "pp4": dict(pp=4), "tp2 zero3": dict(tp=2, zero=3, sp=True),
         "one": dict(zero=0), "zero1": dict(zero=1),
     }  # fmt: skip
-    return {name: resume(config("modern", **layouts[name], **MUON), folder, LAST) for name in names}
+    found = {}
+    for name in names:
+        cfg = config("modern", **layouts[name], **MUON)
+        found[name] = resume(cfg, folder, LAST, save_to=save_to)
+        save_to = None
+    return found
 
 
 SAVED, LAST = 2, 5
@@ -185,15 +199,20 @@ def test_momentum_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_any_layout_resumes_any_other(tmp_path: Path) -> None:
-    cfg = config("modern", tp=2, zero=1, **MUON)
-    expected = run_on_ranks(train_and_save, 4, cfg, tmp_path, [SAVED], LAST)[0][SAVED:]
-    found = run_on_ranks(resumes, 4, tmp_path, ["tp2 dp2", "pp4", "tp2 zero3"])[0]
-    found |= run_on_ranks(resumes, 1, tmp_path, ["one", "zero1"])[0]
-    assert found.pop("tp2 dp2") == expected
+def test_any_layout_resumes_any_other_and_what_was_trained_is_exported(tmp_path: Path) -> None:
+    """To one process and back each bit of the momentum is there; transformers computes our logits."""
+    root = tmp_path / "checkpoints"
+    saved = root / "modern"
+    expected = run_on_ranks(saved_by_four, 4, saved, tokenizer_file(tmp_path))[0]
+    found = run_on_ranks(resumes, 4, saved, ["tp2 dp2", "pp4", "tp2 zero3"])[0]
+    found |= run_on_ranks(resumes, 1, saved, ["one", "zero1"], saved / "one")[0]
+    back = run_on_ranks(resumes, 4, saved / "one", ["tp2 dp2"])[0]
+    assert found.pop("tp2 dp2") == back["tp2 dp2"] == expected
     for layout, history in found.items():
         for got, want in zip(history, expected, strict=True):
             assert got == pytest.approx(want, rel=1e-5), layout
+    how = ["modern"], root, tmp_path / "exported", DType.fp32
+    assert run_on_ranks(export_and_compare, 1, *how)[0]["modern"] < TOLERANCE
 
 
 def refused(message: str, **settings: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.run_shape import derive
 from pipeline.errors import ConfigError
+from pipeline.huggingface.writer import DType
 from pipeline.model import float8
+from tests.support.checkpoint_runs import History, resume, train_and_save
 from tests.support.equivalence import Case, check, compare
+from tests.support.exported import TOLERANCE, export_and_compare, tokenizer_file
 from tests.support.layouts import FEW_STEPS, STEPS, VOCAB, batches, config, reference, train
 from tests.support.ranks import run_on_ranks
 
@@ -56,6 +60,44 @@ def test_factors_of_another_row_turn_the_comparison_red() -> None:
     history = run_on_ranks(train_sabotaged, 1, cfg)[0]["history"]
     with pytest.raises(AssertionError, match="differs"):
         compare({"history": history}, reference(cfg, num_steps=FEW_STEPS), "fp8", "sabotage")
+
+
+SAVED, LAST = 3, 5
+
+
+def saved_by_two(folder: Path, tokenizer: bytes) -> list[History]:
+    """Three steps at TP2 with SP; then to the fifth, and the same from the checkpoint."""
+    cfg = config("modern", tp=2, sp=True, **FP8)
+    attached = {"tokenizer.json": tokenizer}
+    history = train_and_save(cfg, folder, [SAVED], LAST, attachments=attached)
+    return [history[SAVED:], resume(cfg, folder, LAST)]
+
+
+def resumed_by_one(folder: Path) -> list[History]:
+    """In float8, written again; and in bf16, of which the files know nothing."""
+    return [
+        resume(config("modern", **FP8), folder, LAST, save_to=folder / "one"),
+        resume(config("modern", precision="bf16"), folder, LAST),
+    ]
+
+
+def back_at_two(folder: Path) -> History:
+    return resume(config("modern", tp=2, sp=True, **FP8), folder, LAST)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_one_process_and_back_and_is_exported(tmp_path: Path) -> None:
+    """Weights and moments are kept in fp32: the same bits everywhere, whatever multiplies them."""
+    root = tmp_path / "checkpoints"
+    saved = root / "modern"
+    expected, same = run_on_ranks(saved_by_two, 2, saved, tokenizer_file(tmp_path).read_bytes())[0]
+    one, bf16 = run_on_ranks(resumed_by_one, 1, saved)[0]
+    assert same == expected == run_on_ranks(back_at_two, 2, saved / "one")[0]
+    compare({"history": one}, expected, "fp8", "one process")
+    compare({"history": bf16}, expected, "fp8", "bf16")
+    assert one != bf16
+    how = ["modern"], root, tmp_path / "exported", DType.fp32
+    assert run_on_ranks(export_and_compare, 1, *how)[0]["modern"] < TOLERANCE
 
 
 def refused(message: str, **settings: Any) -> None:
