@@ -3,10 +3,12 @@
     python -m benchmarks.loader                            16 shards of 4 Mi tokens, three rounds
     python -m benchmarks.loader --rounds 5 --cpu-s 4       longer
     python -m benchmarks.loader --contenders ours ours+masks --against ../old       ours here over ours in another checkout
+    python -m benchmarks.loader --mosaicml VENV/bin/python  mosaicml-streaming too, which needs a Python of its own:
+                                                           python -m venv VENV; VENV/bin/pip install mosaicml-streaming
 
 Contenders: ours as the trainer uses it, also with document masks; stock webdataset on the same shards (shuffle 1000);
 a random-offset np.memmap reader (nanoGPT's get_batch); megatron.core's GPTDataset with torch's default_collate;
-mosaicml-streaming on the same sequences, where it is installed. Each is a process of its own and hands over int64
+mosaicml-streaming on the same sequences (it wants transformers 4, this project 5). Each is a process of its own and hands over int64
 (tokens, labels) micro-batches of 8 x 2048 from page-cached files. Rounds alternate between the contenders; a read ends
 after a fixed CPU time and tokens are counted per CPU second, so that neighbours on the machine distort little (the wall
 rate is shown beside it). Start-up is from the first constructor to the first micro-batch, imports not counted; resume
@@ -35,9 +37,10 @@ from benchmarks.contenders.loader_data import (  # noqa: E402
     NUM_SHARDS,
     SEQ_LEN,
     SHARD_TOKENS,
-    has_streaming,
     prepare,
+    prepare_streaming,
     quiet,
+    streaming_problem,
 )
 from benchmarks.contenders.loaders import GLOBAL_BATCH, MICRO_BATCH, NAMES, contender  # noqa: E402
 
@@ -111,30 +114,43 @@ def main() -> None:
     )
     parser.add_argument("--contenders", nargs="*", default=NAMES)
     parser.add_argument(
+        "--mosaicml", metavar="PYTHON", help="the Python that has mosaicml-streaming"
+    )
+    parser.add_argument(
         "--against", type=Path, help="another checkout, such as a git worktree of an older commit"
     )
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, folder = args.one[0], Path(args.one[1])
-        print(json.dumps(scale(folder) if name == "scale" else measure(name, folder, args.cpu_s)))
+        print(json.dumps(one(args.one[0], Path(args.one[1]), args.cpu_s)))
         return
-    names = [n for n in [*args.contenders, "ours-10k"] if n != "streaming" or has_streaming()]
+    pythons = {"streaming": args.mosaicml or sys.executable}
+    problem = streaming_problem(pythons["streaming"])
+    if problem and args.mosaicml:
+        parser.error(f"--mosaicml {args.mosaicml} has no mosaicml-streaming: {problem}")
+    names = [n for n in [*args.contenders, "ours-10k"] if n != "streaming" or not problem]
     if args.against:
         compare(args.against.resolve(), names, rounds=args.rounds, cpu_s=args.cpu_s)
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
+        if "streaming" in names:
+            in_process("mds", folder, 0.0, python=pythons["streaming"])
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(args.rounds):
             for name in names:
-                rounds[name].append(in_process(name, folder, args.cpu_s))
+                rounds[name].append(in_process(name, folder, args.cpu_s, python=pythons.get(name)))
         large = [in_process("scale", folder, 0.0) for _ in range(args.rounds)]
+    show(rounds, large)
+
+
+def show(rounds: dict[str, list[dict[str, float]]], large: list[dict[str, float]]) -> None:
+    """Print the table, and what the order of many shards took."""
     print(
         f"{NUM_SHARDS} shards x {SHARD_TOKENS >> 20} Mi tokens, seq_len {SEQ_LEN}, micro-batch {MICRO_BATCH},"
     )
     print(
-        f"median of {args.rounds} rounds (lowest-highest); load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n"
+        f"median of {len(large)} rounds (lowest-highest); load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n"
     )
     print("| contender | Mtok per CPU s | Mtok/s wall | ours is | start-up ms | resume ms |")
     print("|---|---|---|---|---|---|")
@@ -187,10 +203,19 @@ def compare(other: Path, names: list[str], *, rounds: int, cpu_s: float) -> None
         )
 
 
-def in_process(name: str, folder: str, cpu_s: float, *, root: Path = ROOT) -> dict[str, float]:
-    """measure() of a checkout in a process of its own, with one thread a library."""
+def one(name: str, folder: Path, cpu_s: float) -> dict[str, float]:
+    """What a process of its own does: a contender's round, or what is no contender."""
+    if name == "mds":
+        return {"samples": prepare_streaming(folder)}
+    return scale(folder) if name == "scale" else measure(name, folder, cpu_s)
+
+
+def in_process(
+    name: str, folder: str, cpu_s: float, *, root: Path = ROOT, python: str | None = None
+) -> dict[str, float]:
+    """one() in a process of its own, with one thread a library; of another checkout or Python, where one is given."""
     command = [
-        sys.executable,
+        python or sys.executable,
         "-m",
         "benchmarks.loader",
         "--cpu-s",

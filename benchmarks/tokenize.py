@@ -101,7 +101,8 @@ def main(cfg: BenchConfig) -> None:
             for size in ("tiny", "small") if engine in SLOW else ("small", "large"):
                 shutil.rmtree(work / "out", ignore_errors=True)
                 (work / "out").mkdir()
-                found = measure(commands(cfg, work, size, tokenizer)[engine])
+                command = commands(cfg, work, size, tokenizer)[engine]
+                found = measure(command, path=path_of(cfg, engine))
                 best[engine, size] = min(found, best.get((engine, size), found))
                 print(f"  {engine} {size}: %.2f s, CPU %.2f s, %.0f MB" % found, file=sys.stderr)
     shutil.rmtree(work / "out", ignore_errors=True)
@@ -197,12 +198,28 @@ def commands(cfg: BenchConfig, work: Path, size: str, tokenizer: Path) -> dict[s
     if cfg.megatron:
         theirs, scripts = cfg.megatron_python or python, f"{cfg.megatron}/tools"
         common = ["--input", source, "--output-prefix", f"{out}/megatron", "--tokenizer-type", "HuggingFaceTokenizer",
-                  "--tokenizer-model", str(tokenizer.parent), "--append-eod"]  # fmt: skip
+                  "--tokenizer-model", str(hugging_face_folder(tokenizer)), "--append-eod"]  # fmt: skip
         # The fast script is one process whose threads gigatoken starts: it knows no --workers.
         slow = ["--workers", str(cfg.workers)]
         table["megatron"] = [theirs, f"{scripts}/preprocess_data.py", *common, *slow]
         table["megatron_fast"] = [theirs, f"{scripts}/preprocess_data_fast.py", *common, "--use-gigatoken"]  # fmt: skip
     return table
+
+
+def path_of(cfg: BenchConfig, engine: str) -> str:
+    """Where an engine imports from first: a checkout's scripts want its megatron.core, not an installed one."""
+    return cfg.megatron if engine.startswith("megatron") else ROOT
+
+
+def hugging_face_folder(tokenizer: Path) -> Path:
+    """The tokenizer as transformers' AutoTokenizer takes it."""
+    folder = tokenizer.with_suffix(".hf")
+    if tokenizer.exists() and not folder.exists():
+        folder.mkdir()
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder
 
 
 def run_peer(cfg: BenchConfig) -> None:
@@ -243,14 +260,14 @@ def peer_worker(engine: str, path: str, low: int, high: int, tokenizer: str, out
             target.write(with_eod.astype(np.uint16).tobytes())
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, peak PSS in MB) of the process and its children."""
+def measure(command: list[str], *, path: str = ROOT) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, peak PSS in MB) of the process and its children, which import from `path` first."""
     import psutil
 
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = psutil.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT}
+            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path}
         )
         peak, finished, cpu = 0.0, None, {}
         while finished is None:

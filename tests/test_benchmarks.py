@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,94 @@ except ChildProcessError as error:
 contender.stop()
 """
     assert run("-c", program).splitlines() == ["{'loss': 2.5}", "no kernel"]
+
+
+SCRIPT = """
+import argparse, json, sys
+sys.path.append(sys.argv[0].rpartition("/tools/")[0])
+import megatron.core
+parser = argparse.ArgumentParser()
+for name in ("input", "output-prefix", "tokenizer-type", "tokenizer-model", *MORE):
+    parser.add_argument(f"--{name}", required=True)
+parser.add_argument("--append-eod", action="store_true")
+parser.add_argument("--use-gigatoken", action="store_true")
+args = parser.parse_args()
+assert args.tokenizer_type == "HuggingFaceTokenizer" and args.append_eod
+json.load(open(args.tokenizer_model + "/tokenizer.json"))
+assert json.load(open(args.tokenizer_model + "/tokenizer_config.json"))["eos_token"] == "<|endoftext|>"
+open(args.output_prefix + "_text_document.bin", "w").write(megatron.core.__file__)
+"""
+
+
+def test_scripts_of_megatron_get_what_they_take(tmp_path: Path) -> None:
+    """The fast one knows no --workers, both want a tokenizer's folder, and an installed megatron-core is another than theirs."""
+    checkout, work = tmp_path / "checkout", tmp_path / "work"
+    for folder in (checkout / "megatron" / "core", checkout / "tools", work / "out"):
+        folder.mkdir(parents=True)
+    (checkout / "megatron" / "core" / "__init__.py").touch()
+    for name, more in (("preprocess_data", "['workers']"), ("preprocess_data_fast", "[]")):
+        (checkout / "tools" / f"{name}.py").write_text(SCRIPT.replace("MORE", more))
+    (work / "tokenizer-9.json").write_text("{}")
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from benchmarks import tokenize as b
+cfg, work = b.BenchConfig(megatron={str(checkout)!r}), Path({str(work)!r})
+commands = b.commands(cfg, work, "tiny", work / "tokenizer-9.json")
+for name in ("megatron", "megatron_fast"):
+    print(b.measure(commands[name], path=b.path_of(cfg, name))[0] > 0, b.path_of(cfg, "ours") == b.ROOT)
+    print(Path(work / "out" / "megatron_text_document.bin").read_text())
+"""
+    core = str(checkout / "megatron" / "core" / "__init__.py")
+    assert run("-c", program).splitlines() == ["True True", core] * 2
+
+
+STUB = """
+class MDSWriter:
+    def __init__(self, out, columns):
+        import json, transformers
+        self.out, self.rows = open(out + ".json", "w"), []
+        self.facts = {"columns": columns, "transformers": transformers.__version__}
+    def __enter__(self):
+        return self
+    def write(self, sample):
+        self.rows.append(sample["tokens"].tolist())
+    def __exit__(self, *_):
+        import json
+        json.dump({"rows": self.rows, **self.facts}, self.out)
+        self.out.close()
+"""
+
+
+def test_a_contender_that_wants_other_libraries_has_a_python_of_its_own(tmp_path: Path) -> None:
+    """mosaicml-streaming wants transformers below 5, which this project needs: one environment cannot have both."""
+    theirs = tmp_path / "theirs"
+    (theirs / "streaming").mkdir(parents=True)
+    (theirs / "streaming" / "__init__.py").write_text(STUB)
+    (theirs / "transformers.py").write_text("__version__ = '4.99'\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={theirs} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+from pathlib import Path
+from benchmarks import loader
+from benchmarks.contenders.loader_data import NUM_SHARDS, SEQ_LEN, streaming_problem
+folder = Path({str(tmp_path)!r})
+np.arange(NUM_SHARDS * (2 * SEQ_LEN + 1), dtype=np.uint16).tofile(folder / "tokens.bin")
+print(streaming_problem({str(python)!r}), streaming_problem(sys.executable), streaming_problem("/nowhere/python"), sep="|")
+print(loader.in_process("mds", str(folder), 0.0, python={str(python)!r}))
+"""
+    problems, samples = run("-c", program).splitlines()
+    assert problems == "|ModuleNotFoundError: No module named 'streaming'|/nowhere/python: No such file or directory"  # fmt: skip
+    assert samples == "{'samples': 32}"
+    written = json.loads((tmp_path / "mds.json").read_text())
+    assert written["transformers"] == "4.99"
+    assert [row[0] for row in written["rows"][:3]] == [0, 2048, 4097]
+    assert {len(row) for row in written["rows"]} == {2049}
 
 
 def test_a_check_of_a_device_ends_with_a_table_whatever_happens(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ MEAN_DOCUMENT = 2300  # tokens
 
 
 def prepare(folder: Path) -> None:
-    """The same random tokens in every contender's format."""
+    """The same random tokens in every contender's format but mosaicml's, which another Python may have to write."""
     from tests.support.token_dataset import write_dataset
 
     rng = np.random.default_rng(0)
@@ -36,8 +36,6 @@ def prepare(folder: Path) -> None:
     np.concatenate(shards).tofile(folder / "tokens.bin")
     with quiet():
         prepare_gptdataset(folder, shards, starts)
-        if has_streaming():
-            prepare_streaming(folder, shards)
 
 
 def many_shards(folder: Path, name: str, count: int, repeat: int = 1) -> None:
@@ -79,22 +77,26 @@ def prepare_gptdataset(folder: Path, shards: list[np.ndarray], starts: list[np.n
     builder.finalize(str(folder / "megatron.idx"))
 
 
-def prepare_streaming(folder: Path, shards: list[np.ndarray]) -> None:
-    """MDS shards of seq_len + 1 tokens a sample, as llm-foundry writes them."""
+def prepare_streaming(folder: Path) -> int:
+    """MDS shards of seq_len + 1 tokens a sample, as llm-foundry writes them, of what `prepare` left; how many."""
     from streaming import MDSWriter
 
+    samples = 0
     with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as out:
-        for tokens in shards:
+        for tokens in np.fromfile(folder / "tokens.bin", np.uint16).reshape(NUM_SHARDS, -1):
             for at in range(0, len(tokens) - SEQ_LEN, SEQ_LEN):
                 out.write({"tokens": tokens[at : at + SEQ_LEN + 1]})
+                samples += 1
+    return samples
 
 
-def has_streaming() -> bool:
-    """Whether mosaicml-streaming imports here."""
-    return (
-        subprocess.run([sys.executable, "-c", "import streaming"], capture_output=True).returncode
-        == 0
-    )
+def streaming_problem(python: str) -> str:
+    """Why a Python cannot import mosaicml-streaming; empty: it can."""
+    try:
+        done = subprocess.run([python, "-c", "import streaming"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python}: {error.strerror}"
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def quiet() -> contextlib.ExitStack:
