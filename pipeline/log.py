@@ -1,6 +1,7 @@
 """Console messages: one logger for both packages; rank 0 speaks, other ranks only warn.
 
-    logger.info(...)    a message with time and rank      say(...)    a line as it is
+    logger.info(...)    a message with time and rank, in lines of 78 columns
+    say(...)            a line as it is
 
 Both redact secrets, and neither raises: standard error may be closed, a full disk, or a terminal
 that is gone, and what speaks there has more to do than that.
@@ -24,15 +25,16 @@ from pipeline.errors import visible
 from pipeline.redaction import redact
 
 logger = logging.getLogger("pretrain")
-COLUMNS = 67
-"""Of a message: with the time before it a terminal of 80 columns does not break it."""
+TERMINAL = 78
+"""Columns of a line: a terminal of 80 does not break it."""
+COLUMNS = TERMINAL - len("23:59:59 I ")
+"""Of them, those of a message: the time stands before it."""
 
 
 def setup(*, global_rank: int = 0) -> None:
     """Send messages to standard error; of ranks above 0 only warnings, marked with the rank."""
     handler = logging.StreamHandler(sys.stderr)
-    mark = f"[rank {global_rank}] " if global_rank else ""
-    handler.setFormatter(_Redacting(f"%(asctime)s {mark}%(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines(f"[rank {global_rank}] " if global_rank else ""))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     logger.propagate = False
@@ -41,26 +43,32 @@ def setup(*, global_rank: int = 0) -> None:
         warnings.filterwarnings("ignore", module=rf"{library}\.")
 
 
-def info(text: str) -> None:
-    """Log a message of any length, broken between words."""
-    _log(logging.INFO, text)
+def broken(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns, broken between words: a path stays whole, to be copied."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        words = textwrap.wrap(
+            line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        lines += words if len(line) > columns else [line]
+    return lines
 
 
-def warning(text: str) -> None:
-    """As `info`, of what somebody should do something about."""
-    _log(logging.WARNING, text)
+class _Lines(logging.Formatter):
+    """Messages without secrets, in lines that fit a terminal and do not command it.
 
+    Each line begins with the time, the rank's mark and the level's letter.
+    """
 
-def _log(level: int, text: str) -> None:
-    for line in textwrap.wrap(text, COLUMNS, subsequent_indent="  "):
-        logger.log(level, "%s", line)
-
-
-class _Redacting(logging.Formatter):
-    """Messages without secrets; names and texts of files command no terminal."""
+    def __init__(self, mark: str) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+        self._mark = mark
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(redact(super().format(record)))
+        time = self.formatTime(record, self.datefmt)
+        head = f"{time} {self._mark}{record.levelname[0]} "
+        text = visible(redact(super().format(record)))
+        return "\n".join(head + line for line in broken(text, COLUMNS - len(self._mark)))
 
 
 def say(text: str) -> None:

@@ -72,7 +72,7 @@ def main(cfg: PreflightConfig) -> None:
     problems += [problem for check in checks for problem in check(cfg)]
     reading = start.reading.warnings() if start else []
     for warning in [*reading, *wandb_warnings(cfg.tracking)]:
-        log.say(f"warning: {warning}")
+        log.say("\n".join(log.broken(f"warning: {warning}", log.TERMINAL)))
     if problems:
         raise MachineError("\n".join(problems))
     assert start is not None
@@ -81,7 +81,8 @@ def main(cfg: PreflightConfig) -> None:
         f"the run reads {start.reading}",
         "time, cost and other layouts: python -m pipeline.plan, with the same settings",
     ]
-    print("\n".join(f"preflight: {line}" for line in lines), file=sys.stderr)
+    for line in lines:
+        print("\n".join(log.broken(f"preflight: {line}", log.TERMINAL)), file=sys.stderr)
     # Where checkpoints come to lie: the fallback first, the run folder last.
     places = folders.places(Path(cfg.runs_dir) / cfg.name, cfg.checkpoint.fallback_dir)
     for place in reversed(places):

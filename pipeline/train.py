@@ -68,7 +68,7 @@ def train(
 
     clock.alive()
     if layout.device.type == "cpu" and (crowded := crowding_warning(ranks)) and ranks.is_main:
-        log.warning(crowded)
+        log.logger.warning(crowded)
     hosts = node_check.check(
         RankHost(ranks.global_rank, ranks.node, os.getpid(), clock.started_at), layout.device
     )

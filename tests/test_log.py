@@ -1,12 +1,19 @@
 """Rank 0 speaks; the others only warn, and say who they are."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline import log
+from tests.support.log_lines import unbroken
+from tests.support.small_runs import overrides, write_data
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SPEAK = """
 import sys
@@ -81,11 +88,55 @@ def test_bytes_are_said_in_units_in_which_they_are_not_zero(num_bytes, words):
     assert log.in_units(num_bytes) == words
 
 
-def test_long_messages_are_broken_between_words(caplog, monkeypatch):
-    """The terminal of a newcomer has 80 columns; a warning was 160 wide."""
-    monkeypatch.setattr(log.logger, "propagate", True)
-    words = "four ranks wait for each other " * 5
-    log.warning(words)
-    shown = [record.getMessage() for record in caplog.records]
-    assert 1 < len(shown) and all(len("23:59:59 W ") + len(line) <= 78 for line in shown)
-    assert " ".join(line.strip() for line in shown) == words.strip()
+@pytest.mark.parametrize("rank", [0, 1023])
+def test_long_messages_are_broken_between_words(rank, capsys, monkeypatch):
+    """The terminal of a newcomer has 80 columns; a warning was 160 wide, the line of a checkpoint 82."""
+    monkeypatch.setattr(log.logger, "handlers", [])
+    log.setup(global_rank=rank)
+    words = "four ranks wait for each-other " * 5
+    log.logger.warning("%sor\n%s", words, "table  of two")
+    shown = capsys.readouterr().err.splitlines()
+    assert all(len(line) <= 78 for line in shown) and shown[-1].endswith("W table  of two")
+    parts = [line.partition(" W ")[2] for line in shown[:-1]]
+    assert " ".join(part.strip() for part in parts) == words + "or"
+    assert [part.startswith("  ") for part in parts] == [False] + [True] * (len(parts) - 1)
+
+
+def test_a_path_is_not_broken(capsys, monkeypatch):
+    """It is copied from the terminal, and found again by its text."""
+    monkeypatch.setattr(log.logger, "handlers", [])
+    log.setup()
+    path = "/long-name" * 12
+    log.logger.info("checkpoint %s written", path)
+    assert path in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_line_of_a_run_fits_a_terminal(tmp_path):
+    """Start, steps, evaluations, saves, the best, a resume, a notice; nothing is a repr, or 0 of a unit."""
+    write_data(tmp_path / "data")
+    command = [sys.executable, "-m", "pipeline.train"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    said = []
+    for total_steps, until in ((4, None), (100_000, "step 6/")):
+        settings = {"training.total_steps": total_steps, "training.eval_every": 2, "checkpoint.save_every": 2,
+                    "training.sample_every": 2, "checkpoint.keep_best": "true", "training.sample_tokens": 4}  # fmt: skip
+        with subprocess.Popen(
+            [*command, *overrides(Path("data"), Path("runs"), **settings)], cwd=tmp_path, env=environment,
+            stderr=subprocess.PIPE, text=True,
+        ) as run:  # fmt: skip
+            assert run.stderr is not None
+            for line in run.stderr:
+                said.append(line.rstrip("\n"))
+                if until and until in line:
+                    run.send_signal(signal.SIGTERM)
+                    until = None
+        assert run.returncode == 0, said
+    text = "\n".join(said)
+    for part in ("parameters", "a rank holds about", "building the model", "held out validation", "writes: ", " MiB in ",
+                 "is the best so far", "done at step 4", "will be read", "resumed from runs/run/checkpoints/step-00000004",
+                 "SIGTERM heard", "leaving on notice"):  # fmt: skip
+        assert part in unbroken(text), f"{part}\n{text}"
+    assert [line for line in said if len(line) > 78] == []
+    ours = "\n".join(line for line in said if "writes: " not in line)
+    assert not re.search(r"\w\(\w+=|Path\(|<\w| 0(\.0)? [KMG]iB|\bNone\b", ours), ours

@@ -262,7 +262,7 @@ def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
         **common,
     )
     assert third.returncode == 0, third.stderr
-    assert f"resumed from {run}/checkpoints/step-{saved:08d}" in third.stderr
+    assert f"{run}/checkpoints/step-{saved:08d}\n" in third.stderr  # resumed from it
     assert (run / "DONE").exists()
 
 

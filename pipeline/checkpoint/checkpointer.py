@@ -203,7 +203,7 @@ class Checkpointer:
         }
         final = folders.publish(root, record, {**sums, **attached})
         size = in_units(record.size_bytes)
-        logger.info("checkpoint %s written: %s in %.1f s", final, size, record.write_s)
+        logger.info("checkpoint %s: %s in %.1f s", final, size, record.write_s)
         with bookkeeping(f"deleting old checkpoints of {root}"):
             folders.prune(
                 root,

@@ -70,7 +70,7 @@ class Console:
     def show_evaluation(self, state: State, name: str, scores: Mapping[str, float]) -> None:
         """What the model makes of a held-out dataset."""
         text = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
-        log.info(f"step {state.step}: held out {name}: {text}")
+        logger.info(f"step {state.step}: held out {name}: {text}")
 
     def show_samples(self, state: State, samples: Sequence[Sample]) -> None:
         """The beginning of each sample, on a line."""

@@ -22,7 +22,6 @@ import orjson
 import torch
 from torch import Tensor
 
-from pipeline import log
 from pipeline.config.operation import TrackingConfig
 from pipeline.config.run_shape import RunShape
 from pipeline.log import logger
@@ -99,7 +98,7 @@ class Metrics:
         facts = redact({"device": device, **environment(), **facts})
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         commit, _, dirty = (facts["git_commit"] or "unknown").partition("-")
-        log.info(f"commit {commit[:12]}{dirty and ' (changed)'} on {device}; {versions}")
+        logger.info(f"commit {commit[:12]}{dirty and ' (changed)'} on {device}; {versions}")
         self._rows = RowFile(run_dir / "metrics.jsonl")
         self._samples = RowFile(run_dir / SAMPLES)  # made when there is one
         self._write(

@@ -170,11 +170,11 @@ def begin(cfg: PretrainConfig, start: Start, ranks: Ranks) -> None:
         write_durably(start.run_dir / "config.yaml", cli.to_yaml(cfg).encode())
     log.logger.info("run %s", start.run_dir)
     for sentence in sentences(cfg, start.shape):
-        log.info(sentence)
+        log.logger.info(sentence)
     if start.reading.used_up:
         log.logger.warning(start.reading.used_up)
     else:
-        log.info(f"the run reads {start.reading}")
+        log.logger.info(f"the run reads {start.reading}")
     sizes = start.shape.sizes
     placement = placement_warning(
         ranks, tensor_parallel_size=sizes.tensor, context_parallel_size=sizes.context

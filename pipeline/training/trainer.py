@@ -103,7 +103,7 @@ class Trainer:
         """Train to the last step, or to a notice; the state is on disk when this returns."""
         self.restore()
         self.metrics.begin(self.state)
-        logger.info("the first step takes longer than the others: memory is allocated in it")
+        logger.info("the first step takes longer: memory is allocated in it")
         if self.state.step and self.is_due(self.cfg.training.eval_every) and not self.is_evaluated:
             self.evaluate()  # the start that saved this step ended before it was evaluated
         while self.state.step < self.shape.total_steps:

@@ -33,6 +33,7 @@ from tests.support.campaign_run import (
     signal_if_there,
     wait_for,
 )
+from tests.support.log_lines import unbroken
 
 ISOLATED = "CAMPAIGN_ISOLATED"
 """Set once this process has mounts and a network of its own."""
@@ -89,7 +90,7 @@ def read_only_folder(run: LocalRun, dice: random.Random) -> None:
 
 def saves_given_up(run: LocalRun) -> int:
     """How many saves of this start were."""
-    return len(re.findall(r"checkpoint of step \d+ failed: .*given up", run.log()))
+    return len(re.findall(r"checkpoint of step \d+ failed: .*given up", unbroken(run.log())))
 
 
 def latest_is_deleted(run: LocalRun, dice: random.Random) -> None:
@@ -132,7 +133,10 @@ def damage(
     run.start()
     aside = newest.with_name(f"damaged-{newest.name}")
     told = f"checkpoint {newest} is DAMAGED and not used"
-    if not wait_for(lambda: aside.exists() and told in run.log(), ON_AGAIN_S) or run.has_ended():
+    if (
+        not wait_for(lambda: aside.exists() and told in unbroken(run.log()), ON_AGAIN_S)
+        or run.has_ended()
+    ):
         raise CampaignError(f"{how.__name__} {spoilt} was not found out\n{run.log()[-3000:]}")
     shutil.rmtree(aside)
 
