@@ -10,6 +10,7 @@ Nothing else imports hydra.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -31,12 +32,6 @@ from pipeline.redaction import redact
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PATHS = set(
-    """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
-    histogram image image_root init_adapter init_from init_tower input other output page path
-    pictures places remove run runs_dir template tokenizer tower""".split()
-)
-"""Last names of the settings that are paths."""
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
@@ -55,26 +50,10 @@ def run(
     """
     log.open_standard_streams()
     sys.excepthook = log.say_traceback
-    arguments = sys.argv[1:]
     try:
-        if arguments[:1] == [completion.ASK]:
-            groups = presets.groups(schema, config, _folders(None)) if _has_yaml(config) else {}
-            sys.exit(completion.answer(arguments[-1], schema, groups))
-        if {"-h", "--help"} & set(arguments):
-            words = [a for a in arguments if a not in ("-h", "--help")]
-            sys.exit(_help(main, schema, words, config=config, positional=positional))
-        if presets.FLAG in {a.partition("=")[0] for a in arguments} and _has_yaml(config):
-            arguments, own = presets.take_folder(arguments, CONF_DIR)
-            os.environ[presets.VARIABLE] = str(own or CONF_DIR)  # also for what it starts
-        show_only = "--cfg" in arguments
-        cfg = compose(
-            schema, [a for a in arguments if a != "--cfg"], config=config, positional=positional
-        )
-        if show_only:
-            print(to_yaml(cfg), end="")
-            sys.exit(0)
-        own_compiled_code()
-        sys.exit(main(cfg) or 0)
+        code = _run(main, schema, config=config, positional=positional)
+        log.flush_output()
+        sys.exit(code)
     except KeyboardInterrupt:  # of a command that has nothing to save; training hears it itself
         log.say("\ninterrupted")
         sys.exit(128 + signal.SIGINT)
@@ -82,13 +61,38 @@ def run(
         log.say(printed(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `... | head`: who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if (refused := of_the_machine(error)) is None:
             raise
         log.say(printed(refused))
         sys.exit(refused.exit_code)
+    finally:
+        with contextlib.suppress(OSError):
+            log.flush_output()
+
+
+def _run(
+    main: Callable[[T], int | None], schema: type[T], *, config: str, positional: Sequence[str]
+) -> int:
+    """Do what the command line says: complete a word, help, show the config, or call main."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == [completion.ASK]:
+        groups = presets.groups(schema, config, _folders(None)) if _has_yaml(config) else {}
+        return completion.answer(arguments[-1], schema, groups)
+    if {"-h", "--help"} & set(arguments):
+        words = [a for a in arguments if a not in ("-h", "--help")]
+        return _help(main, schema, words, config=config, positional=positional)
+    if presets.FLAG in {a.partition("=")[0] for a in arguments} and _has_yaml(config):
+        arguments, own = presets.take_folder(arguments, CONF_DIR)
+        os.environ[presets.VARIABLE] = str(own or CONF_DIR)  # also for what it starts
+    words = [a for a in arguments if a != "--cfg"]
+    cfg = compose(schema, words, config=config, positional=positional)
+    if len(words) < len(arguments):
+        print(to_yaml(cfg), end="")
+        return 0
+    own_compiled_code()
+    return main(cfg) or 0
 
 
 def _help(
@@ -268,8 +272,7 @@ def _split(
         )
         argument = ("++" if is_open else "") + argument.lstrip("+")
         if key in texts and value not in ("null", "???"):
-            if key.rpartition(".")[2] in PATHS:
-                _check_path(key, value)
+            schemas.check_path(key, value)
             raw[key] = value
         else:
             overrides.append(argument)
@@ -287,23 +290,6 @@ def _not_key_value(argument: str, schema: type, groups: Mapping[str, Sequence[st
         f"'{argument}' is not understood. Settings are written key=value; --help lists the keys."
         + hint
     )
-
-
-def _check_path(key: str, value: str) -> None:
-    """Refuse what a shell has left of a path: nothing, or a `~` that it did not expand.
-
-    Taken literally, an empty fallback is none, and `~/runs` a folder called ~ in the present one.
-    """
-    if not value:
-        raise ConfigError(
-            f"{key} is empty. Is a variable of the shell not set? Leave the setting out, or give "
-            f"{key}=PATH."
-        )
-    home = os.path.expanduser(value)
-    if home != value and not os.path.exists(value.partition("/")[0]):
-        raise ConfigError(
-            f"{key}={value}: shells expand `~` only where it begins a word. Write {key}={home}"
-        )
 
 
 def _explain(error: Exception, schema: type) -> str:

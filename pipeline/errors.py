@@ -73,6 +73,11 @@ _REFUSED = {
 
 def of_the_machine(error: OSError) -> MachineError | None:
     """A file that cannot be written or opened, as a user's problem; None: it is none."""
+    if error.errno == errno.ENOENT and "temporary directory" in (error.strerror or ""):
+        return MachineError(
+            "none of /tmp, /var/tmp and this folder takes a temporary file: they are full or "
+            "read-only. Free some space there, or name a folder with TMPDIR=..."
+        )
     way_out = _REFUSED.get(error.errno or 0)
     if way_out is None:
         return None

@@ -64,8 +64,10 @@ def whole_file(
             if durable:
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = error.filename or str(path)  # a write does not say of what
         raise
     if durable:
         sync_folder(path.parent)
@@ -74,14 +76,14 @@ def whole_file(
 def check_writable(path: Path, setting: str) -> None:
     """Raise MachineError unless a file of this name could be written; asked before the work.
 
-    Folders that are not there yet would be made; the nearest that is takes a file without a name.
+    Folders that are not there yet would be made; the nearest that is takes a block without a name.
     `setting` names another place: `output=`.
     """
     there = next(p for p in path.absolute().parents if p.exists())
     try:
         _check_replaceable(path)
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+            file.write(bytes(4096))
     except OSError as error:
         raise MachineError(
             f"{path} cannot be written ({error.strerror}). Choose another place with {setting}..."
@@ -105,9 +107,7 @@ def create_durably(
     Of any number of processes, on any number of machines that share the file system, one gets true.
 
     Args:
-        path: final name.
-        data: content.
-        scratch, mode: see whole_file.
+        path, data, scratch, mode: see write_durably.
     """
     unfinished = (scratch or path.parent) / f"{path.name}.{_writer()}.new.tmp"
     write_durably(unfinished, data, mode=mode)
@@ -223,8 +223,7 @@ def check_no_links(folder: Path) -> None:
     for parent, folders, names in os.walk(folder):
         if Path(parent) == folder and "wandb" in folders:
             folders.remove("wandb")
-        links = [path for name in folders + names if (path := Path(parent, name)).is_symlink()]
-        if links:
+        if links := [path for n in folders + names if (path := Path(parent, n)).is_symlink()]:
             raise MachineError(
                 f"{folder} holds the link {min(links).relative_to(folder)}; a run writes into its "
                 "own folder only. Put the files there, or let the whole folder be the link."

@@ -98,6 +98,20 @@ def open_standard_streams() -> None:
         sys.stdout = cast(TextIO, _Visible(sys.stdout))
 
 
+def flush_output() -> None:
+    """Write what standard output still holds.
+
+    Raises:
+        OSError: it is full, or nobody reads it. The rest goes nowhere: the interpreter would try
+            once more at its end, and fail in its own words.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise
+
+
 class _Visible:
     """A terminal that names and texts of files do not command.
 

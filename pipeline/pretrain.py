@@ -16,8 +16,8 @@ many times.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
-import os
 import runpy
 import signal
 import sys
@@ -98,7 +98,8 @@ def _show(text: str) -> NoReturn:
         print(text, end="", flush=True)
         sys.exit(0)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
+        with contextlib.suppress(OSError):
+            log.flush_output()
         refused = of_the_machine(error)
         if refused is not None:
             log.say(printed(refused))

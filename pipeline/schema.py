@@ -9,11 +9,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 import typing
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
+
+from pipeline.errors import ConfigError
+
+PATHS = set(
+    """banned_words base cache_dir checkpoint data dataset device domains fallback_dir file folder
+    histogram image image_root init_adapter init_from init_tower input other output page path
+    pictures places remove run runs_dir template tokenizer tower""".split()
+)
+"""Last names of the settings that are paths."""
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
@@ -69,3 +79,22 @@ def field_docs(owner: type) -> dict[str, str]:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last:
             docs[last] = " ".join(str(node.value.value).split())
     return docs
+
+
+def check_path(key: str, value: str) -> None:
+    """Refuse what a shell has left of a setting that is a path: nothing, or `~` as it was typed.
+
+    Taken literally, an empty fallback is none, and `~/runs` a folder called ~ in the present one.
+    """
+    if key.rpartition(".")[2] not in PATHS:
+        return
+    if not value:
+        raise ConfigError(
+            f"{key} is empty. Is a variable of the shell not set? Leave the setting out, or give "
+            f"{key}=PATH."
+        )
+    home = os.path.expanduser(value)
+    if home != value and not os.path.exists(value.partition("/")[0]):
+        raise ConfigError(
+            f"{key}={value}: shells expand `~` only where it begins a word. Write {key}={home}"
+        )

@@ -157,7 +157,7 @@ def test_every_setting_that_is_a_path_is_known_as_one():
             docs = schemas.documentation(field_, owner)
             if is_text and re.search(r"\b(file|folder|path)\b", docs, re.IGNORECASE):
                 found.add(field_.name)
-    assert {"page", "device", "domains", "init_from", "cache_dir"} <= found <= cli.PATHS
+    assert {"page", "device", "domains", "init_from", "cache_dir"} <= found <= schemas.PATHS
 
 
 def test_a_bug_is_not_told_as_a_file_of_conf(monkeypatch):

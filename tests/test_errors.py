@@ -3,6 +3,9 @@
 import ast
 import inspect
 import re
+import tempfile
+
+import pytest
 
 from pipeline import errors
 
@@ -44,3 +47,14 @@ def test_a_message_commands_no_terminal():
     name = "a\x1b[2Jb\rc\x07\u202e\x9b" + "\udcff"
     found = errors.printed(errors.DataError(f"{name}\tis bad\nand é is good"))
     assert found == (r"error: a\x1b[2Jb\rc\x07\u202e\x9b\udcff" + "\tis bad\n       and é is good")
+
+
+def test_a_machine_without_room_for_temporary_files_is_a_users_problem(monkeypatch):
+    """Python calls it a file that was not found, which is a bug of ours elsewhere."""
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    found = errors.of_the_machine(caught.value)
+    assert found is not None and str(found).endswith("or name a folder with TMPDIR=...")
+    assert errors.of_the_machine(FileNotFoundError(2, "No such file or directory", "x")) is None

@@ -19,6 +19,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shard_format import Block
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import ConfigError, ShardError
+from pipeline.files import whole_file
 
 # no byte of UTF-8: a text that is searched for never matches across documents
 BETWEEN_DOCUMENTS = b"\xff"
@@ -190,5 +191,5 @@ def plot_lengths(lengths: np.ndarray, manifest: Manifest, path: Path) -> None:
     by_tokens = axes.twinx()
     by_tokens.hist(lengths, edges, weights=lengths, histtype="step", color="tab:orange")
     by_tokens.set_ylabel("tokens", color="tab:orange")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix.removeprefix(".") or None)
