@@ -150,6 +150,15 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     node = _compose(schema, arguments, config=config, positional=positional)
+    if missing := OmegaConf.missing_keys(node):
+        order = dict.fromkeys([*positional, *(key for key, *_ in schemas.keys(schema))])
+        unset = [key for key in order if key in missing] or sorted(missing)  # of an entry of a list
+        give = " ".join(f"{key}=..." for key in unset)
+        raise ConfigError(
+            f"{unset[0]} is not set and has no default; give {give}"
+            if not unset[1:]
+            else f"{', '.join(unset)} are not set and have no default; give {give}"
+        )
     try:
         return typing.cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
@@ -295,7 +304,7 @@ def _not_key_value(argument: str, schema: type, groups: Mapping[str, Sequence[st
 def _explain(error: Exception, schema: type) -> str:
     """Hydra's complaint in one message: key, what is wrong, the nearest right key or the type."""
     from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     cause: Any = error.__cause__ if error.__cause__ is not None else error
     first_line = str(cause).strip().splitlines()[0]
@@ -310,7 +319,10 @@ def _explain(error: Exception, schema: type) -> str:
             "Quote special characters: key=\"'value'\"."
         )
     if "Ambiguous value" in first_line:
-        return f"{first_line}: give one value; a list is written key=[a,b]."
+        return (
+            f"{first_line}: give one value; a list is written key=[a,b]. A run for each of several "
+            "values of a setting of training: python -m pipeline.sweep."
+        )
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         # "Could not override 'data.train'."
         place = next(iter(str(error).split("'")[1::2]), cause.full_key)
@@ -324,12 +336,6 @@ def _explain(error: Exception, schema: type) -> str:
         hint = suggestions.for_setting(str(cause.full_key), schema, section=beside)
         hint = hint or " --help lists the settings."
         return f"{inside}there is no setting '{cause.full_key}'.{hint}"
-    if isinstance(cause, MissingMandatoryValue):
-        lines = [
-            line.split(":", 1)[1].strip() for line in str(cause).splitlines() if "full_key" in line
-        ]
-        unset = lines[0] if lines else first_line.split("missing mandatory value:")[-1].strip()
-        return f"{unset} is not set and has no default; give {unset}=..."
     if cause is not error:
         return f"{str(error).splitlines()[0].replace('Error merging override ', '')}: {first_line}"
     key = getattr(error, "full_key", None)

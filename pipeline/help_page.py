@@ -37,21 +37,21 @@ def help_text(
         values: composed settings, sections as mappings; `???`: has no default.
         positional: settings that may be given without their name.
     """
-    lines = [inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""), ""]
+    lines = [*_prose(inspect.cleandoc(sys.modules[main.__module__].__doc__ or "")), ""]
     if groups:
         lines.append("Presets (group=name):")
         for group, options in groups.items():
             lines += _wrapped(f"{group}: {', '.join(options)}", "  ", "      ")
         lines.append("")
-    lines += [
-        "Settings (key=value), with the values they have now: presets given beside --help count.",
-        "--cfg prints the composed config instead of running.",
-    ]
+    lines += _wrapped(
+        "Settings (key=value), with the values they have now: presets given beside --help count. "
+        "--cfg prints the composed config instead of running.", "", "",
+    )  # fmt: skip
     for key, field, owner in schemas.settings(schema):
         hint = typing.get_type_hints(owner)[field.name]
         value = default_of(field) if "[]" in key else look_up(values, key)
         mark = " (may be given without its name)" if key in positional else ""
-        lines.append(f"  {key} = {shown(value)}{_choices(hint)}{mark}")
+        lines += _wrapped(f"{key} = {shown(value)}{_choices(hint)}{mark}", "  ", "      ")
         lines += _wrapped(schemas.documentation(field, owner), "      ", "      ")
     return "\n".join(lines)
 
@@ -92,6 +92,19 @@ def _choices(hint: Any) -> str:
     return f"   ({' | '.join(names)})" if names else ""
 
 
+def _prose(text: str) -> list[str]:
+    """A docstring as wide as the terminal; its commands, which are indented, as they are."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        as_it_is = paragraph.split("\n")
+        is_prose = not any(line.startswith(" ") for line in as_it_is)
+        lines += [*(_wrapped(" ".join(as_it_is), "", "") if is_prose else as_it_is), ""]
+    return lines[:-1]
+
+
 def _wrapped(text: str, first: str, rest: str) -> list[str]:
     columns = max(40, min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
-    return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=rest)
+    return textwrap.wrap(
+        text, columns, initial_indent=first, subsequent_indent=rest, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip

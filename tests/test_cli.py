@@ -16,6 +16,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from data_prep.tokens.tokenize_job import TokenizeConfig
 from pipeline import cli
 from pipeline import schema as schemas
 from pipeline.config.pretrain import PretrainConfig
@@ -46,7 +47,7 @@ def compose(*arguments: str) -> PretrainConfig:
         ("learning_rate=1e-3", ["Did you mean optimizer.lr?"]),
         ("--learning-rate=1e-3", ["Did you mean optimizer.lr=1e-3?"]),
         ("gpt2-124m", ["Did you mean experiment=gpt2-124m or model=gpt2-124m?"]),
-        ("model=tiny,gpt2-124m", ["model=tiny,gpt2-124m", "one value"]),
+        ("model=tiny,gpt2-124m", ["model=tiny,gpt2-124m", "one value", "pipeline.sweep"]),
         ("model.num_layers=[", ["model.num_layers=[", "not understood"]),
         ("--num-layers", ["'--num-layers'", "key=value"]),
         ("model.num_layers", ["'model.num_layers'", "key=value"]),
@@ -185,6 +186,13 @@ def test_required_value_that_is_missing_is_named():
         cli.compose(Job, ["count=3"], config="job_without_yaml", positional=["path"])
 
 
+def test_all_required_values_that_are_missing_are_named_at_once():
+    """Of three that `tokenize` needs the second was named, then the first, then the third."""
+    wanted = "input, output, tokenizer are not set and have no default; give input=... output=... tokenizer=..."
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        cli.compose(TokenizeConfig, [], config="tokenize", positional=["input", "output"])
+
+
 def commands() -> dict[str, type]:
     """Module to the dataclass of its settings, of every command."""
     root, found = cli.CONF_DIR.parent, {}
@@ -222,7 +230,7 @@ def test_help_shows_each_field_with_its_documentation(capsys):
     code, text, _ = page_of(capsys, main=Job, config="job")
     assert "path = (required) (may be given without its name)" in text
     assert "count = 1\n      How many, in pieces." in text
-    assert text.startswith(sys.modules[__name__].__doc__.strip())
+    assert " ".join(text.split()).startswith(sys.modules[__name__].__doc__.strip())
     assert code == 0
 
 

@@ -106,6 +106,12 @@ def read_bytes(path: str, *, most: int = MOST_BYTES) -> bytes:
         if "://" not in path:
             return read_file(path, most=most, inside=Path(path).parent)
         return read_small(*connect(path), most=most)
+    except NotADirectoryError as error:
+        file = next(parent for parent in Path(path).parents if parent.is_file())
+        raise DataError(
+            f"{file} is a file, and a dataset is a folder. Make one of it: python -m "
+            f"data_prep.tokenize {file} OUT tokenizer=T.json, then data.path=OUT."
+        ) from error
     except Exception as error:  # every fsspec file system raises its own
         raise DataError(
             f"{path} cannot be read: {reason_of(error)}. A dataset is a folder that "

@@ -174,6 +174,15 @@ def test_any_flipped_bit_of_a_manifest_is_found(tmp_path):
             Manifest.load(tmp_path / "d")
 
 
+def test_a_text_in_the_place_of_a_dataset_is_named_with_the_way_to_make_one(tmp_path):
+    """The first data.path of a newcomer is the text itself; the answer began with NotADirectoryError."""
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(
+        DataError, match=r"text\.txt is a file, .* data_prep\.tokenize .*text\.txt OUT"
+    ):
+        Manifest.load(str(tmp_path / "text.txt" / "train"))
+
+
 def test_a_missing_dataset_is_named(tmp_path):
     with pytest.raises(
         DataError, match="nowhere/manifest.json cannot be read: there is no such file"
