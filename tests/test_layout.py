@@ -151,7 +151,6 @@ TESTED_IN = {
     "pipeline/rehearsal/one_rank.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/rehearsal/watch.py": ("rehearsal/test_dry_run.py", REHEARSAL),
     "pipeline/tracking/tracker.py": ("tracking/test_feed.py", "an interface: who calls it"),
-    "pipeline/tracking/report_page.py": ("test_report.py", "the command writes the page"),
     "pipeline/training/build.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/training/initial_weights.py": ("checkpoint/test_checkpointer.py", SAVED),
     "pipeline/training/run_metrics.py": ("test_train.py", RUN),

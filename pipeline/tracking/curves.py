@@ -170,7 +170,9 @@ def _draw(axes: Axes, panel: _Panel, histories: Mapping[str, History], band: Ban
             label += f", mean of {width} logged" if is_one and width > 1 else ""
             values = smoothed(values, width=width)
             _held_out(axes, panel, history, None if is_one else color)
-        axes.plot(x, values, color=color, linewidth=1.4, label=plain(label))
+        # A line of one point is none.
+        marker = "." if sum(map(math.isfinite, values)) < 2 else ""
+        axes.plot(x, values, color=color, linewidth=1.4, marker=marker, label=plain(label))
     if is_loss and panel.x == "step" and band is not None and is_one:
         _predicted(axes, band)
     _frame(axes, panel.title, X_LABELS[panel.x])

@@ -82,17 +82,17 @@ class History:
             if row.get("event") == "start":
                 history.facts = {"world_size": row.get("world_size"), **row.get("facts", {})}
                 is_first = True
-            hours = history._take_time(_number(row.get("time")))
+            hours = history._take_time(number(row.get("time")))
             if "step" not in row or "tokens" not in row:
                 continue
             if "train/loss" in row:
-                rate = math.nan if is_first else _number(row.get("throughput/tokens_per_sec"))
+                rate = math.nan if is_first else number(row.get("throughput/tokens_per_sec"))
                 steps[row["step"]] = {**row, "hours": hours, "warm_rate": rate}
                 is_first = False
             if f"probe/{HEADS[0]}" in row:
-                scores = {name: _number(row.get(f"probe/{name}")) for name in HEADS}
+                scores = {name: number(row.get(f"probe/{name}")) for name in HEADS}
                 heads[row["step"]] = {"step": row["step"], **scores}
-            if losses := [_number(row[name]) for name in _lens_names(row)]:
+            if losses := [number(row[name]) for name in _lens_names(row)]:
                 lens[row["step"]] = {"step": row["step"], "losses": losses}
             for key in row:
                 if key.startswith("val/") and key.endswith("/loss"):
@@ -101,11 +101,11 @@ class History:
                         "step": row["step"],
                         "tokens": row["tokens"],
                         "hours": hours,
-                        "scored": _number(row.get(f"val/{name}/tokens")),
+                        "scored": number(row.get(f"val/{name}/tokens")),
                         **_scores(row, f"val/{name}/"),
                     }
         if not steps:
-            raise DataError(f"{path} holds no logged step yet.")
+            raise DataError(f"{path} holds no logged step yet: ask again after the first.")
         history.steps = [steps[step] for step in sorted(steps)]
         history.heads = [heads[step] for step in sorted(heads)]
         history.lens = [lens[step] for step in sorted(lens)]
@@ -117,7 +117,7 @@ class History:
 
     def column(self, key: str) -> list[float]:
         """One value of every logged step, NaN where it is not known."""
-        return [_number(row.get(key)) for row in self.steps]
+        return [number(row.get(key)) for row in self.steps]
 
     @property
     def tokens_per_sec(self) -> float:
@@ -189,10 +189,10 @@ def _final(path: Path) -> dict[str, dict[str, Any]]:
 def _scores(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """Loss, perplexity, bits per byte and, where a row has it, the share of exact answers."""
     keys = [*_SCORES, *(["exact"] if row.get(f"{prefix}exact") is not None else [])]
-    return {key: _number(row.get(prefix + key)) for key in keys}
+    return {key: number(row.get(prefix + key)) for key in keys}
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A value that can be drawn: NaN for what is none, or larger than any picture."""
     is_one = type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
     return float(value) if is_one else math.nan

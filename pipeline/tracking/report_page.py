@@ -21,7 +21,7 @@ from pipeline.errors import visible
 from pipeline.files import parse_yaml, read_file
 from pipeline.tracking.console import duration
 from pipeline.tracking.curves import Pictures
-from pipeline.tracking.history import HEADS, History
+from pipeline.tracking.history import HEADS, History, number
 from pipeline.tracking.samples import Sample
 
 PROFILES = "profiles"
@@ -105,10 +105,10 @@ def _summary(history: History) -> list[str]:
     last, facts = history.steps[-1], history.facts
     lines = [
         f"Step {last['step']:,}, {last['tokens']:,} tokens, {facts.get('num_parameters', 0):,} "
-        f"parameters, {history.tokens_per_sec:,.0f} tokens/s on {facts.get('world_size')} x "
-        f"{facts.get('device')}; training loss {_text(history.column('train/loss')[-1])}, "
-        f"{last.get('resilience/restarts')} restarts, "
-        f"{last.get('resilience/skipped_steps')} skipped steps."
+        f"parameters, {_rate(history)} on {facts.get('world_size', 1)} x "
+        f"{facts.get('device', 'unknown')}; training loss {_loss(history)}, "
+        f"{last.get('resilience/restarts', 0)} restarts, "
+        f"{last.get('resilience/skipped_steps', 0)} skipped steps."
     ]
     if last.get("goodput/goodput") is not None and last.get("goodput/lost_steps") is not None:
         lines[0] += (
@@ -119,6 +119,21 @@ def _summary(history: History) -> list[str]:
         took = duration(history.ended - history.began)
         lines.append(f"Begun {began}, last heard of {took} later.")
     return lines
+
+
+def _rate(history: History) -> str:
+    rate = history.tokens_per_sec
+    return f"{rate:,.0f} tokens/s" if math.isfinite(rate) else "at a rate that is not known"
+
+
+def _loss(history: History) -> str:
+    """The last one that is a number, and of which step, where the last step has none."""
+    finite = [row for row in history.steps if math.isfinite(number(row.get("train/loss")))]
+    if not finite:
+        return "no number"
+    text = _text(number(finite[-1]["train/loss"]))
+    is_last = finite[-1] is history.steps[-1]
+    return text if is_last else f"{text} after step {finite[-1]['step']:,}, no number since"
 
 
 def _date(seconds: float) -> str:
@@ -168,6 +183,11 @@ def _evaluations(runs: Runs) -> str:
         "<p>Rows of other numbers of tokens are of other parts of the data: their losses and bits "
         "per byte do not compare (training.eval_sequences; pipeline.evaluate scores all).</p>\n"
     )
+    if not found:
+        return (
+            "<p>None yet: training evaluates every training.eval_every steps and at its end, "
+            "<code>python -m pipeline.evaluate runs/NAME</code> at any time.</p>"
+        )
     return (note if len(scored) > 1 else "") + table
 
 
@@ -191,8 +211,8 @@ def _beside(runs: Runs) -> str:
     """Where runs end, and which of their settings differ."""
     ends = [
         [
-            name, h.steps[-1]["step"], h.steps[-1]["tokens"], h.column("train/loss")[-1],
-            h.tokens_per_sec,
+            name, h.steps[-1]["step"], h.steps[-1]["tokens"], _loss(h),
+            _rate(h).removesuffix(" tokens/s"),
         ]
         for name, (_, h) in runs.items()
     ]  # fmt: skip
