@@ -109,12 +109,16 @@ def check_is_adapter(checkpoint: Path) -> None:
         CheckpointError: the checkpoint is no adapter, or more was trained.
         ConfigError: it reads pictures.
     """
-    from pipeline.checkpoint.tensors import CheckpointTensors
+    record, reason = read_record(checkpoint), None
+    if record.base is None or not record.finetune().lora_rank:
+        reason = "it is no adapter"
+    else:
+        from pipeline.checkpoint.tensors import CheckpointTensors  # needs torch
 
-    record = read_record(checkpoint)
-    more = [name for name in CheckpointTensors(checkpoint).parameters if not is_lora(name)]
-    if record.base is None or not record.finetune().lora_rank or more:
-        reason = f"{more[0]} was trained too" if record.base and more else "it is no adapter"
+        names = CheckpointTensors(checkpoint).parameters
+        if more := [name for name in names if not is_lora(name)]:
+            reason = f"{more[0]} was trained too"
+    if reason is not None:
         raise CheckpointError(
             f"{checkpoint} cannot become a PEFT folder, which holds low-rank matrices only: "
             f"{reason}. Export it merged: adapter=false."
