@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from pipeline import export as command
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.adapters import delta
 from pipeline.checkpoint.tensors import CheckpointTensors
@@ -148,3 +150,53 @@ def test_peft_computes_what_we_compute(adapters: Path, tmp_path: Path) -> None:
         0
     ].items():
         assert difference < 1e-4 and moved > 1e-2, (name, difference, moved)
+
+
+def spoil(folder: Path, fault: str) -> None:
+    """One mistake in a folder of peft that is right."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    settings, matrices = json.loads(config.read_text()), load_file(weights)
+    if fault == "wrong alpha":
+        settings["lora_alpha"] *= 2
+    for name in list(matrices):
+        if fault == "A transposed" and name.endswith("lora_A.weight"):
+            matrices[name] = matrices[name].t().contiguous()
+        if fault == "gate and up exchanged" and "gate_proj.lora_B" in name:
+            up = name.replace("gate_proj", "up_proj")
+            matrices[name], matrices[up] = matrices[up], matrices[name]
+    config.write_text(json.dumps(settings))
+    save_file(matrices, weights)
+
+
+def told_of(root: Path, output: Path, fault: str) -> str:
+    """What the export command says of a folder with a mistake."""
+    warnings.simplefilter("ignore")
+
+    def wrong(checkpoint: Path, output: Path, **kwargs: Any) -> None:
+        export_adapter(checkpoint, output, **kwargs)
+        spoil(output, fault)
+
+    command.export_adapter = wrong
+    cfg = command.ExportConfig(str(root / "llama/adapter"), str(output), DType.fp32, adapter=True)
+    with pytest.raises(CheckpointError) as caught:
+        command.main(cfg)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("wrong alpha", "the exported model's logits differ from ours by"),
+        ("gate and up exchanged", "the exported model's logits differ from ours by"),
+        ("A transposed", "peft could not compute what was exported .*size mismatch"),
+    ],
+)
+def test_a_wrong_adapter_folder_is_not_called_good(
+    fault: str, said: str, adapters: Path, tmp_path: Path
+) -> None:
+    """The proof must be able to fail, and then peft must find no adapter there."""
+    message = run_on_ranks(told_of, 1, adapters, tmp_path / "out", fault)[0]
+    assert re.search(said, message, re.DOTALL), message
+    assert "was left without its adapter_config.json" in message
+    assert not (tmp_path / "out/adapter_config.json").exists()
