@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import folder as folders
-from pipeline.checkpoint.adapters import recorded_base
+from pipeline.checkpoint.adapters import Base, recorded_base
 from pipeline.checkpoint.index import TensorIndex
 from pipeline.checkpoint.record import RECORD, read_record
 from pipeline.errors import CheckpointError
@@ -76,9 +76,8 @@ def diff(first: Path, second: Path) -> int:
 
     a, b = CheckpointTensors(folders.find(first)), CheckpointTensors(folders.find(second))
     print(f"a: {a.folder}\nb: {b.folder}")
-    bases = [recorded_base(read_record(tensors.folder)) for tensors in (a, b)]
-    if len({base and base.sha256 for base in bases}) > 1:
-        print("a and b are parts of models with different bases, or one of them is whole")
+    if apart := _unlike(*(recorded_base(read_record(tensors.folder)) for tensors in (a, b))):
+        print(apart)
     lonely = sorted(set(a.names) ^ set(b.names))
     for name in lonely:
         print(f"only in {'a' if name in a.names else 'b'}: {name}")
@@ -95,6 +94,25 @@ def diff(first: Path, second: Path) -> int:
         differs |= largest != 0.0
         print(f"{largest:12.4e}  {_rms(delta):12.4e}  {_rms(x):12.4e}  {name}")
     return int(differs)
+
+
+def _unlike(a: Base | None, b: Base | None) -> str:
+    """Why two checkpoints with these bases are no states of one model; empty: they may be."""
+    if a is not None and b is not None:
+        if a.sha256 == b.sha256:
+            return ""
+        return (
+            f"a and b are parts of different models: a beside {a.path} (sha256 "
+            f"{a.sha256[:16]}...), b beside {b.path} ({b.sha256[:16]}...)"
+        )
+    base = a or b
+    if base is None:
+        return ""
+    part, whole = ("a", "b") if a is not None else ("b", "a")
+    return (
+        f"{part} is a part of a model, beside the base in {base.path}, and {whole} is a whole one: "
+        f"python -m pipeline.checkpoint merge makes a whole one of {part}"
+    )
 
 
 def _rms(x: Any) -> float:

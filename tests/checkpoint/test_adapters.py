@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +213,57 @@ def test_the_tools_know_adapters(
     assert "a part of a model, beside the base" in shown and "base.sha256" in shown
     assert tools.verify(folder) == 0
     assert tools.diff(folder, folder) == 0
+
+
+def differences(one: Path, two: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What diff prints of two checkpoints that are not equal."""
+    assert tools.diff(one, two) == 1
+    return capsys.readouterr().out
+
+
+def test_diff_says_whether_two_checkpoints_are_of_one_model(
+    base: Path, adapter: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal low-rank matrices beside unlike bases are unlike models; a part is no whole."""
+    own = folders.find(adapter[0])
+    part = f"is a part of a model, beside the base in {base}, and"
+    assert f"\na {part} b is a whole one" in differences(own, base, capsys)
+    assert f"\nb {part} a is a whole one" in differences(base, own, capsys)
+    moved = tmp_path / "moved"
+    shutil.copytree(own, moved)
+    record = json.loads((moved / "checkpoint.json").read_text())
+    record["base"] = {"path": "/elsewhere", "sha256": "5" * 64}
+    (moved / "checkpoint.json").write_text(json.dumps(record))
+    assert tools.diff(own, moved) == 0  # of what they hold, all is equal
+    said = f"a and b are parts of different models: a beside {base} .sha256 .*, b beside /elsewhere"
+    assert re.search(said, capsys.readouterr().out)
+    record["base"]["sha256"] = base_of(base).sha256  # the same base, found elsewhere
+    (moved / "checkpoint.json").write_text(json.dumps(record))
+    assert tools.diff(own, moved) == 0
+    assert "of different models" not in capsys.readouterr().out
+
+
+def test_adapters_of_one_base_are_shown_compared_and_merged(
+    base: Path, adapter: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is a run of its own; merged they differ where they were trained, and only there."""
+    cfg = config(MODEL, train="layers.1.*.lora_?", lora_rank=2)
+    run_on_ranks(train_beside, 1, cfg, tmp_path / "other", base)
+    found = []
+    for number, root in enumerate((adapter[0], tmp_path / "other")):
+        assert tools.show(root) == 0
+        assert f"beside the base in {base}" in capsys.readouterr().out
+        assert merge(root, tmp_path / f"{number}") == 0
+        found.append(folders.find(root))
+    assert "only in a: weights/final_norm.weight" in differences(*found, capsys)
+    merged = [tmp_path / "0", tmp_path / "1"]
+    table = differences(*merged, capsys)
+    assert "a whole one" not in table and "only in" not in table
+    for name, is_same in (("head", True), ("layers.0.mlp.linear_fc1", False), ("layers.1.mlp.linear_fc1", False)):  # fmt: skip
+        (row,) = [line for line in table.splitlines() if line.endswith(f"weights/{name}.weight")]
+        assert (float(row.split()[0]) == 0) is is_same, row
+    first = CheckpointTensors(merged[1]).tensor("weights/layers.0.mlp.linear_fc1.weight")
+    assert torch.equal(first, CheckpointTensors(base).tensor("weights/layers.0.mlp.linear_fc1.weight"))  # fmt: skip
 
 
 def test_a_whole_run_cannot_go_on_from_an_adapter(base: Path, adapter: tuple[Path, Any]) -> None:

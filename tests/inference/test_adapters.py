@@ -39,11 +39,11 @@ NEW = 6  # tokens of an answer
 
 
 def save_runs(root: Path, tokenizer: bytes) -> dict[str, float]:
-    """A base and an adapter of it; their held-out losses as the engines have them."""
+    """A base and two adapters of it; their held-out losses as the engines have them."""
     losses = {}
     files = {"tokenizer.json": tokenizer, "chat_template.jinja": CHATML.encode()}
-    for name in ("base", "adapter"):
-        kind: dict[str, Any] = {} if name == "base" else dict(train="*.lora_?", lora_rank=4)
+    for name, rank in (("base", 0), ("adapter", 4), ("other", 2)):
+        kind: dict[str, Any] = dict(train="*.lora_?", lora_rank=rank) if rank else {}
         cfg = config("modern", **kind)
         cfg.optimizer.lr, cfg.schedule.warmup_steps = 0.03, 0
         held_out = DatasetConfig(path=str(root / "data"), name="held-out")
@@ -86,13 +86,13 @@ def test_an_adapter_is_evaluated_beside_its_base(
     assert abs(found - losses["base"]) > 1e-2 * found, "the adapter changes nothing"
 
 
-def answers(root: Path) -> dict[str, Any]:
+def answers(root: Path, run: str) -> dict[str, Any]:
     """Greedy words after a prompt and in a chat: W x + scale * B (A x), the commands', the base's."""
     from pipeline.huggingface.whole_model import open_model
     from pipeline.model.local_model import LocalModel
 
     warnings.simplefilter("ignore")
-    checkpoint = folders.find(root / "adapter")
+    checkpoint = folders.find(root / run)
     tokenizer = Tokenizer.from_file(root / "tokenizer.json", eod=EOD)
     record, own = read_record(checkpoint), CheckpointTensors(checkpoint)
     base = open_model(folders.find(root / "base"))
@@ -117,7 +117,7 @@ def answers(root: Path) -> dict[str, Any]:
     found["ours"] = [
         ours.sample(["t5 t6"], on_text=None)[0].split(), ours.answer([TALK], on_text=None)[0].split()
     ]  # fmt: skip
-    for name in ("adapter", "base"):
+    for name in (run, "base"):
         printed = []
         for settings in (dict(prompt="t5 t6"), dict(chat=True)):
             sys.stdin = io.StringIO("t5 t6\n")
@@ -131,12 +131,13 @@ def answers(root: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("name", ["adapter", "other"])
 def test_an_adapter_continues_texts_and_talks_as_base_plus_product(
-    runs: tuple[Path, dict[str, float]],
+    runs: tuple[Path, dict[str, float]], name: str
 ) -> None:
-    """Both samplers; what stands beside the base is heard, and stops where a turn or document ends."""
-    found = run_on_ranks(answers, 1, runs[0])[0]
+    """Each of a base's; both samplers; what stands beside the base is heard, and stops where a turn or document ends."""
+    found = run_on_ranks(answers, 1, runs[0], name)[0]
     assert found["ours"] == found["beside"]
-    for printed, whole in zip(found["adapter"], found["beside"], strict=True):
+    for printed, whole in zip(found[name], found["beside"], strict=True):
         assert printed == whole[: len(printed)] and printed
-    assert found["adapter"] != found["base"]
+    assert found[name] != found["base"]
