@@ -71,6 +71,10 @@ def linear_cross_entropy(
         0-dim fp32, equal on every tensor-parallel rank. The gradient of `hidden` is this rank's
         part of the sum.
     """
+    if (
+        not torch.is_grad_enabled()
+    ):  # autograd tells a function what asks for gradients all the same
+        weight = weight.detach()
     flat = hidden.reshape(-1, hidden.shape[-1])
     weights = None if token_weights is None else token_weights.reshape(-1).float()
     return _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), weights, projection)

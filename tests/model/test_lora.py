@@ -205,6 +205,45 @@ def test_frozen_weights_stay_bitwise_and_cost_no_optimizer_state() -> None:
         assert copies * numbers <= total < 1.01 * copies * numbers + 64, (layout, total)
 
 
+def head_products(kinds: list[Case]) -> list[tuple[float, float]]:
+    """Products of the head in (a forward pass, a step of training), of what each kind trains.
+
+    Two vocabularies apart by 256 differ in the head alone, by 2 x tokens x width x 256 a product.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pipeline.distributed.layout import connect
+    from pipeline.distributed.ranks import ranks_from_environment
+    from pipeline.training.build import build_engine
+    from tests.support.layouts import BATCH, SEQ_LEN, rank_batches, reset_parallel_state
+
+    found = []
+    for kind in kinds:
+        counted = []
+        for vocab_size in (256, 512):
+            cfg = config("modern", **kind)
+            cfg.model.vocab_size = vocab_size
+            ranks = ranks_from_environment()
+            shape = derive(cfg, world_size=1, tokenizer_vocab_size=vocab_size)
+            layout = connect(ranks, shape.sizes)
+            engine = build_engine(cfg, shape, layout)
+            mine = rank_batches(batches()[0], shape, layout)
+            with FlopCounterMode(display=False) as forward:
+                engine.evaluate(mine)
+            with FlopCounterMode(display=False) as step:
+                engine.train_step(mine, step=0)
+            counted.append([forward.get_total_flops(), step.get_total_flops()])
+            reset_parallel_state()
+        product = 2 * BATCH * SEQ_LEN * cfg.model.hidden_size * 256
+        found.append(tuple((b - a) / product for a, b in zip(*counted)))
+    return found
+
+
+def test_a_frozen_head_costs_no_product_for_its_gradient() -> None:
+    """Of the three products of a trained one, the logits' and the one with the hidden states' gradient."""
+    assert run_on_ranks(head_products, 1, [LORA, {}])[0] == [(1, 2), (1, 3)]
+
+
 def refused(message: str, model: str = "modern", world_size: int = 1, **settings: Any) -> None:
     with pytest.raises(ConfigError, match=message):
         derive(config(model, **settings), world_size=world_size, tokenizer_vocab_size=VOCAB)
