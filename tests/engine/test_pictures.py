@@ -109,6 +109,7 @@ def test_two_ranks_match_one() -> None:
     """Where one data-parallel rank has no picture others wait for it for ever (DeepSpeed issue 7170)."""
     check(2, [
         (dict(model="modern-pictures", tp=2, sp=True, recompute="full"), 0),
+        (dict(model="pictures", zero=0), 8),
         (dict(model="pictures", zero=1), 8),
         (dict(model="pictures", zero=3), 8),
         (dict(model="pictures", pp=2), 0),

@@ -26,10 +26,10 @@ def colour(number: int) -> tuple[int, int, int]:
     return number % 256, number * 7 % 256, number * 31 % 256
 
 
-def picture(number: int, kind: str = "PNG") -> bytes:
-    """One colour for each number; all kinds are lossless here."""
+def picture(number: int, kind: str = "PNG", **options: Any) -> bytes:
+    """One colour for each number; all kinds but JPEG are lossless here."""
     out = io.BytesIO()
-    Image.new("RGB", (12, 9), colour(number)).save(out, kind, lossless=True)
+    Image.new("RGB", (12, 9), colour(number)).save(out, kind, lossless=True, **options)
     return out.getvalue()
 
 

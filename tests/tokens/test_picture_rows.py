@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from pipeline.data import shard_format as fmt
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from tests.support.corpus import checksums, make_tokenizer
-from tests.support.picture_talks import PATCH, ROW, SIZE, colour, convert, dialogues, fill
+from tests.support.picture_talks import (
+    PATCH,
+    ROW,
+    SIZE,
+    colour,
+    convert,
+    dialogues,
+    fill,
+    picture,
+    write_tar,
+)
 from tests.support.waiting import kill_after_new_names
 
 
@@ -74,6 +85,45 @@ def test_bytes_do_not_depend_on_workers_or_kills(
         kill_after_new_names(child, output, draw.randint(1, 12))
     assert checksums(convert(corpus, output)) == checksums(reference)
     assert not (output / ".work").exists()
+
+
+def test_bytes_do_not_depend_on_array_tasks(
+    corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Task i of n by its settings and as a Slurm array counts from 1; the last one makes the datasets."""
+    output = tmp_path / "tasks"
+    for task in (2, 0, 1):
+        assert not (output / "train").exists()
+        convert(corpus, output, f"task={task}", "num_tasks=3")
+    assert checksums(output) == checksums(reference)
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+    output = tmp_path / "array"
+    for task in (2, 3, 1):
+        assert not (output / "train").exists()
+        for name, value in {**array, "SLURM_ARRAY_TASK_ID": str(task)}.items():
+            monkeypatch.setenv(name, value)
+        convert(corpus, output)
+    assert checksums(output) == checksums(reference)
+
+
+def test_every_suffix_of_a_picture_is_one_in_a_tar(corpus: Path, tmp_path: Path) -> None:
+    """Also in capitals, as cameras write them, and beside each other in one sample."""
+    jpeg = partial(picture, kind="JPEG", quality=100, subsampling=0)
+    members = {
+        "a.png": picture(10), "a.txt": b"10", "b.jpg": jpeg(20), "b.txt": b"20", "c.jpeg": jpeg(30), "c.txt": b"30",
+        "d.webp": picture(40, "WEBP"), "d.txt": b"40", "E.JPG": jpeg(50), "E.txt": b"50",
+        "f.0.png": picture(60), "f.1.jpg": jpeg(61), "f.2.webp": picture(62, "WEBP"), "f.txt": b"60 61 62",
+    }  # fmt: skip
+    write_tar(corpus / "kinds.tar", members)
+    output = convert(corpus, tmp_path / "out", "validation_fraction=0", source="kinds.tar")
+    seen = []
+    for words, images in dialogues(output / "train"):
+        said = words.split("assistant\n")[1].split("<")[0].split()
+        for number, image in zip(map(int, said), images, strict=True):
+            off = np.abs(image.astype(int) - np.reshape(colour(number), (3, 1, 1)))
+            assert off.max() <= (2 if number in (20, 30, 50, 61) else 0), words
+            seen.append(number)
+    assert sorted(seen) == [10, 20, 30, 40, 50, 60, 61, 62]
 
 
 def test_blocks_and_shards_are_cut_between_rows(
