@@ -65,7 +65,7 @@ class Feed:
         tell = partial(self._tracker.log_samples, at, samples)
         self._put(partial(self._tell_once, at, [SAMPLES], tell))
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
         """Hand over what is said of the whole run."""
         self._put(partial(self._tracker.summarize, at, values))
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from pipeline.tracking.tracker import At, Row
 
+BEST = ("best/loss", "best/step", "best/tokens")
+
 
 class Evaluations:
     """The evaluations so far, also those of earlier starts."""
@@ -30,13 +32,19 @@ class Evaluations:
         self._rows = {key: row for key, row in self._rows.items() if key <= step}
 
     def best(self) -> dict[str, float]:
-        """Lowest mean loss over the datasets, and where it was; empty while there is none."""
-        losses = [(_mean(row.values), row.at) for row in self._rows.values()]
+        """Lowest mean loss over the datasets, and where it was; empty while there is none.
+
+        Of the datasets of the newest evaluation: the mean of others, or of a part of them, as one
+        has that a kill cut short, is another measure.
+        """
+        names = _names(self._rows[max(self._rows)]) if self._rows else set()
+        compared = [row for row in self._rows.values() if _names(row) == names]
+        losses = [(_mean(row.values), row.at) for row in compared]
         known = [(loss, at) for loss, at in losses if math.isfinite(loss)]
         if not known:
             return {}
         loss, at = min(known)
-        return {"best/loss": loss, "best/step": at.step, "best/tokens": at.tokens}
+        return dict(zip(BEST, (loss, at.step, at.tokens), strict=True))
 
     def final(self, at: At) -> dict[str, float]:
         """The scores at the run's last step; empty where nothing was evaluated there."""
@@ -49,6 +57,11 @@ class Evaluations:
             if value is not None
         }
         return {"final/step": at.step, "final/tokens": at.tokens, **scores}
+
+
+def _names(row: Row) -> set[str]:
+    """The losses that an evaluation has, one of each dataset."""
+    return {key for key in row.values if key.endswith("/loss")}
 
 
 def _mean(values: Mapping[str, Any]) -> float:

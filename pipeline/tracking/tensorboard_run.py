@@ -6,6 +6,8 @@ tensorboard --logdir runs      all runs beside each other
 from __future__ import annotations
 
 import contextlib
+import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class TensorboardRun(Tracker):
             with contextlib.suppress(Exception):  # a failed one cannot be closed
                 self._writer.close()
         self._writer = None
+        _put_in_order(self._folder, int(time.time()))
         purge = None if after is None else self._x(after) + 1
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         if after is not None:
@@ -64,9 +67,10 @@ class TensorboardRun(Tracker):
         for number, sample in enumerate(samples):
             self._text(f"samples/{number}", at, _code(sample.prompt + sample.text))
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
         """A table, as a text: TensorBoard knows no values of a whole run."""
-        lines = [f"| {key} | {value:.6g} |" for key, value in values.items()]
+        known = {key: "" if value is None else f"{value:.6g}" for key, value in values.items()}
+        lines = [f"| {key} | {value} |" for key, value in known.items()]
         self._text("summary", at, "\n".join(["| | |", "|---|---|", *lines]))
 
     def keep_model(self, at: At, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -83,6 +87,23 @@ class TensorboardRun(Tracker):
 
     def _x(self, at: At) -> int:
         return at.tokens if self._axis is XAxis.tokens else at.step
+
+
+def _put_in_order(folder: Path, now: int) -> None:
+    """Rename files of events that would be read behind one that begins now.
+
+    TensorBoard reads them by their names, which begin with the second: after a clock that was put
+    back, a later start would come first, and what it hides be shown. A TensorBoard that is running
+    sees it when it is started again.
+    """
+    for file in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        match = re.fullmatch(r"(events\.out\.tfevents\.)(\d{10})(\..*)", file.name)
+        if match is None:
+            continue
+        if (second := int(match[2])) < now:
+            break
+        now = min(second, now) - 1
+        file.rename(folder / f"{match[1]}{now:010d}{match[3]}")
 
 
 def _is_number(value: Any) -> bool:

@@ -62,8 +62,13 @@ class Tracker(Protocol):
     def log_samples(self, at: At, samples: Sequence[Sample]) -> None:
         """Show what the model wrote."""
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
-        """Say of the whole run, known `at` that step: the best loss, the last evaluation."""
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
+        """Say of the whole run, known `at` that step: the best loss, the last evaluation.
+
+        Args:
+            at: the step.
+            values: None takes back what was said.
+        """
 
     def keep_model(self, at: At, folder: Path, facts: Mapping[str, Any]) -> None:
         """Keep, or name, an exported model of this step, a Hugging Face folder."""

@@ -15,7 +15,7 @@ from pipeline.config.choices import WandbMode
 from pipeline.config.operation import TrackingConfig
 from pipeline.redaction import redact
 from pipeline.tracking.feed import Feed
-from pipeline.tracking.held_out import Evaluations
+from pipeline.tracking.held_out import BEST, Evaluations
 from pipeline.tracking.samples import Sample
 from pipeline.tracking.tensorboard_run import TensorboardRun
 from pipeline.tracking.tracker import At, Row, Tracker
@@ -68,10 +68,12 @@ class Trackers:
 
     def rewind(self, at: At) -> None:
         """The run is back here, and does what follows anew on other samples."""
+        had_best = bool(self._evaluations.best())
         self._evaluations.forget_after(at.step)
         for feed in self.feeds:
             feed.rewind(at)
-        self.summarize(at, self._evaluations.best())
+        nothing = dict.fromkeys(BEST) if had_best else {}
+        self.summarize(at, self._evaluations.best() or nothing)
 
     def evaluated(self, at: At) -> None:
         """All datasets of an evaluation have been logged."""
@@ -81,8 +83,8 @@ class Trackers:
         """The run has done its last step."""
         self.summarize(at, self._evaluations.final(at))
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
-        """What is said of the whole run; nothing where `values` are none."""
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
+        """What is said of the whole run, None what is not so any more; nothing without values."""
         for feed in self.feeds if values else []:
             feed.summarize(at, values)
 

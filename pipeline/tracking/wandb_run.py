@@ -88,7 +88,7 @@ class WandbRun(Tracker):
         table = wandb.Table(columns=["step", "tokens", *Sample._fields], data=rows)
         self.log(at, {"samples": table})
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
         """Columns of the table of runs."""
         self._run.summary.update(dict(values))
 

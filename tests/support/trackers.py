@@ -19,9 +19,10 @@ class Memory(Tracker):
         self.mark, self.takes_back = folder / "memory" / "told.json", takes_back
         self.points: dict[str, list[tuple[int, Any]]] = {}
         self.samples: list[tuple[int, list[Sample]]] = []
-        self.summary: dict[str, float] = {}
+        self.summary: dict[str, float | None] = {}
         self.models: list[tuple[int, Path, dict[str, Any]]] = []
         self.is_down, self.known, self.opened, self.exit_code = False, False, 0, -1
+        self.summaries = 0
 
     def is_known(self) -> bool:
         return self.known
@@ -42,9 +43,10 @@ class Memory(Tracker):
         self._answer()
         self.samples.append((at.step, list(samples)))
 
-    def summarize(self, at: At, values: Mapping[str, float]) -> None:
+    def summarize(self, at: At, values: Mapping[str, float | None]) -> None:
         self._answer()
         self.summary |= values
+        self.summaries += 1
 
     def keep_model(self, at: At, folder: Path, facts: Mapping[str, Any]) -> None:
         self._answer()

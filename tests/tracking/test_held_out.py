@@ -25,6 +25,16 @@ def test_the_best_is_the_lowest_mean_over_the_datasets_and_knows_its_step() -> N
     assert found.best() == {"best/loss": 1.75, "best/step": 4, "best/tokens": 32}
 
 
+def test_an_evaluation_of_fewer_datasets_is_no_best() -> None:
+    """A kill between two datasets left the easier one alone, whose mean no other could beat."""
+    found = Evaluations()
+    found.take(evaluation(2, easy=1.0))
+    found.take(evaluation(4, easy=0.9, hard=5.0))
+    assert found.best() == {"best/loss": 2.95, "best/step": 4, "best/tokens": 32}
+    found.take(evaluation(6, easy=0.8))  # held out are others from here on
+    assert found.best()["best/step"] == 6
+
+
 def test_the_final_evaluation_is_that_of_the_last_step() -> None:
     found = Evaluations()
     found.take(evaluation(2, a=3.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,32 @@ def test_restart_and_rollback_hide_the_points_that_are_done_again(
     assert points == [(unit * n, loss, 1000.0 + n) for n, loss in enumerate(losses, start=1)]
     assert reader.Scalars("val/a/loss") == [], "the evaluation of step 5 is to come again"
     killed.close(1)
+
+
+def test_a_clock_that_is_put_back_hides_no_later_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are read by name, and names begin with the second: the later ones came first, and hid nothing."""
+    clock = [9000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    for number, (second, first) in enumerate([(9000.0, 1), (9000.4, 2), (20.0, 3), (20.0, 4)]):
+        clock[0] = second
+        run = TensorboardRun(XAxis.step, run_dir=tmp_path, config={})
+        run.open(at(first - 1))
+        run.log(at(first), {"train/loss": float(number)})
+        run.log(at(first + 1), {"train/loss": 9.0})
+        run.close(0)
+    points = seen(tmp_path / "tensorboard/by-step").Scalars("train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 9.0)]  # fmt: skip
+    assert len(list((tmp_path / "tensorboard/by-step").glob("events.*"))) == 4
+
+
+def test_what_is_not_so_any_more_is_a_blank(tmp_path: Path) -> None:
+    run = TensorboardRun(XAxis.step, run_dir=tmp_path, config={})
+    run.open(at(0))
+    run.summarize(at(3), {"best/loss": None})
+    run.close(0)
+    assert "| best/loss |  |" in text_of(seen(tmp_path / "tensorboard/by-step"), "summary")
 
 
 def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -71,6 +71,21 @@ def test_a_rollback_takes_points_and_the_best_back(tmp_path: Path, memory: Memor
     assert (memory.summary["best/loss"], memory.summary["best/step"]) == (2.0, 2)
 
 
+def test_a_rollback_before_the_only_evaluation_leaves_no_best(
+    tmp_path: Path, memory: Memory
+) -> None:
+    """The weights that it was of are gone; of a run without evaluations nothing is said."""
+    tracker, state = make(tmp_path, log_every=1), State()
+    train(tracker, state, 2)
+    tracker.undo(State(step=1, tokens_seen=32))
+    evaluate(tracker, state, 2.0)
+    state.step, state.tokens_seen = 1, 32
+    tracker.undo(state)
+    tracker.close()
+    assert memory.summary == {"best/loss": None, "best/step": None, "best/tokens": None}
+    assert memory.summaries == 2
+
+
 def test_settings_choose_the_trackers_and_neither_is_shown_a_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
