@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -45,3 +47,31 @@ def choose(
     probabilities /= probabilities.sum()
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
     return order[torch.multinomial(probabilities, 1, generator=generator)[0]]
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse to draw from a model that says nothing: the likeliest of no numbers is any token.
+
+    Raises:
+        CheckpointError: a logit is infinite, or no number.
+    """
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            "what the model says of the next token is no number: it has diverged. Sample an "
+            "earlier checkpoint."
+        )
+
+
+def numbers_alone() -> Any:
+    """`check_numbers` as transformers' generate takes it, in front of its settings of how to draw.
+
+    Without it torch says of a probability that it is below 0, and nothing at temperature 0.
+    """
+    from transformers import LogitsProcessor
+
+    class NumbersAlone(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            check_numbers(scores)
+            return scores
+
+    return NumbersAlone()

@@ -21,7 +21,7 @@ from pipeline.data.chat import ChatTemplate, Messages
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.loading import load_processor, load_tokenizer, load_transformers
 from pipeline.huggingface.writer import DType, export
-from pipeline.inference.drawing import choose
+from pipeline.inference.drawing import check_numbers, choose, numbers_alone
 from pipeline.inference.generation import NO_TEMPLATE, GenerateConfig, check_model
 from pipeline.inference.pictures import BLIND, Sight, pictures_in
 from pipeline.inference.streaming import Outlet, cut_at_stop, stop_at, streamer
@@ -174,7 +174,10 @@ class TransformersSampler(_Drawing):
         length, pad = max(map(len, rows)), (self.ends or [0])[0]
         padded = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        options: dict[str, Any] = {"do_sample": cfg.temperature > 0}
+        options: dict[str, Any] = {
+            "do_sample": cfg.temperature > 0,
+            "logits_processor": [numbers_alone()],
+        }
         if cfg.temperature > 0:
             options |= {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
         if cfg.stop:
@@ -257,11 +260,7 @@ class LocalSampler(_Drawing):
         texts = [_Text(self.tokenizer, stop=cfg.stop, ends=self.ends, on_text=hears) for _ in rows]
         logits, memory = self.decoder.begin(rows)
         for left in reversed(range(min(cfg.max_new_tokens, self.max_seq_len - memory.length))):
-            if not logits.isfinite().all():
-                raise CheckpointError(
-                    "what the model says of the next token is no number: it has diverged. Sample "
-                    "an earlier checkpoint."
-                )
+            check_numbers(logits)
             drawn = [
                 choose(row, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
                 for row in logits

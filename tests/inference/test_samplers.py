@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.writer import DType, export
@@ -123,6 +124,32 @@ def test_a_model_that_has_diverged_is_named() -> None:
     """torch says of it that a probability is negative or no number."""
     with pytest.raises(CheckpointError, match="no number: it has diverged"):
         sampler_of(Letters("a", scale=math.nan))._continue([[0]], None)
+
+
+def said_of_no_numbers(root: Path) -> list[str]:
+    """What sampling a Hugging Face folder ends in, whose final norm has no number; drawn, and greedily."""
+    warnings.simplefilter("ignore")
+    folder = root / "diverged"
+    export(next((root / "gpt2").glob("step-*")), folder, dtype=DType.fp32)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["transformer.ln_f.bias"][3] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = []
+    for temperature in (1.0, 0.0):
+        cfg = GenerateConfig(checkpoint=str(folder), temperature=temperature, max_new_tokens=2)
+        with open_sampler(cfg) as sampler:
+            try:
+                sampler.sample(["t5"], on_text=None)
+            except CheckpointError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_folder_of_a_model_that_has_diverged_is_named(checkpoints: Path) -> None:
+    """Drawn it ended in torch's own error; greedily in tokens that nobody had said."""
+    found = run_on_ranks(said_of_no_numbers, 1, checkpoints)[0]
+    assert len(found) == 2 and all("no number: it has diverged" in one for one in found)
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
