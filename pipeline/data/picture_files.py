@@ -25,6 +25,10 @@ _TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANS
 _TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 MOST_MB, MOST_MEGAPIXELS = 20.0, 50.0
 """Of a picture, where nobody says otherwise."""
+MOST_SCANS = 100
+"""Of a JPEG; a progressive one has some ten. Each is a pass over all pixels, of few bytes too."""
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+"""Of a JPEG's segments; within a scan's data a byte of ones is followed by 0 or a restart."""
 
 
 class BadPicture(Exception):
@@ -46,6 +50,8 @@ def open_picture(content: bytes, *, most: int) -> Image.Image:
     kinds = [k for k, begin in _SIGNATURES.items() if re.match(begin, content, re.DOTALL)]
     if not kinds:
         raise BadPicture("not_a_picture", f"it begins with {content[:12]!r}")
+    if kinds == ["JPEG"] and (scans := _num_scans(content)) > MOST_SCANS:
+        raise BadPicture("picture_too_large", f"{scans} scans")
     try:
         with PIL.Image.open(io.BytesIO(content), formats=kinds) as image:
             width, height = image.size
@@ -61,6 +67,15 @@ def open_picture(content: bytes, *, most: int) -> Image.Image:
         raise BadPicture("picture_too_large", str(error)) from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise BadPicture("damaged_picture", f"{type(error).__name__}: {error}") from None
+
+
+def _num_scans(content: bytes) -> int:
+    """Scans of a JPEG, of its first picture if there are several."""
+    at, scans = 2, 0
+    while (found := _MARKER.search(content, at)) and found[0] != b"\xff\xd9":
+        scans += found[0] == b"\xff\xda"
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
 
 
 def squashed(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -28,6 +28,7 @@ from tests.support.strange_pictures import (
     png_that_says,
     two,
     with_a_text_bomb,
+    with_many_scans,
 )  # fmt: skip
 
 SIZE = 8
@@ -39,6 +40,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "more pixels than max_image_megapixels": (lambda: png_that_says(3_000, 1_000), "picture_too_large"),
     "a file above max_image_mb": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(400_000), "picture_too_large"),
     "a note that inflates to 100 MB": (with_a_text_bomb, "damaged_picture"),
+    "a JPEG of a thousand passes over its pixels": (lambda: with_many_scans(1000), "picture_too_large"),
     "no bytes": (lambda: b"", "picture_missing"),
     "null": (lambda: None, "picture_missing"),
     "a number": (lambda: 7, "picture_missing"),
@@ -144,6 +146,9 @@ GOOD: dict[str, tuple[Callable[[], bytes], list[tuple[int, ...]]]] = {
     "lossless WebP": (lambda: file_of(two(), "WEBP", lossless=True), [RED, BLUE]),
     "EXIF that mirrors": (lambda: file_of(two(), exif=exif(2)), [BLUE, RED]),
     "EXIF that turns over": (lambda: file_of(two(), exif=exif(3)), [BLUE, RED]),
+    "RGB with a transparent colour: on white": (lambda: file_of(two(), transparency=BLUE), [RED, WHITE]),
+    "black and white with transparent white: on white": (lambda: file_of(two("1", 0, 1), transparency=1), [BLACK, WHITE]),
+    "progressive JPEG": (lambda: file_of(two("L", 0, 255), "JPEG", progressive=True, quality=100), [BLACK, WHITE]),
     "damaged EXIF: as it is stored": (with_broken_exif, [RED, BLUE]),
     "a suffix of another kind: by content": (lambda: file_of(two(), "WEBP", lossless=True), [RED, BLUE]),
 }  # fmt: skip

@@ -54,6 +54,13 @@ def with_a_text_bomb() -> bytes:
     return whole[:33] + chunk + whole[33:]
 
 
+def with_many_scans(count: int, side: int = 64) -> bytes:
+    """A progressive JPEG of one colour whose last scan comes again and again: every time a pass over all pixels."""
+    whole = file_of(Image.new("RGB", (side, side), RED), "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * count + whole[-2:]
+
+
 def changed(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
 
