@@ -90,7 +90,7 @@ def main(cfg: EvaluateConfig) -> int:
 
 def _summary(results: Mapping[str, EvalResult]) -> dict[str, float]:
     """The scores by the names of a run's summary."""
-    keys = ("loss", "ppl", "bits_per_byte", "exact", "tokens")
+    keys = ("loss", "ppl", "bits_per_byte", "exact", "tokens", "wrong_pictures_loss")
     return {
         f"evaluation/{name}/{key}": float(value)
         for name, result in results.items()

@@ -22,10 +22,12 @@ from pipeline.config.operation import TrackingConfig
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.config.training import ParallelConfig
 from pipeline.data.datasets import describe
+from pipeline.data.shard_format import Pictures
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig, _described, main
+from pipeline.evaluate import EvaluateConfig, _described, _summary, main
 from pipeline.evaluation.perplexity import EvalResult, Evaluator
 from pipeline.inference.asked_model import held_out_data, say_if_masks_differ
+from tests.engine.test_pictures import PATCHES, PLACEHOLDER, pictured
 from tests.support.checkpoint_runs import Run
 from tests.support.exported import tokenizer_file
 from tests.support.layouts import SEQ_LEN, VOCAB, config
@@ -225,3 +227,55 @@ def test_a_run_of_masked_documents_scored_without_masks_is_said(caplog) -> None:
     say_if_masks_differ(DataConfig(path="mine", mask_documents=True), of_run)
     say_if_masks_differ(DataConfig(path="mine"), None)
     assert not caplog.text
+
+
+def write_pictured(folder: Path, images: torch.Tensor, tokenizer: bytes) -> Path:
+    """The rows of test_pictures, each shown the first of these pictures (row, slot, 3, 16, 16)."""
+    step = {key: value[: len(images)] for key, value in pictured()[0].items()}
+    counts = (step["tokens"] == PLACEHOLDER).sum(1) // PATCHES
+    learned = torch.zeros_like(step["tokens"])
+    learned[:, 1:] = step["mask"][:, :-1]
+    return write_dataset(
+        folder, [step["tokens"].flatten().numpy()], starts=[np.arange(0, len(learned) * SEQ_LEN, SEQ_LEN)],
+        block_tokens=2 * SEQ_LEN, vocab_size=VOCAB, tokenizer=tokenizer, losses=[learned.flatten().numpy()],
+        row_tokens=SEQ_LEN, pictures=Pictures(16, 8, PLACEHOLDER), images_per_row_max=2,
+        images=[torch.cat([shown[:count] for shown, count in zip(images, counts)]).numpy()],
+    )  # fmt: skip
+
+
+def evaluated_seeing(root: Path) -> tuple[str, dict[str, float]]:
+    """What the command prints, and the summary it tells, of a model that has looked at pictures. Collective."""
+    cfg = config("modern-pictures")
+    cfg.optimizer.lr, cfg.schedule.warmup_steps = 0.03, 0
+    tokenizer = tokenizer_file(root).read_bytes()
+    run = Run(cfg, root / "run/checkpoints", attachments={"tokenizer.json": tokenizer})
+    run.steps = pictured()
+    run.train(0, 3)
+    run.save(3)
+    run.close()
+    images = pictured()[0]["images"]
+    sets = {"right": images, "rolled": images.roll(1, 0), "alone": images[:1]}
+    validation = [
+        DatasetConfig(path=str(write_pictured(root / name, shown, tokenizer)), name=name)
+        for name, shown in sets.items()
+    ]
+    asked = EvaluateConfig(
+        checkpoint=str(root / "run"), data=DataConfig(validation=validation), output=str(root / "out.json"),
+        micro_batch_size=16, precision=Precision.fp32,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main(asked)
+    found = json.loads((root / "out.json").read_text())["results"]
+    return said.getvalue(), _summary({name: EvalResult(**result) for name, result in found.items()})
+
+
+def test_pictures_are_scored_beside_those_of_another_row(tmp_path: Path) -> None:
+    """The number that says whether they are looked at: it is the loss of a dataset with them exchanged."""
+    said, summary = run_on_ranks(evaluated_seeing, 1, tmp_path)[0]
+    right, wrong = (summary[f"evaluation/right/{key}"] for key in ("loss", "wrong_pictures_loss"))
+    assert wrong == pytest.approx(summary["evaluation/rolled/loss"], rel=1e-6)
+    bits = [f"{loss / math.log(2):.2f}" for loss in (right, wrong)]
+    assert bits[0] != bits[1], "the pictures are not looked at"
+    line = f"right: {bits[0]} bits per token with the right pictures, {bits[1]} with those of another row"
+    assert line in said.splitlines()
+    assert "evaluation/alone/wrong_pictures_loss" not in summary, "there is no other row"

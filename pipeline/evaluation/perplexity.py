@@ -50,7 +50,7 @@ class EvalResult:
     """Answers that were scored."""
     wrong_pictures_loss: float | None = None
     """`loss` where each row is shown the pictures of the row before: what looking is worth is the
-    difference. None: nobody asked, or there are no pictures.
+    difference. None: nobody asked, or there are no pictures, or one row of them.
     """
 
 
@@ -108,6 +108,12 @@ def with_wrong_pictures(batches: Iterator[Batch]) -> Iterator[Batch]:
         before = batch.images[-1:] if last is None else last
         last = batch.images[-1:]
         yield replace(batch, images=torch.cat([before, batch.images[:-1]]))
+
+
+def _has_other_pictures(dataset: Dataset) -> bool:
+    """Whether a row can be shown those of another one."""
+    row_tokens = dataset.manifest.row_tokens or 0
+    return dataset.manifest.pictures is not None and int(dataset.manifest.tokens) > row_tokens
 
 
 class Scorer(Protocol):
@@ -173,7 +179,7 @@ class Evaluator:
 
         totals = self._totals(self._batches(dataset), dataset, label_bytes, alive)
         wrong = None
-        if self.wrong_pictures and dataset.manifest.pictures is not None:
+        if self.wrong_pictures and _has_other_pictures(dataset):
             batches = with_wrong_pictures(self._batches(dataset))
             nats, tokens = self._totals(batches, dataset, label_bytes, alive)[:2].tolist()
             wrong = nats / tokens
