@@ -51,7 +51,12 @@ SHAPE = {
     "privacy?": (
         None,
         {"epsilon": float, "delta": float, "clip_norm": float, "noise_multiplier": float}
-        | {"reads": COUNT, "unit": str, "salt?": str},
+        | {"reads": COUNT, "unit": str, "salt?": str}
+        | {"with_earlier?": {key: float for key in ("epsilon", "delta", "epsilons", "deltas")}},
+    ),
+    "spent_before?": (
+        None,
+        [{"epsilon": float, "delta": float, "noise_multiplier": float, "reads": COUNT}],
     ),
     "state": {str: COUNT},
     "config": {
@@ -107,6 +112,10 @@ class RunRecord:
     """Of which weights the tensors are a part (adapters.Base); None: they are a whole model."""
     privacy: dict[str, Any] | None = None
     """What a private run has spent (training/privacy.py); None: training is not private."""
+    spent_before: list[dict[str, Any]] | None = None
+    """What private runs had spent on the first weights of this one; None: there was none, or it
+    left no word.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +180,15 @@ class CheckpointRecord(RunRecord):
         """The content of checkpoint.json, keys in the order people read them."""
         head = ("step", "optimizer", "optimizer_step", "loss_scale", "vocab_size", "layout",
                 "versions", "saved_at", "eod", "end_of_turn", "image_token_id", "base", "privacy",
-                "state", "loader", "guard", "config", "size_bytes", "write_s")  # fmt: skip
+                "spent_before", "state", "loader", "guard", "config", "size_bytes",
+                "write_s")  # fmt: skip
         content = {
             "format": FORMAT,
             "version": VERSION,
             **{key: getattr(self, key) for key in head},
         }
-        for key in ("eod", "end_of_turn", "image_token_id", "base", "privacy"):
+        optional = ("eod", "end_of_turn", "image_token_id", "base", "privacy", "spent_before")
+        for key in optional:
             if content[key] is None:  # older records do not have the key, and stay as they are
                 del content[key]
         return json.dumps(content, indent=1, ensure_ascii=False)

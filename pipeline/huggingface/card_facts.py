@@ -25,15 +25,35 @@ def privacy_facts(record: CheckpointRecord, checkpoint: Path | None) -> dict[str
         )
         found = memorization_file.read(memorization_file.place_of(checkpoint))
         facts["Memorization"] = "not measured" if found is None else _memorization(found)
-    if (spent := record.privacy) is not None:
-        facts["Differential privacy"] = (
-            f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} for {spent['unit']}; each "
-            f"was read at most {spent['reads']} times; noise multiplier "
-            f"{spent['noise_multiplier']:g}, clipping norm {spent['clip_norm']:g}; of this run "
-            "alone: of somebody who is also in the data of a private run that its first weights "
-            "came from, epsilons and deltas add up; of one without privacy nothing is promised"
-        )
+    if said := _spending(record):
+        facts["Differential privacy"] = said
     return facts
+
+
+def _spending(record: CheckpointRecord) -> str:
+    """Epsilon of the run and of those that its first weights came from; empty without any."""
+    earlier = [
+        f"{run['epsilon']:.2f} at delta {run['delta']:g}" for run in record.spent_before or []
+    ]
+    before = f"on its first weights private runs had spent epsilon {', '.join(earlier)}"
+    if (spent := record.privacy) is None:
+        return f"{before}; it is itself without privacy for its own data" if earlier else ""
+    own = (
+        f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} for {spent['unit']}; each "
+        f"was read at most {spent['reads']} times; noise multiplier "
+        f"{spent['noise_multiplier']:g}, clipping norm {spent['clip_norm']:g}"
+    )
+    if (both := spent.get("with_earlier")) is None:
+        return (
+            f"{own}; of this run alone: of somebody who is also in the data of a private run that "
+            "its first weights came from, epsilons and deltas add up; of one without privacy "
+            "nothing is promised"
+        )
+    return (
+        f"{own}; {before}; whoever is in the data of all of them: epsilon {both['epsilon']:.2f} at "
+        f"delta {both['delta']:g} by the accountant over all, {both['epsilons']:.2f} at "
+        f"{both['deltas']:g} as the plain sums; of a run without privacy nothing is promised"
+    )
 
 
 def _memorization(found: dict[str, Any]) -> str:

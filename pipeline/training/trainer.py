@@ -41,7 +41,7 @@ from pipeline.tracking.metrics import Metrics, SilentMetrics
 from pipeline.training.best import BestCheckpoint
 from pipeline.training.build import build_loader, build_looks, build_watched_engine
 from pipeline.training.initial_weights import begin, load_base
-from pipeline.training.privacy import check_same, noise_salt, spent
+from pipeline.training.privacy import check_same, earlier_private_runs, noise_salt, spent
 from pipeline.training.run_metrics import open_metrics
 from pipeline.training.state import TrainState, is_due
 from pipeline.training.step_extras import StepExtras
@@ -273,6 +273,7 @@ class Trainer:
             begin(self.engine, self.cfg.checkpoint, self.cfg.finetune, base=self.base)
         if self.engine.private is not None:
             self.engine.private.salt = noise_salt(record, cli.to_dict(self.cfg), self.layout)
+        self.earlier = earlier_private_runs(self.cfg.checkpoint, record, self.layout)  # collective
 
     def recorded_evaluation(self) -> int | None:
         """The present step, if metrics.jsonl has its evaluation, as the main rank sees it.
@@ -314,7 +315,9 @@ class Trainer:
         spent_privacy = None
         if (private := self.engine.private) is not None:
             dp, reads = self.cfg.finetune.dp, self.loader.most_reads()
-            spent_privacy = spent(dp, reads=reads, seq_len=self.shape.seq_len, salt=private.salt)
+            spent_privacy = spent(
+                dp, reads=reads, seq_len=self.shape.seq_len, salt=private.salt, earlier=self.earlier
+            )
         return RunRecord(
             state=asdict(self.state),
             loader=self.loader.state(),
@@ -322,6 +325,7 @@ class Trainer:
             **self.loader.special_ids(),
             base=as_json(self.base),
             privacy=spent_privacy,
+            spent_before=self.earlier or None,
             config=cli.to_dict(self.cfg),
         )
 

@@ -20,7 +20,7 @@ from pipeline.config.run_shape import derive
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface.card_facts import privacy_facts
 from pipeline.training import privacy as privacy_module
-from pipeline.training.privacy import _own_key, check_same, epsilon, noise_salt, spent
+from pipeline.training.privacy import _own_key, check_same, composed, epsilon, noise_salt, spent
 from tests.support.checkpoint_runs import record_of
 from tests.support.layouts import VOCAB, config
 
@@ -67,7 +67,7 @@ def test_epsilon_is_that_of_the_accountant_asked_read_by_read() -> None:
 
 def test_a_run_that_has_read_nothing_has_spent_nothing() -> None:
     dp = PrivacyConfig(clip_norm=1.0)
-    assert spent(dp, reads=0, seq_len=8, salt="s") | {"unit": ""} == {
+    assert spent(dp, reads=0, seq_len=8, salt="s", earlier=[]) | {"unit": ""} == {
         "epsilon": 0.0, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 0, "salt": "s", "unit": "",
     }  # fmt: skip
 
@@ -160,9 +160,36 @@ def test_experts_are_refused_and_the_rules_are_asked() -> None:
         derive(cfg, world_size=1, tokenizer_vocab_size=VOCAB)
 
 
+def test_epsilons_of_one_run_after_another_compose_by_the_accountant() -> None:
+    """Gaussian mechanisms of one noise are one that is used as often as both; and less than the plain sum."""
+    accountant = pytest.importorskip("opacus.accountants").RDPAccountant()
+    assert composed([(2.0, 1), (2.0, 3)], 1e-5) == pytest.approx(epsilon(2.0, 4, 1e-5), rel=1e-12)
+    for noise in (1.0, 3.0, 3.0):
+        accountant.step(noise_multiplier=noise, sample_rate=1)
+    both = composed([(1.0, 1), (3.0, 2)], 1e-5)
+    assert both == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-12)
+    assert epsilon(1.0, 1, 1e-5) < both < epsilon(1.0, 1, 1e-5) + epsilon(3.0, 2, 1e-5)
+    assert composed([(1.0, 1), (3.0, 0)], 1e-5) == epsilon(1.0, 1, 1e-5)
+    earlier = [{"epsilon": 5.0, "delta": 1e-6, "noise_multiplier": 1.0, "reads": 1}]
+    dp = PrivacyConfig(clip_norm=1.0, noise_multiplier=3.0)
+    found = spent(dp, reads=2, seq_len=8, salt="s", earlier=earlier)
+    assert found["epsilon"] == epsilon(3.0, 2, 1e-5)
+    assert found["with_earlier"] == {
+        "epsilon": both, "delta": 1e-5, "epsilons": 5.0 + found["epsilon"], "deltas": pytest.approx(1.1e-5),
+    }  # fmt: skip
+
+
 def test_epsilon_is_not_said_to_cover_the_runs_before() -> None:
     """A second private run begins with weights for which another epsilon was spent."""
     found = {"epsilon": 4.7, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 1, "unit": "a row"}  # fmt: skip
     card = privacy_facts(replace(record_of(1), privacy=found), None)["Differential privacy"]
     assert "of this run alone" in card and "epsilons and deltas add up" in card
     assert privacy_facts(record_of(1), None) == {}
+    before = [{"epsilon": 3.2, "delta": 1e-6, "noise_multiplier": 1.0, "reads": 1}]
+    both = {"epsilon": 6.1, "delta": 1e-5, "epsilons": 7.9, "deltas": 1.1e-5}
+    record = replace(record_of(1), privacy=found | {"with_earlier": both}, spent_before=before)
+    card = privacy_facts(record, None)["Differential privacy"]
+    for number in ("epsilon 4.70 at", "epsilon 3.20 at delta 1e-06", "epsilon 6.10 at delta 1e-05", "7.90 at 1.1e-05"):  # fmt: skip
+        assert number in card
+    card = privacy_facts(replace(record_of(1), spent_before=before), None)["Differential privacy"]
+    assert "epsilon 3.20" in card and "itself without privacy" in card

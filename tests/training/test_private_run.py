@@ -12,6 +12,7 @@ import torch
 from pipeline.checkpoint import folder as folders
 from pipeline.checkpoint.record import read_record
 from pipeline.checkpoint.tensors import CheckpointTensors
+from pipeline.training.privacy import composed, epsilon
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import STEPS, history, overrides, train_on_ranks, write_data
 
@@ -62,3 +63,47 @@ def test_steps_that_were_lost_are_made_again_with_the_same_noise(tmp_path: Path)
         for step, (loss, _, samples) in losses.items():
             assert loss == pytest.approx(others[step][0], rel=tolerance, abs=0)
             assert samples == others[step][2]
+
+
+SHORT: dict[str, Any] = {
+    **PRIVATE, "training.total_steps": 2, "checkpoint.save_every": 2, "schedule.warmup_steps": 1, "model.num_layers": 1,
+}  # fmt: skip
+
+
+def test_epsilon_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Of one read at noise 0.8; the unit, and no secret beside it."""
+    pytest.importorskip("opacus")
+    data = write_data(tmp_path / "data")
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "first", **SHORT))
+    record = read_record(folders.find(tmp_path / "first"))
+    assert record.privacy is not None and record.spent_before is None
+    assert record.privacy["epsilon"] == epsilon(0.8, 1, 1e-5) and record.privacy["reads"] == 1
+    assert record.privacy["unit"] == "one sequence of 64 tokens, left out or not"
+    key = (tmp_path / "first/dp_noise.key").read_text()
+    assert key not in (folders.find(tmp_path / "first") / "checkpoint.json").read_text()
+
+
+@pytest.mark.slow
+def test_epsilon_goes_on_with_the_weights(tmp_path: Path) -> None:
+    """A private run, one without privacy on its weights, and a private one on those: each is counted once."""
+    pytest.importorskip("opacus")
+    data = write_data(tmp_path / "data")
+    plain = {key: value for key, value in SHORT.items() if "finetune" not in key}
+    runs = {
+        "first": SHORT,
+        "between": plain | {"checkpoint.init_from": tmp_path / "first"},
+        "last": SHORT
+        | {"finetune.dp.noise_multiplier": 2.0, "checkpoint.init_from": tmp_path / "between"},
+    }
+    for name, asked in runs.items():
+        run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, name, **asked))
+    first, between, third = (read_record(folders.find(tmp_path / name)) for name in runs)
+    assert first.privacy is not None and third.privacy is not None
+    owed = {key: first.privacy[key] for key in ("epsilon", "delta", "noise_multiplier", "reads")}
+    assert between.privacy is None and between.spent_before == third.spent_before == [owed]
+    assert third.privacy["epsilon"] == epsilon(2.0, 1, 1e-5)
+    assert third.privacy["with_earlier"]["epsilon"] == composed([(0.8, 1), (2.0, 1)], 1e-5)
+    longer = runs["last"] | {"training.total_steps": 3, "checkpoint.init_from": "null"}
+    run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "last", **longer))
+    resumed = read_record(folders.find(tmp_path / "last"))
+    assert resumed.step == 3 and resumed.spent_before == [owed]
