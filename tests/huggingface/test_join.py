@@ -16,6 +16,7 @@ from pipeline.huggingface.join import join
 from pipeline.huggingface.processor import write_processor
 from pipeline.huggingface.reader import HuggingFaceWeights
 from pipeline.huggingface.settings import read_model_config
+from pipeline.huggingface.tower import Tower
 from pipeline.huggingface.writer import DType
 from tests.support.exported import tokenizer_file
 from tests.support.llama_folder import LLAMA
@@ -24,7 +25,11 @@ from tests.support.siglip_folder import make_folders
 
 
 def towers_alike(root: Path) -> tuple[float, float]:
-    """Largest difference of the tower's last hidden states, SigLIP's own and ours; and how large they are."""
+    """Largest difference of the tower's last hidden states, SigLIP's own and ours; and how large they are.
+
+    The tower is the same out of the whole SigLIP and saved alone, which is how transformers names SigLIP 2 of fixed
+    shapes too.
+    """
     from transformers import AutoModel, SiglipVisionModel
 
     from pipeline.model.local_model import LocalModel
@@ -40,6 +45,10 @@ def towers_alike(root: Path) -> tuple[float, float]:
     images = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
     vision(images)
     tower = SiglipVisionModel.from_pretrained(siglip, dtype=torch.float32).eval()
+    tower.save_pretrained(root / "alone")
+    found = [Tower(folder).tensors(model) for folder in (siglip, root / "alone")]
+    for name, whole in found[0].items():
+        assert torch.equal(whole(), found[1][name]()) and torch.equal(whole(), weights.whole(name))
     with torch.no_grad():
         # Of 18 pixels the convolution reads the first 16, as two patches of 8.
         padded = torch.nn.functional.pad(images.flatten(0, 1).float() / 127.5 - 1, (0, 2, 0, 2))

@@ -97,6 +97,27 @@ def test_the_encoder_begins_as_the_tower_and_all_else_as_without_it(tmp_path: Pa
         assert torch.equal(begun.tensor(f"weights/{name}"), expected), name
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("CLIPModel", "'clip_vision_model': CLIP has a class token, a norm in front of its blocks and quick_gelu"),
+        ("CLIPVisionModel", "'clip_vision_model': CLIP has a class token"),
+        ("Siglip2Model", "'siglip2_vision_model': SigLIP 2 resizes its positions"),
+        ("Siglip2VisionModel", "'siglip2_vision_model': SigLIP 2 resizes its positions"),
+        ("Dinov2Model", "'dinov2': DINOv2 has a class token"),
+    ],
+)  # fmt: skip
+def test_towers_that_transformers_writes_and_that_compute_otherwise_are_refused(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    """By the config.json of their own classes: nothing else of the folder is read."""
+    import transformers
+
+    getattr(transformers, name).config_class().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=reason):
+        Tower(tmp_path)
+
+
 def test_towers_that_are_no_siglip_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"model_type": "clip_vision_model"}}))  # fmt: skip
     with pytest.raises(CheckpointError, match="CLIP has a class token, a norm in front"):
