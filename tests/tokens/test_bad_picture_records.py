@@ -46,6 +46,13 @@ BAD: dict[str, tuple[str, Any]] = {
     "words that spell a placeholder": ("special_token", {"image": "in/small/200.png", "text": "<|image|>"}),
     "an answer of a picture alone": ("nothing_learned", {"messages": [{"role": "assistant", "content": [IMAGE], "learn": False}], "image": "in/small/200.png"}),
     "more pictures than a row holds": ("too_long", {"images": ["in/small/200.png"] * 30, "text": "words"}),
+    "bytes in a line, which has none": ("picture_missing", {"image": {"bytes": "iVBORw0KGgo="}, "text": "words"}),
+    "an object without a place": ("picture_missing", {"image": {"image": {"image": {}}}, "text": "words"}),
+    "a list in a list": ("picture_missing", {"images": [["in/small/200.png"]], "text": "words"}),
+    "yes": ("picture_missing", {"image": True, "text": "words"}),
+    "data as OpenAI's clients send them": ("picture_place", {"messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]},
+        {"role": "assistant", "content": "words"}]}),
     "no words": ("not_a_dialogue", {"image": "in/small/200.png"}),
 }  # fmt: skip
 
@@ -92,6 +99,29 @@ def test_bad_samples_of_a_tar_are_named(corpus: Path, tmp_path: Path) -> None:
         "list": "not_an_object", "cut": "damaged_picture", "alone": "picture_missing", "many": "too_long", "twice": "ambiguous",
     }  # fmt: skip
     assert len(dialogues(output / "train")) == 2
+
+
+def test_odd_cells_of_a_table_are_named(corpus: Path, tmp_path: Path) -> None:
+    """Objects whose parts are null, no bytes, cut bytes, a path that leads out; a path alone is one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [
+        {"bytes": None, "path": None}, {"bytes": b"", "path": "in/small/200.png"}, {"bytes": picture(1)[:50], "path": None},
+        None, {"bytes": None, "path": "../../x.png"}, {"bytes": b"GIF89a" + bytes(20), "path": "a.png"},
+        {"bytes": None, "path": "in/small/201.png"},
+    ]  # fmt: skip
+    kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(cells, kind), "caption": ["201"] * len(cells)})
+    pq.write_table(table, corpus / "odd.parquet")
+    words = ("on_error=quarantine", "max_rejected_fraction=0.95", "validation_fraction=0")
+    output = convert(corpus, tmp_path / "out", *words, source="odd.parquet")
+    rows = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
+    assert [row["reason"] for row in rows] == [
+        "picture_missing", "picture_missing", "damaged_picture", "picture_missing", "picture_place", "not_a_picture",
+    ]  # fmt: skip
+    ((words_, images),) = dialogues(output / "train")
+    assert "201" in words_ and tuple(images[0, :, 0, 0].tolist()) == colour(201)
 
 
 class _Server(BaseHTTPRequestHandler):
