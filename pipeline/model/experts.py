@@ -11,19 +11,23 @@ sequences is the same at every layout. The z-loss is a mean over tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from pipeline.model.grouped import goes, grouped_product
 from pipeline.model.partition import mark_expert
 from pipeline.model.recompute import is_replay
 from pipeline.model.tensor_parallel import ColumnLinear, RowLinear
@@ -105,11 +109,31 @@ class Experts(SequentialMLP):
             counts: of the tokens of each expert, on the host; they add up to N.
             weights: (N,), of the tokens in their sums.
         """
+        experts: list[Any] = list(self.local_experts.children())
+        inner, outer = [e.linear_fc1 for e in experts], [e.linear_fc2 for e in experts]
+        if all(goes(tokens, [linear.weight for linear in alike]) for alike in (inner, outer)):
+            ends = counts.cumsum(0).to(tokens.device, torch.int32, non_blocking=True)
+            return _at_once(experts[0], inner, outer, ends)(tokens, weights)[0], None
         sizes = counts.tolist()
         parts = zip(tokens.split(sizes), weights.split(sizes), strict=True)
-        experts = self.local_experts.children()
         outputs = [expert(*part)[0] for expert, part in zip(experts, parts, strict=True)]
         return torch.cat(outputs), None
+
+
+def _at_once(expert: Any, inner: list[Any], outer: list[Any], ends: Tensor) -> Callable[..., Any]:
+    """What one expert computes, by the linears of all of them, each of its own tokens."""
+
+    def product(linears: list[Any]) -> Callable[[Tensor], tuple[Tensor, None]]:
+        weights = [linear.weight for linear in linears]
+        return lambda x: (grouped_product(x, ends, weights), None)
+
+    all_of_them = SimpleNamespace(
+        linear_fc1=product(inner),
+        linear_fc2=product(outer),
+        activation_func=expert.activation_func,
+        config=expert.config,
+    )
+    return partial(type(expert).forward, all_of_them)
 
 
 class MixtureLayer(MoELayer):
@@ -123,15 +147,15 @@ class MixtureLayer(MoELayer):
 
 def build_experts(config: TransformerConfig, *, layer: int) -> nn.Module:
     """megatron-core's MoE layer in place of block `layer`'s MLP; its output is (hidden, None)."""
-    linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
-    # By their constructors: an assignment to a field that a release has renamed would leave
-    # megatron-core's router in its place, and say nothing.
-    parts = MoESubmodules(
-        router=Router,
-        experts=ModuleSpec(Experts, submodules=linears),
-        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+    spec = get_mlp_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    spec.module, spec.submodules.router, spec.submodules.experts.module = (
+        MixtureLayer,
+        Router,
+        Experts,
     )
-    moe = build_module(ModuleSpec(MixtureLayer, submodules=parts), config=config)
+    linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    spec.submodules.experts.submodules = spec.submodules.shared_experts.submodules = linears
+    moe = build_module(spec, config=config)
     moe.set_layer_number(layer + 1)
     return moe
 
