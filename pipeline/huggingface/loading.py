@@ -84,7 +84,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: loading the folder would do more than read its files.
     """
-    weight_files(folder)  # safetensors, and of this folder
+    weight_files(folder)  # safetensors, of this folder, and no adapter's, which may lie anywhere
     try:
         for path in folder.iterdir():
             if not path.is_dir():
@@ -92,11 +92,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}.") from None
     config = read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json), which may name weights anywhere. "
-            "Merge it into its base first, or take that file away."
-        )
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for key, part in ((key, part) for part in parts for key in _CODE):
         named = part.get(key)

@@ -96,13 +96,21 @@ def index(folder: Path) -> dict[str, Place]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: those of the index, or model.safetensors, or all.
+    """The files that transformers reads: model.safetensors, or those of the index, or all.
 
     Folders may hold a second copy in its author's spelling (Mistral's consolidated.safetensors).
 
     Raises:
-        CheckpointError: there is none, or the index names others than *.safetensors of the folder.
+        CheckpointError: there is none, the index names others than *.safetensors of the folder, or
+            an adapter's lie beside them.
     """
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), whose matrices transformers adds to "
+            "the weights. Merge it into its base first, or take that file away."
+        )
+    if (folder / "model.safetensors").exists():  # before an index, which may be an older one's
+        return [folder / "model.safetensors"]
     path = folder / "model.safetensors.index.json"
     if path.exists():
         shape = {"weight_map": {str: str}}
@@ -113,8 +121,6 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{path} names {strange[0]!r}, which is no *.safetensors file of its folder."
             )
         return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(

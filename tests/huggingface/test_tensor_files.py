@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.errors import CheckpointError
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.settings import read_model_config
-from pipeline.huggingface.tensor_files import check_tensors
+from pipeline.huggingface.tensor_files import check_tensors, weight_files
 from tests.support.llama_folder import LLAMA_NAMES, write_llama
 from tests.support.slurm_cluster import REPO
 
@@ -72,9 +72,15 @@ def is_quantised(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def has_an_adapter_beside(folder: Path) -> None:
+    """transformers takes the base that it names, and adds its matrices; ours are the bare weights."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (has_an_adapter_beside, r"holds an adapter \(adapter_config.json\).*Merge it"),
         (lacks_a_file, "model-00002-of-00002.safetensors cannot be read"),
         (has_a_tensor_twice, "model.norm.weight is in model-00001.* and in model-00002"),
         (lacks_a_tensor, "has no tensor model.norm.weight"),
@@ -94,6 +100,31 @@ def test_a_folder_that_is_not_its_model_is_refused(
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         check(folder)
+
+
+def test_one_file_counts_before_an_index_as_for_transformers(tmp_path: Path) -> None:
+    """A folder that was saved into twice, whole and in parts: the other copy would be taken in silence."""
+    folder = write_llama(tmp_path / "whole")
+    whole = (folder / "model.safetensors").read_bytes()
+    cut_in_two(folder)
+    assert {path.name for path in weight_files(folder)} == set(SHARDS)
+    (folder / "model.safetensors").write_bytes(whole)
+    assert weight_files(folder) == [folder / "model.safetensors"]
+
+
+@pytest.mark.slow
+def test_transformers_takes_the_one_file_too(tmp_path: Path) -> None:
+    """What the order above rests on: in a library that is not ours."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_llama(tmp_path / "whole")
+    whole = (folder / "model.safetensors").read_bytes()
+    cut_in_two(folder)
+    for file in SHARDS:
+        tensors = load_file(folder / file)
+        save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / file)
+    (folder / "model.safetensors").write_bytes(whole)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight.abs().sum() > 0
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
