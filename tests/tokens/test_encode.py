@@ -1,5 +1,7 @@
 """data_prep.encode: every engine gives Hugging Face's ids, or is not used."""
 
+import io
+import tarfile
 import tracemalloc
 
 import numpy as np
@@ -34,6 +36,14 @@ def tokenizer(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoders(tokenizer):
     return {name: Encoder(tokenizer, name) for name in ENGINES}
+
+
+def tokens_of(folder):
+    """The ids of each shard, read without our reader."""
+    for path in sorted(folder.glob("shards/*/*.tar")):
+        with tarfile.open(path) as tar:
+            blocks = [np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith(".tokens.npy")]  # fmt: skip
+        yield np.concatenate(blocks)
 
 
 def rows(encoder, texts):
@@ -92,7 +102,7 @@ def test_ordinary_added_tokens_are_matched_in_text_and_special_ones_are_not(tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_is_tokenized_is_whole_for_verify(tmp_path, kind):
-    """Every kind of tokenizer, on documents that hold its special strings."""
+    """Every kind of tokenizer, on documents that hold its special strings: on the disk they are text, too."""
     path = trained(kind, tmp_path / "t.json")
     texts = [f"hello {name} world{name}" for name in SPECIAL] * 3
     write_jsonl(tmp_path / "in.jsonl", texts)
@@ -106,6 +116,15 @@ def test_whatever_is_tokenized_is_whole_for_verify(tmp_path, kind):
     tokenize(cli.compose(TokenizeConfig, [*words, *more], config="tokenize"))
     assert list(find_faults(str(tmp_path / "out/train"), workers=1)) == []
     assert Manifest.load(tmp_path / "out/train").documents == len(texts)
+    tokenizer = Tokenizer.from_file(path, eod="</s>")
+    (tokens,) = tokens_of(tmp_path / "out/train")
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod) + 1)
+    assert documents.pop().size == 0, "the last one ends"
+    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
+    assert sorted(map(np.ndarray.tolist, documents)) == sorted(expected)
+    special = {tokenizer.backend.token_to_id(name) for name in SPECIAL}
+    special -= {tokenizer.backend.token_to_id("[UNK]")}
+    assert not special & {int(i) for document in documents for i in document[:-1]}
 
 
 @pytest.mark.parametrize("eod", ["hello", "[UNK]"])
