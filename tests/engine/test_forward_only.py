@@ -11,7 +11,13 @@ import torch
 
 from tests.engine.test_engine import engine_of
 from tests.support.checkpoint_runs import Run
-from tests.support.layouts import batches, config, rank_batches, reset_parallel_state
+from tests.support.layouts import (
+    allow_fp16_on_the_cpu,
+    batches,
+    config,
+    rank_batches,
+    reset_parallel_state,
+)
 from tests.support.ranks import run_on_ranks
 from tests.support.unwritten import with_nan_memory
 
@@ -61,13 +67,14 @@ DROPOUT: list[tuple[int, list[Case]]] = [
     (2, [dict(zero=3), dict(pp=2, schedule="dualpipev")]),
 ]
 MORE_DROPOUT: list[tuple[int, list[Case]]] = [
-    (1, [dict(model="moe-aux")]),
-    (2, [dict(pp=2), dict(model="modern", tp=2, sp=True)]),
+    (1, [dict(model="moe-aux"), dict(precision="fp16", zero=1)]),
+    (2, [dict(pp=2), dict(model="modern", tp=2, sp=True), dict(zero=2), dict(cp=2)]),
 ]
 
 
 def histories(cases: list[Case], folder: Path) -> list[list[Any]]:
     """Four steps with dropout: alone, with an evaluation before each, and resumed after two."""
+    allow_fp16_on_the_cpu()
     found = []
     for index, case in enumerate(cases):
         runs = []
