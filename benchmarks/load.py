@@ -84,6 +84,11 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def peak_mib() -> float:
+    """Of the largest child that has ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
 def tokenize_from_s3(folder: Path, size: int) -> None:
     """Serve `size` objects and tokenize them; the server's own work does not count."""
     import boto3
@@ -98,7 +103,7 @@ def tokenize_from_s3(folder: Path, size: int) -> None:
             client.put_object(Bucket="load", Key=f"in/{number:06d}.jsonl", Body=body)
         before = cpu_seconds()
         subprocess.run(tokenize(folder, "s3://load/in/*.jsonl"), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-        print("SECONDS", cpu_seconds() - before, flush=True)
+        print("MEASURED", cpu_seconds() - before, peak_mib(), flush=True)
 
 
 def dataset(folder: Path, shards: int, *, base: int) -> Path:
@@ -149,10 +154,12 @@ def measure(case: str, size: int, work: Path) -> tuple[float, float]:
     seconds = cpu_seconds() - before
     if done.returncode:
         raise SystemExit(f"{case} {size} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    told = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("SECONDS ")]
     shutil.rmtree(folder)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return float(told[0]) if told else seconds, peak
+    for line in done.stdout.splitlines():
+        if line.startswith("MEASURED "):  # by the command itself, without what it needs around
+            seconds, peak = map(float, line.split()[1:])
+            return seconds, peak
+    return seconds, peak_mib()
 
 
 def measured_apart(case: str, size: int, work: str) -> tuple[float, float]:
