@@ -54,7 +54,10 @@ def main(cfg: ReportConfig) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder} cannot be made: {error.strerror}.") from None
+        raise MachineError(
+            f"{folder} cannot be made: {error.strerror}. A report is written into the run's own "
+            "folder: choose another, with copies of its *.jsonl, *.json and config.yaml."
+        ) from None
     prediction = Prediction.load(run_dir)
     remarks = [*_remarks(prediction, history)] if prediction else []
     for remark in remarks:
