@@ -103,7 +103,6 @@ TESTED_IN = {
     "pipeline/distributed/layout.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/distributed/megatron_on_cpu.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/counting.py": ("engine/test_forward_only.py", "sums of an evaluation"),
-    "pipeline/engine/deepspeed/base.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/deepspeed/changes.py": ("engine/test_host_waits.py", "each replaces a wait"),
     "pipeline/engine/deepspeed/environment.py": ("engine/test_equivalence.py", LAYOUTS),
     "pipeline/engine/deepspeed/mpu.py": ("engine/test_equivalence.py", LAYOUTS),

@@ -209,7 +209,8 @@ def partial_parameters(module: nn.Module) -> list[nn.Parameter]:
 def sum_as_they_come(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum every gradient of these over the tensor-parallel ranks, micro-batch by micro-batch.
 
-    A tensor hook runs before the gradient is accumulated, so it is right for every ZeRO stage.
+    For an offloaded optimizer, which takes them to the host as they come. A tensor hook runs before
+    the gradient is accumulated, so it is right for every ZeRO stage.
     """
 
     def reduce(gradient: Tensor) -> Tensor:
@@ -224,8 +225,9 @@ def sum_as_they_come(parameters: list[nn.Parameter], group: dist.ProcessGroup) -
 def sum_at_once(sums: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sum tensors over the tensor-parallel ranks in place, in one all-reduce. Collective.
 
-    One a step instead of one for each parameter and micro-batch: 7,000 of a few KB in a step of
-    gpt3-175b with 192 micro-batches, each of which the backward pass waits for.
+    Of a whole step, or of the part of it that ZeRO leaves a rank, which tensor-parallel ranks cut
+    alike: one all-reduce a step instead of one for each parameter and micro-batch, 7,000 of a few
+    KB in a step of gpt3-175b with 192 micro-batches, each of which the backward pass waits for.
     """
     flat = torch.cat([tensor.flatten() for tensor in sums])
     dist.all_reduce(flat, group=group)

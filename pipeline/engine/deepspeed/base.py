@@ -79,14 +79,19 @@ class DeepSpeedRunner:
             self.wrapper if self.is_unsharded else self.wrapper.optimizer
         )
         self.parameters = list(module.parameters())
-        keep_decisions_on_device(
-            self.wrapper, loss_scale, layout=layout, is_offloaded=self.is_offloaded
-        )
         self._partial = partial_parameters(module) if layout.tensor.size > 1 else []
-        if not (self.is_unsharded or isinstance(self.wrapper, BF16_Optimizer)):
-            # ZeRO takes gradients apart as they come.
+        if self.is_offloaded:  # their sums are the host's, which has no such ranks under NCCL
             sum_as_they_come(self._partial, layout.tensor.group)
             self._partial = []
+        keep_decisions_on_device(
+            self.wrapper,
+            loss_scale,
+            partial_parameters=self._partial,
+            layout=layout,
+            is_offloaded=self.is_offloaded,
+        )
+        if not (self.is_unsharded or isinstance(self.wrapper, BF16_Optimizer)):
+            self._partial = []  # of ZeRO, where only its own sums hold them
         if shape.sizes.replicas == 1:
             self._reduce_by(lambda: None, why="copies every gradient to sum it over one rank")
         elif self._partial and self.is_unsharded:

@@ -22,11 +22,12 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.loss_scale import LossScale
 from pipeline.model.partition import is_shared, spans_data
+from pipeline.model.tensor_parallel import sum_at_once
 from pipeline.patching import replace
 
 NOT_REPORTED = "not reported"
@@ -38,6 +39,7 @@ def keep_decisions_on_device(
     optimizer: Any,
     loss_scale: LossScale | None,
     *,
+    partial_parameters: list[nn.Parameter],
     layout: ParallelLayout,
     is_offloaded: bool,
 ) -> None:
@@ -45,6 +47,7 @@ def keep_decisions_on_device(
 
     Args:
         optimizer: of an initialised engine, any stage.
+        partial_parameters: to be summed over the tensor-parallel ranks before ZeRO takes its norm.
         loss_scale: of fp16; None: there is none.
         layout: of this run.
         is_offloaded: gradients, norm and update are the host's, which therefore waits for the
@@ -64,31 +67,41 @@ def keep_decisions_on_device(
         return
     waits(optimizer, "check_overflow", lambda *_, **__: None, why="reads whether fp16 overflowed")
     if not is_offloaded:
-        _sum_the_norm_once(optimizer)
+        _sum_the_norm_once(optimizer, partial_parameters, layout)
     if loss_scale is not None:
         _leave_loss_scale_to_us(optimizer, loss_scale)
     if torch.cuda.is_available() and not is_offloaded:
         _order_by_streams(optimizer)
 
 
-def _sum_the_norm_once(optimizer: Any) -> None:
-    """Let all parameter groups share one norm, and one reduction."""
+def _sum_the_norm_once(
+    optimizer: Any, partial_parameters: list[nn.Parameter], layout: ParallelLayout
+) -> None:
+    """Let all parameter groups share one norm, and one reduction, of gradients that are whole."""
     change = partial(
         replace,
         optimizer,
         why="a reduction for each parameter group: stages that differ in groups wait for ever",
         upstream=NOT_REPORTED,
     )
+    chosen = set(map(id, partial_parameters))
+
+    def norm(groups: Any) -> Tensor:
+        parts = _parts_of_gradients(optimizer, groups)
+        if sums := [gradient for parameter, gradient in parts if id(parameter) in chosen]:
+            sum_at_once(sums, layout.tensor.group)
+        return _norm_over_all_ranks(optimizer, parts)
+
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         change(
             "_get_norm_groups",
-            lambda: [_norm_over_all_ranks(optimizer, optimizer.fp16_groups)],
+            lambda: [norm(optimizer.fp16_groups)],
             proof=f"{HOST_WAITS}[1]",
         )
         return
     change(
         "scaled_global_norm",
-        lambda norm_type=2: _norm_over_all_ranks(optimizer, optimizer.params_in_partition),
+        lambda norm_type=2: norm(optimizer.params_in_partition),
         proof="tests/engine/test_equivalence.py::test_stages_may_differ_in_parameter_groups",
     )
 
@@ -199,21 +212,27 @@ def _counts_here(parameter: Any, tensor_rank: int) -> bool:
     return is_first and (tensor_rank == 0 or not is_shared(parameter))
 
 
-def _norm_over_all_ranks(optimizer: Any, groups: Any) -> Tensor:
-    """ZeRO's norm, of partitions of the gradients; what several ranks hold whole counts once.
+def _parts_of_gradients(optimizer: Any, groups: Any) -> list[tuple[Any, Tensor]]:
+    """(parameter, ZeRO's part of its gradient) of all groups; the same on tensor-parallel ranks.
 
     Args:
         groups: the parameters of each group that this rank has gradients of, in their order.
     """
-    counted = []
+    found = []
     for index, parameters in enumerate(groups):
         gradients = optimizer.averaged_gradients[index]
         real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        counted += [
-            gradient
-            for gradient, parameter in zip(real, parameters)
-            if _counts_here(parameter, optimizer.model_parallel_rank)
-        ]
+        found += list(zip(parameters, real))
+    return found
+
+
+def _norm_over_all_ranks(optimizer: Any, parts: list[tuple[Any, Tensor]]) -> Tensor:
+    """ZeRO's norm, of partitions of the gradients; what several ranks hold whole counts once."""
+    counted = [
+        gradient
+        for parameter, gradient in parts
+        if _counts_here(parameter, optimizer.model_parallel_rank)
+    ]
     # |g|^2 is a sum over all elements, whichever group, rank or stage they belong to. One sum a
     # step: a middle stage has no embedding, hence under muP a group fewer, and with a sum for each
     # group the ranks waited in different ones.
