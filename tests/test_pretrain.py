@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline import pretrain
-from tests.support.corpus import make_texts
+from pipeline import cli, pretrain
+from pipeline.config.pretrain import PretrainConfig
+from pipeline.planning.flops import count_parameters
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,25 +62,46 @@ def test_a_command_is_told_its_words_and_its_exit_code_is_the_doors():
     assert done.returncode == 2 and "Did you mean folder?" in done.stderr
 
 
-@pytest.mark.parametrize("word", ["--help", "completion"])
-def test_a_full_output_is_a_sentence(word):
-    """As of every command; the page of the door was printed outside of what says so."""
+@pytest.mark.parametrize("words", ["--help", "completion", "train --help", "train --cfg"])
+def test_a_full_output_is_a_sentence(words):
+    """Nothing is left for the interpreter's end, which writes of an exception that it ignores and exits with 120."""
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "pipeline.pretrain", word]
+        command = [sys.executable, "-m", "pipeline.pretrain", *words.split()]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: the output: No space left")
+    assert done.stderr.count("\n") == 1
 
 
-def five_commands() -> list[list[str]]:
-    """Of docs/your-text.md, word by word."""
-    page = (ROOT / "docs" / "your-text.md").read_text()
-    block = page.split("```")[1]
-    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+def blocks(kind: str) -> list[str]:
+    """Of docs/your-text.md: its commands (kind is empty), or its programs."""
+    parts = (ROOT / "docs" / "your-text.md").read_text().split("```")[1::2]
+    found = [part.partition("\n")[::2] for part in parts]
+    return [text for name, text in found if name == kind]
 
 
 def test_the_page_has_five_commands_of_the_front_door():
-    names = [words[0] for words in five_commands()]
+    names = [line.split()[1] for line in blocks("")[0].splitlines()]
     assert names == ["train-tokenizer", "tokenize", "train", "generate", "export"]
+
+
+def test_the_page_compares_the_recipe_of_characters_that_there_is():
+    """A nanoGPT user goes by it: its numbers are those of conf/experiment/chars.yaml."""
+    cfg = cli.compose(PretrainConfig, ["experiment=chars"], config="pretrain")
+    model, training, optimizer = cfg.model, cfg.training, cfg.optimizer
+    count = count_parameters(model, cfg.finetune, 265)["num_parameters"]
+    page = (ROOT / "docs" / "your-text.md").read_text().partition("beside nanoGPT")[2]
+    for words in (
+        f"{model.num_layers} layers, {model.num_attention_heads} heads, width {model.hidden_size}, {model.max_seq_len} positions",
+        f"{count:,}: 200 rows more",
+        f"{training.total_steps:,} of {training.global_batch_size} x {model.max_seq_len} characters; cosine from 1e-3 to 1e-4, {cfg.schedule.warmup_steps} warm-up",
+        f"betas {optimizer.beta1} and {optimizer.beta2}, eps 1e-8, decay {optimizer.weight_decay} of matrices and embeddings, clip 1",
+        f"Both were trained to the end, {training.total_steps:,} steps",
+        "| after step | " + " | ".join(f"{n:,}" for n in range(250, 2001, training.eval_every)),
+    ):  # fmt: skip
+        assert words in page, words
+    assert (optimizer.lr, cfg.schedule.min_lr, optimizer.eps, optimizer.clip_grad) == (1e-3, 1e-4, 1e-8, 1)  # fmt: skip
+    assert training.precision.name == "fp32" and not model.bias
+    assert model.hidden_dropout == model.attention_dropout == 0
 
 
 def installed(folder: Path) -> Path:
@@ -97,26 +118,50 @@ def installed(folder: Path) -> Path:
     return site
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_makes_a_model_of_ones_own_text_from_an_empty_folder(tmp_path):
-    """The five commands of the page; presets and templates are in the wheel, nothing needs the clone."""
-    site, empty = installed(tmp_path), tmp_path / "empty"
-    empty.mkdir()
-    (empty / "text.txt").write_text("\n\n".join(make_texts(300)))
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("wheel"))
+
+
+def library_text() -> str:
+    """As many characters of the standard library's source as tiny Shakespeare has."""
+    files, text = sorted(Path(os.__file__).parent.glob("*.py")), ""
+    for file in files:
+        text += file.read_text(encoding="utf-8")
+    assert len(text) > 1_115_394
+    return text[:1_115_394]
+
+
+def typed(block: str, site: Path, folder: Path, more: dict[str, str]) -> dict[str, str]:
+    """Name of each command of a block of the page, typed in `folder`, to what it said; some get more words."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1",
+                   "PATH": f"{site / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
     shown = {}
-    small = {"train": ["training.total_steps=4", "schedule.warmup_steps=null", "training.eval_every=2"],
-             "generate": ["max_new_tokens=4"]}  # fmt: skip
-    for words in five_commands():
-        command = [sys.executable, str(site / "bin" / "pretrain"), *words, *small.get(words[0], [])]
-        if words[0] == "generate":
-            command.remove("max_new_tokens=200")
-        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}\n{done.stderr[-2000:]}"
-        shown[words[0]] = done.stdout + done.stderr
+    for line in block.splitlines():
+        name = line.split()[1]
+        done = subprocess.run(
+            f"{line} {more.get(name, '')}", shell=True, cwd=folder, env=environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+        shown[name] = done.stdout + done.stderr
+    return shown
+
+
+FEW = "schedule.warmup_steps=null training.eval_every=2 training.total_steps="
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_makes_a_model_of_ones_own_text_from_an_empty_folder(site, tmp_path):
+    """The page as it stands, but for fewer steps; presets and templates are in the wheel, nothing needs the clone."""
+    (tmp_path / "text.txt").write_text(library_text())
+    shown = typed(blocks("")[0], site, tmp_path, {"train": f"{FEW}4"})
     assert "done at step 4 of 4" in shown["train"] and "is the best so far" in shown["train"]
     assert shown["generate"].count("Once upon a time") == 1
-    assert (empty / "my" / "exported" / "model.safetensors").exists()
+    assert (tmp_path / "my" / "exported" / "model.safetensors").exists()
+    (program,) = blocks("python")
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert loaded.returncode == 0 and loaded.stdout.startswith("Once upon"), loaded.stderr
     templates = {path.name for path in (site / "data_prep" / "chat").iterdir()}
     assert {"chatml.jinja", "plain.jinja"} <= templates
     assert (site / "pipeline" / "inference" / "talk.html").exists()
