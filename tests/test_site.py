@@ -7,12 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urldefrag
 
 import pytest
 
 from pipeline import pretrain
 from pipeline import schema as schemas
+from tests.support.browser import browser
 from tests.support.source_texts import texts_of
 from tests.support.waiting import HANG_S
 
@@ -58,27 +64,75 @@ def test_the_messages_of_the_page_are_those_that_commands_print() -> None:
     assert [message for message in messages if message not in everything] == []
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    """Every page is reached, no link or anchor leads nowhere, nothing is fetched from elsewhere."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as a reader builds it, with warnings as errors."""
     for name in ("mkdocs", "material"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is missing: pip install -e '.[docs]'")
-    words = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--site-dir",
-        str(tmp_path / "site"),
-    ]
+    folder = tmp_path_factory.mktemp("built") / "site"
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
     done = subprocess.run(
         words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def test_the_site_is_built_without_a_warning(built: Path) -> None:
+    """Every page is reached, no link or anchor leads nowhere, nothing is fetched from elsewhere."""
     for page in [*(ROOT / "docs").glob("*.md")]:
-        text = (tmp_path / "site" / page.stem / "index.html").read_text()
+        text = (built / page.stem / "index.html").read_text()
         assert not re.search(r'(?:src|rel="stylesheet" href)="https?://', text), page
-    assert "Pretraining GPT models" in (tmp_path / "site" / "index.html").read_text()
-    assert "optimizer.lr" in (tmp_path / "site" / "settings" / "index.html").read_text()
+    assert "Pretraining GPT models" in (built / "index.html").read_text()
+    assert "optimizer.lr" in (built / "settings" / "index.html").read_text()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Says nothing of each request."""
+
+    def log_message(self, *_: object) -> None:
+        """To nobody."""
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    """Where the site is served, as on the web: a search does not read files."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=built)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
+STATUS = "performance.getEntriesByType('navigation')[0].responseStatus"
+WIDER = "document.documentElement.scrollWidth"
+
+
+@pytest.mark.slow
+def test_every_page_opens_from_the_first_and_fits_a_telephone(address: str, tmp_path: Path) -> None:
+    """Page after page as its links lead on; each link's place on its page is there."""
+    wanted, seen = {address}, set()
+    ids: dict[str, set[str]] = {}
+    leads: dict[str, list] = {}
+    with browser(tmp_path / "profile") as page:
+        while todo := sorted(wanted - seen):
+            for url in todo:
+                seen.add(url)
+                page.open(url, width=1300)
+                assert page.value(STATUS) == 200, url
+                assert page.value(WIDER) <= 1300, url
+                ids[url] = set(page.value("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+                inside = [link for link in page.value(LINKS) if link.startswith(address)]
+                places = [urldefrag(link) for link in inside]
+                wanted |= {target for target, _ in places}
+                leads[url] = places
+                page.open(url, width=400)
+                assert page.value(WIDER) <= 400, url
+        assert page.said == []
+    lost = [(url, place) for url, places in leads.items() for target, place in places
+            if place and unquote(place) not in ids[target] | {"__top"}]  # fmt: skip
+    assert lost == [] and len(seen) > len([*(ROOT / "docs").glob("*.md")])
