@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.loss_scale import LossScale
 from pipeline.model.partition import is_shared, spans_data
-from pipeline.model.tensor_parallel import sum_at_once
 from pipeline.patching import replace
 
 NOT_REPORTED = "not reported"
@@ -84,6 +83,8 @@ def _sum_the_norm_once(
         why="a reduction for each parameter group: stages that differ in groups wait for ever",
         upstream=NOT_REPORTED,
     )
+    from pipeline.model.tensor_parallel import sum_at_once  # megatron-core, once it is made lean
+
     chosen = set(map(id, partial_parameters))
 
     def norm(groups: Any) -> Tensor:
