@@ -129,7 +129,7 @@ def worker(name: str, precision: str, *, profiled: bool) -> None:
 
 
 def profile(step: Callable[[], float], steps: int) -> str:
-    """Milliseconds of a step by operator, this thread's own; and the life of each kind of collective."""
+    """Milliseconds of a step by operator, this thread's own; the life of each kind of collective, and what it hid behind."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -144,7 +144,63 @@ def profile(step: Callable[[], float], steps: int) -> str:
         f"{row.self_cpu_time_total / steps / 1e3:8.2f} ms  {row.count / steps:7.1f} times  {row.key}"
         for row in rows
     ]
-    return "\n".join(lines)
+    spans = [(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in found.events()]
+    return "\n".join([*lines, *overlap(spans, steps)])
+
+
+def overlap(spans: list[tuple[str, float, float]], steps: int) -> Iterator[str]:
+    """How long each kind of collective lived in a step, and for how much of it this process computed.
+
+    Args:
+        spans: (name, begin, end) of every event, in ms.
+        steps: that they are of.
+    """
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, begin, end in spans:
+        if name.startswith(("gloo:", "nccl:")):
+            kinds.setdefault(name, []).append((begin, end))
+    computing = merged([(begin, end) for name, begin, end in spans if name.startswith("aten::")])
+    every = [span for found in kinds.values() for span in found]
+    for name, found in [*sorted(kinds.items()), ("any collective", every)]:
+        alive = merged(found)
+        total, hidden = (length(x) / steps for x in (alive, shared(alive, computing)))
+        share = hidden / total if total else 0.0
+        yield (
+            f"{total:8.2f} ms  {len(found) / steps:7.1f} times  {name} under way; "
+            f"{hidden:.2f} ms of it ({share:.0%}) beside operators"
+        )
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Their union, in order."""
+    union: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if union and begin <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((begin, end))
+    return union
+
+
+def shared(
+    one: list[tuple[float, float]], other: list[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """What lies in both unions."""
+    found, i, j = [], 0, 0
+    while i < len(one) and j < len(other):
+        begin, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if begin < end:
+            found.append((begin, end))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def length(union: list[tuple[float, float]]) -> float:
+    """Of all its spans together."""
+    return sum(end - begin for begin, end in union)
 
 
 def compare(names: list[str], precision: str, *, rounds: int, seconds: float) -> Iterator[str]:

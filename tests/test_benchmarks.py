@@ -141,6 +141,23 @@ print(loader.in_process("mds", str(folder), 0.0, python={str(python)!r}))
     assert {len(row) for row in written["rows"]} == {2049}
 
 
+def test_a_profile_says_what_part_of_a_collective_hid_behind_operators() -> None:
+    """By hand: reductions 0 to 4 and 3 to 6, a gather 8 to 10; operators 1 to 2, 1.5 to 3 and 9 to 12; two steps."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.parallel import overlap
+spans = [("gloo:all_reduce", 0, 4), ("gloo:all_reduce", 3, 6), ("gloo:all_gather", 8, 10), ("wait", 0, 20)]
+spans += [("aten::mm", 1, 2), ("aten::add", 1.5, 3), ("aten::mm", 9, 12)]
+print("\\n".join(overlap(spans, 2)))
+"""
+    assert [line.split() for line in run("-c", program).splitlines()] == [
+        "1.00 ms 0.5 times gloo:all_gather under way; 0.50 ms of it (50%) beside operators".split(),
+        "3.00 ms 1.0 times gloo:all_reduce under way; 1.00 ms of it (33%) beside operators".split(),
+        "4.00 ms 1.5 times any collective under way; 1.50 ms of it (38%) beside operators".split(),
+    ]
+
+
 def test_a_check_of_a_device_ends_with_a_table_whatever_happens(tmp_path: Path) -> None:
     """A device is lent for minutes: a stage that fails, hangs or does not fit costs only itself."""
     program = f"""
