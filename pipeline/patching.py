@@ -33,13 +33,18 @@ class Change:
 
     @property
     def key(self) -> str:
-        """Where and what, unique."""
+        """Where and what."""
         return f"{self.where}.{self.name}"
+
+    @property
+    def title(self) -> str:
+        """Where, what and why, unique: a name may be changed for several reasons."""
+        return f"{self.key}: {self.why}"
 
 
 _changes: dict[str, Change] = {}
 _left_out: set[str] = set()
-_originals: dict[str, tuple[Any, Any]] = {}
+_originals: dict[str, tuple[Change, Any, Any]] = {}
 _ABSENT = object()
 
 
@@ -74,18 +79,17 @@ def supply(owner: Any, name: str, new: Any, *, why: str, upstream: str, proof: s
 
 def changes() -> list[Change]:
     """Every change of this process, sorted by place; several objects of a class count once."""
-    return [_changes[key] for key in sorted(_changes)]
+    return [_changes[title] for title in sorted(_changes)]
 
 
-def leave_out(key: str) -> None:
-    """Undo the change called `key` for the rest of this process: the test that it is needed.
+def leave_out(which: str) -> None:
+    """Undo a change for the rest of this process: the test that it is needed.
 
     Args:
-        key: Change.key, or its name alone.
+        which: Change.title; or, for whatever reason it is made, Change.key or its name alone.
     """
-    _left_out.add(key)
-    for made, (owner, original) in _originals.items():
-        change = _changes[made]
+    _left_out.add(which)
+    for change, owner, original in _originals.values():
         if not _is_left_out(change):
             continue
         if original is _ABSENT:
@@ -95,17 +99,17 @@ def leave_out(key: str) -> None:
 
 
 def _apply(change: Change, owner: Any, new: Any) -> None:
-    _changes[change.key] = change
+    _changes[change.title] = change
     if _is_left_out(change):
         return
     # Modules and classes live as long as the process; an object is not kept alive for the register.
     if isinstance(owner, ModuleType | type) and change.key not in _originals:
-        _originals[change.key] = (owner, getattr(owner, change.name, _ABSENT))
+        _originals[change.key] = (change, owner, getattr(owner, change.name, _ABSENT))
     setattr(owner, change.name, new)
 
 
 def _is_left_out(change: Change) -> bool:
-    return bool({change.key, change.name} & _left_out)
+    return bool({change.title, change.key, change.name} & _left_out)
 
 
 def _place(owner: Any) -> str:

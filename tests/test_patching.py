@@ -125,6 +125,16 @@ def test_objects_of_a_class_count_once_and_are_not_kept_alive() -> None:
     assert third.wait() == "waited"
 
 
+def test_a_change_for_two_reasons_is_left_out_for_one() -> None:
+    """Each has its proof, which the other would turn red as well."""
+    patching.leave_out(f"{__name__}.Foreign.wait: it waits")
+    for why, expected in (("it waits", "waited"), ("it copies", "went on")):
+        item = Foreign()
+        patching.replace(item, "wait", lambda: "went on", **{**WHY, "why": why})
+        assert item.wait() == expected
+    assert len(patching.changes()) == 2
+
+
 def test_a_missing_name_is_supplied_and_an_existing_one_kept(library: types.ModuleType) -> None:
     patching.supply(library, "wait", None, **WHY)
     patching.supply(library, "gemm", None, **WHY)
@@ -194,6 +204,17 @@ def test_nothing_of_a_library_is_assigned_past_the_door() -> None:
     }
     assert found - listed == set(), "patching.replace, or a row in WRITTEN that says why not"
     assert listed - found == set(), "take it off the list"
+
+
+def test_the_page_on_changes_names_every_file_that_makes_one() -> None:
+    """Who looks for what is changed reads that table, not the source."""
+    making = {
+        "/".join(path.parts[-2:])
+        for path in (ROOT / "pipeline").rglob("*.py")
+        if "from pipeline.patching import" in path.read_text()
+    }
+    page = (ROOT / "docs/performance.md").read_text()
+    assert making - set(re.findall(r"\(`(\w+/\w+\.py)`\)", page)) == set()
 
 
 def test_every_test_that_a_source_file_names_exists() -> None:

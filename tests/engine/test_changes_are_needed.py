@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import signal
@@ -26,34 +27,70 @@ LOOK_S, STILL = 30.0, 0.01
 """Ranks that wait for each other use no CPU; what works gets more than a hundredth of a core of the busiest machine."""
 
 # Between them their engines make every change that a CPU makes.
-CASES: list[dict[str, Any]] = [
-    dict(zero=1, precision="bf16"),
-    dict(zero=2, precision="fp16"),
-    dict(zero=3, precision="fp16"),
-    dict(pp=2, precision="fp16"),
-    dict(pp=2, precision="bf16"),
-    dict(pp=2),
-    dict(tp=2, zero=1, precision="bf16"),
-    dict(model="moe", ep=2, precision="bf16"),
-]
+CASES: dict[int, list[dict[str, Any]]] = {
+    2: [
+        dict(zero=1, precision="bf16"),
+        dict(zero=2, precision="fp16"),
+        dict(zero=3, precision="fp16"),
+        dict(zero=2, offload=True),
+        dict(pp=2, precision="fp16"),
+        dict(pp=2, precision="bf16"),
+        dict(pp=2),
+        dict(tp=2, zero=1, precision="bf16"),
+        dict(model="moe", ep=2, precision="bf16"),
+    ],
+    4: [
+        dict(pp=2, precision="bf16"),
+        dict(model="modern", tp=2, zero=0, sp=True),
+    ],
+}
 # Made on CUDA only; its proof stands in for a device.
 ON_CUDA = {"independent_gradient_partition_epilogue", "synchronize"}
+ON_CUDA_WHY = "the host waits at the end of each backward pass; the next kernel is enough"
+
+
+# What the source calls patching.replace and supply, and what it makes of them with partial().
+DOORS = ("replace", "supply", "change", "waits")
 
 
 def changes_of(cases: list[dict[str, Any]]) -> list[Change]:
+    """What the engines of these layouts change when they are built, and when a step gets longer."""
     from pipeline import patching
 
     allow_fp16_on_the_cpu()
     for case in cases:
-        engine_of(config(**case))
+        engine_of(config(**case)).runner.set_micro_batches(16)
         reset_parallel_state()
     return patching.changes()
 
 
-def passes_without(key: str, proof: str) -> bool:
+def changes_in_source() -> tuple[set[str], set[str]]:
+    """Names that the source changes through the door, and the reasons that it gives."""
+    names: set[str] = set()
+    reasons: set[str] = set()
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.keyword) and node.arg == "why":
+                reasons |= set(_strings([node.value]))
+            is_change = isinstance(node, ast.Call) and ast.unparse(node.func) in DOORS
+            if is_change and "from pipeline.patching import" in text:
+                names |= set(_strings(node.args[:2]))
+    return names, reasons
+
+
+def _strings(nodes: list[ast.expr]) -> list[str]:
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def passes_without(title: str, proof: str) -> bool:
     """Whether the proof of a change stays green when the change is left out."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", proof]
-    environment = {**os.environ, VARIABLE: key}
+    environment = {**os.environ, VARIABLE: title}
     with tempfile.TemporaryFile("w+") as said:
         run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
         if hangs(run):
@@ -109,13 +146,21 @@ def test_a_run_that_stands_still_is_ended_and_one_that_works_is_not() -> None:
 @pytest.mark.slow
 def test_leaving_a_change_out_turns_its_proof_red() -> None:
     """What nothing notices is not needed, or not tested."""
-    proofs = {change.key: change.proof for change in run_on_ranks(changes_of, 2, CASES)[0]}
+    made = [
+        change
+        for world_size, cases in CASES.items()
+        for found in run_on_ranks(changes_of, world_size, cases)
+        for change in found
+    ]
+    names, reasons = changes_in_source()
+    assert names == {change.name for change in made} | ON_CUDA, "changes that no case makes"
+    assert reasons == {change.why for change in made} | {ON_CUDA_WHY}
+    proofs = {change.title: change.proof for change in made}
     streams = (
         "tests/engine/test_host_waits.py::test_kernels_wait_for_reductions_instead_of_the_host"
     )
     proofs |= {name: streams for name in ON_CUDA}
-    assert len(proofs) > 10
-    keys = sorted(proofs)
+    titles = sorted(proofs)
     with ThreadPoolExecutor(3) as pool:  # a proof that hangs takes no time of a core
-        passed = list(pool.map(passes_without, keys, [proofs[key] for key in keys]))
-    assert [key for key, is_green in zip(keys, passed) if is_green] == []
+        passed = list(pool.map(passes_without, titles, [proofs[title] for title in titles]))
+    assert [title for title, is_green in zip(titles, passed) if is_green] == []

@@ -31,6 +31,8 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.tensor_parallel import partial_parameters, sum_as_they_come, sum_at_once
 from pipeline.patching import replace
 
+BF16_SUMS = "tests/engine/deepspeed/test_bf16_sums.py"
+
 
 class DeepSpeedRunner:
     """A module under deepspeed.initialize, its decisions left to engine/verdict.py."""
@@ -38,7 +40,7 @@ class DeepSpeedRunner:
     mpu: Any = None
     """The groups DeepSpeed asks for; None: the module brings them."""
     copies_nothing: str
-    """The test that gradients are reduced in place."""
+    """The test that one rank's gradients are not reduced at all."""
 
     def __init__(
         self,
@@ -92,13 +94,25 @@ class DeepSpeedRunner:
         )
         if not (self.is_unsharded or isinstance(self.wrapper, BF16_Optimizer)):
             self._partial = []  # of ZeRO, where only its own sums hold them
-        if shape.sizes.replicas == 1:
-            self._reduce_by(lambda: None, why="copies every gradient to sum it over one rank")
-        elif self._partial and self.is_unsharded:
-            own = self.deepspeed.buffered_allreduce_fallback
-            self._reduce_by(own, why="does not know of sums over the tensor-parallel ranks")
+        self._reduce_no_more_than_needed()
 
-    def _reduce_by(self, reduce: Callable[[], None], *, why: str) -> None:
+    def _reduce_no_more_than_needed(self) -> None:
+        """Over data-parallel ranks where there are any, then over tensor-parallel ones."""
+        if self.shape.sizes.replicas == 1:
+            self._reduce_by(
+                lambda: None,
+                why="copies every gradient to sum it over one rank",
+                proof=f"{BF16_SUMS}::{self.copies_nothing}",
+            )
+        elif self._partial and self.is_unsharded:
+            self._reduce_by(
+                self.deepspeed.buffered_allreduce_fallback,
+                why="does not know of sums over the tensor-parallel ranks",
+                proof="tests/model/test_moe.py::"
+                "test_every_expert_parallel_layout_matches_plain_torch[4]",
+            )
+
+    def _reduce_by(self, reduce: Callable[[], None], *, why: str, proof: str) -> None:
         """Let `reduce` reduce a step's gradients, where DeepSpeed would after its last one.
 
         Then those of which tensor-parallel ranks have parts are summed over them.
@@ -115,7 +129,7 @@ class DeepSpeedRunner:
             reduce_all,
             why=why,
             upstream="not reported",
-            proof=f"tests/engine/deepspeed/test_bf16_sums.py::{self.copies_nothing}",
+            proof=proof,
         )
 
     def _partial_sums(self) -> list[Tensor]:

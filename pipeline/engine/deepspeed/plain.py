@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
-from pipeline.engine.deepspeed.base import DeepSpeedRunner
+from pipeline.engine.deepspeed.base import BF16_SUMS, DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
 from pipeline.engine.deepspeed.changes import total_norm
 from pipeline.engine.deepspeed.mpu import Mpu
@@ -55,7 +55,11 @@ class PlainRunner(DeepSpeedRunner):
         if self.layout.replica.size == 1:
             return sum_in_place(wrapper, None)
         reduction = Reduction(wrapper, self.layout.replica.group, self.parameters)
-        self._reduce_by(reduction.finish, why="reduces after the backward pass, through a copy")
+        self._reduce_by(
+            reduction.finish,
+            why="reduces after the backward pass, through a copy",
+            proof=f"{BF16_SUMS}::test_losses_and_norms_are_deepspeeds_own[all used]",
+        )
         sum_in_place(wrapper, reduction)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:

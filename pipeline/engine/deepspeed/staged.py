@@ -25,7 +25,7 @@ from pipeline.config.choices import PipelineSchedule
 from pipeline.config.run_shape import RunShape
 from pipeline.config.stages import partition, pipeline_costs, sends_gradients_first
 from pipeline.distributed.layout import ParallelLayout
-from pipeline.engine.deepspeed.base import DeepSpeedRunner
+from pipeline.engine.deepspeed.base import BF16_SUMS, DeepSpeedRunner
 from pipeline.engine.deepspeed.bf16_sums import Reduction
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
 from pipeline.engine.deepspeed.gradient_first import send_gradients_first
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 class StagedRunner(DeepSpeedRunner):
     """The Runner of pipeline_parallel_size above 1."""
 
-    copies_nothing = "test_a_pipeline_copies_no_gradients"
+    copies_nothing = "test_a_pipeline_copies_no_gradients[2]"
 
     @staticmethod
     def build_module(
@@ -65,7 +65,11 @@ class StagedRunner(DeepSpeedRunner):
             # The fp32 sums where they lie. DeepSpeed flattens all of them, and reduces a bf16 copy:
             # 6 more bytes a parameter at the end of a step.
             reduction = Reduction(self.wrapper, self.layout.replica.group, self.parameters)
-            self._reduce_by(reduction.finish, why="reduces a flattened copy of the sums")
+            self._reduce_by(
+                reduction.finish,
+                why="reduces a flattened copy of the sums",
+                proof=f"{BF16_SUMS}::test_a_pipeline_copies_no_gradients[4]",
+            )
         self.late = LateProducts()
         if kwargs["loss_scale"]:
             reduce_tied_sums(self.deepspeed)

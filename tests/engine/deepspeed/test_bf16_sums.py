@@ -100,9 +100,10 @@ def test_one_rank_copies_no_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_a_pipeline_copies_no_gradients() -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_pipeline_copies_no_gradients(world_size: int) -> None:
     """Its sums are reduced where they lie, or not at all on one data-parallel rank."""
-    for found in run_on_ranks(large_ops, 2, {"pp": 2}):
+    for found in run_on_ranks(large_ops, world_size, {"pp": 2}):
         assert "aten::zero_" in found  # DeepSpeed clears a pipeline's sums: the watch sees them
         assert "aten::cat" not in found, found
 
