@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,22 +41,26 @@ if "quick" not in sys.argv:
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start local.sh with a stand-in for python in an empty folder."""
-    program = tmp_path / "python"
-    real = sys.executable
+    """Start local.sh of a clone whose path has blanks, with a stand-in for its python, in an empty folder."""
+    clone, real = tmp_path / "my clone", sys.executable
+    shutil.copytree(SCRIPT.parent, clone / "launch")
+    program = clone / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    (clone / ".venv" / "pyvenv.cfg").touch()
     program.write_text(
         f'#!/bin/bash\n[[ $1 == -m ]] && exec {real} {tmp_path}/rank.py "${{@:2}}"\nexec {real} "$@"\n'
     )
     program.chmod(0o755)
     (tmp_path / "rank.py").write_text(RANK)
-    environment = {**os.environ, "PYTHON": str(program)}
+    environment = {**os.environ}
+    environment.pop("PYTHON", None)
     started = []
 
     def start(*arguments: str, in_background: bool = False) -> subprocess.Popen:
         # `nohup`, `&` and many CI runners start their children with Ctrl-C ignored.
         ctrl_c = signal.SIG_IGN if in_background else signal.SIG_DFL
         process = subprocess.Popen(
-            [SCRIPT, *arguments],
+            [clone / "launch" / "local.sh", *arguments],
             cwd=tmp_path,
             env=environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
@@ -106,7 +111,7 @@ def wait_until_caught(process: subprocess.Popen, number: int) -> None:
 
 def test_ranks_get_their_place_and_end_well(launch, tmp_path):
     """Each rank learns the same world and the same port."""
-    assert launch("3", "quick").wait(60) == 0
+    assert launch("3", "quick").wait(HANG_S) == 0
     facts = {tuple(path.read_text().split()[1:]) for path in tmp_path.glob("rank[0-9]")}
     assert len(facts) == 1
     assert facts.pop()[0] == "3"
@@ -114,7 +119,7 @@ def test_ranks_get_their_place_and_end_well(launch, tmp_path):
 
 def test_wrong_setting_ends_before_any_rank_starts(launch, tmp_path):
     """The message is printed once, and the exit code is the check's."""
-    assert launch("3", "bad").wait(60) == 2
+    assert launch("3", "bad").wait(HANG_S) == 2
     assert not list(tmp_path.glob("rank[0-9]"))
 
 
@@ -122,7 +127,7 @@ def test_one_rank_that_fails_ends_all_with_its_code(launch, tmp_path):
     """The others would wait in a collective for ever."""
     process = launch("3", "fail")
     ranks = pids(tmp_path, 3)
-    assert process.wait(60) == 7
+    assert process.wait(HANG_S) == 7
     wait_until_dead(ranks)
 
 
@@ -133,7 +138,7 @@ def test_notice_reaches_every_rank_and_waits_for_their_save(launch, tmp_path, nu
     pids(tmp_path, 2)
     wait_until_caught(process, number)
     process.send_signal(number)
-    assert process.wait(60) == 0
+    assert process.wait(HANG_S) == 0
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
@@ -145,7 +150,7 @@ def test_run_in_the_background_obeys_notices(launch, tmp_path, number):
     wait_until_caught(process, number)
     process.send_signal(signal.SIGINT)
     process.send_signal(number)
-    assert process.wait(60) == 0
+    assert process.wait(HANG_S) == 0
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
@@ -154,14 +159,14 @@ def test_no_rank_outlives_a_killed_launcher(launch, tmp_path):
     process = launch("2", "run")
     ranks = pids(tmp_path, 2)
     process.kill()
-    process.wait(60)
+    process.wait(HANG_S)
     wait_until_dead(ranks)
 
 
 @pytest.mark.parametrize("arguments", [[], ["model=tiny"], ["0"]])
 def test_usage_is_shown_without_a_number_of_processes(launch, arguments):
     """`launch/local.sh model=tiny` is the likely slip."""
-    assert launch(*arguments).wait(60) == 2
+    assert launch(*arguments).wait(HANG_S) == 2
 
 
 @pytest.mark.slow
