@@ -189,18 +189,15 @@ def group_rates(cfg: Any) -> list[float]:
     return sorted(group["lr"] for group in engine.runner.optimizer.param_groups)
 
 
-RAMP = [
-    6,
-    6,
-    6,
-    12,
-    12,
-    6,
-]  # sequences of a step: 3, 3, 3, 6, 6, 3 micro-batches, or a third at three ranks
+RAMP = [(6, 16), (6, 16), (6, 32), (12, 32), (12, 16), (6, 32)]
+"""Sequences of a step and their length: 3, 3, 3, 6, 6, 3 micro-batches, or a third at three ranks."""
 
 
 def ramp_steps() -> list[dict[str, Any]]:
-    return [{name: rows[:n] for name, rows in step.items()} for step, n in zip(batches(), RAMP)]
+    return [
+        {name: rows[:n, :length] for name, rows in step.items()}
+        for step, (n, length) in zip(batches(), RAMP)
+    ]
 
 
 def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
@@ -220,9 +217,19 @@ def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
         (1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]),
         (2, [dict(pp=2), dict(tp=2)]),
         pytest.param(3, [dict(pp=3), dict(batch_size=12)], marks=pytest.mark.slow),
+        pytest.param(
+            6,
+            [
+                dict(tp=2, pp=3, sp=True),
+                dict(pp=3, micro_batch_size=1),
+                dict(tp=2, zero=2, batch_size=12),
+                dict(zero=3, batch_size=12, micro_batch_size=1),
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_a_ramp_may_change_the_number_of_micro_batches(
+def test_a_ramp_may_change_the_number_and_length_of_micro_batches(
     world_size: int, layouts: list[dict[str, Any]]
 ) -> None:
     """DeepSpeed counts micro-batches over the whole run: after a change it would make its step amid a batch."""

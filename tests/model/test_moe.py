@@ -161,7 +161,11 @@ def test_experts_match_plain_torch(world_size: int, model: str) -> None:
 
 
 ROUTER_LOSSES: dict[int, list[dict[str, Any]]] = {
-    1: [dict(micro_batch_size=1, recompute="full")],
+    1: [
+        dict(micro_batch_size=1, recompute="full"),
+        dict(lanes=4),
+        dict(lanes=4, micro_batch_size=4),
+    ],
     2: [
         dict(lanes=4),
         dict(lanes=4, micro_batch_size=4),
