@@ -2,6 +2,7 @@
 
     pip install nox==2026.10.20 uv==0.13.9   # anywhere; without uv pip does it, minutes slower
     nox                                      # oldest on Python 3.11, newest on 3.11, 3.12, 3.13
+    nox -s bridges                           # nnsight's lines of docs/probing.md, on Python 3.12
     nox -s newest-3.13 -- tests -k gloo      # what follows the -- goes to pytest
 
 torch's CUDA build runs on a machine without a GPU too, but fills gigabytes an environment: too
@@ -41,6 +42,13 @@ def oldest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """What a user gets who installs today, without constraints.txt."""
     run_tests(session)
+
+
+@nox.session(python="3.12")
+def bridges(session: nox.Session) -> None:
+    """The test of the library that docs/probing.md hands models to, which CI does not install."""
+    session.install("-e", ".[dev,hf,bridges]", env={"DS_BUILD_OPS": "0"})
+    session.run("python", "-m", "pytest", "tests/probing/test_nnsight.py", *session.posargs)
 
 
 def run_tests(session: nox.Session, *pins: str) -> None:
