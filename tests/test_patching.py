@@ -46,6 +46,7 @@ WRITTEN = {
         "engine/engine.py": ["optimizer.grad_scale", "optimizer.found_inf"],
     },
     "has just been read under this name": {
+        "files.py": ["error.filename"],
         "distributed/megatron_on_cpu.py": ["setattr(dispatcher, name)"],
         "engine/forward_only.py": ["part.training"],
         "inference/samplers.py": ["self.model.generation_config"],

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -147,15 +147,15 @@ class MixtureLayer(MoELayer):
 
 def build_experts(config: TransformerConfig, *, layer: int) -> nn.Module:
     """megatron-core's MoE layer in place of block `layer`'s MLP; its output is (hidden, None)."""
-    spec = get_mlp_module_spec(use_te=False, num_experts=config.num_moe_experts)
-    spec.module, spec.submodules.router, spec.submodules.experts.module = (
-        MixtureLayer,
-        Router,
-        Experts,
-    )
     linears = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
-    spec.submodules.experts.submodules = spec.submodules.shared_experts.submodules = linears
-    moe = build_module(spec, config=config)
+    # By their constructors: an assignment to a field that a release has renamed would leave
+    # megatron-core's router in its place, and say nothing.
+    parts = MoESubmodules(
+        router=Router,
+        experts=ModuleSpec(Experts, submodules=linears),
+        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+    )
+    moe = build_module(ModuleSpec(MixtureLayer, submodules=parts), config=config)
     moe.set_layer_number(layer + 1)
     return moe
 
