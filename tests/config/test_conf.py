@@ -28,6 +28,7 @@ SECTIONS = [path for path in OPTIONS if path.parent.name != "experiment"]
 RECIPE_WORLD_SIZE = {
     "quickstart": 1,
     "talk": 1,
+    "translate": 1,
     "your-text": 1,
     "chars": 1,
     "caption": 1,

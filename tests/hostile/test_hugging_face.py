@@ -167,9 +167,12 @@ ASKS: dict[str, tuple[Callable[[Path, str], Any], str]] = {
         "has no \\*.safetensors",
     ),
     "weights elsewhere": (
-        lambda folder, _: rewrite(
-            folder / "model.safetensors.index.json",
-            weight_map={"lm_head.weight": "../outside/precious.safetensors"},
+        lambda folder, _: (
+            (folder / "model.safetensors").unlink(),
+            rewrite(
+                folder / "model.safetensors.index.json",
+                weight_map={"lm_head.weight": "../outside/precious.safetensors"},
+            ),
         ),
         "no \\*.safetensors file of its folder",
     ),
