@@ -158,7 +158,8 @@ EXACT: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "modern"])
+@pytest.mark.slow  # 36 s each
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
 def test_exact_answers_are_counted_alike_at_every_layout(model: str) -> None:
     """A vocabulary in parts, stages that see no logits, ranks with a part of the batch: one number."""
     [[(_, tokens, exact, answers)]] = run_on_ranks(exact_answers, 1, [dict(model=model)])

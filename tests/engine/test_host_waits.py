@@ -124,7 +124,9 @@ def test_the_watch_sees_reads_and_copies() -> None:
         assert "lift_fresh" in found[-1]
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(n, marks=[pytest.mark.slow] * (n == 2)) for n in CASES]
+)
 def test_a_step_reads_nothing_back(world_size: int) -> None:
     """After one wait a step the device is idle until the host has launched the next kernels."""
     of_ranks = run_on_ranks(reads_of, world_size, CASES[world_size])
