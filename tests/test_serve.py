@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from pipeline import export
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
@@ -20,7 +21,7 @@ from tests.support.checkpoint_runs import Run, learn
 from tests.support.corpus import make_tokenizer
 from tests.support.layouts import BATCH, config
 from tests.support.ranks import run_on_ranks
-from tests.support.serving import ask, served, skip_unless_served
+from tests.support.serving import ask, served, served_by_transformers, skip_unless_served
 
 TALK = [
     {"role": "user", "content": "fox?"}, {"role": "assistant", "content": "It jumps over."},
@@ -53,13 +54,19 @@ def learn_a_dialogue(root: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a run of dialogues is served, by the command."""
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a dialogue that was learned."""
     skip_unless_served()
     root = tmp_path_factory.mktemp("served")
     make_tokenizer(root / "tokenizer.json")
     assert run_on_ranks(learn_a_dialogue, 1, root)[0] < 0.1
-    with served(root / "chat") as (url, pid):
+    return root / "chat"
+
+
+@pytest.fixture(scope="module")
+def url(chat: Path) -> Iterator[str]:
+    """Where it is served, by the command."""
+    with served(chat) as (url, pid):
         check_that_nobody_else_is_answered(pid, url)
         yield url
 
@@ -84,6 +91,20 @@ def test_openais_client_hears_an_answer_and_its_end(url: str, stream: bool) -> N
     for number in (1, 3):
         answer = ask(url, TALK[:number], stream=stream)
         assert answer == (TALK[number]["content"], "stop")
+
+
+@pytest.mark.slow
+def test_an_exported_folder_answers_and_ends_on_transformers_serve_alone(
+    chat: Path, tmp_path: Path
+) -> None:
+    """What is needed for it is in the folder: the template, and the id that ends a turn."""
+    folder = tmp_path / "folder"
+    assert export.main(export.ExportConfig(str(chat), str(folder))) == 0
+    with served_by_transformers(folder) as url:
+        for stream in (False, True):
+            for number in (1, 3):
+                answer = ask(url, TALK[:number], stream=stream, model=str(folder))
+                assert answer == (TALK[number]["content"], "stop")
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
-"""A model that `pretrain serve` serves, and what OpenAI's client hears from it."""
+"""A model that `pretrain serve`, or `transformers serve` alone, serves, and what OpenAI's client hears from it."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,38 @@ def served(run: Path) -> Iterator[tuple[str, int]]:
                 server.kill()
 
 
-def ask(url: str, messages: list[dict[str, Any]], *, stream: bool) -> tuple[str, str]:
-    """(the answer, why it ended) as OpenAI's client has them, greedily."""
+@contextlib.contextmanager
+def served_by_transformers(folder: Path) -> Iterator[str]:
+    """The address of `transformers serve FOLDER`, none of our code in it."""
+    import httpx
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    with (folder.parent / "transformers.log").open("w+") as log:
+        with subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=folder.parent
+        ) as server, httpx.Client(trust_env=False) as client:  # fmt: skip
+            try:
+                while True:
+                    assert server.poll() is None, Path(log.name).read_text()
+                    with contextlib.suppress(httpx.TransportError):
+                        if client.get(f"{url}/health").status_code == 200:
+                            break
+                    time.sleep(0.2)
+                yield url
+            finally:
+                server.kill()
+
+
+def ask(
+    url: str, messages: list[dict[str, Any]], *, stream: bool, model: str = ""
+) -> tuple[str, str]:
+    """(the answer, why it ended) as OpenAI's client has them, greedily; "": the model it lists."""
     import httpx
     import openai
 
@@ -51,8 +84,8 @@ def ask(url: str, messages: list[dict[str, Any]], *, stream: bool) -> tuple[str,
         base_url=f"{url}/v1", api_key="none", timeout=HANG_S, max_retries=0,
         http_client=httpx.Client(trust_env=False),
     ) as client:  # fmt: skip
-        (model,) = client.models.list().data
-        given: dict[str, Any] = dict(model=model.id, messages=messages, max_tokens=40)
+        name = model or client.models.list().data[0].id
+        given: dict[str, Any] = dict(model=name, messages=messages, max_tokens=40)
         found = client.chat.completions.create(**given, temperature=0.0, stream=stream)
         if not stream:
             return found.choices[0].message.content, found.choices[0].finish_reason
