@@ -68,7 +68,7 @@ def test_a_model_learns_to_translate_from_scratch(tmp_path: Path) -> None:
     """A part of the recipe's steps; docs/finetuning.md has what the whole of it reaches."""
     pytest.importorskip("sacrebleu")
     copy_repository(tmp_path)
-    words = ("training.total_steps=400", "training.eval_every=200", "checkpoint.save_every=400")
+    words = ("training.total_steps=600", "training.eval_every=300", "checkpoint.save_every=600")
     done = run_recipe(tmp_path, "translate", *words, timeout_s=5400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert programs(done.stdout) == [
@@ -78,9 +78,8 @@ def test_a_model_learns_to_translate_from_scratch(tmp_path: Path) -> None:
     scores = table(done.stdout)
     assert {group for group, _ in scores} == {"all", *LANGUAGES}
     best = [max(values) for values in zip(*(scores["all", rate] for rate in BASE_RATES))]
-    assert scores["all", "model"][0] > 2 * best[0], scores  # exact: the number to read
     for reached, by_guessing in zip(scores["all", "model"], best, strict=True):
-        assert reached > by_guessing, scores
+        assert reached > 2 * by_guessing, scores
 
     second = run_recipe(tmp_path, "translate", timeout_s=900)
     assert second.returncode == 0, second.stderr[-2000:]

@@ -53,14 +53,7 @@ class DeepSpeedRunner:
         layout: ParallelLayout,
         loss_scale: LossScale | None,
     ) -> None:
-        """Partition parameters and build the optimizer. Collective.
-
-        Args:
-            module: from `build_module`, with its initial weights.
-            groups: of its parameters (engine/optimizer.py).
-            architecture: of the module.
-            loss_scale: of fp16; None: there is none.
-        """
+        """Partition parameters and build the optimizer; arguments as of RunnerClass. Collective."""
         self.module, self.shape, self.layout = module, shape, layout
         settings = deepspeed_config(architecture, shape)
         self.is_offloaded = architecture.parallel.offload_optimizer
