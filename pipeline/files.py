@@ -198,13 +198,19 @@ def read_file(
         regular_file(path, inside=inside)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = bytearray()
-        while size <= most and (block := file.read(min(_BLOCK_BYTES, most + 1 - len(content)))):
-            content += block  # files of /proc have a size of 0
-            size = max(size, len(content))
+        blocks: list[bytes] = []
+        done = 0
+        while size <= most:
+            # All of it at once, as a rule; files of /proc have a size of 0.
+            ask = min(max(size - done, _BLOCK_BYTES), most + 1 - done)
+            if not (block := file.read(ask)):
+                break
+            blocks.append(block)
+            done += len(block)
+            size = max(size, done)
     if size > most:
         raise OSError(errno.EFBIG, f"{size} bytes; such a file has at most {most}", str(path))
-    return bytes(content)
+    return b"".join(blocks)
 
 
 def own_name(path: str, flags: int) -> int:

@@ -24,18 +24,18 @@ class Batch:
     """(micro_batch_size, seq_len) int64."""
     labels: Tensor
     """(micro_batch_size, seq_len) int64: tokens shifted by one."""
-    loss_mask: Tensor | None
+    sample_ids: np.ndarray
+    """(micro_batch_size,) int64 global sample numbers."""
+    loss_mask: Tensor | None = None
     """Same shape, float32; None: all ones. Whether it is None follows from the config: the same on
     all ranks.
     """
-    document_ids: Tensor | None
+    document_ids: Tensor | None = None
     """(micro_batch_size, seq_len) int64, counted from 0 in each sequence; None: attention is not
     masked by document.
     """
-    positions: Tensor | None
+    positions: Tensor | None = None
     """(micro_batch_size, seq_len) int64; None: 0..seq_len-1."""
-    sample_ids: np.ndarray
-    """(micro_batch_size,) int64 global sample numbers."""
     num_documents: int = 0
     """How many `document_ids` tells apart in all rows, as the host knows; 0: nobody has counted."""
     images: Tensor | None = None
@@ -165,28 +165,29 @@ def make_batches(
         document_ids, positions = _documents(starts, count * full // seq_len, seq_len)
         positions = positions if masks.positions else None
     patch_ids = None if windows.images is None else _patch_ids(tokens, placeholder)
-    counts = _counts(document_ids, len(tokens))
+    num_documents = _num_documents(document_ids, len(tokens), micro_batch_size)
     fields: dict[str, Any] = {
         "tokens": tokens, "labels": labels, "document_ids": document_ids, "positions": positions,
         "patch_ids": patch_ids,
     }  # fmt: skip
     # The whole step at once: large arrays come back from the allocator without page faults, small
     # ones do not.
-    moved: dict[str, Tensor | None] = {
-        name: None if field is None else to_device(field, device) for name, field in fields.items()
+    moved: dict[str, Tensor] = {
+        name: to_device(field, device) for name, field in fields.items() if field is not None
     }
-    mask = None if loss_mask is None else to_device(loss_mask, device).to(torch.float32)
-    assert windows.images is None or full == seq_len, "pictures belong to whole rows"
-    images = None if windows.images is None else _pixels_to_device(windows.images, device)
-    moved |= {"loss_mask": mask, "images": images}
-
-    def rows(part: slice) -> dict[str, Any]:
-        return {name: None if field is None else field[part] for name, field in moved.items()}
-
+    if loss_mask is not None:
+        moved["loss_mask"] = to_device(loss_mask, device).to(torch.float32)
+    if windows.images is not None:
+        assert full == seq_len, "pictures belong to whole rows"
+        moved["images"] = _pixels_to_device(windows.images, device)
     parts = [slice(at, at + micro_batch_size) for at in range(0, len(tokens), micro_batch_size)]
     return [
-        Batch(**rows(part), sample_ids=sample_ids[part], num_documents=int(counts[part].sum()))
-        for part in parts
+        Batch(
+            **{name: field[part] for name, field in moved.items()},
+            sample_ids=sample_ids[part],
+            num_documents=count,
+        )
+        for part, count in zip(parts, num_documents, strict=True)
     ]
 
 
@@ -200,9 +201,14 @@ def _patch_ids(tokens: np.ndarray, placeholder: int | None) -> Ints:
     return patch_ids
 
 
-def _counts(document_ids: np.ndarray | None, rows: int) -> Ints:
-    """(rows,) documents in each row; 0 where they are not told apart."""
-    return np.zeros(rows, np.int64) if document_ids is None else document_ids[:, -1] + 1
+def _num_documents(document_ids: np.ndarray | None, rows: int, micro_batch_size: int) -> list[int]:
+    """Documents in each micro-batch; 0 where they are not told apart."""
+    first = range(0, rows, micro_batch_size)
+    if document_ids is None:
+        return [0] * len(first)
+    # All at once: a sum for each of 64 micro-batches was 5 % of a step that reads 2^20 tokens.
+    counts: list[int] = np.add.reduceat(document_ids[:, -1] + 1, first).tolist()
+    return counts
 
 
 def _learned_labels(windows: Windows) -> np.ndarray:

@@ -25,6 +25,7 @@ as pixels: decoders differ between releases, and training needs none.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import struct
@@ -298,5 +299,9 @@ def is_sealed(manifest: bytes) -> bool:
     match = re.search(rb'"checksum": "([0-9a-f]{64})"', manifest)
     if match is None:
         return False
-    blank = manifest[: match.start(1)] + UNSEALED.encode() + manifest[match.end(1) :]
-    return sha256_of(blank).encode() == match[1]
+    # In three parts: a blank copy of 300,000 shards' 43 MB costs as much as hashing them.
+    whole = memoryview(manifest)
+    found = hashlib.sha256(whole[: match.start(1)])
+    found.update(UNSEALED.encode())
+    found.update(whole[match.end(1) :])
+    return found.hexdigest().encode() == match[1]
