@@ -220,12 +220,49 @@ def test_spread_experts_answer_like_those_of_one_process() -> None:
             assert rank["answer"] == pytest.approx(alone["answer"], rel=1e-6), case
 
 
-def living_bytes() -> int:
-    """Bytes of all floating-point tensors of this process, each memory once."""
+def held(cases: list[Case]) -> list[dict[str, int]]:
+    """Bytes of all tensors after a step, after an evaluation, and after a step that followed it."""
+    found = []
+    for case in cases:
+        engine = engine_of(config(**case))
+        steps = [rank_batches(step, engine.shape, engine.layout) for step in batches(masked=True)]
+        sizes = [max(1, size // engine.shape.sizes.data) for size in GROUPS]
+
+        def evaluate(engine: Any = engine, steps: Any = steps, sizes: Any = sizes) -> int:
+            for size in sizes:
+                engine.evaluate(steps[5][:size])
+            return living_bytes(floats_only=False)
+
+        def train(number: int, engine: Any = engine, steps: Any = steps) -> int:
+            engine.train_step(steps[number], step=number)
+            return living_bytes(floats_only=False)
+
+        train(0), evaluate()  # what is made at first use
+        found.append({"step": train(1), "evaluation": evaluate(), "next step": train(2)})
+        reset_parallel_state()
+    return found
+
+
+HOLDING: list[Case] = [
+    dict(pp=2), dict(pp=2, schedule="dualpipev"), dict(tp=2, sp=True), dict(cp=2),
+    dict(zero=2, precision="bf16"), dict(zero=3),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_evaluation_keeps_no_memory() -> None:
+    """Not a tensor more than before it, at every engine and schedule: a run of a thousand evaluations does not grow."""
+    for rank in run_on_ranks(held, 2, HOLDING):
+        for case, sizes in zip(HOLDING, rank, strict=True):
+            assert sizes["step"] == sizes["evaluation"] == sizes["next step"] > 0, (case, sizes)
+
+
+def living_bytes(*, floats_only: bool = True) -> int:
+    """Bytes of all (floating-point) tensors of this process, each memory once."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.is_floating_point():
+        if issubclass(type(item), torch.Tensor) and (item.is_floating_point() or not floats_only):
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

@@ -76,6 +76,39 @@ def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
     lab.expect_undisturbed("power", repeated=True)
 
 
+@pytest.mark.slow
+def test_kill_9_of_the_owner_keeps_no_start_out(lab):
+    """Nobody releases its claim: the requeued job takes over at once, and another job on its node, where the kernel knows."""
+    options = ("--nodes=1",)
+    job = lab.submit("killed", options=options, plant="step_s=0.5")
+    owner, node = lab.run_dir("killed") / "owner", ""
+
+    def kill_owner(number: int, *rest: str) -> None:
+        """Kill -9 the process that claim `number` names, and what `rest` says on its node."""
+        claim = json.loads((owner / f"{number:08d}.json").read_text())
+        assert [str(claim["pid"])] == lab.cluster.tasks(job, node)
+        lab.cluster.run("sh", "-c", "; ".join([f"kill -9 {claim['pid']}", *rest]), node=node)
+
+    lab.wait_for_step(job, "killed", 12)
+    node = job.fact("BatchHost")
+    kill_owner(1)
+    lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", job=job)
+    assert json.loads((owner / "00000001.json").read_text())["released"] is False
+    lab.wait_for_step(job, "killed", 22)
+    node = job.fact("BatchHost")
+    kill_owner(2, "pkill -9 -f slurm_script")  # and nobody is left to have it requeued
+    assert job.wait_for_end() == "FAILED", job.log()
+    assert json.loads((owner / "00000002.json").read_text())["released"] is False
+    before = time.monotonic()
+    another = lab.submit("killed", options=(*options, f"--nodelist={node}"), plant="step_s=0.1")
+    lab.cluster.wait_for((owner / "00000003.json").exists, "the third claim", job=another)
+    assert time.monotonic() - before < SILENCE_S, (
+        "it waited for a silence, with the owner's node at hand"
+    )
+    assert another.wait_for_end() == "COMPLETED", another.log()
+    lab.expect_undisturbed("killed", repeated=True)
+
+
 def test_stopped_rank_is_named_with_its_node(lab):
     job = lab.submit("hang", "resilience.hang_timeout_s=20", options=("--nodes=2",))
     lab.wait_for_step(job, "hang", 12)
