@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -136,3 +137,24 @@ def test_every_page_opens_from_the_first_and_fits_a_telephone(address: str, tmp_
     lost = [(url, place) for url, places in leads.items() for target, place in places
             if place and unquote(place) not in ids[target] | {"__top"}]  # fmt: skip
     assert lost == [] and len(seen) > len([*(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_a_setting_does_and_an_error_by_its_words(
+    address: str, tmp_path: Path
+) -> None:
+    """Typed into the field at the top of a page; a click on what is found leads to the place."""
+    found = "document.querySelectorAll('.md-search-result__link')"
+    with browser(tmp_path / "profile") as page:
+        for words, target in (
+            ("micro_batch_size", "settings"),
+            ("has no checkpoint yet", "troubleshooting"),
+        ):
+            page.open(address, width=1300)
+            page.click(".md-search__input")
+            page.type(words)
+            page.wait_for(f"[...{found}].some(a => a.href.includes('/{target}/'))")
+            page.click(f".md-search-result__link[href*='/{target}/']")
+            page.wait_for(f"location.pathname.startsWith('/{target}/')")
+            page.wait_for(f"document.body.innerText.includes({json.dumps(words)})")
+        assert page.said == []

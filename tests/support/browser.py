@@ -104,6 +104,8 @@ class Page:
     def type(self, text: str) -> None:
         """Into whatever has the focus."""
         self.command("Input.insertText", text=text)
+        # Some pages look when a key is let go.
+        self.command("Input.dispatchKeyEvent", type="keyUp", key="Shift", code="ShiftLeft")
 
     def choose(self, selector: str, *files: Path) -> None:
         """Files in an input of files, as its dialogue would."""
