@@ -20,6 +20,8 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface import writer
 from pipeline.huggingface.mapping import mapping_for
 from pipeline.huggingface.writer import DType, export, model_card, write_tokenizer
+from pipeline.log import logger
+from pipeline.training.privacy import _says_it_in_words
 from tests.support.corpus import edit_tokenizer, make_texts, make_tokenizer
 from tests.support.exported import (
     EXPORTED,
@@ -101,7 +103,7 @@ def test_tokenizer_and_card_travel_with_the_model(exported: tuple[Path, dict]) -
 
 
 def test_card_says_which_data_what_was_found_in_them_and_epsilon(
-    checkpoints: Path, tmp_path: Path
+    checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a private run has promised, and what somebody has found, is worth nothing if no reader is told."""
     spent = {"epsilon": 4.7, "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 1.0, "reads": 1, "unit": "a row"}  # fmt: skip
@@ -116,6 +118,15 @@ def test_card_says_which_data_what_was_found_in_them_and_epsilon(
     assert "| Dataset identities (SHA-256) | web abababababababab... |" in card
     assert "3 emails" in card and "left in 2.000% of 100 documents |" in card
     assert "| Differential privacy | epsilon 4.70 at delta 1e-05 for a row; " in card
+    # A start with these weights repeats what the card says, which alone knows of it.
+    (tmp_path / "README.md").write_text(card)
+    assert not _says_it_in_words(tmp_path), "a checkpoint, whose record is read"
+    (tmp_path / "config.json").write_text("{}")
+    caplog.set_level("INFO", logger=logger.name)
+    assert _says_it_in_words(tmp_path)
+    said = " ".join(caplog.text.split())
+    assert "says of privacy: epsilon 4.70 at delta 1e-05 for a row; each was read at most 1" in said
+    assert "begin with the checkpoint instead of the export" in said
 
 
 # AutoTokenizer takes the name of a special token in a text for the token: texts without.
