@@ -16,6 +16,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32  # 5 times zlib's speed: checking costs less than reading
@@ -62,6 +63,7 @@ class Windows:
 class _Shard:
     """One mapped shard."""
 
+    path: Path
     data: mmap.mmap
     blocks: dict[int, Block] = field(default_factory=dict)  # checked
     pictures: dict[int, Ints] = field(default_factory=dict)
@@ -227,7 +229,7 @@ class Reader:
                         f"{path} has {size} bytes, the manifest says {expected}: it is truncated "
                         "or another file. " + _way_out(dataset)
                     )
-                return _Shard(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                return _Shard(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as error:
             failure = ShardError(
                 f"{path} cannot be read ({error.strerror or error}). {_way_out(dataset)}"
@@ -252,27 +254,24 @@ class Reader:
             empty = (np.empty((0, *m.shape), m.dtype) for m in manifest.layout.members)
             return Block(*empty)
         row, views = manifest.block_row(shard, block), []
+        place, way_out = f"{opened.path}, block {block}", _way_out(dataset)
         for kind, dtype, count, shape in manifest.layout.members:
             offset = int(row[f"{kind}_offset"])
             elements = int(row[count]) * math.prod(shape)
             view = np.frombuffer(opened.data, dtype, elements, offset)
             if (found := crc32(view)) != row[f"{kind}_crc32"]:
                 raise ShardError(
-                    f"{dataset.shard_path(shard)}, block {block}: the {kind} at byte {offset} are "
-                    f"corrupt (crc32 {found:08x}, the index has {int(row[f'{kind}_crc32']):08x}). "
-                    f"{_way_out(dataset)}"
+                    f"{place}: the {kind} at byte {offset} are corrupt (crc32 {found:08x}, the "
+                    f"index has {int(row[f'{kind}_crc32']):08x}). {way_out}"
                 )
             views.append(view.reshape(-1, *shape))
         found_block = Block(*views)
         tokens, starts, _, images = found_block
-        place = f"{dataset.shard_path(shard)}, block {block}"
-        check_ids(tokens, manifest.tokenizer.vocab_size, place, _way_out(dataset))
-        check_starts(starts, len(tokens), place, _way_out(dataset))
+        check_ids(tokens, manifest.tokenizer.vocab_size, place, way_out)
+        check_starts(starts, len(tokens), place, way_out)
         if self.pictures is not None:
             num_images = 0 if images is None else len(images)
-            rows = check_pictures(
-                tokens, num_images, self.pictures, self.seq_len, place, _way_out(dataset)
-            )
+            rows = check_pictures(tokens, num_images, self.pictures, self.seq_len, place, way_out)
             bounds = np.arange(len(tokens) // self.seq_len + 1)
             opened.pictures[block] = np.searchsorted(rows, bounds)
         return found_block
