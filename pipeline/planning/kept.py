@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config.choices import Normalization, Position, Recompute
+from pipeline.config.choices import Normalization, Position, Precision, Recompute
 from pipeline.planning.job import Job
 
 # fp32 logits of one chunk on a device: model/loss.py's CHUNK_BYTES["cuda"], which needs torch; a
@@ -133,9 +133,23 @@ def backward_bytes(job: Job) -> float:
     of_inner = job.micro_tokens * job.width * inner * experts / tensor
     # Experts on ranks of their own are whole there.
     cuts = 1 if job.shape.sizes.expert > 1 else tensor
-    of_weight = weight_gradient_bytes(job, inner * job.model.hidden_size / cuts)
+    one = inner * job.model.hidden_size / cuts
+    of_weight, of_first = weight_gradient_bytes(job, one), 0.0
+    if _has_grouped_experts(job):
+        # One product makes the gradients of all experts of a rank, of the second matrices, then,
+        # when the inner tensors are gone, of the first.
+        others = (job.model.moe.num_experts / job.shape.sizes.expert - 1) * one * job.width
+        of_first = (others + of_weight) * _gates(job) - of_inner
+        of_weight += others
     gathered = whole_hidden_bytes(job) if job.sequence_ranks > 1 else 0.0
-    return hidden_bytes(job) + gathered + max(of_inner + of_weight, of_inner * _gates(job))
+    inner_bytes = max(of_inner + of_weight, of_inner * _gates(job), of_first)
+    return hidden_bytes(job) + gathered + inner_bytes
+
+
+def _has_grouped_experts(job: Job) -> bool:
+    """Whether a rank's experts are one product (model/grouped.py): bf16, as ZeRO 1, 2 lay them."""
+    is_bf16 = job.training.precision is Precision.bf16
+    return bool(job.model.moe.num_experts) and is_bf16 and job.shape.zero_stage in (1, 2)
 
 
 def weight_gradient_bytes(job: Job, numbers: float) -> float:

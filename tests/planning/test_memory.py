@@ -72,6 +72,21 @@ def test_a_mixture_keeps_what_each_choice_makes_and_its_tokens_once():
         assert found == 4096 * 2 * (inner + 2 * 4096 / sent), more
 
 
+def test_one_product_of_experts_has_the_gradients_of_all_at_once():
+    """Mixtral's eight: 8 x 3 x F x H of bf16 where a loop holds one expert's; the first matrices', gate and up, weigh most."""
+    inner, one = 2 * 4096 * 14336 * 2, 14336 * 4096 * 2
+    words = ["model=mixtral-8x7b", "training.micro_batch_size=1"]
+    for more, expected in (
+        ([], 8 * 2 * one - inner),
+        (["parallel.zero_stage=3"], inner * 2),
+        (["training.precision=fp16", "parallel.zero_stage=2"], inner * 2),
+        (["parallel.expert_parallel_size=8"], inner * 2),
+    ):
+        job = Job.of(*run_of(*words, *more))
+        hidden = 4096 * 4096 * 2
+        assert kept.backward_bytes(job) == hidden + expected, more
+
+
 def test_a_plain_engine_keeps_every_block_and_the_last_output():
     (found,) = memory_of("training.micro_batch_size=2")
     block = 2 * 2048 * (32 * 4096 + 16 + 128)
