@@ -96,7 +96,7 @@ def test_kill_9_of_the_owner_keeps_no_start_out(lab):
     assert json.loads((owner / "00000001.json").read_text())["released"] is False
     lab.wait_for_step(job, "killed", 22)
     node = job.fact("BatchHost")
-    kill_owner(2, "pkill -9 -f slurm_script")  # and nobody is left to have it requeued
+    kill_owner(2, "pkill -9 -f [s]lurm_script")  # and nobody is left to have it requeued
     assert job.wait_for_end() == "FAILED", job.log()
     assert json.loads((owner / "00000002.json").read_text())["released"] is False
     before = time.monotonic()
