@@ -155,7 +155,7 @@ def test_bytes_do_not_depend_on_workers(
     assert checksums(tmp_path) == checksums(undisturbed)
 
 
-@pytest.mark.parametrize("num_tasks", [3, 7])
+@pytest.mark.parametrize("num_tasks", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_tasks_at_the_same_time_give_the_same_bytes(
     corpus: Path, undisturbed: Path, tmp_path: Path, num_tasks: int
 ) -> None:

@@ -106,7 +106,7 @@ def overflow_step(cfg: Any) -> list[tuple[float, bool, float]]:
     return results
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_loss_scale_that_overflows_is_halved_until_it_does_not(zero: int) -> None:
     """Exactly the steps that overflow are left out, and most of ten steps are not."""
     for results in run_on_ranks(overflow_step, 2, config("gpt2", precision="fp16", zero=zero)):
@@ -149,7 +149,15 @@ def nan_step(cfg: Any) -> list[tuple[bool, float]]:
 
 
 @pytest.mark.parametrize(
-    "zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")]
+    "zero, precision",
+    [
+        (0, "fp32"),
+        (2, "bf16"),
+        *(
+            pytest.param(*how, marks=pytest.mark.slow)
+            for how in ((1, "fp32"), (1, "bf16"), (3, "fp32"))
+        ),
+    ],
 )
 def test_a_nan_batch_is_left_out_and_training_goes_on(zero: int, precision: str) -> None:
     cfg = config("gpt2", zero=zero, precision=precision)
@@ -214,7 +222,11 @@ def ramped(cfgs: list[Any]) -> list[list[tuple[float, float]]]:
 @pytest.mark.parametrize(
     "world_size, layouts",
     [
-        (1, [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)]),
+        pytest.param(
+            1,
+            [dict(zero=0), dict(zero=1, precision="bf16"), dict(zero=2), dict(zero=3)],
+            marks=pytest.mark.slow,
+        ),
         (2, [dict(pp=2), dict(tp=2)]),
         pytest.param(3, [dict(pp=3), dict(batch_size=12)], marks=pytest.mark.slow),
         pytest.param(

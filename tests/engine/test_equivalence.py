@@ -200,7 +200,12 @@ def test_stages_may_differ_in_parameter_groups(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "sabotage", ["sequence_parallel_reduction", "gradient_scale", "pipe_partitioned"]
+    "sabotage",
+    [
+        "sequence_parallel_reduction",
+        "gradient_scale",
+        pytest.param("pipe_partitioned", marks=pytest.mark.slow),
+    ],
 )
 def test_sabotage_turns_the_comparison_red(sabotage: str) -> None:
     """A suite that cannot fail proves nothing."""

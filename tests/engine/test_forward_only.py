@@ -63,10 +63,10 @@ def test_a_group_of_any_size_is_evaluated_alike_at_every_layout(world_size: int)
 
 
 DROPOUT: list[tuple[int, list[Case]]] = [
-    (1, [dict(zero=0), dict(model="modern", zero=1, precision="bf16")]),
     (2, [dict(zero=3), dict(pp=2, schedule="dualpipev")]),
 ]
 MORE_DROPOUT: list[tuple[int, list[Case]]] = [
+    (1, [dict(zero=0), dict(model="modern", zero=1, precision="bf16")]),
     (1, [dict(model="moe-aux"), dict(precision="fp16", zero=1)]),
     (2, [dict(pp=2), dict(model="modern", tp=2, sp=True), dict(zero=2), dict(cp=2)]),
 ]
