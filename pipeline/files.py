@@ -159,7 +159,6 @@ def regular_file(path: str | Path, *, inside: str | Path | None = None) -> Path:
     """
     path = Path(path)
     _check_regular(_status(path), path)
-    # Strings: of paths it took twice as long, at each shard a loader opens.
     real, folder = os.path.realpath(path), os.path.realpath(inside or path.parent)
     if os.path.commonpath([real, folder]) != folder:
         raise OSError(errno.ELOOP, f"a link leads out of its folder, to {real}")
@@ -199,17 +198,10 @@ def read_file(
     if inside is not None:
         regular_file(path, inside=inside)
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        blocks: list[bytes] = []
-        done = 0
-        while size <= most:
-            # All of it at once, as a rule; files of /proc have a size of 0.
-            ask = min(max(size - done, _BLOCK_BYTES), most + 1 - done)
-            if not (block := file.read(ask)):
-                break
+        size, blocks = os.fstat(file.fileno()).st_size, list[bytes]()  # files of /proc: size 0
+        while size <= most and (block := file.read(max(size, _BLOCK_BYTES))):  # whole, at once
             blocks.append(block)
-            done += len(block)
-            size = max(size, done)
+            size = max(size, sum(map(len, blocks)))
     if size > most:
         raise OSError(errno.EFBIG, f"{size} bytes; such a file has at most {most}", str(path))
     return b"".join(blocks)

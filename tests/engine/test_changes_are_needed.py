@@ -54,12 +54,12 @@ DOORS = ("replace", "supply", "change", "waits")
 
 
 def changes_of(cases: list[dict[str, Any]]) -> list[Change]:
-    """What the engines of these layouts change when they are built, and when a step gets longer."""
+    """What the engines of these layouts change when they are built."""
     from pipeline import patching
 
     allow_fp16_on_the_cpu()
     for case in cases:
-        engine_of(config(**case)).runner.set_micro_batches(16)
+        engine_of(config(**case))
         reset_parallel_state()
     return patching.changes()
 

@@ -147,15 +147,6 @@ class DeepSpeedRunner:
         self.deepspeed.set_train_batch_size(
             self.shape.micro_batch_size * count * self.layout.replica.size
         )
-        if self.is_offloaded:
-            replace(
-                self.wrapper,
-                "gradient_accumulation_steps",
-                count,
-                why="offloaded gradients would be summed as if a step had its first size",
-                upstream="not reported",
-                proof="tests/engine/test_engine.py::test_a_ramp_with_an_offloaded_optimizer",
-            )
 
     def loss(self) -> Tensor:
         """0-dim mean loss of the step; the ranks add up once, for verdict and result."""
