@@ -62,8 +62,16 @@ def look(pid: int, step: int, folder: Path) -> Look | None:
         memory_mb = int(status["VmRSS"].split()[0]) / 1024
     except (OSError, KeyError):
         return None
-    size = sum(entry.stat().st_size for entry in list(folder.glob("checkpoints/*/*")) if entry.exists())  # fmt: skip
+    size = sum(map(size_of, folder.glob("checkpoints/*/*")))
     return Look(step, memory_mb, int(status["Threads"]), files, size / 1e6)
+
+
+def size_of(path: Path) -> int:
+    """0 when it has been renamed or deleted since it was listed, as a save's files are."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def rows(folder: Path) -> list[dict]:
