@@ -18,7 +18,7 @@ from pipeline.huggingface.loading import check_folder, holds_template
 
 NO_TEMPLATE = (
     "this model has no chat template: it was not trained on dialogues (data_prep.conversations). "
-    "Give it a prompt= instead."
+    "Give it a text to go on with: pretrain generate MODEL prompt=..."
 )
 
 
