@@ -73,7 +73,7 @@ def test_a_mixture_keeps_what_each_choice_makes_and_its_tokens_once():
 
 
 def test_one_product_of_experts_has_the_gradients_of_all_at_once():
-    """Mixtral's eight: 8 x 3 x F x H of bf16 where a loop holds one expert's; the first matrices', gate and up, weigh most."""
+    """Mixtral's eight: 8 x 2 x F x H of bf16, those of gate and up, where a loop holds one expert's."""
     inner, one = 2 * 4096 * 14336 * 2, 14336 * 4096 * 2
     words = ["model=mixtral-8x7b", "training.micro_batch_size=1"]
     for more, expected in (
