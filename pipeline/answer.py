@@ -64,7 +64,7 @@ def main(cfg: AnswerConfig) -> int:
     generation = GenerateConfig(
         checkpoint=cfg.checkpoint, chat=True, temperature=0.0, max_new_tokens=cfg.max_new_tokens
     )
-    with open_sampler(generation) as sampler:
+    with open_sampler(generation, needs_template=True) as sampler:
         answers = ask(sampler, questions, batch_size=cfg.batch_size)
     lines = [
         json.dumps(asdict(question) | {"answer": answer}, ensure_ascii=False) + "\n"

@@ -46,7 +46,8 @@ def main(cfg: GenerateConfig) -> int:
 
         torch.manual_seed(cfg.seed)
         if cfg.chat:
-            _talk(sampler, cfg)
+            talk = _talk if sampler.has_template else _write_together
+            talk(sampler, cfg)
             return 0
         if cfg.interactive:
             for prompt in _typed_prompts():
@@ -74,12 +75,15 @@ def _prompts(cfg: GenerateConfig) -> list[str]:
         raise ConfigError(f"{cfg.file} cannot be read as text: {error}.") from None
 
 
-def _typed_prompts() -> Iterator[str]:
+def _typed_prompts(*, shown_if_piped: bool = False) -> Iterator[str]:
     while True:
         try:
-            yield input("> ")
+            said = input("> ")
         except EOFError:
             return
+        if shown_if_piped and not sys.stdin.isatty():  # so that it stands beside the answer
+            sys.stdout.write(said + "\n")
+        yield said
 
 
 def _continue(
@@ -102,9 +106,7 @@ def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
     """
     messages: Messages = []
     shown = [] if cfg.image is None else [read_picture(cfg.image)]
-    for said in _typed_prompts():
-        if not sys.stdin.isatty():  # nobody typed it here: what was asked stands beside the answer
-            sys.stdout.write(said + "\n")
+    for said in _typed_prompts(shown_if_piped=True):
         if said == SHOW or said.startswith(f"{SHOW} "):
             try:
                 shown.append(_picture(sampler, said.removeprefix(SHOW).strip()))
@@ -121,6 +123,21 @@ def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
             continue
         sys.stdout.write("\n")
         messages.append({"role": "assistant", "content": answer})
+
+
+def _write_together(sampler: TextSampler, cfg: GenerateConfig) -> None:
+    """The chat of a model of text: it goes on with all that was typed and written so far.
+
+    What is typed begins a line; an empty line lets the model go on where it stopped. Of a text too
+    long for the model it sees the end.
+    """
+    log.say("no model of dialogues: it goes on with your text; an empty line lets it write more.")
+    text = ""
+    for said in _typed_prompts(shown_if_piped=True):
+        text += f"\n{said}" if text and said else said
+        (written,) = sampler.sample([text], on_text=_show)
+        sys.stdout.write("\n")
+        text += written
 
 
 def _picture(sampler: TextSampler, path: str) -> Image:

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "node-check": ("pipeline.node_check",),
 }
 SAID = {
-    "chat": "Talk to a model of dialogues on the terminal: generate chat=true.",
+    "chat": "Talk to a model on the terminal, or write a text with it: generate chat=true.",
     "tokenize": "Text to training shards: OUT/train and OUT/validation.",
 }
 KNOWN_AS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -160,8 +162,30 @@ def test_an_installed_wheel_makes_a_model_of_ones_own_text_from_an_empty_folder(
     assert shown["generate"].count("Once upon a time") == 1
     assert (tmp_path / "my" / "exported" / "model.safetensors").exists()
     (program,) = blocks("python")
+    said = subprocess.run(
+        [sys.executable, "-m", "pipeline.pretrain", "chat", "runs/your-text", "max_new_tokens=4"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)}, input="Once upon\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0 and "no model of dialogues" in said.stderr, said.stderr
+    assert said.stdout.startswith("> Once upon\n")
     loaded = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert loaded.returncode == 0 and loaded.stdout.startswith("Once upon"), loaded.stderr
     templates = {path.name for path in (site / "data_prep" / "chat").iterdir()}
     assert {"chatml.jinja", "plain.jinja"} <= templates
     assert (site / "pipeline" / "inference" / "talk.html").exists()
+
+
+@pytest.mark.slow
+def test_the_three_commands_of_characters_train(site, tmp_path):
+    """A token is a byte, a tenth is held out, and some steps bring the loss below that of 265 equally likely ids."""
+    text = library_text().encode("ascii", "ignore")
+    (tmp_path / "input.txt").write_bytes(text)
+    shown = typed(blocks("")[1], site, tmp_path, {"train": f"{FEW}20"})
+    assert "done at step 20 of 20" in shown["train"]
+    held, trained = (
+        json.loads((tmp_path / "chars/tokens" / name / "manifest.json").read_text())["tokens"]
+        for name in ("validation", "train")
+    )  # fmt: skip
+    assert held + trained == len(text) + 2, "bytes, and an end of each part"
+    rows = map(json.loads, (tmp_path / "runs/chars/metrics.jsonl").read_text().splitlines())
+    assert min(row.get("val/validation/loss", math.inf) for row in rows) < 5.0 < math.log(265)

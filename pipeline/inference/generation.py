@@ -39,7 +39,9 @@ class GenerateConfig:
     interactive: bool = False
     """Ask for prompts on the terminal until end of file."""
     chat: bool = False
-    """Talk on the terminal until end of file, by the model's chat template."""
+    """Talk on the terminal until end of file, by the model's chat template; a model without one
+    goes on with the text that you and it have written so far.
+    """
     max_new_tokens: int = 128
     """Longest continuation, tokens; it ends earlier with the document."""
     temperature: float = 0.8
@@ -88,8 +90,12 @@ def check_drawing(cfg: GenerateConfig) -> None:
         )
 
 
-def check_model(cfg: GenerateConfig) -> None:
-    """Raise CheckpointError or ConfigError where, by its small files, no model can be asked so."""
+def check_model(cfg: GenerateConfig, *, needs_template: bool = False) -> None:
+    """Raise CheckpointError or ConfigError where, by its small files, no model can be asked so.
+
+    Args:
+        needs_template: it must answer, not go on with a text; one that is shown a picture must.
+    """
     path = Path(cfg.checkpoint)
     is_theirs = (path / "config.json").is_file()
     if (is_theirs or cfg.image) and importlib.util.find_spec("transformers") is None:
@@ -113,5 +119,5 @@ def check_model(cfg: GenerateConfig) -> None:
         raise ConfigError(
             f"image={cfg.image} has no effect: this model reads no pictures. Leave it out."
         )
-    if cfg.chat and not has_template:
+    if (needs_template or cfg.image) and not has_template:
         raise ConfigError(NO_TEMPLATE)

@@ -39,6 +39,8 @@ class TextSampler(Protocol):
 
     sight: Sight | None
     """How it sees; None: it is shown no pictures."""
+    has_template: bool
+    """Whether it answers in dialogues; else it only goes on with a text."""
 
     def drawing(self, cfg: GenerateConfig) -> TextSampler:
         """The same model with other settings of how to draw."""
@@ -79,9 +81,9 @@ class _Drawing:
 
 
 @contextlib.contextmanager
-def open_sampler(cfg: GenerateConfig) -> Iterator[TextSampler]:
-    """The sampler that can compute the model."""
-    check_model(cfg)
+def open_sampler(cfg: GenerateConfig, *, needs_template: bool = False) -> Iterator[TextSampler]:
+    """The sampler that can compute the model, and one that answers where that is needed."""
+    check_model(cfg, needs_template=needs_template)
     path = Path(cfg.checkpoint)
     if (path / "config.json").is_file():
         yield TransformersSampler(path, cfg)
@@ -118,6 +120,7 @@ class TransformersSampler(_Drawing):
 
         self.model = load_transformers(folder, dtype, self.device)
         self.tokenizer: Any = load_tokenizer(folder)
+        self.has_template = self.tokenizer.chat_template is not None
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends: list[int] = [end for end in ends if type(end) is int]
@@ -139,7 +142,7 @@ class TransformersSampler(_Drawing):
         self, dialogues: Sequence[Messages], *, on_text: Callable[[str], None] | None
     ) -> list[str]:
         """What the assistant says next in each dialogue."""
-        if self.tokenizer.chat_template is None:
+        if not self.has_template:
             raise ConfigError(NO_TEMPLATE)
 
         def ids(messages: Messages) -> list[int]:
@@ -231,6 +234,7 @@ class LocalSampler(_Drawing):
                     f"{folder / CHAT_TEMPLATE} cannot be read: {error}."
                 ) from None
             self.template = ChatTemplate(template, self.tokenizer)
+        self.has_template = self.template is not None
         self.decoder = Decoder(record.model(), lambda name: tensors.tensor(f"weights/{name}"))
         self.max_seq_len = record.model().max_seq_len
 

@@ -31,7 +31,7 @@ WRONG = {
     "pipeline.generate RUN file=FILE interactive=true": "several ways to ask",
     "pipeline.generate RUN image=nowhere.png": "nowhere.png",
     "pipeline.generate RUN image=FILE": "is no PNG, JPEG or WebP",
-    "pipeline.generate RUN chat=true": "no chat template",
+    "pipeline.generate RUN chat=true num_samples=2": "no effect with chat",
     "pipeline.serve nowhere": "nowhere is no folder",
     "pipeline.serve RUN port=99999": "port (99999)",
     "pipeline.serve RUN temperature=3": "temperature (3.0)",

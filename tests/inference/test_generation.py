@@ -53,9 +53,9 @@ def nothing_is_loaded(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     "change, wrong, message",
     [
-        ("", {"chat": True}, "no chat template"), ("", {"image": "x.png"}, "reads no pictures"),
+        ("", {"image": "x.png"}, "reads no pictures"),
         ("tokenizer", {}, "has no tokenizer.json"), ("base", {}, "base of this adapter is not in"),
-        ("nowhere", {}, "is no folder"), ("theirs", {"chat": True}, "no chat template"),
+        ("nowhere", {}, "is no folder"), ("llava", {"chat": True, "image": "x.png"}, "no chat template"),
         ("theirs", {"image": "x.png"}, "reads no pictures"),
         ("without transformers", {}, "is not installed: pip install"),
     ],
@@ -76,7 +76,8 @@ def test_a_model_that_cannot_be_asked_so_is_refused_before_it_is_loaded(
     elif change == "nowhere":
         path = tmp_path / "nowhere"
     elif change:
-        (path / "config.json").write_text('{"model_type": "gpt2"}')
+        kind = "llava" if change == "llava" else "gpt2"
+        (path / "config.json").write_text(json.dumps({"model_type": kind}))
         (path / "tokenizer_config.json").write_text("{}")
         (path / "model.safetensors").write_bytes(b"")
     if change == "without transformers":
