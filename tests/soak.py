@@ -32,7 +32,8 @@ from tests.support.token_dataset import write_dataset
 LOG_EVERY, SAVES, EVALUATIONS, ROTATIONS, KEEP = 10, 100, 40, 10, 2
 MOST_GROWTH_MB = 8.0
 """Of memory, from the first fifth to the last: 0.5 KB a step of 16,000 is a leak."""
-LOOK_S = 1.0
+LOOK_S = 0.2
+"""Of a short soak a second sees one save after the other, and never the files and threads between them."""
 SETTINGS = [
     "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32", "schedule=constant", "schedule.warmup_steps=20",
     "training.global_batch_size=4", "training.micro_batch_size=4", "training.precision=fp32", "optimizer.lr=0.003",
@@ -62,7 +63,9 @@ def look(pid: int, step: int, folder: Path) -> Look | None:
         memory_mb = int(status["VmRSS"].split()[0]) / 1024
     except (OSError, KeyError):
         return None
-    size = sum(map(size_of, folder.glob("checkpoints/*/*")))
+    # os.walk goes on where a folder is deleted under it, as old checkpoints are; a glob does not.
+    files_there = (Path(at) / name for at, _, names in os.walk(folder / "checkpoints") for name in names)  # fmt: skip
+    size = sum(map(size_of, files_there))
     return Look(step, memory_mb, int(status["Threads"]), files, size / 1e6)
 
 
@@ -74,9 +77,9 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path, name: str = "metrics.jsonl*") -> list[dict]:
     """The lines of all metrics files, the rotated ones first."""
-    files = sorted(folder.glob("metrics.jsonl*"), key=lambda path: path.stat().st_mtime_ns)
+    files = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
@@ -147,8 +150,7 @@ def soak(folder: Path, *, steps: int) -> str:
     try:
         while process.poll() is None:
             time.sleep(LOOK_S)
-            with_step = [row for row in rows(run_dir)[-20:] if "step" in row] if run_dir.exists() else []  # fmt: skip
-            step = max([step, *(row["step"] for row in with_step)])
+            step = max([step, *(row.get("step", 0) for row in rows(run_dir, metrics.name))])
             if step and (seen := look(process.pid, step, run_dir)):
                 looks.append(seen)
             if step >= (rotated + 1) * steps / (ROTATIONS + 1) and metrics.exists():
