@@ -22,3 +22,15 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.swiglu: F.silu,  # of the gate
     Activation.squared_relu: squared_relu,
 }
+
+
+def activate(wide: Tensor, act: Callable[[Tensor], Tensor], *, is_gated: bool) -> Tensor:
+    """What an MLP's second matrix takes: act(wide); of a gated one act(gate) * up, its halves.
+
+    Args:
+        wide: (..., F), or (..., 2 F) of a gated one.
+    """
+    if not is_gated:
+        return act(wide)
+    gate, up = wide.chunk(2, dim=-1)
+    return act(gate) * up

@@ -20,6 +20,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor, nn
 
 from pipeline.config.choices import NormPlacement, Position, Recompute
+from pipeline.model.activations import activate
 from pipeline.model.architecture import Architecture
 from pipeline.model.attention import Attention, CoreAttention
 from pipeline.model.experts import build_experts
@@ -33,10 +34,8 @@ class MLP(McoreMLP):
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         """MLP output in the layout of `hidden`."""
         wide = self.linear_fc1(hidden)[0]
-        if self.config.gated_linear_unit:
-            gate, up = wide.chunk(2, dim=-1)
-            return self.linear_fc2(self.activation_func(gate) * up)[0]
-        return self.linear_fc2(self.activation_func(wide))[0]
+        is_gated = self.config.gated_linear_unit
+        return self.linear_fc2(activate(wide, self.activation_func, is_gated=is_gated))[0]
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig, VisionConfig
 from pipeline.config.model_shape import resolve
 from pipeline.config.parameter_names import parameter_shapes
-from pipeline.model.activations import ACTIVATIONS
+from pipeline.model.activations import ACTIVATIONS, activate
 from pipeline.model.rope import apply_rope, rope_table
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -167,10 +167,8 @@ class Decoder:
         if f"{at}.router.weight" in self.weights:
             return self._mixture(x, at)
         wide, act = self._linear(x, f"{at}.linear_fc1"), ACTIVATIONS[self.model.activation]
-        if self.sizes.is_gated:
-            gate, up = wide.chunk(2, dim=-1)
-            return self._linear(act(gate) * up, f"{at}.linear_fc2")
-        return self._linear(act(wide), f"{at}.linear_fc2")
+        inner = activate(wide, act, is_gated=self.sizes.is_gated)
+        return self._linear(inner, f"{at}.linear_fc2")
 
     def _mixture(self, x: Tensor, at: str) -> Tensor:
         """Each token through its experts, weighted as experts.py does, and through the shared one.

@@ -11,9 +11,6 @@ sequences is the same at every layout. The z-loss is a mean over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from pipeline.model.activations import activate
 from pipeline.model.grouped import goes, grouped_product
 from pipeline.model.partition import mark_expert
 from pipeline.model.recompute import is_replay
@@ -113,27 +111,34 @@ class Experts(SequentialMLP):
         inner, outer = [e.linear_fc1 for e in experts], [e.linear_fc2 for e in experts]
         if all(goes(tokens, [linear.weight for linear in alike]) for alike in (inner, outer)):
             ends = counts.cumsum(0).to(tokens.device, torch.int32, non_blocking=True)
-            return _at_once(experts[0], inner, outer, ends)(tokens, weights)[0], None
+            wide = grouped_product(tokens, ends, [linear.weight for linear in inner])
+            weighted = self._activate(wide, weights)
+            return grouped_product(weighted, ends, [linear.weight for linear in outer]), None
         sizes = counts.tolist()
-        parts = zip(tokens.split(sizes), weights.split(sizes), strict=True)
-        outputs = [expert(*part)[0] for expert, part in zip(experts, parts, strict=True)]
+        parts = zip(inner, outer, tokens.split(sizes), weights.split(sizes), strict=True)
+        outputs = [fc2(self._activate(fc1(x)[0], w))[0] for fc1, fc2, x, w in parts]
         return torch.cat(outputs), None
 
+    def _activate(self, wide: Tensor, weights: Tensor) -> Tensor:
+        """Between an expert's two products; a token's weight goes in before the second one.
 
-def _at_once(expert: Any, inner: list[Any], outer: list[Any], ends: Tensor) -> Callable[..., Any]:
-    """What one expert computes, by the linears of all of them, each of its own tokens."""
+        megatron-core's own adds its glu_linear_offset, 0, to a gated expert's half: another copy of
+        it until the backward pass, 8 GiB of 118 for eight experts of modern-1.3b.
+        """
+        config = self.config
+        inner = activate(wide, config.activation_func, is_gated=config.gated_linear_unit)
+        return (inner * weights.unsqueeze(-1)).to(inner.dtype)
 
-    def product(linears: list[Any]) -> Callable[[Tensor], tuple[Tensor, None]]:
-        weights = [linear.weight for linear in linears]
-        return lambda x: (grouped_product(x, ends, weights), None)
 
-    all_of_them = SimpleNamespace(
-        linear_fc1=product(inner),
-        linear_fc2=product(outer),
-        activation_func=expert.activation_func,
-        config=expert.config,
-    )
-    return partial(type(expert).forward, all_of_them)
+class SharedExpert(SharedExpertMLP):
+    """The expert of all tokens, with as few copies as the others."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Its output in the layout of `hidden`."""
+        config = self.config
+        wide = self.linear_fc1(hidden)[0]
+        inner = activate(wide, config.activation_func, is_gated=config.gated_linear_unit)
+        return self.linear_fc2(inner)[0]
 
 
 class MixtureLayer(MoELayer):
@@ -153,7 +158,7 @@ def build_experts(config: TransformerConfig, *, layer: int) -> nn.Module:
     parts = MoESubmodules(
         router=Router,
         experts=ModuleSpec(Experts, submodules=linears),
-        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+        shared_experts=ModuleSpec(SharedExpert, submodules=linears),
     )
     moe = build_module(ModuleSpec(MixtureLayer, submodules=parts), config=config)
     moe.set_layer_number(layer + 1)
