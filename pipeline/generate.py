@@ -131,7 +131,7 @@ def _write_together(sampler: TextSampler, cfg: GenerateConfig) -> None:
     What is typed begins a line; an empty line lets the model go on where it stopped. Of a text too
     long for the model it sees the end.
     """
-    log.say("no model of dialogues: it goes on with your text; an empty line lets it write more.")
+    log.say("no model of dialogues: it goes on with your text, also after an empty line.")
     text = ""
     for said in _typed_prompts(shown_if_piped=True):
         text += f"\n{said}" if text and said else said
