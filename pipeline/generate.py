@@ -46,8 +46,10 @@ def main(cfg: GenerateConfig) -> int:
 
         torch.manual_seed(cfg.seed)
         if cfg.chat:
-            talk = _talk if sampler.has_template else _write_together
-            talk(sampler, cfg)
+            if sampler.has_template:
+                _talk(sampler, cfg)
+            else:
+                _write_together(sampler)
             return 0
         if cfg.interactive:
             for prompt in _typed_prompts():
@@ -125,7 +127,7 @@ def _talk(sampler: TextSampler, cfg: GenerateConfig) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _write_together(sampler: TextSampler, cfg: GenerateConfig) -> None:
+def _write_together(sampler: TextSampler) -> None:
     """The chat of a model of text: it goes on with all that was typed and written so far.
 
     What is typed begins a line; an empty line lets the model go on where it stopped. Of a text too

@@ -33,7 +33,7 @@ LOG_EVERY, SAVES, EVALUATIONS, ROTATIONS, KEEP = 10, 100, 40, 10, 2
 MOST_GROWTH_MB = 8.0
 """Of memory, from the first fifth to the last: 0.5 KB a step of 16,000 is a leak."""
 LOOK_S = 0.2
-"""Of a short soak a second sees one save after the other, and never the files and threads between them."""
+"""So that a short soak has dozens of looks: the fewest files and threads of a few may be those of a save."""
 SETTINGS = [
     "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32", "schedule=constant", "schedule.warmup_steps=20",
     "training.global_batch_size=4", "training.micro_batch_size=4", "training.precision=fp32", "optimizer.lr=0.003",
