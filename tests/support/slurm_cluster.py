@@ -55,7 +55,9 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 # A lost node is noticed in seconds (in production: SlurmdTimeout=300).
 SlurmdTimeout=8
 SlurmctldTimeout=10
-MessageTimeout=4
+# Not below its default: a signal that a node is slow to answer is sent again a minute later. In production a requeued
+# job is held for longer than that; here such a signal would end the job's next start.
+MessageTimeout=10
 TCPTimeout=2
 InactiveLimit=0
 KillWait={kill_wait_s}
