@@ -33,7 +33,8 @@ def read_jsonl(
 ) -> Iterator[Document]:
     """The documents of the lines that begin in the piece."""
     for record, place in read_objects(file, piece, cfg, rejects, (cfg.text_field,)):
-        text = accept(field_of(record, cfg.text_field), piece.path, cfg, rejects, **place)
+        value = field_of(record, cfg.text_field)
+        text = accept(value, piece.path, cfg, rejects, fields=record, **place)
         if text is not None:
             url = record.get(cfg.url_field)
             name = f"{piece.name}@{place['offset']}"

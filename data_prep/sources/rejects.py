@@ -6,7 +6,9 @@ REASONS; dialogues and pictures have reasons of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from data_prep.sources.inputs import InputConfig, OnError
@@ -24,7 +26,8 @@ REASONS = {
     "not_json_lines": "the .json file is one value, not an object on each line. Make lines of an "
     "array with `jq -c '.[]'`, or read each file as one text with format=text",
     "not_an_object": "the line is JSON, but not an object",
-    "missing_field": "the text field, column or member is not there",
+    "missing_field": "the text field, column or member is not there; text_field=NAME says which is "
+    "read",
     "ambiguous": "the text field, column, member or sample is there twice",
     "not_a_string": "the text is null, a number, a list or an object",
     "invalid_utf8": "the text is not UTF-8",
@@ -147,11 +150,23 @@ def field_of(record: Any, name: str) -> Any:
 
 
 def accept(
-    value: Any, path: str, cfg: InputConfig, rejects: Rejects, **place: int | str | None
+    value: Any,
+    path: str,
+    cfg: InputConfig,
+    rejects: Rejects,
+    *,
+    fields: Iterable[str] = (),
+    **place: int | str | None,
 ) -> str | None:
-    """The text if it may become a document; else None, and the reason is recorded."""
+    """The text if it may become a document; else None, and the reason is recorded.
+
+    `fields` are the record's names, said where the text's own is missing.
+    """
     if value is ...:
-        rejects.add("missing_field", path, f"no {cfg.text_field}", **place)
+        # Half a surrogate pair, which JSON can spell, is no text that could be written.
+        known = ", ".join(islice(fields, 20)).encode(errors="backslashreplace").decode()
+        detail = f"no {cfg.text_field}{f'; there are: {known}' if known else ''}"
+        rejects.add("missing_field", path, detail, **place)
         return None
     if isinstance(value, bytes):
         if len(value) > cfg.max_document_mb * 4e6:  # no character has more than 4

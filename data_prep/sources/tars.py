@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -67,6 +67,7 @@ def read_tar(
             continue
         value: Any = next((sample.members[n] for n in TEXT_MEMBERS if n in sample.members), ...)
         url: Any = ""
+        fields: Iterable[str] = sample.members
         if value is ... and "json" in sample.members:
             content = sample.members["json"]
             try:
@@ -79,7 +80,8 @@ def read_tar(
                 continue
             value = field_of(record, cfg.text_field)
             url = record.get(cfg.url_field) if isinstance(record, dict) else ""
-        text = accept(value, piece.path, cfg, rejects, member=key)
+            fields = record if isinstance(record, dict) else ()
+        text = accept(value, piece.path, cfg, rejects, fields=fields, member=key)
         if text is not None:
             yield Document(text, f"{piece.name}/{key}", source, url if isinstance(url, str) else "")
 
