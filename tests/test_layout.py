@@ -49,7 +49,6 @@ TESTED_IN = {
     "data_prep/sources/picture_records.py": ("tokens/test_bad_picture_records.py", SOURCE),
     "data_prep/sources/pieces.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/records.py": ("sources/test_bad_input.py", SOURCE),
-    "data_prep/sources/rejects.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/tars.py": ("sources/test_bad_input.py", SOURCE),
     "data_prep/sources/token_files.py": ("test_import_tokens.py", JOB),
     "data_prep/tokens/browse.py": ("test_show.py", "the command prints what it finds"),

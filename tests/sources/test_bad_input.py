@@ -278,22 +278,6 @@ def test_a_reject_tells_where_it_is(tmp_path):
     assert [row["member"] for row in rejects] == ["7"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", b'{"body": "x", "\\ud800": 1}\n'),
-        ("a.parquet", parquet_of(**{"body": ["x"], "id": ["1"]})),
-        ("a.tar", tar_of([("1.json", b'{"body": "x"}')])),
-    ],
-)
-def test_a_missing_field_names_those_that_are_there(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    cfg = InputConfig(input=str(tmp_path / name))
-    with pytest.raises(DataError, match=r"body.*text_field=NAME|text_field=NAME.*body") as raised:
-        list(read_documents(find_units(cfg)[0], cfg, Rejects(OnError.fail)))
-    assert str(raised.value).encode(), "what is said can be written"
-
-
 def test_a_file_that_changes_during_the_job_is_not_used(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     cfg = InputConfig(input=str(path))
