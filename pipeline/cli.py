@@ -5,7 +5,7 @@
 
 Every entry point of the project is `cli.run(main, Schema, config="name")`. `--help` prints the
 module's docstring and each setting with its composed value and its meaning; it needs no torch.
-Nothing else imports hydra.
+Beside it only presets.py and the sweep's grammar import hydra.
 """
 
 from __future__ import annotations
@@ -154,11 +154,8 @@ def compose(
         order = dict.fromkeys([*positional, *(key for key, *_ in schemas.keys(schema))])
         unset = [key for key in order if key in missing] or sorted(missing)  # of an entry of a list
         give = " ".join(f"{key}=..." for key in unset)
-        raise ConfigError(
-            f"{unset[0]} is not set and has no default; give {give}"
-            if not unset[1:]
-            else f"{', '.join(unset)} are not set and have no default; give {give}"
-        )
+        are = "are not set and have" if unset[1:] else "is not set and has"
+        raise ConfigError(f"{', '.join(unset)} {are} no default; give {give}")
     try:
         return typing.cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
@@ -170,7 +167,6 @@ def _compose(
 ) -> DictConfig:
     """The settings before they become dataclasses; some may still have no value."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -189,7 +185,7 @@ def _compose(
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
     ConfigStore.instance().store(f"{config}_schema" if _has_yaml(config) else config, schema)
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with presets.hydra_in(CONF_DIR):
             search = [presets.search_path(own)] if own else []
             node = hydra_compose(config, [*search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:

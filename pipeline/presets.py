@@ -7,8 +7,10 @@ conf/, DIR --groups--> group to names, for --help and suggestions
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from pipeline.errors import ConfigError
 FLAG = "--config-dir"
 VARIABLE = "PRETRAIN_CONFIG_DIR"
 """The same for a command and whatever it composes or starts itself, as a scaling ladder does."""
+
+
+COMPOSING = threading.Lock()
 
 
 def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path | None]:
@@ -76,3 +81,23 @@ def search_path(own: Path) -> str:
     """Hydra's override that searches a folder too."""
     quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
     return f"hydra.searchpath=['file://{quoted}']"
+
+
+@contextlib.contextmanager
+def hydra_in(folder: Path) -> Iterator[None]:
+    """Hydra over a folder of presets, for this thread alone.
+
+    A process has one Hydra: two threads that compose refuse each other, and so does an application
+    under @hydra.main that calls us; its own is set aside and put back.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with COMPOSING:
+        theirs = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                yield
+        finally:
+            GlobalHydra.instance().hydra = theirs

@@ -57,7 +57,7 @@ LEAVES = {
 
 # library, or a package of ours that stands for one -> places that may import it
 FENCES = {
-    "hydra": ["pipeline.cli", "pipeline.sweeping.points"],
+    "hydra": ["pipeline.cli", "pipeline.presets", "pipeline.sweeping.points"],
     "deepspeed": ["pipeline.engine.deepspeed", "pipeline.rehearsal"],
     "pipeline.engine.deepspeed": ["pipeline.engine.deepspeed", "pipeline.training.build"],
     "megatron": ["pipeline.model", "pipeline.distributed", "pipeline.engine.deepspeed.mpu"],

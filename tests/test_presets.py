@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hydra import initialize
+from hydra.core.global_hydra import GlobalHydra
 
 from pipeline import cli, presets
 from pipeline.config.pretrain import PretrainConfig
@@ -88,3 +91,27 @@ def test_help_lists_both(folder: Path) -> None:
     found = presets.groups(PretrainConfig, "pretrain", [cli.CONF_DIR, folder / "conf"])
     assert "mine" in found["experiment"] and "quickstart" in found["experiment"]
     assert {"my-model", "tiny"} <= set(found["model"])
+
+
+def test_threads_compose_beside_each_other():
+    """Hydra's state belongs to the process: `tests.rehearsed_presets` of several processes ended in its ValueError."""
+    words = [[f"optimizer.lr={number}e-4", "data.path=none"] for number in range(1, 9)]
+
+    def lr(arguments: list[str]) -> float:
+        return cli.compose(PretrainConfig, arguments, config="pretrain").optimizer.lr
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lr, words)) == pytest.approx([n * 1e-4 for n in range(1, 9)])
+
+
+def test_a_program_that_uses_hydra_itself_composes_too():
+    """A notebook, or an application under @hydra.main: its Hydra is as before afterwards."""
+    with initialize(version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert (
+            cli.compose(PretrainConfig, ["data.path=none"], config="pretrain").data.path == "none"
+        )
+        with pytest.raises(ConfigError):
+            cli.compose(PretrainConfig, ["no.such=1"], config="pretrain")
+        assert theirs is not None and GlobalHydra.instance().hydra is theirs
+    assert not GlobalHydra.instance().is_initialized()
