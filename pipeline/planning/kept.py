@@ -97,6 +97,23 @@ def _mlp_bytes(job: Job) -> float:
     return job.micro_tokens * job.width * numbers
 
 
+def late_bytes(job: Job) -> float:
+    """What a dense block keeps behind its backward pass, until its weights' gradients are computed.
+
+    Of every linear its input and its output's gradient, where a stage sends its input's gradient
+    first (model/linear.py). On one tensor-parallel rank less than the block kept before; under
+    sequence parallelism two of the gradients are of whole sequences: 276 MiB where a block of
+    gpt3-175b kept 192 (micro-batch 2, TP 8).
+    """
+    sizes, tensor = job.sizes, job.shape.sizes.tensor
+    context = job.model.num_attention_heads * sizes.head_dim
+    numbers = 2 * context + 2 * sizes.num_query_groups * sizes.head_dim
+    if not job.model.moe.num_experts:
+        numbers += (1 + _gates(job)) * sizes.ffn_hidden_size
+    split = job.micro_tokens * job.width * numbers / tensor
+    return split + 2 * hidden_bytes(job) + 2 * whole_hidden_bytes(job)
+
+
 def recomputed_block_bytes(job: Job) -> float:
     """What a block keeps that is computed again: its input."""
     return hidden_bytes(job)

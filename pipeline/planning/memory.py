@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.choices import Position, Precision, Recompute
 from pipeline.config.parameter_names import linear_shapes
+from pipeline.config.stages import sends_gradients_first
 from pipeline.log import in_units
 from pipeline.planning.job import Job, Stage
 from pipeline.planning.kept import (
@@ -23,6 +24,7 @@ from pipeline.planning.kept import (
     block_bytes,
     encoder_bytes,
     hidden_bytes,
+    late_bytes,
     loss_bytes,
     recomputed_block_bytes,
     weight_gradient_bytes,
@@ -141,7 +143,7 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
         again = block - recomputed_block_bytes(job) if is_again else 0.0
         behind = max(waits, head) if stage.has_head else 0.0
         used = backward_bytes(job) + again + behind + standing + buckets
-        moments.append((flight * one, used, "backward"))
+        moments.append((flight * one + _late_growth(job, stage), used, "backward"))
     if stage.has_embedding:
         table = weight_gradient_bytes(job, job.table) + waits
         used = table + hidden_bytes(job) + standing + buckets
@@ -152,6 +154,23 @@ def _moments(job: Job, stage: Stage) -> list[tuple[float, float, str]]:
         used = _encoder_backward_bytes(job, job.encoder) + waits + standing + buckets
         moments.append(((flight - 1) * one + pictures, used, "pictures"))
     return moments
+
+
+def _late_growth(job: Job, stage: Stage) -> float:
+    """By how much the blocks of a micro-batch grow before the first of them goes backwards.
+
+    Behind it wait all others' products, where the stage sends its input's gradient first: every
+    stage but the first (engine/deepspeed/gradient_first.py), of DualPipeV half a rank's blocks.
+    """
+    training = job.training
+    if job.shape.sizes.pipeline == 1 or not job.trains_all:
+        return 0.0
+    if not (job.is_dual or stage.rank):
+        return 0.0
+    if not sends_gradients_first(job.model, training.precision, training.recompute):
+        return 0.0
+    layers = stage.reached_layers / (2 if job.is_dual else 1)
+    return max(0.0, layers - 1) * max(0.0, late_bytes(job) - block_bytes(job))
 
 
 def _encoder_backward_bytes(job: Job, encoder: Job) -> float:

@@ -42,6 +42,14 @@ def test_every_dense_preset_is_within_5_percent(rank_process, model, kind, recom
     assert abs(error(model, kind, recompute, process=rank_process)) < MOST
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["middle", "last"])
+def test_gathered_gradients_that_wait_for_late_products_are_planned(rank_process, kind):
+    """Of 8 tensor-parallel ranks with sequence parallelism: 3.8 % of the whole with four blocks a stage, 5.3 % with 32."""
+    found = error("gpt3-175b", kind, "none", "model.num_layers=12", process=rank_process)
+    assert abs(found) < 0.015
+
+
 ENCODER = [
     "model.vision.num_attention_heads=12", "model.vision.image_size=224", "model.vision.patch_size=16",
     "model.max_seq_len=1024", "training.seq_len=1024",
