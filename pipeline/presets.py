@@ -19,9 +19,8 @@ from pipeline.errors import ConfigError
 FLAG = "--config-dir"
 VARIABLE = "PRETRAIN_CONFIG_DIR"
 """The same for a command and whatever it composes or starts itself, as a scaling ladder does."""
-
-
 COMPOSING = threading.Lock()
+"""Held by the thread whose Hydra it is."""
 
 
 def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path | None]:

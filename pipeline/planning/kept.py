@@ -101,7 +101,7 @@ def late_bytes(job: Job) -> float:
     """What a dense block keeps behind its backward pass, until its weights' gradients are computed.
 
     Of every linear its input and its output's gradient, where a stage sends its input's gradient
-    first (model/linear.py). On one tensor-parallel rank less than the block kept before; under
+    first (model/linear.py). On one tensor-parallel rank no more than the block kept before; under
     sequence parallelism two of the gradients are of whole sequences: 276 MiB where a block of
     gpt3-175b kept 192 (micro-batch 2, TP 8).
     """

@@ -163,11 +163,8 @@ def _late_growth(job: Job, stage: Stage) -> float:
     stage but the first (engine/deepspeed/gradient_first.py), of DualPipeV half a rank's blocks.
     """
     training = job.training
-    if job.shape.sizes.pipeline == 1 or not job.trains_all:
-        return 0.0
-    if not (job.is_dual or stage.rank):
-        return 0.0
-    if not sends_gradients_first(job.model, training.precision, training.recompute):
+    sends = job.shape.sizes.pipeline > 1 and (job.is_dual or stage.rank > 0) and job.trains_all
+    if not (sends and sends_gradients_first(job.model, training.precision, training.recompute)):
         return 0.0
     layers = stage.reached_layers / (2 if job.is_dual else 1)
     return max(0.0, layers - 1) * max(0.0, late_bytes(job) - block_bytes(job))

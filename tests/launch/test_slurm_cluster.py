@@ -58,22 +58,26 @@ def test_nodes_are_machines_of_their_own(tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_a_slow_node_does_not_reach_the_jobs_next_start(tmp_path):
     """Slurm sends a signal that was not answered in MessageTimeout again after 60 s; the start that is meant is over."""
-    script = tmp_path / "again.sh"
+    script, is_stopped = tmp_path / "again.sh", tmp_path / "stopped"
     script.write_text("""#!/bin/bash
 srun --kill-on-bad-exit=1 bash -c '
   trap "echo heard in $SLURM_RESTART_COUNT; exit 0" TERM
   echo start $SLURM_RESTART_COUNT on $(hostname)
-  if [[ $SLURM_RESTART_COUNT == 0 && $(hostname) == n1 ]]; then sleep 5; exit 1; fi
-  while :; do sleep 0.1; done'
+  while :; do
+    [[ $SLURM_RESTART_COUNT == 0 && $(hostname) == n1 && -e $IS_STOPPED ]] && exit 1
+    sleep 0.1
+  done'
 scontrol requeue $SLURM_JOB_ID && sleep 60
 """)
     with SlurmCluster(tmp_path / "box", num_nodes=2) as cluster:
         said = tmp_path / "said"
-        environment = {"SLURM_RESTART_COUNT": "0"}  # Slurm sets it from the second start on
+        # Slurm sets the count from the second start on.
+        environment = {"SLURM_RESTART_COUNT": "0", "IS_STOPPED": str(is_stopped)}
         options = ["--nodes=2", "--requeue", "--open-mode=append", f"--output={said}"]
         cluster.run("sbatch", *options, str(script), env=environment)
         cluster.wait_for(lambda: said.exists() and said.read_text().count("start 0") == 2, "start")
         cluster.run("pkill", "-STOP", "slurmd", node="n2")
+        is_stopped.touch()
         cluster.wait_for(lambda: "exit code 1" in said.read_text(), "the end of a rank")
         time.sleep(6)
         cluster.run("pkill", "-CONT", "slurmd", node="n2")
