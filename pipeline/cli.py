@@ -154,8 +154,8 @@ def compose(
         order = dict.fromkeys([*positional, *(key for key, *_ in schemas.keys(schema))])
         unset = [key for key in order if key in missing] or sorted(missing)  # of an entry of a list
         give = " ".join(f"{key}=..." for key in unset)
-        are = "are not set and have" if unset[1:] else "is not set and has"
-        raise ConfigError(f"{', '.join(unset)} {are} no default; give {give}")
+        rule = "are not set and have no default" if unset[1:] else "is not set and has no default"
+        raise ConfigError(f"{', '.join(unset)} {rule}; give {give}")
     try:
         return typing.cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:

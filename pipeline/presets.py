@@ -99,4 +99,6 @@ def hydra_in(folder: Path) -> Iterator[None]:
             with initialize_config_dir(str(folder), version_base="1.3"):
                 yield
         finally:
-            GlobalHydra.instance().hydra = theirs
+            GlobalHydra.instance().clear()
+            if theirs is not None:
+                GlobalHydra.instance().initialize(theirs)
