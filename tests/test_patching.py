@@ -42,6 +42,9 @@ WRITTEN = {
         "model/tensor_parallel.py": ["vars(parameter)['has_partial_gradient']"],
     },
     "a tensor's memory": {"engine/deepspeed/slots.py": ["held.data"]},
+    "a parameter's gradient, to which autograd then adds": {
+        "engine/deepspeed/fp32_sums.py": ["parameter.grad"],
+    },
     "what torch's optimizers take so, from its GradScaler": {
         "engine/engine.py": ["optimizer.grad_scale", "optimizer.found_inf"],
     },

@@ -208,10 +208,13 @@ def _standing(job: Job, stage: Stage) -> float:
 def _bucket_bytes(job: Job, stage: Stage) -> float:
     """Of ZeRO: two buckets of gradients, one filled while the other is reduced.
 
-    Not in bf16 at stage 1, where sums are reduced in place (engine/deepspeed/bf16_sums.py).
+    Not at stage 1 where sums are reduced in place (engine/deepspeed/reduction.py): in bf16, and
+    without a pipeline in fp32.
     """
-    in_place = job.shape.zero_stage == 1 and job.training.precision is Precision.bf16
-    if job.shape.zero_stage == 0 or in_place or job.shape.sizes.replicas == 1:
+    is_plain = job.shape.sizes.pipeline == 1 and not job.parallel.offload_optimizer
+    in_place = {Precision.bf16: True, Precision.fp32: is_plain, Precision.fp16: False}
+    is_in_place = job.shape.zero_stage == 1 and in_place[job.training.precision]
+    if job.shape.zero_stage == 0 or is_in_place or job.shape.sizes.replicas == 1:
         return 0.0
     return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
 

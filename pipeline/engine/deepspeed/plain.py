@@ -11,12 +11,14 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from pipeline.config.choices import Precision
 from pipeline.config.run_shape import RunShape
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.engine.deepspeed import bf16_sums, fp32_sums
 from pipeline.engine.deepspeed.base import BF16_SUMS, DeepSpeedRunner
-from pipeline.engine.deepspeed.bf16_sums import Reduction, sum_in_place
 from pipeline.engine.deepspeed.changes import total_norm
 from pipeline.engine.deepspeed.mpu import Mpu
+from pipeline.engine.deepspeed.reduction import Reduction
 from pipeline.engine.forward_only import asking
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import GPT, LossFunction, Measure
@@ -48,19 +50,26 @@ class PlainRunner(DeepSpeedRunner):
         self._split = [p for p in self.parameters if has_peers and is_split(p)]
         apart = set(map(id, self._experts + self._split))
         self._whole = [p for p in self.parameters if id(p) not in apart]
+        is_fp32 = kwargs["architecture"].precision is Precision.fp32
         if isinstance(self.wrapper, BF16_Optimizer):
             self._sum_in_place(self.wrapper)
+        elif is_fp32 and self.shape.zero_stage == 1 and not self.is_offloaded:
+            sums = fp32_sums.flat_sums(self.wrapper)
+            reduction = Reduction(sums, self.layout.replica.group, self.parameters, to_owners=True)
+            fp32_sums.sum_in_place(self.wrapper, sums, reduction)
 
     def _sum_in_place(self, wrapper: BF16_Optimizer) -> None:
+        """Of bf16: over one data-parallel rank nothing is reduced."""
         if self.layout.replica.size == 1:
-            return sum_in_place(wrapper, None)
-        reduction = Reduction(wrapper, self.layout.replica.group, self.parameters)
+            return bf16_sums.sum_in_place(wrapper, None)
+        sums = bf16_sums.flat_sums(wrapper)
+        reduction = Reduction(sums, self.layout.replica.group, self.parameters, to_owners=False)
         self._reduce_by(
             reduction.finish,
             why="reduces after the backward pass, through a copy",
             proof=f"{BF16_SUMS}::test_losses_and_norms_are_deepspeeds_own[all used]",
         )
-        sum_in_place(wrapper, reduction)
+        bf16_sums.sum_in_place(wrapper, reduction)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[Tensor | None]) -> None:
         """Micro-batch by micro-batch; DeepSpeed reduces and updates at the last one."""

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.choices import Precision
 from pipeline.config.run_shape import RunShape
-from pipeline.engine.deepspeed.bf16_sums import BUCKET_ELEMENTS
+from pipeline.engine.deepspeed.reduction import BUCKET_ELEMENTS
 from pipeline.model.architecture import Architecture
 from pipeline.planning.flops import num_parameters
 
@@ -28,8 +28,8 @@ def deepspeed_config(architecture: Architecture, shape: RunShape) -> dict[str, A
     size += 2 - size % 2  # DeepSpeed wants bucket sizes even
     zero: dict[str, Any] = {
         "stage": stage,
-        # Gradients are reduced while the backward pass goes on (bf16 at stage 1: by
-        # bf16_sums.py). DeepSpeed does not under a pipeline, and offloaded gradients leave for
+        # Gradients are reduced while the backward pass goes on (at stage 1 by reduction.py;
+        # fp16 by DeepSpeed). DeepSpeed does not under a pipeline, and offloaded gradients leave for
         # the host one by one.
         "overlap_comm": stage > int(parallel.offload_optimizer or shape.sizes.pipeline > 1),
         "contiguous_gradients": True,

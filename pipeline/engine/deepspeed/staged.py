@@ -26,9 +26,10 @@ from pipeline.config.run_shape import RunShape
 from pipeline.config.stages import partition, pipeline_costs, sends_gradients_first
 from pipeline.distributed.layout import ParallelLayout
 from pipeline.engine.deepspeed.base import BF16_SUMS, DeepSpeedRunner
-from pipeline.engine.deepspeed.bf16_sums import Reduction
+from pipeline.engine.deepspeed.bf16_sums import flat_sums
 from pipeline.engine.deepspeed.changes import reduce_tied_sums
 from pipeline.engine.deepspeed.gradient_first import send_gradients_first
+from pipeline.engine.deepspeed.reduction import Reduction
 from pipeline.engine.forward_only import Stage, asking, first_input, sum_scores
 from pipeline.model.architecture import Architecture
 from pipeline.model.gpt import Loss, LossFunction, Measure
@@ -64,7 +65,8 @@ class StagedRunner(DeepSpeedRunner):
         if isinstance(self.wrapper, BF16_Optimizer) and self.layout.replica.size > 1:
             # The fp32 sums where they lie. DeepSpeed flattens all of them, and reduces a bf16 copy:
             # 6 more bytes a parameter at the end of a step.
-            reduction = Reduction(self.wrapper, self.layout.replica.group, self.parameters)
+            sums, group = flat_sums(self.wrapper), self.layout.replica.group
+            reduction = Reduction(sums, group, self.parameters, to_owners=False)
             self._reduce_by(
                 reduction.finish,
                 why="reduces a flattened copy of the sums",

@@ -17,13 +17,13 @@ from tests.support.ranks import run_on_ranks
 class ReductionAfterwards:
     """One all-reduce of all sums after the backward pass, as DeepSpeed does it."""
 
-    def __init__(self, optimizer: Any, group: dist.ProcessGroup, parameters: list) -> None:
-        self.optimizer, self.group = optimizer, group
+    def __init__(self, sums: list, group: dist.ProcessGroup, *_: Any, **__: Any) -> None:
+        self.sums, self.group = sums, group
 
     def finish(self) -> None:
-        for sums in self.optimizer.fp32_groups_gradients_flat:
-            dist.all_reduce(sums, group=self.group)
-            sums.mul_(1.0 / self.group.size())
+        for each in self.sums:
+            dist.all_reduce(each.flat, group=self.group)
+            each.flat.mul_(1.0 / self.group.size())
 
 
 def histories(skips: bool) -> list[list[tuple[float, float]]]:
@@ -32,15 +32,16 @@ def histories(skips: bool) -> list[list[tuple[float, float]]]:
     skips: every second step passes a layer by, whose parameters then get no gradient.
     """
     from pipeline.engine.deepspeed import bf16_sums, plain
+    from pipeline.engine.deepspeed import reduction as buckets
 
-    bf16_sums.BUCKET_ELEMENTS = 10_000  # several buckets
+    buckets.BUCKET_ELEMENTS = 10_000  # several buckets
     spared, found = [], []
-    ours, reduction = plain.sum_in_place, plain.Reduction
+    ours, reduction = bf16_sums.sum_in_place, plain.Reduction
     for change, reduce in (
         (lambda *a: spared.append(ours(*a)), reduction),
         (lambda *_: None, ReductionAfterwards),
     ):
-        plain.sum_in_place, plain.Reduction = change, reduce
+        bf16_sums.sum_in_place, plain.Reduction = change, reduce
         engine, history = engine_of(config("gpt2", precision="bf16")), []
         layer = engine.runner.module.layers[2]
         whole = layer.forward
@@ -143,9 +144,9 @@ def test_a_pipeline_of_data_parallel_ranks_reduces_its_fp32_sums_where_they_lie(
 
 def events() -> list[str]:
     """What happens in the last micro-batch: a reduction is launched, or the gradient of a parameter arrives."""
-    from pipeline.engine.deepspeed import bf16_sums
+    from pipeline.engine.deepspeed import reduction
 
-    bf16_sums.BUCKET_ELEMENTS = 10_000
+    reduction.BUCKET_ELEMENTS = 10_000
     engine = engine_of(config("gpt2", precision="bf16"))
     found: list[str] = []
     for name, parameter in engine.runner.module.named_parameters():
