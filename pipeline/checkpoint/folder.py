@@ -2,7 +2,7 @@
 
     checkpoints/.step-00001000.saving/   being written
     checkpoints/step-00001000/           whole: one rename, after every file is on the disk
-        rank-00000.safetensors ...       tensors, one file a rank
+        rank-00000.safetensors ...       tensors, of each rank a file or several
         tensors.json                     which rectangle of which tensor is in which file
         checkpoint.json                  everything else, for people and programs
         tokenizer.json                   so that the folder can be exported by itself

@@ -80,6 +80,11 @@ def key_of(name: str, offsets: Sequence[int]) -> str:
     return f"{name}@{','.join(map(str, offsets))}"
 
 
+def file_name(number: int) -> str:
+    """Name of a file of tensors."""
+    return f"rank-{number:05d}.safetensors"
+
+
 def read_index(path: Path) -> dict[str, Entry]:
     """tensors.json: every tensor with its rectangles, checked.
 
@@ -95,11 +100,11 @@ def read_index(path: Path) -> dict[str, Entry]:
         entries = {}
         for name, entry in content["tensors"].items():
             shape = _sizes(entry["shape"])
-            parts = [(rank, _sizes(o), _sizes(s)) for rank, o, s in entry["rectangles"]]
-            if any(type(rank) is not int or rank < 0 for rank, _, _ in parts):
+            parts = [(number, _sizes(o), _sizes(s)) for number, o, s in entry["rectangles"]]
+            if any(type(number) is not int or number < 0 for number, _, _ in parts):
                 raise ValueError(f"{name} is in a file without a number")
             check_filled(name, shape, [(o, s) for _, o, s in parts])
-            files = [f"rank-{rank:05d}.safetensors" for rank, _, _ in parts]
+            files = [file_name(number) for number, _, _ in parts]
             entries[name] = Entry(
                 shape,
                 [Rectangle(o, s, (f, key_of(name, o))) for f, (_, o, s) in zip(files, parts)],

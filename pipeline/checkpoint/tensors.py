@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.folder import INDEX
-from pipeline.checkpoint.index import FORMAT, VERSION, TensorIndex, key_of
+from pipeline.checkpoint.index import FORMAT, VERSION, TensorIndex, file_name, key_of
 from pipeline.checkpoint.rectangles import Rectangle, check_filled
 from pipeline.checkpoint.safetensors_file import write_safetensors
 from pipeline.errors import CheckpointError
@@ -33,6 +33,8 @@ from pipeline.files import regular_file, write_durably
 from pipeline.model.fragments import Chunk, Fragment, chunks_of
 
 PINNED_ELEMENTS = 1 << 28  # of a block, 1 GiB
+FILE_BYTES = 1 << 30
+"""Of a file, about: a thread takes SHA-256 of 0.5 to 2 GB/s; several share what a rank wrote."""
 
 
 class HostCopy:
@@ -116,18 +118,23 @@ def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, s
         CheckpointError: a rank could not write, or the chunks do not fill their tensors exactly;
             raised on every rank.
     """
-    name = f"rank-{ranks.rank:05d}.safetensors"
+    files = _files_of(chunks, ranks.rank, ranks.world_size)
     parts = ranks.gather_on_main(
-        [(c.name, c.whole_shape, c.offsets, tuple(c.data.shape)) for c in chunks]
+        [
+            (number, c.name, c.whole_shape, c.offsets, tuple(c.data.shape))
+            for number, members in files.items()
+            for c in members
+        ]
     )
 
     def write_own() -> dict[str, str]:
         sums = {}
         # Whoever finds a fault in the parts, all ranks fail: nothing is published.
-        index = index_of(parts) if ranks.rank == 0 else None
-        if chunks:
-            shapes = {key_of(c.name, c.offsets): tuple(c.data.shape) for c in chunks}
-            values = (chunk.data for chunk in chunks)
+        index = index_of(part for own in parts for part in own) if ranks.rank == 0 else None
+        for number, members in files.items():
+            shapes = {key_of(c.name, c.offsets): tuple(c.data.shape) for c in members}
+            values = (chunk.data for chunk in members)
+            name = file_name(number)
             _, sums[name] = write_safetensors(folder / name, shapes, values, torch.float32)
         if ranks.rank == 0:
             sums[INDEX] = write_durably(folder / INDEX, json.dumps(index).encode())
@@ -136,19 +143,30 @@ def write(chunks: list[Chunk], folder: Path, *, ranks: Agreement) -> dict[str, s
     return ranks.agree(write_own)
 
 
-def index_of(parts: list[list[tuple]]) -> dict[str, Any]:
-    """tensors.json, from what every rank writes.
+def _files_of(chunks: list[Chunk], rank: int, world_size: int) -> dict[int, list[Chunk]]:
+    """By the number of their file: rank, rank + world_size, ..., alike in size."""
+    size, start = sum(chunk.data.nbytes for chunk in chunks), 0
+    count = -(-size // FILE_BYTES)
+    share = -(-size // max(1, count)) or 1
+    files: dict[int, list[Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        files[rank + world_size * (start // share)].append(chunk)
+        start += chunk.data.nbytes
+    return files
+
+
+def index_of(parts: Iterable[tuple]) -> dict[str, Any]:
+    """tensors.json, from (number of the file, name, whole shape, offsets, sizes) of every chunk.
 
     Raises:
         CheckpointError: rectangles of a tensor overlap, reach over its edge, or leave a hole.
     """
     entries: dict[str, dict[str, Any]] = {}
-    for rank, own in enumerate(parts):
-        for name, shape, offsets, sizes in own:
-            entry = entries.setdefault(name, {"shape": shape, "rectangles": []})
-            if entry["shape"] != shape:
-                raise CheckpointError(f"{name} is {entry['shape']} on one rank and {shape} here")
-            entry["rectangles"].append([rank, offsets, sizes])
+    for number, name, shape, offsets, sizes in parts:
+        entry = entries.setdefault(name, {"shape": shape, "rectangles": []})
+        if entry["shape"] != shape:
+            raise CheckpointError(f"{name} is {entry['shape']} on one rank and {shape} here")
+        entry["rectangles"].append([number, offsets, sizes])
     for name, entry in entries.items():
         check_filled(name, entry["shape"], [(o, s) for _, o, s in entry["rectangles"]])
     return {"format": FORMAT, "version": VERSION, "dtype": "F32", "tensors": entries}

@@ -33,6 +33,7 @@ def merge(path: Path, output: Path, *, base: Path | None = None) -> int:
     """
     import torch
 
+    from pipeline.checkpoint.index import file_name
     from pipeline.checkpoint.safetensors_file import write_safetensors
     from pipeline.checkpoint.tensors import index_of
 
@@ -46,13 +47,13 @@ def merge(path: Path, output: Path, *, base: Path | None = None) -> int:
     tensors = open_model(checkpoint, base=base)
     output.mkdir(parents=True, exist_ok=True)
     shapes = {f"weights/{name}": tensors.shape(f"weights/{name}") for name in tensors.parameters}
-    whole = [(name, shape, (0,) * len(shape), shape) for name, shape in shapes.items()]
+    whole = [(0, name, shape, (0,) * len(shape), shape) for name, shape in shapes.items()]
     sums = {
-        folders.INDEX: write_durably(output / folders.INDEX, json.dumps(index_of([whole])).encode())
+        folders.INDEX: write_durably(output / folders.INDEX, json.dumps(index_of(whole)).encode())
     }
     keyed = {f"{name}@{','.join('0' * len(shape))}": shape for name, shape in shapes.items()}
     values = (tensors.tensor(name) for name in shapes)
-    file = "rank-00000.safetensors"
+    file = file_name(0)
     _, sums[file] = write_safetensors(output / file, keyed, values, torch.float32)
     for name in ("tokenizer.json", CHAT_TEMPLATE):
         if (content := attachment(checkpoint, name)) is not None:

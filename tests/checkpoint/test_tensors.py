@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.checkpoint import tensors
 from pipeline.checkpoint.agreement import Agreement
 from pipeline.checkpoint.tensors import CheckpointTensors, pinned_blocks, write
 from pipeline.errors import CheckpointError
@@ -25,7 +26,8 @@ WHOLE = torch.arange(12.0 * 10).reshape(12, 10)
 CUTS = [[(0, 0, 5, 10)], [(5, 0, 7, 4), (5, 4, 3, 6)], [(8, 4, 4, 6)], []]
 
 
-def write_cuts(folder: Path) -> dict[str, str]:
+def write_cuts(folder: Path, file_bytes: int = 1 << 30) -> dict[str, str]:
+    tensors.FILE_BYTES = file_bytes
     folder.mkdir(exist_ok=True)
     chunks = [
         Chunk(name, (12, 10), (r, c), scale * WHOLE[r : r + n, c : c + m].clone())
@@ -35,11 +37,17 @@ def write_cuts(folder: Path) -> dict[str, str]:
     return write(chunks, folder, ranks=Agreement(dist.group.WORLD))
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+FILES = {1 << 30: [[0], [1], [2], []], 200: [[0, 4], [1, 5], [2], []]}
+"""Bytes of a file -> the numbers of each rank's; the first has 400 bytes."""
+
+
+@pytest.fixture(scope="module", params=FILES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tensors")
-    sums = run_on_ranks(write_cuts, 4, folder)
-    assert [len(part) for part in sums] == [2, 1, 1, 0]
+    sums = run_on_ranks(write_cuts, 4, folder, request.param)
+    sums[0].pop("tensors.json")
+    names = [[f"rank-{n:05d}.safetensors" for n in numbers] for numbers in FILES[request.param]]
+    assert [list(own) for own in sums] == names
     return folder
 
 

@@ -60,11 +60,11 @@ def checkpoint(folder: Path, content: dict[str, Any] | None = None) -> Path:
     shapes = parameter_shapes(model, FinetuneConfig(), vocab_size=300)
     parts = {f"weights/{name}": shape for name, shape in shapes.items()}
     parts["exp_avg/final_norm.weight"] = shapes["final_norm.weight"]
-    whole = [(name, shape, (0,) * len(shape), shape) for name, shape in parts.items()]
+    whole = [(0, name, shape, (0,) * len(shape), shape) for name, shape in parts.items()]
     keyed = {f"{name}@{','.join('0' * len(shape))}": shape for name, shape in parts.items()}
     values = (torch.zeros(shape) for shape in parts.values())
     write_safetensors(step / "rank-00000.safetensors", keyed, values, torch.float32)
-    (step / "tensors.json").write_text(json.dumps(index_of([whole])))
+    (step / "tensors.json").write_text(json.dumps(index_of(whole)))
     (step / "checkpoint.json").write_text(text)
     shutil.copy(ROOT / "data_prep/chat/plain.jinja", step / "chat_template.jinja")
     make_tokenizer(step / "tokenizer.json", vocab_size=300)
