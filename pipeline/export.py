@@ -115,10 +115,7 @@ def _compare(cfg: ExportConfig, checkpoint: Path, output: Path, *, base: Path | 
             f"the exported model's logits differ from ours by {difference:.3g}, more than "
             f"{TOLERANCE:g}: the export is wrong. {output} was left without its {file}."
         )
-    print(
-        f"{output}: written; logits of {library} and ours differ by at most {difference:.2e} in "
-        "fp32"
-    )
+    print(f"{output}: written; logits of {library} and ours differ by {difference:.1e}")
     if cfg.adapter:
         print(f"{output}: the adapter changes the logits of its base by up to {moved:.2e}")
 
