@@ -50,6 +50,14 @@ def test_gathered_gradients_that_wait_for_late_products_are_planned(rank_process
     assert abs(found) < 0.015
 
 
+@pytest.mark.slow
+def test_fp32_sums_gradients_in_place_without_buckets(rank_process):
+    """ZeRO-1 (engine/deepspeed/fp32_sums.py): DeepSpeed's two buckets were 0.3 GiB more."""
+    words = ["model.num_layers=3", "training.precision=fp32"]
+    found = error("gpt2-124m", "zero 1", "none", *words, process=rank_process)
+    assert abs(found) < 0.005
+
+
 ENCODER = [
     "model.vision.num_attention_heads=12", "model.vision.image_size=224", "model.vision.patch_size=16",
     "model.max_seq_len=1024", "training.seq_len=1024",
