@@ -30,6 +30,7 @@ LOOK_S, STILL = 30.0, 0.01
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         dict(zero=1, precision="bf16"),
+        dict(zero=1),
         dict(zero=2, precision="fp16"),
         dict(zero=3, precision="fp16"),
         dict(zero=2, offload=True),
