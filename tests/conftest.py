@@ -40,8 +40,11 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of the files, and no tests marked gpu where torch sees no device."""
-    # Slurm's mostly wait, for minutes: at the end nothing else is left to be done meanwhile.
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    # Slurm's mostly wait, for minutes, and two recipes train for 25: at the end nothing else is left
+    # to be done meanwhile.
+    items.sort(
+        key=lambda item: (not item.get_closest_marker("slurm"), item.path.name != "test_talk.py")
+    )
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not has_device():
         for item in gpu_tests:
