@@ -156,5 +156,5 @@ def test_a_search_finds_what_a_setting_does_and_an_error_by_its_words(
             page.wait_for(f"[...{found}].some(a => a.href.includes('/{target}/'))")
             page.click(f".md-search-result__link[href*='/{target}/']")
             page.wait_for(f"location.pathname.startsWith('/{target}/')")
-            page.wait_for(f"document.body.innerText.includes({json.dumps(words)})")
+            page.wait_for(f"document.body?.innerText.includes({json.dumps(words)})")
         assert page.said == []
