@@ -24,6 +24,7 @@ from pipeline.config.choices import Precision
 from pipeline.config.stages import layer_costs, partition
 from pipeline.config.vision import images_per_row
 from pipeline.distributed.layout import ParallelLayout
+from pipeline.distributed.waits import wait_for
 from pipeline.engine.counting import count_all, count_documents, loss_masks
 from pipeline.engine.own_runs import own_runs
 from pipeline.engine.weights import named_parameters, partition_of
@@ -148,8 +149,7 @@ def sum_scores(
             else:
                 after, group = after.contiguous(), layout.pipeline.group
                 sends.append((dist.isend(after, group=group, group_dst=stage.next), after))
-        for work, _ in sends:
-            work.wait()
+        wait_for(work for work, _ in sends)
     # One stage has the sums, the others have 0; copies of the model have sums of their own.
     for axis in (layout.pipeline, layout.replica):
         if axis.size > 1:

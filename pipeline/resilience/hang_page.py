@@ -21,6 +21,7 @@ from pipeline.distributed.ranks import RankHost, describe_ranks
 PLACES = (
     ("torch/distributed/", "collective"),
     ("deepspeed/comm/", "collective"),
+    ("pipeline/distributed/waits.py", "collective"),
     ("autograd/", "backward"),
     ("pipeline/checkpoint/", "save"),
     ("pipeline/data/", "data"),

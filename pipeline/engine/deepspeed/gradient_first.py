@@ -19,6 +19,7 @@ from typing import Any
 from deepspeed.runtime.pipe import dualpipev, schedule
 from torch import nn
 
+from pipeline.distributed.waits import wait_for
 from pipeline.model.linear import LateProducts
 from pipeline.model.tensor_parallel import own_linears
 from pipeline.patching import replace
@@ -69,8 +70,7 @@ def _dual_instructions(late: LateProducts) -> dict[Any, Any]:
     def commit(engine: Any) -> None:
         works = dualpipev.dist.batch_isend_irecv(engine._p2p_ops) if engine._p2p_ops else []
         late.work_off()
-        for work in works:
-            work.wait()
+        wait_for(works)
         engine._p2p_ops.clear()
 
     return {schedule.CommitP2P: commit}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.distributed.waits import wait_for
+
 # Gradients of one reduction, Megatron-LM's default: small enough to start early, large enough to
 # fill a link.
 BUCKET_ELEMENTS = 40_000_000
@@ -133,8 +135,8 @@ class Reduction:
         """All sums are means, where they are needed. Collective over the data-parallel ranks."""
         while self._next < len(self.buckets):
             self._launch()
-        for work, bucket in zip(self._works, self.buckets, strict=True):
-            work.wait()
+        wait_for(self._works)
+        for bucket in self.buckets:
             # Of an expert's tokens each of its copies has seen its own: those of all data-parallel
             # ranks in the end, by whose number a mean divides.
             if not self._averages(bucket) and bucket.owner in (None, dist.get_rank()):
