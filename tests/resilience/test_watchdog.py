@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.distributed.ranks import RankHost
+from pipeline.distributed.waits import wait_for
 from pipeline.errors import EXIT_HANG
 from pipeline.resilience import clock as clock_module
 from pipeline.resilience import watchdog as watchdog_module
@@ -316,6 +317,7 @@ def stop_in_a_collective_of_deepspeed(probe):
 STOPS = {
     "torch/distributed/": stop_in_a_collective,
     "deepspeed/comm/": stop_in_a_collective_of_deepspeed,
+    "pipeline/distributed/waits.py": lambda probe: wait_for([SimpleNamespace(wait=probe)]),
     "autograd/": stop_in_the_backward_pass,
     "pipeline/checkpoint/": stop_in_a_save,
     "pipeline/data/": stop_in_the_loader,
