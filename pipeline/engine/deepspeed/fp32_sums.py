@@ -4,7 +4,7 @@ DeepSpeed copies every gradient into a bucket, each owner's part of that into an
 reduced part back, to a partition, and all parts into one flat gradient; without streams, as on a
 CPU, nothing of it beside the backward pass. Here a step's first gradient of a parameter is written
 to its place in the flat gradient of its group, which the parameter's `grad` is from then on, and
-reduction.py reduces it there to the rank whose part it is. benchmarks/parallel.py: 8 % of a step.
+reduction.py reduces it there to the rank whose part it is. benchmarks/parallel.py: 6 % of a step.
 """
 
 from __future__ import annotations
