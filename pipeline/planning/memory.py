@@ -212,9 +212,9 @@ def _bucket_bytes(job: Job, stage: Stage) -> float:
     without a pipeline in fp32.
     """
     is_plain = job.shape.sizes.pipeline == 1 and not job.parallel.offload_optimizer
-    in_place = {Precision.bf16: True, Precision.fp32: is_plain, Precision.fp16: False}
-    is_in_place = job.shape.zero_stage == 1 and in_place[job.training.precision]
-    if job.shape.zero_stage == 0 or is_in_place or job.shape.sizes.replicas == 1:
+    sums_in_place = {Precision.bf16, Precision.fp32} if is_plain else {Precision.bf16}
+    in_place = job.shape.zero_stage == 1 and job.training.precision in sums_in_place
+    if job.shape.zero_stage == 0 or in_place or job.shape.sizes.replicas == 1:
         return 0.0
     return 2 * min(BUCKET_NUMBERS, stage.trained) * job.width
 

@@ -66,18 +66,11 @@ def sum_in_place(optimizer: Any, sums: list[FlatSums], reduction: Reduction) -> 
         optimizer,
         why="copies gradients four times, and on a CPU reduces them after the backward pass",
         upstream="not reported",
+        proof="tests/engine/deepspeed/test_fp32_sums.py::"
+        "test_losses_and_norms_are_deepspeeds_own[all used]",
     )
-    proof = "tests/engine/deepspeed/test_fp32_sums.py::"
-    change(
-        "process_gradients",
-        take,
-        proof=f"{proof}test_losses_and_norms_are_deepspeeds_own[all used]",
-    )
-    change(
-        "reduce_gradients",
-        finish,
-        proof=f"{proof}test_losses_and_norms_are_deepspeeds_own[all used]",
-    )
+    change("process_gradients", take)
+    change("reduce_gradients", finish)
 
 
 def _views(sums: FlatSums) -> list[tuple[nn.Parameter, Tensor]]:

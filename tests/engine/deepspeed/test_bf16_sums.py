@@ -26,11 +26,25 @@ class ReductionAfterwards:
             each.flat.mul_(1.0 / self.group.size())
 
 
-def histories(skips: bool) -> list[list[tuple[float, float]]]:
-    """The same run with our sums and with DeepSpeed's own, reduced afterwards.
+def history_of(cfg: Any, skips: bool) -> list[tuple[float, float]]:
+    """Losses and norms of six steps.
 
     skips: every second step passes a layer by, whose parameters then get no gradient.
     """
+    engine, history = engine_of(cfg), []
+    layer = engine.runner.module.layers[2]
+    whole = layer.forward
+    for number, step in enumerate(batches()[:6]):
+        layer.forward = (lambda hidden, _: hidden) if skips and number % 2 else whole
+        parts = rank_batches(step, engine.shape, engine.layout)
+        result = engine.train_step(parts, step=number)
+        history.append((float(result.loss), float(result.grad_norm)))
+    reset_parallel_state()
+    return history
+
+
+def histories(skips: bool) -> list[list[tuple[float, float]]]:
+    """The same run with our sums and with DeepSpeed's own, reduced afterwards."""
     from pipeline.engine.deepspeed import bf16_sums, plain
     from pipeline.engine.deepspeed import reduction as buckets
 
@@ -42,16 +56,7 @@ def histories(skips: bool) -> list[list[tuple[float, float]]]:
         (lambda *_: None, ReductionAfterwards),
     ):
         bf16_sums.sum_in_place, plain.Reduction = change, reduce
-        engine, history = engine_of(config("gpt2", precision="bf16")), []
-        layer = engine.runner.module.layers[2]
-        whole = layer.forward
-        for number, step in enumerate(batches()[:6]):
-            layer.forward = (lambda hidden, _: hidden) if skips and number % 2 else whole
-            parts = rank_batches(step, engine.shape, engine.layout)
-            result = engine.train_step(parts, step=number)
-            history.append((float(result.loss), float(result.grad_norm)))
-        reset_parallel_state()
-        found.append(history)
+        found.append(history_of(config("gpt2", precision="bf16"), skips))
     assert len(spared) == 1
     return found
 

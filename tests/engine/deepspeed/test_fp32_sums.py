@@ -7,33 +7,21 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.engine.deepspeed.test_bf16_sums import LargeOps
+from tests.engine.deepspeed.test_bf16_sums import LargeOps, history_of
 from tests.engine.test_engine import engine_of
 from tests.support.layouts import batches, config, rank_batches, reset_parallel_state
 from tests.support.ranks import run_on_ranks
 
 
 def histories(skips: bool) -> list[list[tuple[float, float]]]:
-    """The same run with our sums and with DeepSpeed's own.
-
-    skips: every second step passes a layer by, whose parameters then get no gradient.
-    """
+    """The same run with our sums and with DeepSpeed's own."""
     from pipeline.engine.deepspeed import fp32_sums, reduction
 
     reduction.BUCKET_ELEMENTS = 10_000  # several buckets
     ours, changed, found = fp32_sums.sum_in_place, [], []
     for change in (lambda *a: changed.append(ours(*a)), lambda *_: None):
         fp32_sums.sum_in_place = change
-        engine, history = engine_of(config("gpt2", micro_batch_size=2)), []
-        layer = engine.runner.module.layers[2]
-        whole = layer.forward
-        for number, step in enumerate(batches()[:6]):
-            layer.forward = (lambda hidden, _: hidden) if skips and number % 2 else whole
-            parts = rank_batches(step, engine.shape, engine.layout)
-            result = engine.train_step(parts, step=number)
-            history.append((float(result.loss), float(result.grad_norm)))
-        reset_parallel_state()
-        found.append(history)
+        found.append(history_of(config("gpt2", micro_batch_size=2), skips))
     assert len(changed) == 1
     return found
 
