@@ -21,4 +21,11 @@ def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def lab(one_lab: Lab) -> Lab:
     """A cluster on which nothing runs, all nodes up."""
     one_lab.cluster.reset()
+    one_lab.python = one_lab.plain_python
     return one_lab
+
+
+@pytest.fixture
+def preloaded(lab: Lab) -> None:
+    """The ranks of its jobs find the libraries loaded."""
+    lab.preload()

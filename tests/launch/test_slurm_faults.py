@@ -22,6 +22,7 @@ pytestmark = NEEDS_SLURM
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(lab):
     """A killed rank: again on the same nodes. A dead node: on the spare. A cut link: on the one node that is left."""
     job = lab.submit("breaks", "resilience.collective_timeout_s=60", options=("--nodes=1-2",),
@@ -51,6 +52,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
     """Its claim stays behind: the requeued job takes over at once, another job when the claim has been silent.
 
@@ -125,6 +127,7 @@ def test_stopped_rank_is_named_with_its_node(lab):
     lab.expect_undisturbed("hang", repeated=True)
 
 
+@pytest.mark.usefixtures("preloaded")
 def test_crash_before_any_checkpoint_stops_the_job_with_a_short_log(lab):
     job = lab.submit("crash", plant="crash=3", options=("--nodes=2", "--ntasks-per-node=2"))
     assert job.wait_for_end() == "FAILED", job.log()
@@ -136,6 +139,7 @@ def test_crash_before_any_checkpoint_stops_the_job_with_a_short_log(lab):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_soak_of_random_kills_leaves_no_trace(lab):
     """Ranks killed, nodes switched off, notices, at random times (seeded): each kind, and of all of them 20 in `make soak`."""
     dice, kills = random.Random(20), int(os.environ.get("SOAK_KILLS", "8"))

@@ -20,12 +20,7 @@ from tests.support.slurm_cluster import REPO, Job
 from tests.support.slurm_lab import NEEDS_SLURM, SETTINGS, STEPS, Lab
 from tests.support.waiting import HANG_S
 
-pytestmark = NEEDS_SLURM
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preloaded(one_lab: Lab) -> None:
-    one_lab.preload()
+pytestmark = [*NEEDS_SLURM, pytest.mark.usefixtures("preloaded")]
 
 
 def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:

@@ -39,7 +39,7 @@ class Lab:
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        self.python = f"{sys.executable} {REPO}/tests/support/plant.py"
+        self.plain_python = self.python = f"{sys.executable} {REPO}/tests/support/plant.py"
         rng = np.random.default_rng(0)
         # Each token is one of four that may follow the one before: there is something to learn.
         steps = rng.integers(0, 4, 8192)
@@ -68,15 +68,17 @@ class Lab:
         """Fork what later jobs run from a process of the node that has the libraries: 6 s of CPU less a rank.
 
         Not where a test stops a rank: tests.support.preloaded_client stands in its place. A node that is booted anew
-        has no such process; its ranks start as everywhere.
+        has no such process until this is called again; its ranks start as everywhere.
         """
         program = [sys.executable, "-m", "tests.support.preloaded", SOCKET, *TRAINING]
         environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        found = ["sh", "-c", f"test ! -e {SOCKET} || echo yes"]
         nodes = [f"n{number}" for number in range(1, self.cluster.num_nodes + 1)]
         for node in nodes:
+            if self.cluster.run(*found, node=node):
+                continue
             start = ["sh", "-c", 'setsid "$@" < /dev/null > "$0" 2>&1 &', f"{self.folder}/preloaded-{node}.log"]  # fmt: skip
             self.cluster.run(*start, *program, node=node, env=environment, cwd=REPO)
-        found = ["sh", "-c", f"test ! -e {SOCKET} || echo yes"]
         for node in nodes:
             self.cluster.wait_for(lambda node=node: bool(self.cluster.run(*found, node=node)), f"libraries on {node}")  # type: ignore[misc]  # fmt: skip
         self.python = f"{sys.executable} -I -S {CLIENT} {SOCKET} -m tests.support.plant"
