@@ -35,7 +35,9 @@ exit 9
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "box", num_nodes=2) as cluster:
+    folder = tmp_path_factory.mktemp("slurm") / "box"
+    # A node whose link is cut stays up for Slurm, as it does in production for minutes.
+    with SlurmCluster(folder, num_nodes=2, slurmd_timeout_s=300) as cluster:
         yield cluster
 
 
@@ -101,6 +103,23 @@ def test_a_bad_setting_ends_the_job_before_any_rank_starts(cluster, tmp_path):
     assert job.wait_for_end() == "FAILED"
     assert job.log().count("error: bad must be 0") == 1
     assert not (tmp_path / "ranks").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_answer_at_the_start_is_waited_for(cluster, tmp_path):
+    """The launch would fail, and a job without progress is not started again: its link is cut until it was asked."""
+    cluster.cut("n2")
+    try:
+        job = submit(cluster, tmp_path, "done")
+        asked = "pretrain.slurm: not every node of n[1-2] answers"
+        ranks = tmp_path / "ranks"
+        cluster.wait_for(lambda: asked in job.log() or ranks.exists(), "a question", job=job)
+        assert not ranks.exists(), job.log()
+    finally:
+        cluster.heal("n2")
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert job.fact("Restarts") == "0"
+    assert len(ranks.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(

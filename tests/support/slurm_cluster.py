@@ -52,8 +52,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
-# A lost node is noticed in seconds (in production: SlurmdTimeout=300).
-SlurmdTimeout=8
+# A lost node is noticed in seconds (in production: 300).
+SlurmdTimeout={slurmd_timeout_s}
 SlurmctldTimeout=10
 # Not below its default: a signal that a node is slow to answer is sent again a minute later. In production a requeued
 # job is held for longer than that; here such a signal would end the job's next start.
@@ -121,7 +121,7 @@ class SlurmCluster:
 
     def __init__(
         self, folder: Path, *, num_nodes: int, cpus_per_node: int = 8, kill_wait_s: int = 5, grace_s: int = 20,
-        requeue_hold_s: int = 5,
+        requeue_hold_s: int = 5, slurmd_timeout_s: int = 8,
     ) -> None:  # fmt: skip
         self.folder, self.num_nodes = folder, num_nodes
         for name in ("etc", "state", "log"):
@@ -134,8 +134,9 @@ class SlurmCluster:
         # No DNS: names resolve at once or not at all.
         (folder / "nsswitch").write_text("passwd: files\ngroup: files\nhosts: files\n")
         conf = SLURM_CONF.format(
-            dir=folder, kill_wait_s=kill_wait_s, grace_s=grace_s, requeue_hold_s=requeue_hold_s
-        )
+            dir=folder, kill_wait_s=kill_wait_s, grace_s=grace_s, requeue_hold_s=requeue_hold_s,
+            slurmd_timeout_s=slurmd_timeout_s,
+        )  # fmt: skip
         lines = "".join(
             f"NodeName=n{i} CPUs={cpus_per_node} RealMemory=8000 State=UNKNOWN\n" for i in nodes
         )
