@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from pipeline.patching import Change
 from tests.engine.test_engine import engine_of
 from tests.support.layouts import allow_fp16_on_the_cpu, config, reset_parallel_state
 from tests.support.left_out import VARIABLE
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import fork_from_here, forked_from_our_server, run_on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK_S, STILL = 30.0, 0.01
 """Ranks that wait for each other use no CPU; what works gets more than a hundredth of a core of the busiest machine."""
+GREEN, RED = map(str, (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 
 # Between them their engines make every change that a CPU makes.
 CASES: dict[int, list[dict[str, Any]]] = {
@@ -88,28 +91,39 @@ def _strings(nodes: list[ast.expr]) -> list[str]:
     ]
 
 
-def passes_without(title: str, proof: str) -> bool:
-    """Whether the proof of a change stays green when the change is left out."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", proof]
-    environment = {**os.environ, VARIABLE: title}
-    with tempfile.TemporaryFile("w+") as said:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+def passes_without(context: Any, title: str, proof: str) -> bool:
+    """Whether the proof of a change stays green when the change is left out.
+
+    In a process that has everything imported, as have its ranks: that was most of a proof's time.
+    """
+    with tempfile.NamedTemporaryFile("r") as said:
+        run = context.Process(target=prove_without, args=(title, proof, said.name))
+        run.start()
         if hangs(run):
             return False  # which is noticed
-        said.seek(0)
-        assert run.returncode in (0, 1), f"{proof} did not run:\n{said.read()}"
-    return run.returncode == 0
+        lines = said.read().splitlines() or ["nothing"]
+    assert lines[-1] in (GREEN, RED), f"{proof} did not run:\n" + "\n".join(lines)
+    return lines[-1] == GREEN
 
 
-def hangs(run: subprocess.Popen, *, look_s: float = LOOK_S) -> bool:
+def prove_without(title: str, proof: str, log_path: str) -> None:
+    """In a process of its own. Its last line tells: an exit status has two readers when several processes are started."""
+    log = os.open(log_path, os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(ROOT)
+    os.environ[VARIABLE] = title  # tests/conftest.py leaves it out; ranks are forked afterwards
+    fork_from_here()
+    print(pytest.main(["-q", "-x", "-p", "no:cacheprovider", proof]), flush=True)
+
+
+def hangs(run: BaseProcess, *, look_s: float = LOOK_S) -> bool:
     """Wait for the end of a run, or until it and its ranks stand still, and then end it."""
     used_s = 0.0
     while True:
-        try:
-            run.wait(look_s)
+        run.join(look_s)
+        if run.exitcode is not None:
             return False
-        except subprocess.TimeoutExpired:
-            pass
         processes, before_s = family(run.pid), used_s
         used_s = sum(cpu_s(process) for process in processes)
         # Less than before: some have ended, so that others went on.
@@ -117,7 +131,7 @@ def hangs(run: subprocess.Popen, *, look_s: float = LOOK_S) -> bool:
             for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            run.wait()
+            run.join()
             return True
 
 
@@ -133,15 +147,21 @@ def cpu_s(process: psutil.Process) -> float:
         return 0.0
 
 
+def work() -> None:
+    """More than one look long."""
+    while time.process_time() < 1.5:
+        pass
+
+
 @pytest.mark.slow
 def test_a_run_that_stands_still_is_ended_and_one_that_works_is_not() -> None:
     """Instead of after the ten minutes that run_on_ranks waits."""
-    still, works = (
-        subprocess.Popen([sys.executable, "-c", f"import time\n{code}"])
-        for code in ("time.sleep(600)", "while time.process_time() < 1.5: pass")
-    )
-    assert not hangs(works, look_s=1.0) and works.returncode == 0
-    assert hangs(still, look_s=1.0) and still.returncode == -signal.SIGKILL
+    context = multiprocessing.get_context("spawn")
+    still, works = context.Process(target=time.sleep, args=(600,)), context.Process(target=work)
+    for run in (still, works):
+        run.start()
+    assert not hangs(works, look_s=1.0) and works.exitcode == 0
+    assert hangs(still, look_s=1.0) and still.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -161,7 +181,11 @@ def test_leaving_a_change_out_turns_its_proof_red() -> None:
         "tests/engine/test_host_waits.py::test_kernels_wait_for_reductions_instead_of_the_host"
     )
     proofs |= {name: streams for name in ON_CUDA}
+    on_ranks = "tests/engine/test_host_waits.py::test_a_step_reads_nothing_back[1]"
     titles = sorted(proofs)
-    with ThreadPoolExecutor(3) as pool:  # a proof that hangs takes no time of a core
-        passed = list(pool.map(passes_without, titles, [proofs[title] for title in titles]))
+    # A proof that hangs takes no time of a core.
+    with forked_from_our_server() as context, ThreadPoolExecutor(3) as pool:
+        without = partial(passes_without, context)
+        assert without("nothing", on_ranks), "red whatever is left out"
+        passed = list(pool.map(without, titles, [proofs[title] for title in titles]))
     assert [title for title, is_green in zip(titles, passed) if is_green] == []

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -22,11 +23,21 @@ from tests.support.waiting import HANG_S
 PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
 SERVER = forkserver.ForkServer()
 SERVER.set_forkserver_preload(PRELOAD)
+_own_warnings: list[Any] | None = None
+
+
+def fork_from_here() -> None:
+    """For a process from SERVER that is about to run pytest: its ranks are forked from it, without a second server."""
+    global _own_warnings
+    _own_warnings = warnings.filters[:]
 
 
 @contextmanager
 def forked_from_our_server() -> Iterator[Any]:
     """multiprocessing's context, whose processes start from SERVER while this is open."""
+    if _own_warnings is not None:
+        yield multiprocessing.get_context("fork")
+        return
     with patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
         yield multiprocessing.get_context("forkserver")
 
@@ -97,6 +108,8 @@ def _rank_main(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1",
     )  # fmt: skip
+    if _own_warnings is not None:
+        warnings.filters[:] = _own_warnings  # to pytest they are errors, to ranks from SERVER not
     import torch
     import torch.distributed as dist
 
