@@ -82,9 +82,11 @@ def open_job(output: Path, facts: dict[str, Any]) -> None:
     with disk_errors(output):
         (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-        # The first task wins; what a kill leaves goes with the work folder.
-        data = content.encode("utf-8", "backslashreplace")
-        create_durably(output / JOB_FILE, data, scratch=output / WORK_FOLDER)
+        # The first task wins; what a kill leaves goes with the work folder. A late one needs none:
+        # whoever ends the job may be removing it.
+        if not (output / JOB_FILE).exists():
+            data = content.encode("utf-8", "backslashreplace")
+            create_durably(output / JOB_FILE, data, scratch=output / WORK_FOLDER)
     found = read_own(output / JOB_FILE, dict)
     wanted = json.loads(json.dumps(facts))
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]

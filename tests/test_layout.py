@@ -54,7 +54,6 @@ TESTED_IN = {
     "data_prep/tokens/browse.py": ("test_show.py", "the command prints what it finds"),
     "data_prep/tokens/check.py": ("test_verify.py", "the command prints what it yields"),
     "data_prep/tokens/conversation_job.py": ("test_conversations.py", JOB),
-    "data_prep/tokens/dataset_job.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/dataset_writer.py": ("test_tokenize.py", JOB),
     "data_prep/tokens/find.py": ("test_trace.py", "the command prints what it finds"),
     "pipeline/huggingface/json_files.py": ("huggingface/test_settings.py", "two lines each"),

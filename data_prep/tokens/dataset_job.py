@@ -121,18 +121,28 @@ def run_dataset_job(
     task, num_tasks = task_of(cfg)
     size_mb = sum(unit.weight for unit in units) / 1e6
     logger.info(f"{cfg.input}: {size_mb:,.0f} MB in {len(units)} units; task {task} of {num_tasks}")
-    dataset_writer.copy_tokenizer(output, tokenizer)
-    all_done = run_units(
-        dataset_writer.markers(output),
-        units,
-        run,
-        job=cfg,
-        label=label,
-        weight=lambda unit: unit.weight,
-        unit_name="B",
-        on_done=_Ceiling(cfg.max_rejected_fraction),
-    )
-    if all_done:
+    try:
+        dataset_writer.copy_tokenizer(output, tokenizer)
+        all_done = run_units(
+            dataset_writer.markers(output),
+            units,
+            run,
+            job=cfg,
+            label=label,
+            weight=lambda unit: unit.weight,
+            unit_name="B",
+            on_done=_Ceiling(cfg.max_rejected_fraction),
+        )
+    except FileNotFoundError:
+        if not dataset_writer.is_complete(output):
+            raise
+        all_done = False
+    if dataset_writer.is_complete(output):
+        # A task whose units were done, or that has none, came so late that another one ended the
+        # job in the meantime and removed the work folder.
+        close_job(output)
+        logger.info(f"{output} is complete already")
+    elif all_done:
         dataset_writer.finalize(output, max_rejected_fraction=cfg.max_rejected_fraction)
     else:
         logger.info(
