@@ -133,17 +133,14 @@ def run_dataset_job(
             unit_name="B",
             on_done=_Ceiling(cfg.max_rejected_fraction),
         )
+        if all_done:
+            dataset_writer.finalize(output, max_rejected_fraction=cfg.max_rejected_fraction)
     except FileNotFoundError:
+        # Another task has ended the job in the meantime, and removed the work folder.
         if not dataset_writer.is_complete(output):
             raise
-        all_done = False
     if dataset_writer.is_complete(output):
-        # A task whose units were done, or that has none, came so late that another one ended the
-        # job in the meantime and removed the work folder.
-        close_job(output)
-        logger.info(f"{output} is complete already")
-    elif all_done:
-        dataset_writer.finalize(output, max_rejected_fraction=cfg.max_rejected_fraction)
+        close_job(output)  # a task that came late may have made the work folder anew
     else:
         logger.info(
             f"task {task} is done; the last one, or python -m data_prep.finalize {output}, ends "

@@ -94,7 +94,7 @@ def _strings(nodes: list[ast.expr]) -> list[str]:
 def passes_without(context: Any, title: str, proof: str) -> bool:
     """Whether the proof of a change stays green when the change is left out.
 
-    In a process that has everything imported, as have its ranks: that was most of a proof's time.
+    In a process that has everything imported, as have its ranks: 12 s of CPU for a proof of 16.
     """
     with tempfile.NamedTemporaryFile("r") as said:
         run = context.Process(target=prove_without, args=(title, proof, said.name))
