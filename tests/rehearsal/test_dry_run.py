@@ -126,10 +126,12 @@ GPT3_175B = ("experiment=gpt3-175b",)
 GPT3_67B = ("model=gpt3-6.7b", "training.micro_batch_size=1")
 # Experts that are spread over ranks cannot be rehearsed: 16 stages hold them all.
 EXPERTS = (
-    "parallel.pipeline_parallel_size=16", "training.micro_batch_size=1",
-    "training.global_batch_size=64", "training.recompute=full",
+    "parallel.pipeline_parallel_size=16", "training.micro_batch_size=1", "training.recompute=full",
 )  # fmt: skip
-# Most GiB of tensors: what the run needs, and no more (2026-11-27: 19.8, 55.5, 33.8, 59.4, 109.2; 50.4, 39.1, 23.6).
+MIXTRAL = ("model=mixtral-8x7b", *EXPERTS, "training.global_batch_size=64")
+# 4 micro-batches: 16, as above, took 100 s of a core for three blocks of 128 experts.
+QWEN3 = ("model=qwen3-moe-30b", *EXPERTS, "training.global_batch_size=8")
+# Most GiB of tensors: what the run needs, and no more (2026-11-28: 19.8, 55.5, 33.8, 59.4, 109.2; 50.4, 39.1, 22.9).
 LARGE: dict[str, tuple[tuple[str, ...], int, int, float]] = {
     # The ends, and of the stages between, which hold the same blocks, those with most and fewest micro-batches in flight.
     **{f"175B, stage {stage}": (GPT3_175B, 64 * stage, 1024, 20.0) for stage in (0, 1, 8, 14, 15)},
@@ -138,8 +140,8 @@ LARGE: dict[str, tuple[tuple[str, ...], int, int, float]] = {
     "modern-7b": (("model=modern-7b", "training.recompute=full"), 0, 8, 60.0),
     "mixture": (("model=modern-1.3b", "model.moe.num_experts=8"), 0, 8, 110.0),
     "128k tokens": (("experiment=modern-7b-128k",), 0, 64, 51.0),
-    "mixtral-8x7b": (("model=mixtral-8x7b", *EXPERTS), 0, 32, 40.0),
-    "qwen3-moe-30b": (("model=qwen3-moe-30b", *EXPERTS), 6, 32, 24.0),
+    "mixtral-8x7b": (MIXTRAL, 0, 32, 40.0),
+    "qwen3-moe-30b": (QWEN3, 6, 32, 24.0),
 }
 
 
