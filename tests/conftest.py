@@ -40,7 +40,7 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of the files, and no tests marked gpu where torch sees no device."""
-    # Slurm's mostly wait, for minutes, and a recipe trains for 25: at the end nothing else is left
+    # Slurm's mostly wait, for minutes, and a recipe trains for 15: at the end nothing else is left
     # to be done meanwhile.
     items.sort(
         key=lambda item: (not item.get_closest_marker("slurm"), item.path.name != "test_talk.py")
