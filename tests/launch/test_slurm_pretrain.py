@@ -25,11 +25,12 @@ pytestmark = [*NEEDS_SLURM, pytest.mark.usefixtures("preloaded")]
 
 def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     """sbatch of the same line twice, on two nodes that share the disk: the first must not notice the second."""
-    first = lab.submit("twice", options=("--nodes=1",), plant="step_s=1")
+    first = lab.submit("twice", options=("--nodes=1",), plant="wait=6")
     lab.wait_for_step(first, "twice", 3)
     second = lab.submit("twice", options=("--nodes=1",))
     assert second.wait_for_end() == "FAILED", second.log()
     assert "is in use by process" in second.log() and f"Slurm job {first.id}" in second.log()
+    lab.go_on(first)
     assert first.wait_for_end() == "COMPLETED", first.log()
     lab.expect_undisturbed("twice")
 
@@ -70,12 +71,13 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
 
 
 def test_time_limit_resumes_without_losing_a_step(lab):
-    """Notice comes 75 s before the end of two minutes, or up to a minute earlier: before step 40 in any case."""
-    job = lab.submit(
-        "limit", options=("--nodes=1", "--time=2", "--signal=USR2@75"), plant="step_s=1.0"
-    )
+    """Notice comes 75 s before the end of two minutes, or up to a minute earlier; step 30 waits for it."""
+    options = ("--nodes=1", "--time=2", "--signal=USR2@75")
+    job = lab.submit("limit", options=options, plant="wait=30")
+    lab.cluster.wait_for(lambda: "USR2 heard" in job.log(), "notice of the limit", job=job)
+    lab.go_on(job)
     lab.cluster.wait_for(
-        lambda: "requeued (start 2 comes)" in job.log(), "notice of the limit", job=job
+        lambda: "requeued (start 2 comes)" in job.log(), "the second start", job=job
     )
     lab.cluster.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")  # once is enough
     assert job.wait_for_end() == "COMPLETED", job.log()

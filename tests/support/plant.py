@@ -4,6 +4,7 @@
     PLANT="nan=17 spike=41"       the batch that holds the global sample has NaN in its loss mask, or labels made up
     PLANT="crash=12"              rank 1 raises in step 12
     PLANT="halt=6"                step 6 never comes: what is to happen amid the run has all the time it needs
+    PLANT="wait=6"                step 6 comes once the file that go_on() names is there
 
 Samples, not steps, carry faults: after a rollback that jumps over them they do not come again.
 """
@@ -14,6 +15,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+
+def go_on(job_id: str) -> Path:
+    """In the folder that the job was submitted in: its run then goes past the step that waits."""
+    return Path(f"go-on-{job_id}")
 
 
 def install(faults: dict[str, float]) -> None:
@@ -35,6 +41,8 @@ def install(faults: dict[str, float]) -> None:
                 raise RuntimeError("a planted crash")
             while step == faults.get("halt"):
                 time.sleep(60)
+            while step == faults.get("wait") and not go_on(os.environ["SLURM_JOB_ID"]).exists():
+                time.sleep(0.2)
             batches = next_step(self)
             return (
                 [spoilt(batch, faults) for batch in batches]
