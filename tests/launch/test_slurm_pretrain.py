@@ -25,7 +25,7 @@ pytestmark = [*NEEDS_SLURM, pytest.mark.usefixtures("preloaded")]
 
 def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     """sbatch of the same line twice, on two nodes that share the disk: the first must not notice the second."""
-    first = lab.submit("twice", options=("--nodes=1",), plant="wait=6")
+    first = lab.submit("twice", options=("--nodes=1",), plant="halt=6")
     lab.wait_for_step(first, "twice", 3)
     second = lab.submit("twice", options=("--nodes=1",))
     assert second.wait_for_end() == "FAILED", second.log()
@@ -71,9 +71,9 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
 
 
 def test_time_limit_resumes_without_losing_a_step(lab):
-    """Notice comes 75 s before the end of two minutes, or up to a minute earlier; step 30 waits for it."""
+    """Notice comes 75 s before the end of two minutes, or up to a minute earlier; the run halts until then."""
     options = ("--nodes=1", "--time=2", "--signal=USR2@75")
-    job = lab.submit("limit", options=options, plant="wait=30")
+    job = lab.submit("limit", options=options, plant="halt=30")
     lab.cluster.wait_for(lambda: "USR2 heard" in job.log(), "notice of the limit", job=job)
     lab.go_on(job)
     lab.cluster.wait_for(

@@ -61,7 +61,7 @@ def table(output: str) -> dict[tuple[str, str], list[float]]:
     return {(m[1], m[2]): [float(m[n]) for n in (3, 4, 5)] for m in row.finditer(output)}
 
 
-# Parts of the recipes' steps: README.md and docs/finetuning.md have what the whole of them reaches.
+# Parts of the recipes' steps; docs/finetuning.md has what the whole of them reaches.
 FEWER = {
     "quickstart": ("training.total_steps=600",),
     "talk": ("training.total_steps=800", "checkpoint.save_every=800"),

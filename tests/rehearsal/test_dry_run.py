@@ -141,7 +141,7 @@ LARGE: dict[str, tuple[tuple[str, ...], int, int, float]] = {
     "mixture": (("model=modern-1.3b", "model.moe.num_experts=8"), 0, 8, 110.0),
     "128k tokens": (("experiment=modern-7b-128k",), 0, 64, 51.0),
     "mixtral-8x7b": (MIXTRAL, 0, 32, 40.0),
-    "qwen3-moe-30b": (QWEN3, 6, 32, 24.0),
+    "qwen3-moe-30b": (QWEN3, 6, 32, 23.3),
 }
 
 

@@ -3,8 +3,8 @@
     PLANT="step_s=0.2"            every step takes so much longer: something can happen in the meantime
     PLANT="nan=17 spike=41"       the batch that holds the global sample has NaN in its loss mask, or labels made up
     PLANT="crash=12"              rank 1 raises in step 12
-    PLANT="halt=6"                step 6 never comes: what is to happen amid the run has all the time it needs
-    PLANT="wait=6"                step 6 comes once the file that go_on() names is there
+    PLANT="halt=6"                step 6 of a start comes once the file of go_on() is there: what is to happen amid the run
+                                  has all the time it needs
 
 Samples, not steps, carry faults: after a rollback that jumps over them they do not come again.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def go_on(job_id: str) -> Path:
-    """In the folder that the job was submitted in: its run then goes past the step that waits."""
+    """In the folder that the run was started in: it then goes past where it halts."""
     return Path(f"go-on-{job_id}")
 
 
@@ -33,15 +33,14 @@ def install(faults: dict[str, float]) -> None:
 
         layout = connect(*args, **kwargs)
         next_step, steps = loader.Loader.next_step, iter(range(10**9))
+        released = go_on(os.environ.get("SLURM_JOB_ID", "none"))
 
         def faulty_next_step(self: Any) -> list[Any]:
             time.sleep(faults.get("step_s", 0.0))
             step = next(steps)
             if step == faults.get("crash") and layout.ranks.global_rank == 1:
                 raise RuntimeError("a planted crash")
-            while step == faults.get("halt"):
-                time.sleep(60)
-            while step == faults.get("wait") and not go_on(os.environ["SLURM_JOB_ID"]).exists():
+            while step == faults.get("halt") and not released.exists():
                 time.sleep(0.2)
             batches = next_step(self)
             return (

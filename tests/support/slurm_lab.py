@@ -104,7 +104,7 @@ class Lab:
         )
 
     def go_on(self, job: Job) -> None:
-        """Past the step that waits (PLANT="wait=6")."""
+        """Past where its run halts (PLANT="halt=6")."""
         (self.folder / go_on(job.id)).touch()
 
     def run_dir(self, name: str) -> Path:
