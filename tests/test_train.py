@@ -16,6 +16,7 @@ import pytest
 from pipeline.checkpoint.record import read_record
 from pipeline.errors import DataUsedUp, PipelineError
 from pipeline.tracking.samples import read_samples
+from tests.support.plant import Lead
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import (
     LOOKS,
@@ -27,7 +28,7 @@ from tests.support.small_runs import (
     validation,
     write_data,
 )
-from tests.support.waiting import HANG_S
+from tests.support.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,13 +96,12 @@ def test_a_killed_run_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
     run_on_ranks(train_on_ranks, 1, overrides(data, tmp_path, "whole", **dropout))
     command = [sys.executable, "tests/support/plant.py", "-m", "pipeline.train"]
     command += overrides(data, tmp_path, "killed", **dropout)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": "halt=6"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": Lead(tmp_path / "until", to=6).plant}  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     run = tmp_path / "killed"
-    deadline = time.monotonic() + HANG_S
-    while not (run / "checkpoints" / "latest").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.005)
+    saved = (run / "checkpoints" / "latest").exists
+    wait_until(lambda: saved() or process.poll() is not None)
+    assert saved(), "no checkpoint appeared"
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = history(run)

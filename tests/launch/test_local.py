@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.corpus import make_tokenizer
+from tests.support.plant import Lead
 from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
 
@@ -181,10 +182,11 @@ def test_a_shard_that_shrinks_under_the_trainer_is_named(tmp_path):
         "training.micro_batch_size=2", "training.precision=fp32", "training.eval_every=0", "schedule.warmup_steps=2",
         "tracking.log_every=1", "tracking.wandb=disabled",
     ]  # fmt: skip
+    lead = Lead(tmp_path / "until", to=1)
     environment = {
         **os.environ,
         "PYTHON": f"{sys.executable} {ROOT}/tests/support/plant.py",
-        "PLANT": "step_s=0.3",
+        "PLANT": lead.plant,
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen([SCRIPT, "1", *settings], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -197,6 +199,7 @@ def test_a_shard_that_shrinks_under_the_trainer_is_named(tmp_path):
         shards = sorted((tmp_path / "data" / "train").rglob("*.tar"))
         for shard in shards:
             os.truncate(shard, 1000)
+        lead.to(100)
         errors = process.communicate(timeout=HANG_S)[1]
     finally:
         process.kill()

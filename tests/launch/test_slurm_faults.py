@@ -26,11 +26,12 @@ pytestmark = NEEDS_SLURM
 def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(lab):
     """A killed rank: again on the same nodes. A dead node: on the spare. A cut link: on the one node that is left."""
     job = lab.submit("breaks", "resilience.collective_timeout_s=60", options=("--nodes=1-2",),
-                     plant="step_s=0.5")  # fmt: skip
+                     until=12)  # fmt: skip
     lab.wait_for_step(job, "breaks", 12)
     node = job.nodes()[1]
     (rank,) = lab.cluster.tasks(job, node)
     lab.cluster.run("kill", "-9", rank, node=node)
+    lab.lead("breaks", to=22)
     lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", job=job)
     assert (
         len(job.log().split("requeued (start 2 comes)")[0].split("step 12/")[1].splitlines()) < 40
@@ -38,6 +39,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     lab.wait_for_step(job, "breaks", 22)
     dead = job.nodes()[1]
     lab.cluster.power_off(dead)
+    lab.lead("breaks", to=32)
     lab.cluster.wait_for(
         lambda: int(job.fact("Restarts")) == 2, "a requeue after the node's end", job=job
     )
@@ -45,6 +47,7 @@ def test_killed_rank_dead_node_and_cut_link_continue_from_the_last_checkpoint(la
     assert dead not in job.nodes() and len(job.nodes()) == 2
     cut = next(node for node in job.nodes() if node != job.fact("BatchHost"))
     lab.cluster.cut(cut)
+    lab.lead("breaks")
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert len(job.nodes()) == 1
     lab.expect_undisturbed("breaks", repeated=True)
@@ -58,7 +61,7 @@ def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
 
     Two minutes of silence; the file is made as old as it would be near their end.
     """
-    job = lab.submit("power", options=("--nodes=1",), plant="step_s=0.5")
+    job = lab.submit("power", options=("--nodes=1",), until=12)
     lab.wait_for_step(job, "power", 12)
     owner = lab.run_dir("power") / "owner"
     assert [path.name for path in owner.iterdir()] == ["00000001.json"]
@@ -66,13 +69,14 @@ def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
     lab.cluster.power_off(node)
     claim = json.loads((owner / "00000001.json").read_text())
     assert (claim["node"], claim["released"]) == (node, False), "nobody was left to release it"
-    lab.wait_for_step(job, "power", lab.rows("power")[-1]["step"] + 4)  # requeued, elsewhere
+    lab.lead("power", to=16)
+    lab.wait_for_step(job, "power", 16)  # requeued, elsewhere
     assert job.fact("BatchHost") != node and job.fact("Restarts") == "1"
     lab.cluster.power_off(job.fact("BatchHost"))
     lab.cluster.run("scancel", job.id)
     last_beat = time.time() - SILENCE_S + 2 * BEAT_S
     os.utime(owner / "00000002.json", (last_beat, last_beat))
-    another = lab.submit("power", options=("--nodes=1",), plant="step_s=0.5")
+    another = lab.submit("power", options=("--nodes=1",))
     assert another.wait_for_end() == "COMPLETED", another.log()
     assert json.loads((owner / "00000003.json").read_text())["job_id"] == another.id
     lab.expect_undisturbed("power", repeated=True)
@@ -82,7 +86,7 @@ def test_the_power_off_of_the_owners_node_does_not_keep_the_next_start_out(lab):
 def test_kill_9_of_the_owner_keeps_no_start_out(lab):
     """Nobody releases its claim: the requeued job takes over at once, and another job on its node, where the kernel knows."""
     options = ("--nodes=1",)
-    job = lab.submit("killed", options=options, plant="step_s=0.5")
+    job = lab.submit("killed", options=options, until=12)
     owner, node = lab.run_dir("killed") / "owner", ""
 
     def kill_owner(number: int, *rest: str) -> None:
@@ -94,6 +98,7 @@ def test_kill_9_of_the_owner_keeps_no_start_out(lab):
     lab.wait_for_step(job, "killed", 12)
     node = job.fact("BatchHost")
     kill_owner(1)
+    lab.lead("killed", to=22)
     lab.cluster.wait_for(lambda: "requeued (start 2 comes)" in job.log(), "a requeue", job=job)
     assert json.loads((owner / "00000001.json").read_text())["released"] is False
     lab.wait_for_step(job, "killed", 22)
@@ -102,7 +107,7 @@ def test_kill_9_of_the_owner_keeps_no_start_out(lab):
     assert job.wait_for_end() == "FAILED", job.log()
     assert json.loads((owner / "00000002.json").read_text())["released"] is False
     before = time.monotonic()
-    another = lab.submit("killed", options=(*options, f"--nodelist={node}"), plant="step_s=0.1")
+    another = lab.submit("killed", options=(*options, f"--nodelist={node}"))
     lab.cluster.wait_for((owner / "00000003.json").exists, "the third claim", job=another)
     assert time.monotonic() - before < SILENCE_S, (
         "it waited for a silence, with the owner's node at hand"
@@ -112,13 +117,10 @@ def test_kill_9_of_the_owner_keeps_no_start_out(lab):
 
 
 def test_stopped_rank_is_named_with_its_node(lab):
-    job = lab.submit("hang", "resilience.hang_timeout_s=20", options=("--nodes=2",))
-    lab.wait_for_step(job, "hang", 12)
-    node = job.nodes()[1]
-    (pid,) = lab.cluster.tasks(job, node)
-    lab.cluster.run("kill", "-STOP", pid, node=node)
+    job = lab.submit("hang", "resilience.hang_timeout_s=20", plant="stop=12")
     logs = lab.run_dir("hang") / "logs"
     lab.cluster.wait_for(lambda: bool(list(logs.glob("hang-*.md"))), "a hang report", job=job)
+    node = job.nodes()[1]
     assert job.wait_for_end() == "COMPLETED", job.log()  # requeued: step 10 was saved
     page = next(logs.glob("hang-*.md")).read_text()
     assert f"rank 1 on {node}**: silent" in page and "Sample hash of the step" in page

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.support.corpus import make_texts, make_tokenizer, write_jsonl
+from tests.support.plant import Lead
 from tests.support.slurm_cluster import REPO, Job
 from tests.support.slurm_lab import NEEDS_SLURM, SETTINGS, STEPS, Lab
 from tests.support.waiting import HANG_S
@@ -25,12 +26,12 @@ pytestmark = [*NEEDS_SLURM, pytest.mark.usefixtures("preloaded")]
 
 def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
     """sbatch of the same line twice, on two nodes that share the disk: the first must not notice the second."""
-    first = lab.submit("twice", options=("--nodes=1",), plant="halt=6")
+    first = lab.submit("twice", options=("--nodes=1",), until=3)
     lab.wait_for_step(first, "twice", 3)
-    second = lab.submit("twice", options=("--nodes=1",))
+    second = lab.submit("twice", options=("--nodes=1",), until=3)
     assert second.wait_for_end() == "FAILED", second.log()
     assert "is in use by process" in second.log() and f"Slurm job {first.id}" in second.log()
-    lab.go_on(first)
+    lab.lead("twice")
     assert first.wait_for_end() == "COMPLETED", first.log()
     lab.expect_undisturbed("twice")
 
@@ -38,7 +39,7 @@ def test_two_jobs_in_one_folder_one_trains_and_one_is_refused(lab: Lab) -> None:
 def test_tensor_and_pipeline_parallel_over_two_nodes_equals_one_machine(lab):
     job = lab.submit(
         "layout", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "tracking.wandb=disabled",
-        options=("--nodes=2", "--ntasks-per-node=2"), plant="",
+        options=("--nodes=2", "--ntasks-per-node=2"),
     )  # fmt: skip
     assert job.wait_for_end() == "COMPLETED", job.log()
     lab.expect_undisturbed("layout")
@@ -46,15 +47,20 @@ def test_tensor_and_pipeline_parallel_over_two_nodes_equals_one_machine(lab):
 
 def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
     """scancel -s USR2, scontrol requeue and preemption, one after the other, in one job."""
-    job = lab.submit("notice")
+
+    def lead_after(heard: str, *, times: int, to: int) -> None:
+        lab.cluster.wait_for(lambda: job.log().count(f"{heard} heard") == times, heard, job=job)
+        lab.lead("notice", to=to)
+
+    job = lab.submit("notice", until=5)
     lab.wait_for_step(job, "notice", 5)
     lab.cluster.run("scancel", "-s", "USR2", job.id)
     lab.cluster.run("scancel", "-s", "USR2", job.id)  # a second one does no harm
-    lab.cluster.wait_for(lambda: "leaving on notice" in job.log(), "leaving", job=job)
-    lab.wait_for_step(job, "notice", lab.rows("notice")[-1]["step"] + 3)
+    lead_after("USR2", times=1, to=9)
+    lab.wait_for_step(job, "notice", 9)
     lab.cluster.run("scontrol", "requeue", job.id)
-    lab.cluster.wait_for(lambda: job.log().count("leaving on notice") == 2, "leaving", job=job)
-    lab.wait_for_step(job, "notice", lab.rows("notice")[-1]["step"] + 3)
+    lead_after("TERM", times=1, to=13)
+    lab.wait_for_step(job, "notice", 13)
     (lab.folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
     lab.cluster.run(
         "sbatch",
@@ -64,6 +70,7 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
         "--output=/dev/null",
         str(lab.folder / "urgent.sh"),
     )
+    lead_after("TERM", times=2, to=STEPS)
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.log().count("leaving on notice") == 3
     lab.expect_undisturbed("notice")
@@ -73,9 +80,9 @@ def test_every_kind_of_notice_resumes_without_losing_a_step(lab):
 def test_time_limit_resumes_without_losing_a_step(lab):
     """Notice comes 75 s before the end of two minutes, or up to a minute earlier; the run halts until then."""
     options = ("--nodes=1", "--time=2", "--signal=USR2@75")
-    job = lab.submit("limit", options=options, plant="halt=30")
+    job = lab.submit("limit", options=options, until=30)
     lab.cluster.wait_for(lambda: "USR2 heard" in job.log(), "notice of the limit", job=job)
-    lab.go_on(job)
+    lab.lead("limit")
     lab.cluster.wait_for(
         lambda: "requeued (start 2 comes)" in job.log(), "the second start", job=job
     )
@@ -136,10 +143,11 @@ def test_a_killed_point_of_a_sweep_does_not_end_the_others(lab: Lab) -> None:
     """launch/sweep.slurm: an array of 2 x 2, two at a time; the login node's table says which one was killed."""
     swept = ["optimizer.lr=0.003,0.001", "seed=1,2"]
     settings = [word for word in lab.settings if not word.startswith("optimizer.lr")]
-    own = ["tracking.wandb=disabled", "training.total_steps=300", "checkpoint.save_every=0", "tracking.log_every=5"]  # fmt: skip
+    own = ["tracking.wandb=disabled", "training.total_steps=20", "checkpoint.save_every=0", "tracking.log_every=5"]  # fmt: skip
     words = ["name=sweep", *settings, *own, *swept]
     options = ("--array=0-3%2", "--exclusive=user", "--cpus-per-task=1", "--mem=1G", "--gres=none")
-    environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    lead = Lead(lab.folder / "sweep.until", to=5)
+    environment = {"PYTHON": lab.plain_python, "PLANT": lead.plant, "OMP_NUM_THREADS": "1"}
     job = lab.cluster.submit("launch/sweep.slurm", *words, options=options, env=environment, cwd=lab.folder)  # fmt: skip
     point = "001-lr=0.003,seed=2"
     lab.cluster.wait_for(lambda: bool(lab.rows(f"sweep/{point}")), "a step of the second point")
@@ -148,6 +156,7 @@ def test_a_killed_point_of_a_sweep_does_not_end_the_others(lab: Lab) -> None:
     training = f"pipeline.train .*name={point}"
     (pid,) = lab.cluster.run("pgrep", "-f", training, node=node[1]).split()
     lab.cluster.run("kill", "-9", pid, node=node[1])
+    lead.to(20)
     over = {"COMPLETED", "FAILED"}
     lab.cluster.wait_for(lambda: set(states(lab, job)) <= over, "the array's end", HANG_S)
     assert states(lab, job) == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"]
@@ -161,7 +170,7 @@ def test_a_killed_point_of_a_sweep_does_not_end_the_others(lab: Lab) -> None:
     ]
     assert said == ["done", "FAILED, exit code 137", "done", "done"], told.stdout
     assert "not done: 1." in told.stdout
-    assert [lab.rows(f"sweep/{name}")[-1]["step"] for name in ("000-lr=0.003,seed=1", "003-lr=0.001,seed=2")] == [300, 300]  # fmt: skip
+    assert [lab.rows(f"sweep/{name}")[-1]["step"] for name in ("000-lr=0.003,seed=1", "003-lr=0.001,seed=2")] == [20, 20]  # fmt: skip
 
 
 def tasks(lab: Lab, job: Job) -> list[str]:

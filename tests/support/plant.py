@@ -1,28 +1,38 @@
 """`python -m MODULE ...`, with faults planted in training: PYTHON="python tests/plant.py" sbatch launch/pretrain.slurm
 
-    PLANT="step_s=0.2"            every step takes so much longer: something can happen in the meantime
+    PLANT="until=FILE"            no step comes after the one whose number is in the file: a test leads the run there, and
+                                  has all the time it needs for what is to happen amid it (Lead writes the file)
+    PLANT="step_s=1"              every step takes so many seconds longer: what comes at a random time may come in any of it
     PLANT="nan=17 spike=41"       the batch that holds the global sample has NaN in its loss mask, or labels made up
-    PLANT="crash=12"              rank 1 raises in step 12
-    PLANT="halt=6"                step 6 of a start comes once the file of go_on() is there: what is to happen amid the run
-                                  has all the time it needs
+    PLANT="crash=12 stop=12"      rank 1 raises, or stops (SIGSTOP), after step 12; a job that is requeued does so once
 
 Samples, not steps, carry faults: after a rollback that jumps over them they do not come again.
 """
 
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 
-def go_on(job_id: str) -> Path:
-    """In the folder that the run was started in: it then goes past where it halts."""
-    return Path(f"go-on-{job_id}")
+class Lead:
+    """How far a run may go that is started with PLANT=lead.plant."""
+
+    def __init__(self, file: Path, *, to: int) -> None:
+        self.file, self.plant = file, f"until={file}"
+        self.to(to)
+
+    def to(self, step: int) -> None:
+        """On to that step, and no further until told again."""
+        new = self.file.with_name(f"{self.file.name}.new")
+        new.write_text(str(step))
+        new.rename(self.file)  # whoever reads meanwhile finds one number or the other
 
 
-def install(faults: dict[str, float]) -> None:
+def install(faults: dict[str, str]) -> None:
     """Wrap the loader once the ranks are connected; nothing is imported before: handlers come first, torch later."""
     from pipeline.distributed import layout as layout_module
 
@@ -32,16 +42,18 @@ def install(faults: dict[str, float]) -> None:
         from pipeline.data import loader
 
         layout = connect(*args, **kwargs)
-        next_step, steps = loader.Loader.next_step, iter(range(10**9))
-        released = go_on(os.environ.get("SLURM_JOB_ID", "none"))
+        next_step = loader.Loader.next_step
+        fails = layout.ranks.global_rank == 1 and "SLURM_RESTART_COUNT" not in os.environ
 
         def faulty_next_step(self: Any) -> list[Any]:
-            time.sleep(faults.get("step_s", 0.0))
-            step = next(steps)
-            if step == faults.get("crash") and layout.ranks.global_rank == 1:
+            time.sleep(float(faults.get("step_s", 0)))
+            done = self._position.step
+            while "until" in faults and done >= int(Path(faults["until"]).read_text()):
+                time.sleep(0.05)
+            if fails and str(done) == faults.get("crash"):
                 raise RuntimeError("a planted crash")
-            while step == faults.get("halt") and not released.exists():
-                time.sleep(0.2)
+            if fails and str(done) == faults.get("stop"):
+                os.kill(os.getpid(), signal.SIGSTOP)
             batches = next_step(self)
             return (
                 [spoilt(batch, faults) for batch in batches]
@@ -55,13 +67,13 @@ def install(faults: dict[str, float]) -> None:
     layout_module.connect = connect_and_plant
 
 
-def spoilt(batch: Any, faults: dict[str, float]) -> Any:
+def spoilt(batch: Any, faults: dict[str, str]) -> Any:
     """The batch, with a fault if it holds a sample that carries one."""
     import torch
 
     batch.loss_mask = torch.ones_like(batch.labels, dtype=torch.float32)
     rows = {
-        name: (torch.as_tensor(batch.sample_ids) == faults.get(name, -1))
+        name: (torch.as_tensor(batch.sample_ids) == int(faults.get(name, -1)))
         for name in ("nan", "spike")
     }
     batch.loss_mask[rows["nan"]] = float("nan")
@@ -76,7 +88,7 @@ if __name__ == "__main__":
     # In place of this folder, where a file has the name of a library: tokenizers.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     planted = {
-        name: float(value)
+        name: value
         for name, _, value in (word.partition("=") for word in os.environ.get("PLANT", "").split())
     }
     if sys.argv[1] != "-m":  # a line of Python, which launch scripts have too

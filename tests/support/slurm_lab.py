@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.plant import go_on
+from pipeline.checkpoint import folder as folders
+from tests.support.plant import Lead
 from tests.support.preloaded import CLIENT, TRAINING
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster, missing
 from tests.support.token_dataset import write_dataset
@@ -21,13 +22,13 @@ NEEDS_SLURM = [
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing()), reason=missing() or "a cluster can start"),
 ]
-STEPS = 40
+STEPS, SAVE_EVERY = 40, 10
 SETTINGS = [
     "data.validation=[]", "model.num_layers=2", "model.hidden_size=32", "model.max_seq_len=32",
     "schedule.warmup_steps=2",
     f"training.total_steps={STEPS}", "training.global_batch_size=8", "training.micro_batch_size=2",
     "training.precision=fp32", "tracking.log_every=1", "tracking.sample_hash=true", "tracking.wandb=offline",
-    "checkpoint.save_every=10", "optimizer.lr=0.003",
+    f"checkpoint.save_every={SAVE_EVERY}", "optimizer.lr=0.003",
 ]  # fmt: skip
 
 
@@ -89,11 +90,13 @@ class Lab:
         name: str,
         *settings: str,
         options: tuple[str, ...] = ("--nodes=2",),
-        plant: str = "step_s=0.2",
+        plant: str = "",
+        until: int = STEPS,
     ) -> Job:
+        """The job of a run that stands still after step `until`, until lead() lets it go on."""
         environment = {
             "PYTHON": self.python,
-            "PLANT": plant,
+            "PLANT": f"{plant} {Lead(self._until(name), to=until).plant}",
             "OMP_NUM_THREADS": "1",
         }
         # Jobs of several tests share the nodes.
@@ -103,9 +106,12 @@ class Lab:
             "launch/pretrain.slurm", *arguments, options=options, env=environment, cwd=self.folder
         )
 
-    def go_on(self, job: Job) -> None:
-        """Past where its run halts (PLANT="halt=6")."""
-        (self.folder / go_on(job.id)).touch()
+    def lead(self, name: str, *, to: int = STEPS) -> None:
+        """Let the run of that name go on to this step."""
+        Lead(self._until(name), to=to)
+
+    def _until(self, name: str) -> Path:
+        return self.folder / f"{name}.until"
 
     def run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -117,8 +123,14 @@ class Lab:
         return [row for row in map(json.loads, lines) if "train/loss" in row]
 
     def wait_for_step(self, job: Job, name: str, step: int) -> None:
+        """Until the step is logged, and the checkpoint before it is on the disk: the run would go on there."""
+        due = folders.name_of(step // SAVE_EVERY * SAVE_EVERY)
+        latest = self.run_dir(name) / "checkpoints" / folders.LATEST
+
         def reached() -> bool:
-            if max((row["step"] for row in self.rows(name)), default=0) >= step:
+            if max((row["step"] for row in self.rows(name)), default=0) >= step and (
+                step < SAVE_EVERY or (latest.exists() and latest.read_text().strip() >= due)
+            ):
                 return True
             assert job.fact("JobState") not in ("FAILED", "COMPLETED", "CANCELLED"), job.log()
             return False

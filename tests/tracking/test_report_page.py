@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.report import ReportConfig, main
+from tests.support.plant import Lead
 from tests.support.small_runs import overrides, write_data
 from tests.support.waiting import HANG_S
 from tests.test_report import step_row, write
@@ -62,7 +63,7 @@ def test_a_run_is_reported_while_it_is_written(tmp_path):
     data = write_data(tmp_path / "data")
     settings = {"training.eval_every": 0, "training.total_steps": 8, "checkpoint.save_every": 100}
     words = ["-m", "pipeline.train", *overrides(data, tmp_path, **settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": "halt=5 nan=20"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": f"{Lead(tmp_path / 'until', to=5).plant} nan=20"}  # fmt: skip
     command = [sys.executable, "tests/support/plant.py", *words]
     run, steps, deadline = tmp_path / "run", [0], time.monotonic() + HANG_S
     with (tmp_path / "log").open("w") as log:
