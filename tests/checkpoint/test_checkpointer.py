@@ -23,6 +23,7 @@ from pipeline.model.partition import Partition
 from tests.support.checkpoint_runs import Run, resume, small_chunks, train_and_save
 from tests.support.layouts import allow_fp16_on_the_cpu, config
 from tests.support.ranks import run_on_ranks
+from tests.support.waiting import HANG_S
 
 SAVED, LAST = 3, 5
 
@@ -301,7 +302,7 @@ def test_host_copy_by_several_threads_is_the_copy(monkeypatch: pytest.MonkeyPatc
         Fragment(f"f{number}", Partition.of((300, 40)), 0, {"weight": torch.rand(12_000)}, True)
         for number in range(8)
     ]
-    meet, copy = threading.Barrier(2, timeout=20), Tensor.copy_
+    meet, copy = threading.Barrier(2, timeout=HANG_S), Tensor.copy_
 
     def copy_together(self: Tensor, source: Tensor, **kwargs: object) -> Tensor:
         meet.wait()  # breaks where one thread copies one after the other

@@ -72,7 +72,7 @@ def ask(
     port: int, path: str, body: Any = None, *, host: str | None = None, **headers: str
 ) -> tuple[int, str, http.client.HTTPMessage]:
     """(status, text, headers)."""
-    connection = http.client.HTTPConnection(front.HERE, port, timeout=30)
+    connection = http.client.HTTPConnection(front.HERE, port, timeout=HANG_S)
     raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     method = "GET" if body is None else "POST"
     connection.request(method, path, raw, {"Host": host or f"{front.HERE}:{port}", **headers})

@@ -143,7 +143,7 @@ def test_each_task_of_an_array_makes_its_own_run(cluster, tmp_path, script, modu
         f"launch/{script}.slurm", *words, options=options, env=environment, cwd=tmp_path
     )
     files = [tmp_path / f"task-{number}" for number in (0, 1)]
-    cluster.wait_for(lambda: all(f.exists() and f.read_text() for f in files), "tasks", 60, job=job)
+    cluster.wait_for(lambda: all(f.exists() and f.read_text() for f in files), "tasks", job=job)
     assert [file.read_text() for file in files] == [
         f"-m pipeline.{module} {' '.join(words)} {number_of}={number} OMP none\n"
         for number in (0, 1)

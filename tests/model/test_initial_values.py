@@ -15,6 +15,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.model import initial_values
 from pipeline.model.initial_values import ROWS, initial_std, initialize
 from pipeline.model.partition import Partition
+from tests.support.waiting import HANG_S
 
 MODEL = ModelConfig(name="t", num_layers=8, hidden_size=512, num_attention_heads=8)
 
@@ -42,7 +43,7 @@ def test_threads_draw_at_a_time_and_the_same_numbers(monkeypatch: pytest.MonkeyP
         initialize, name="head.weight", part=Partition.of((4 * ROWS, 48)), model=MODEL, seed=1
     )
     fill(one)
-    pair, draw = threading.Barrier(2, timeout=60), initial_values.draw
+    pair, draw = threading.Barrier(2, timeout=HANG_S), initial_values.draw
 
     def draw_in_pairs(*args: Any, **kwargs: Any) -> torch.Tensor:
         pair.wait()  # raises where a thread is alone

@@ -16,6 +16,7 @@ from pipeline.config.choices import Precision
 from tests.support.exported import EXPORTED, save_models, tokenizer_file
 from tests.support.layouts import reset_parallel_state
 from tests.support.ranks import run_on_ranks
+from tests.support.waiting import HANG_S
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "probing.md"
 PROMPT = [3, 14, 15, 92, 65, 35, 3, 14, 15]
@@ -50,7 +51,7 @@ def run_documented(root: Path) -> str:
         + f"print({shown.format(ids=PROMPT[1:])})\n"
     )
     done = subprocess.run(
-        [sys.executable, program], cwd=root, capture_output=True, text=True, timeout=240
+        [sys.executable, program], cwd=root, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
