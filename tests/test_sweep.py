@@ -20,6 +20,7 @@ from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
 from pipeline.scaling import runs
 from pipeline.sweep import SweepConfig, main
+from tests.support.plant import Lead
 from tests.support.small_runs import overrides, write_data
 from tests.support.waiting import HANG_S
 
@@ -126,8 +127,8 @@ def test_multirun_of_train_is_a_sweep(tmp_path: Path) -> None:
     assert (tmp_path / "s" / "table.md").read_text() == done.stdout
 
 
-def kill_the_second(sweep_process: subprocess.Popen, run: Path) -> None:
-    """Kill -9 the training of a point once it has logged a step."""
+def kill_the_second(sweep_process: subprocess.Popen, run: Path, lead: Lead) -> None:
+    """Kill -9 the training of a point that waits at its first logged step, and let the others go on."""
     end = time.monotonic() + HANG_S
     while not (run / "metrics.jsonl").exists() or "train/loss" not in (run / "metrics.jsonl").read_text():  # fmt: skip
         assert time.monotonic() < end
@@ -135,19 +136,23 @@ def kill_the_second(sweep_process: subprocess.Popen, run: Path) -> None:
     for child in psutil.Process(sweep_process.pid).children(recursive=True):
         if "pipeline.train" in child.cmdline() and f"name={run.name}" in child.cmdline():
             os.kill(child.pid, signal.SIGKILL)
+    lead.to(4)
 
 
 @pytest.mark.slow
 def test_real_runs_one_killed_by_train_multirun(tmp_path: Path) -> None:
     """Four trainings through `pipeline.train --multirun`; the table says which one was killed."""
     data = write_data(tmp_path / "data")
-    words = [word for word in overrides(data, tmp_path / "runs", "s", **{"training.total_steps": 200, "checkpoint.save_every": 0,
+    words = [word for word in overrides(data, tmp_path / "runs", "s", **{"training.total_steps": 4, "checkpoint.save_every": 0,
              "training.eval_every": 0, "model.num_layers": 2}) if not word.startswith("seed=")]  # fmt: skip
     command = [sys.executable, "-m", "pipeline.train", "--multirun", *words, *SWEPT]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    lead = Lead(tmp_path / "until", to=1)
+    python = f"{sys.executable} {ROOT}/tests/support/plant.py"
+    environment = {**os.environ, "PYTHON": python, "PLANT": lead.plant}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
         killer = threading.Thread(
             target=kill_the_second,
-            args=(process, tmp_path / "runs" / "s" / "001-lr=0.01,seed=2"),
+            args=(process, tmp_path / "runs" / "s" / "001-lr=0.01,seed=2", lead),
             daemon=True,
         )
         killer.start()
@@ -159,4 +164,4 @@ def test_real_runs_one_killed_by_train_multirun(tmp_path: Path) -> None:
         config = (tmp_path / "runs" / "s" / name / "config.yaml").read_text()
         assert f"name: {name}" in config
     rows = (tmp_path / "runs/s/000-lr=0.01,seed=1/metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["step"] == 200
+    assert json.loads(rows[-1])["step"] == 4
