@@ -4,7 +4,8 @@
                                   has all the time it needs for what is to happen amid it (Lead writes the file)
     PLANT="step_s=1"              every step takes so many seconds longer: what comes at a random time may come in any of it
     PLANT="nan=17 spike=41"       the batch that holds the global sample has NaN in its loss mask, or labels made up
-    PLANT="crash=12 stop=12"      rank 1 raises, or stops (SIGSTOP), after step 12; a job that is requeued does so once
+    PLANT="crash=12 stop=12"      rank 1 raises, or says where it is and stops (SIGSTOP), after step 12; not in a start
+                                  after the first
 
 Samples, not steps, carry faults: after a rollback that jumps over them they do not come again.
 """
@@ -12,6 +13,7 @@ Samples, not steps, carry faults: after a rollback that jumps over them they do 
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -53,6 +55,7 @@ def install(faults: dict[str, str]) -> None:
             if fails and str(done) == faults.get("crash"):
                 raise RuntimeError("a planted crash")
             if fails and str(done) == faults.get("stop"):
+                os.write(2, f"stops on {socket.gethostname()}\n".encode())
                 os.kill(os.getpid(), signal.SIGSTOP)
             batches = next_step(self)
             return (
