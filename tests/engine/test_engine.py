@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,6 +79,27 @@ def compiled_at_start_up() -> Any:
 def test_nothing_is_compiled_at_start_up() -> None:
     """DeepSpeed would compile a shared-memory all-reduce, a minute, that nothing here uses."""
     assert run_on_ranks(compiled_at_start_up, 1) == [None]
+
+
+def loads_a_compiler() -> bool:
+    engine_of(config("gpt2", zero=1, precision="bf16"))
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_no_compiler_is_loaded_at_start_up() -> None:
+    """DeepSpeed would load its own Muon, and with it torch's compiler, to compare a class."""
+    assert run_on_ranks(loads_a_compiler, 1) == [False]
+
+
+def collections_at_start_up() -> int:
+    with patch("gc.collect") as collect:
+        engine_of(config("gpt2", zero=1, precision="bf16"))
+    return collect.call_count
+
+
+def test_no_garbage_is_collected_at_start_up() -> None:
+    """DeepSpeed's bf16 optimizer would, before and after each group of parameters."""
+    assert run_on_ranks(collections_at_start_up, 1) == [0]
 
 
 def norm_without_the_first_gradient() -> float:

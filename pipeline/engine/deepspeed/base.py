@@ -6,8 +6,6 @@ import pipeline.engine.deepspeed.environment  # noqa: F401
 
 # isort: split
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -60,14 +58,13 @@ class DeepSpeedRunner:
         self._num_micro_batches = settings["gradient_accumulation_steps"]
         self._loss: Tensor | None = None
         announce_experts(module, layout)
-        with redirect_stdout(StringIO()):  # DeepSpeed prints its memory, line upon line
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=module,
-                model_parameters=groups,
-                optimizer=_optimizer(optimizer, architecture.precision, self.is_offloaded),
-                config=settings,
-                mpu=self.mpu,
-            )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=groups,
+            optimizer=_optimizer(optimizer, architecture.precision, self.is_offloaded),
+            config=settings,
+            mpu=self.mpu,
+        )
         self.wrapper = self.deepspeed.optimizer
         self.is_unsharded = isinstance(self.wrapper, torch.optim.Optimizer)
         self.optimizer: torch.optim.Optimizer = (
