@@ -183,7 +183,10 @@ def _compose(
         if not path.is_file():  # a pipe would be waited for, without end
             raise ConfigError(f"{path} is not an ordinary file; take it out of conf/.")
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
-    ConfigStore.instance().store(f"{config}_schema" if _has_yaml(config) else config, schema)
+    name, store = f"{config}_schema" if _has_yaml(config) else config, ConfigStore.instance()
+    kept = store.repo.get(f"{name}.yaml")
+    if kept is None or OmegaConf.get_type(kept.node) is not schema:  # to store takes 0.05 s
+        store.store(name, schema)
     try:
         with presets.hydra_in(CONF_DIR):
             search = [presets.search_path(own)] if own else []
@@ -252,7 +255,7 @@ def _split(
     Those are taken as they are: Hydra's grammar would trip over their commas, quotes and braces.
     """
     hints = {
-        key: typing.get_type_hints(owner)[field.name] for key, field, owner in schemas.keys(schema)
+        key: schemas.type_hints(owner)[field.name] for key, field, owner in schemas.keys(schema)
     }
     texts = {
         key

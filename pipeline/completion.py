@@ -93,7 +93,7 @@ def offered(word: str, schema: type, groups: Mapping[str, Sequence[str]]) -> Ite
     values = [*groups.get(key, [])]
     for name, field, owner in schemas.settings(schema):
         if name == key:
-            values += _values(typing.get_type_hints(owner)[field.name])
+            values += _values(schemas.type_hints(owner)[field.name])
     yield from (f"{key}={one}" for one in values if one.startswith(value))
 
 

@@ -48,7 +48,7 @@ def help_text(
         "--cfg prints the composed config instead of running.", "", "",
     )  # fmt: skip
     for key, field, owner in schemas.settings(schema):
-        hint = typing.get_type_hints(owner)[field.name]
+        hint = schemas.type_hints(owner)[field.name]
         value = default_of(field) if "[]" in key else look_up(values, key)
         mark = " (may be given without its name)" if key in positional else ""
         lines += _wrapped(f"{key} = {shown(value)}{_choices(hint)}{mark}", "  ", "      ")
