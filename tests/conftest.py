@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_tests and not has_device():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What all test modules have loaded stays: without this a full collection takes 0.4 s of CPU, and each test has some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

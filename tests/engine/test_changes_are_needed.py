@@ -114,7 +114,9 @@ def prove_without(title: str, proof: str, log_path: str) -> None:
     os.chdir(ROOT)
     os.environ[VARIABLE] = title  # tests/conftest.py leaves it out; ranks are forked afterwards
     fork_from_here()
-    print(pytest.main(["-q", "-x", "-p", "no:cacheprovider", proof]), flush=True)
+    # Others' plugins are of packages that the server may have loaded, which pytest warns of.
+    words = ["-q", "-x", "-p", "no:cacheprovider", "--disable-plugin-autoload"]
+    print(pytest.main([*words, proof]), flush=True)
 
 
 def hangs(run: BaseProcess, *, look_s: float = LOOK_S) -> bool:

@@ -12,10 +12,19 @@ with warnings.catch_warnings():
     from pipeline.distributed import megatron_on_cpu
 
     megatron_on_cpu.install()
-    import deepspeed  # noqa: F401
+    import deepspeed.module_inject.auto_ep_layer
     import deepspeed.pipe  # noqa: F401
+    import hydra  # noqa: F401
+    import pytest  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
+    import transformers.models.llava.modeling_llava  # noqa: F401
 
-    import pipeline.training.build  # noqa: F401  (0.3 s of CPU in every rank)
+    import pipeline.checkpoint.restore
+    import pipeline.huggingface.whole_model
+    import pipeline.training.trainer  # noqa: F401
+    import tests.support.layouts  # noqa: F401
     from tests.support.left_out import leave_out
 
     leave_out()
