@@ -63,8 +63,8 @@ def table(output: str) -> dict[tuple[str, str], list[float]]:
 
 # Parts of the recipes' steps; docs/finetuning.md has what the whole of them reaches.
 FEWER = {
-    "quickstart": ("training.total_steps=600",),
-    "talk": ("training.total_steps=800", "checkpoint.save_every=800"),
+    "quickstart": ("training.total_steps=200",),
+    "talk": ("training.total_steps=700", "checkpoint.save_every=700"),
 }
 
 
