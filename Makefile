@@ -47,7 +47,7 @@ soak: .venv/dev
 	SOAK_KILLS=20 $(PYTEST) -m slow -k soak
 
 .venv/core: pyproject.toml constraints.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	test -x .venv/bin/python || $(PYTHON) -m venv --upgrade-deps .venv
 	@echo "installing into .venv; this takes a few minutes"
 	$(INSTALL) -e ".[hf]"
 	@touch $@
