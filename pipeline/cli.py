@@ -185,7 +185,7 @@ def _compose(
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
     name, store = f"{config}_schema" if _has_yaml(config) else config, ConfigStore.instance()
     kept = store.repo.get(f"{name}.yaml")
-    if kept is None or OmegaConf.get_type(kept.node) is not schema:  # to store takes 0.05 s
+    if kept is None or OmegaConf.get_type(kept.node) is not schema:  # to store it is slow
         store.store(name, schema)
     try:
         with presets.hydra_in(CONF_DIR):

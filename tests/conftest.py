@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What all test modules have loaded stays: without this a full collection takes 0.4 s of CPU, and each test has some."""
+    """What all test modules have loaded stays: without this a full collection takes 0.4 s of CPU."""
     gc.collect()
     gc.freeze()
 

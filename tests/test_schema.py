@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 
-from pipeline import schema
+from pipeline import cli, schema
 
 
 @dataclass
@@ -50,3 +50,10 @@ def test_documentation_is_inherited_and_on_one_line():
     assert found["input"] == "What is read, all of it."
     assert found["entries[].weight"] == found["nested.weight"] == "How much."
     assert found["silent"] == ""
+
+
+def test_schemas_of_one_name_do_not_take_each_others_place() -> None:
+    """A schema is stored once a process, under the name of its job."""
+    first, second = (make_dataclass("Job", [("x", int, value)]) for value in (1, 2))
+    found = [cli.compose(kind, [], config="job").x for kind in (first, second, first)]
+    assert found == [1, 2, 1]
