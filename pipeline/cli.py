@@ -190,7 +190,7 @@ def _compose(
     try:
         with presets.hydra_in(CONF_DIR):
             search = [presets.search_path(own)] if own else []
-            node = hydra_compose(config, [*search, *overrides])
+            node = hydra_compose(config, [*presets.NOT_HYDRAS, *search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
     except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
@@ -273,6 +273,7 @@ def _split(
             argument = f"{key}={value}"
         if argument.startswith("-") or not equals and not argument.startswith("~"):
             raise ConfigError(_not_key_value(argument, schema, groups))
+        presets.check_no_hydra_setting(argument)
         # `+` adds a key the schema does not know: only a table (dict) takes new keys, and there it
         # may be left out.
         is_open = any(

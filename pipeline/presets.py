@@ -21,6 +21,13 @@ VARIABLE = "PRETRAIN_CONFIG_DIR"
 """The same for a command and whatever it composes or starts itself, as a scaling ladder does."""
 COMPOSING = threading.Lock()
 """Held by the thread whose Hydra it is."""
+NOT_HYDRAS = [
+    f"~hydra/{group}"
+    for group in (
+        "output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env"
+    )
+]  # fmt: skip
+"""Overrides that leave out how Hydra runs programs: half of what it composes, 0.21 -> 0.11 s."""
 
 
 def take_folder(arguments: Sequence[str], ours: Path) -> tuple[list[str], Path | None]:
@@ -80,6 +87,21 @@ def search_path(own: Path) -> str:
     """Hydra's override that searches a folder too."""
     quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
     return f"hydra.searchpath=['file://{quoted}']"
+
+
+def check_no_hydra_setting(argument: str) -> None:
+    """Where to look for presets is all that Hydra may be told.
+
+    Raises:
+        ConfigError: this would have no effect.
+    """
+    key = argument.lstrip("+~").partition("=")[0]
+    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+        raise ConfigError(
+            f"'{argument}' is a setting of Hydra's, which composes settings here and runs nothing: "
+            "it has no effect. Runs of several values: python -m pipeline.sweep. "
+            "--help lists the settings."
+        )
 
 
 @contextlib.contextmanager

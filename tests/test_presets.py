@@ -5,8 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra import initialize
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 
 from pipeline import cli, presets
@@ -115,3 +117,31 @@ def test_a_program_that_uses_hydra_itself_composes_too():
             cli.compose(PretrainConfig, ["no.such=1"], config="pretrain")
         assert theirs is not None and GlobalHydra.instance().hydra is theirs
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_what_hydra_composes_to_run_programs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is half of what would be composed, and dropped."""
+    asked: list[str] = []
+    composes = hydra.compose
+    monkeypatch.setattr(
+        hydra, "compose", lambda config, words: asked.extend(words) or composes(config, words)
+    )
+    hydras = {
+        f"~hydra/{group}"
+        for default in HydraConf().defaults
+        for group, option in default.items()
+        if option is not None
+    }
+    assert compose("model=tiny").name == "tiny"
+    assert hydras == {word for word in asked if "hydra" in word}
+
+
+def test_a_preset_may_still_name_what_is_left_out(folder: Path) -> None:
+    """One that serves another program of Hydra's too."""
+    recipe = folder / "conf" / "experiment" / "mine.yaml"
+    recipe.write_text(
+        MINE.replace("defaults:", "defaults:\n  - override /hydra/job_logging: none")
+        + "hydra:\n  run:\n    dir: elsewhere\n"
+    )
+    assert compose("experiment=mine").training.total_steps == 77
+    assert compose("hydra.searchpath=[file://elsewhere]").training.total_steps == 1000
