@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -12,11 +11,11 @@ from pipeline.config.choices import Init, OptimizerName, PipelineSchedule
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.parameter_names import (
-    counted_from_0,
     is_linear_weight,
     is_lora,
     linear_shapes,
     lora_stems,
+    matching,
     parameter_names,
     trained_names,
 )
@@ -39,11 +38,11 @@ def unknown_patterns(
     setting: str, patterns: Iterable[str], names: Collection[str], model: ModelConfig
 ) -> Iterator[str]:
     """Patterns of canonical names that name nothing, each with the nearest one that would."""
-    in_every_layer = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
-    modules = {f"{name.rpartition('.')[0]}.*" for name in in_every_layer}
     for pattern in patterns:
-        if any(fnmatch.fnmatchcase(name, counted_from_0(pattern, model)) for name in names):
+        if any(matching(names, [pattern], model)):
             continue
+        in_every_layer = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+        modules = {f"{name.rpartition('.')[0]}.*" for name in in_every_layer}
         near = difflib.get_close_matches(pattern, sorted({*names, *in_every_layer, *modules}), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"They are {', '.join(sorted(modules))}."
         if ".lora_" in pattern and not any(map(is_lora, names)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from pipeline.config.choices import Normalization, NormPlacement, Position
 from pipeline.config.finetune import FinetuneConfig
@@ -46,20 +46,20 @@ def parameter_shapes(
 
 def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Of the parameters of the blocks, low-rank matrices left out."""
-    hidden, width = model.hidden_size, resolve(model).head_dim
+    hidden, sizes = model.hidden_size, resolve(model)
     shapes: dict[str, Shape] = {}
     for layer in range(model.num_layers):
         at = f"layers.{layer}"
         norms = {"input_layernorm": hidden, "pre_mlp_layernorm": hidden}
         if model.qk_norm:
-            norms |= {f"self_attention.{n}_layernorm": width for n in "qk"}
+            norms |= {f"self_attention.{n}_layernorm": sizes.head_dim for n in "qk"}
         for name, size in norms.items():
             shapes |= dict.fromkeys(_norm(model, f"{at}.{name}"), (size,))
         if model.moe.num_experts:
             shapes[f"{at}.mlp.router.weight"] = (model.moe.num_experts, hidden)
     for stem, (rows, columns) in _block_linears(model).items():
         shapes[f"{stem}.weight"] = (rows, columns)
-        if resolve(model).qkv_bias if stem.endswith("linear_qkv") else model.bias:
+        if sizes.qkv_bias if stem.endswith("linear_qkv") else model.bias:
             shapes[f"{stem}.bias"] = (rows,)
     return shapes
 
@@ -102,13 +102,13 @@ def _block_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """The same of a model's own blocks."""
     sizes, hidden = resolve(model), model.hidden_size
     heads, width = model.num_attention_heads, sizes.head_dim
+    rows, mlps = (heads + 2 * sizes.num_query_groups) * width, _mlps(model)
     shapes: dict[str, tuple[int, int]] = {}
     for layer in range(model.num_layers):
         at = f"layers.{layer}"
-        rows = (heads + 2 * sizes.num_query_groups) * width
         shapes[f"{at}.self_attention.linear_qkv"] = (rows, hidden)
         shapes[f"{at}.self_attention.linear_proj"] = (hidden, heads * width)
-        for mlp, inner in _mlps(model).items():
+        for mlp, inner in mlps.items():
             shapes[f"{at}.{mlp}.linear_fc1"] = (inner * (2 if sizes.is_gated else 1), hidden)
             shapes[f"{at}.{mlp}.linear_fc2"] = (hidden, inner)
     return shapes
@@ -148,7 +148,7 @@ def lora_stems(model: ModelConfig, finetune: FinetuneConfig) -> list[str]:
     """The linears that get low-rank matrices."""
     if not finetune.lora_rank:
         return []
-    return [name for name in linear_shapes(model) if matches(name, finetune.lora_targets, model)]
+    return list(matching(linear_shapes(model), finetune.lora_targets, model))
 
 
 def is_lora(name: str) -> bool:
@@ -160,19 +160,24 @@ def trained_names(
     names: Iterable[str], model: ModelConfig, finetune: FinetuneConfig
 ) -> Iterator[str]:
     """Those of the names that are trained."""
-    return (name for name in names if matches(name, finetune.train, model))
+    return matching(names, finetune.train, model)
 
 
 def freezes(model: ModelConfig, finetune: FinetuneConfig) -> bool:
     """Whether any parameter is not trained."""
-    return not all(
-        matches(name, finetune.train, model) for name in parameter_names(model, finetune)
-    )
+    names = parameter_names(model, finetune)
+    return len(names) > len(list(trained_names(names, model, finetune)))
 
 
-def matches(name: str, patterns: Sequence[str], model: ModelConfig) -> bool:
-    """Whether one of the patterns names it; layers.-1 is the last block."""
-    return any(fnmatch.fnmatchcase(name, counted_from_0(p, model)) for p in patterns)
+def matching(names: Iterable[str], patterns: Iterable[str], model: ModelConfig) -> Iterator[str]:
+    """Those that one of the patterns names; layers.-1 is the last block."""
+    counted = [counted_from_0(pattern, model) for pattern in patterns]
+    return (name for name in names if any(fnmatch.fnmatchcase(name, p) for p in counted))
+
+
+def matches(name: str, patterns: Iterable[str], model: ModelConfig) -> bool:
+    """The same of one name."""
+    return any(matching([name], patterns, model))
 
 
 def counted_from_0(pattern: str, model: ModelConfig) -> str:
