@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from pipeline.scaling.ladder import LadderConfig
 from pipeline.scaling.law import Fit
 from pipeline.scaling.prediction import Prediction
 from pipeline.scaling.runs import Run
-from pipeline.tracking.curves import draw_interval
+from pipeline.tracking.curves import draw_interval, png
 
 # Okabe and Ito's colours, which most eyes tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#999999")
@@ -161,6 +160,4 @@ def draw(fit: Fit, runs: Sequence[Run], predictions: Sequence[Prediction]) -> by
         axes.spines[["top", "right"]].set_visible(False)
     by_tokens.set_title("Held-out loss, nats per token", loc="left", fontsize=10)
     by_tokens.legend(frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    return picture.getvalue()
+    return png(figure, dpi=110)

@@ -99,7 +99,7 @@ def _panels(histories: Mapping[str, History], band: Band | None) -> dict[str, by
             continue
         figure, axes = _figure(SMALL, 1)
         _draw(axes[0], panel, histories, band)
-        found[panel.title] = _png(figure, dpi=170)
+        found[panel.title] = png(figure, dpi=170)
     return found | (_looks(*histories.values()) if len(histories) == 1 else {})
 
 
@@ -115,7 +115,7 @@ def _looks(history: History) -> dict[str, bytes]:
         axes[0].set_ylim(0, 1)
         axes[0].legend(frameon=False, fontsize=8)
         _frame(axes[0], HEADS_TITLE, X_LABELS["step"])
-        found[HEADS_TITLE] = _png(figure, dpi=170)
+        found[HEADS_TITLE] = png(figure, dpi=170)
     if history.lens:
         figure, axes = _figure(SMALL, 1)
         count = max(len(row["losses"]) for row in history.lens)
@@ -128,7 +128,7 @@ def _looks(history: History) -> dict[str, bytes]:
             axes[0].plot(steps, losses, color=COLORS[0], alpha=alpha, linewidth=1.4, label=label)
         axes[0].legend(frameon=False, fontsize=8)
         _frame(axes[0], LENS_TITLE, X_LABELS["step"])
-        found[LENS_TITLE] = _png(figure, dpi=170)
+        found[LENS_TITLE] = png(figure, dpi=170)
     return found
 
 
@@ -137,7 +137,7 @@ def _sheet(histories: Mapping[str, History], title: str, band: Band | None) -> b
     figure.suptitle(plain(title))
     for one, panel in zip(axes, SHEET_PANELS, strict=True):
         _draw(one, panel, histories, band)
-    return _png(figure, dpi=110)
+    return png(figure, dpi=110)
 
 
 def smoothed(values: Sequence[float], *, width: int) -> list[float]:
@@ -252,7 +252,9 @@ def _figure(size: tuple[float, float], rows: int) -> tuple[Any, list[Axes]]:
     return figure, [*figure.subplots(rows, rows, squeeze=False).flat]
 
 
-def _png(figure: Any, *, dpi: int) -> bytes:
+def png(figure: Any, *, dpi: int) -> bytes:
+    """The picture of a figure with a canvas of Agg; `dpi`: dots per inch."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=dpi)
+    figure.set_dpi(dpi)
+    figure.canvas.print_png(picture)  # savefig would draw all of it a second time
     return picture.getvalue()

@@ -43,7 +43,7 @@ def legends(
     """(name, colour) of what the legend of each panel names, the sheet's first; nothing is drawn."""
     figures = []
     with monkeypatch.context() as patch:
-        patch.setattr(curves, "_png", lambda figure, *, dpi: figures.append(figure) or b"")
+        patch.setattr(curves, "png", lambda figure, *, dpi: figures.append(figure) or b"")
         draw(histories, title="")
     found = []
     for axes in (axes for figure in figures for axes in figure.axes):
