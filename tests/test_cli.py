@@ -56,7 +56,6 @@ def compose(*arguments: str) -> PretrainConfig:
         ("hydra.run.dir=out", ["'hydra.run.dir=out'", "no effect"]),
         ("hydra/launcher=basic", ["'hydra/launcher=basic'", "no effect", "pipeline.sweep"]),
         ("~hydra/output", ["'~hydra/output'", "no effect"]),
-        ("+hydra.job.name=x", ["'+hydra.job.name=x'", "no effect"]),
     ],
 )
 def test_mistake_is_named_with_the_way_out(argument, parts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -110,6 +111,7 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in SOURCES}
 
 
+@functools.cache
 def imports(path: Path, *, at_top_only: bool = False) -> set[str]:
     """Full names of the modules that a file imports, anywhere in it or only when it is itself imported."""
     tree = ast.parse(path.read_text())
