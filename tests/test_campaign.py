@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import campaign
+from tests.support import slurm_cluster
 from tests.support.campaign_faults import KINDS
 from tests.support.campaign_ledger import Ledger
 from tests.support.campaign_run import CampaignError, Progress, wait_for
@@ -157,6 +158,33 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
         os.kill(pid, signal.SIGSTOP)  # what is stopped dies with its client all the same
         killed.kill()
         killed.communicate()
+        assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), HANG_S)
+
+
+@pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "namespaces")
+def test_a_forked_program_is_where_its_client_is_and_ends_with_it(tmp_path: Path) -> None:
+    """A node of the test Slurm has a host name, a network and processes of its own, and is switched off."""
+    where = "for kind in pid mnt uts ipc net; do readlink /proc/self/ns/$kind; done"
+    (tmp_path / "probe_of_campaign.py").write_text(
+        f"import subprocess, sys; subprocess.run([*'sh -c'.split(), {where!r}]); sys.stdin.read()\n"
+    )
+    node = "unshare --mount --uts --ipc --net --pid --fork --kill-child=KILL --mount-proc sh -c".split()
+    with Preloaded(tmp_path, modules=["json"]) as preloaded:
+        within = f"{where}; {preloaded.python} -m probe_of_campaign"
+        started = subprocess.Popen(
+            [*node, within], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        assert started.stdout
+        lines = [started.stdout.readline() for _ in range(10)]
+        assert lines[:5] == lines[5:]
+        ours = [
+            f"{os.readlink(f'/proc/self/ns/{kind}')}\n"
+            for kind in ("pid", "mnt", "uts", "ipc", "net")
+        ]
+        assert [line for line in lines if line in ours or not line] == []
+        assert len(preloaded.programs("probe_of_campaign")) == 1
+        started.kill()
+        started.communicate()
         assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), HANG_S)
 
 

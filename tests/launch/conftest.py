@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.preloaded import Preloaded
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_lab import Lab
 
@@ -25,7 +26,13 @@ def lab(one_lab: Lab) -> Lab:
     return one_lab
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    with Preloaded(tmp_path_factory.mktemp("preloaded")) as server:
+        yield server
+
+
 @pytest.fixture
-def preloaded(lab: Lab) -> None:
+def preloaded(lab: Lab, server: Preloaded) -> None:
     """The ranks of its jobs find the libraries loaded."""
-    lab.preload()
+    lab.preload(server)

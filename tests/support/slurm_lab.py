@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.checkpoint import folder as folders
 from tests.support.plant import Lead
-from tests.support.preloaded import CLIENT, TRAINING
+from tests.support.preloaded import Preloaded
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster, missing
 from tests.support.token_dataset import write_dataset
 from tests.support.waiting import HANG_S
@@ -30,10 +30,6 @@ SETTINGS = [
     "training.precision=fp32", "tracking.log_every=1", "tracking.sample_hash=true", "tracking.wandb=offline",
     f"checkpoint.save_every={SAVE_EVERY}", "optimizer.lr=0.003",
 ]  # fmt: skip
-
-
-SOCKET = "/dev/shm/preloaded.socket"
-"""Each node has a /dev/shm of its own."""
 
 
 class Lab:
@@ -66,24 +62,12 @@ class Lab:
         self.alone = self.rows("alone")
         assert [row["step"] for row in self.alone] == list(range(1, STEPS + 1))
 
-    def preload(self) -> None:
-        """Fork what later jobs run from a process of the node that has the libraries: 6 s of CPU less a rank.
+    def preload(self, server: Preloaded) -> None:
+        """Fork what later jobs run from a process that has the libraries: 6 s of CPU less a rank.
 
-        Not where a test stops a rank: tests.support.preloaded_client stands in its place. A node that is booted anew
-        has no such process until this is called again; its ranks start as everywhere.
+        Not where a test stops a rank: tests.support.preloaded_client stands in its place.
         """
-        program = [sys.executable, "-m", "tests.support.preloaded", SOCKET, *TRAINING]
-        environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        found = ["sh", "-c", f"test ! -e {SOCKET} || echo yes"]
-        nodes = [f"n{number}" for number in range(1, self.cluster.num_nodes + 1)]
-        for node in nodes:
-            if self.cluster.run(*found, node=node):
-                continue
-            start = ["sh", "-c", 'setsid "$@" < /dev/null > "$0" 2>&1 &', f"{self.folder}/preloaded-{node}.log"]  # fmt: skip
-            self.cluster.run(*start, *program, node=node, env=environment, cwd=REPO)
-        for node in nodes:
-            self.cluster.wait_for(lambda node=node: bool(self.cluster.run(*found, node=node)), f"libraries on {node}")  # type: ignore[misc]  # fmt: skip
-        self.python = f"{sys.executable} -I -S {CLIENT} {SOCKET} -m tests.support.plant"
+        self.python = f"{server.python} -m tests.support.plant"
 
     def submit(
         self,
