@@ -167,7 +167,6 @@ def _compose(
 ) -> DictConfig:
     """The settings before they become dataclasses; some may still have no value."""
     from hydra import compose as hydra_compose
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -183,14 +182,11 @@ def _compose(
         if not path.is_file():  # a pipe would be waited for, without end
             raise ConfigError(f"{path} is not an ordinary file; take it out of conf/.")
     # A yaml file names its schema first in `defaults`; a job without one is its schema.
-    name, store = f"{config}_schema" if _has_yaml(config) else config, ConfigStore.instance()
-    kept = store.repo.get(f"{name}.yaml")
-    if kept is None or OmegaConf.get_type(kept.node) is not schema:  # to store it is slow
-        store.store(name, schema)
+    name = f"{config}_schema" if _has_yaml(config) else config
     try:
-        with presets.hydra_in(CONF_DIR):
+        with presets.hydra_in(CONF_DIR, name, schema):
             search = [presets.search_path(own)] if own else []
-            node = hydra_compose(config, [*presets.NOT_HYDRAS, *search, *overrides])
+            node = hydra_compose(config, [*search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
     except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:

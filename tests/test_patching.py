@@ -54,6 +54,7 @@ WRITTEN = {
         "engine/forward_only.py": ["part.training"],
         "inference/samplers.py": ["self.model.generation_config"],
         "inference/upstream.py": ["self.server.config.app"],
+        "presets.py": ["store.repo"],
     },
     "refuses a name that it has not": {"distributed/shared_gloo.py": ["setattr(options, name)"]},
     "put back, behind the door": {

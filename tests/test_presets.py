@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 from hydra import initialize
-from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from pipeline import cli, presets
 from pipeline.config.pretrain import PretrainConfig
 from pipeline.errors import ConfigError
+from pipeline.sweep import SweepConfig
 
 MINE = """# @package _global_
 defaults:
@@ -106,8 +108,12 @@ def test_threads_compose_beside_each_other():
         assert list(pool.map(lr, words)) == pytest.approx([n * 1e-4 for n in range(1, 9)])
 
 
-def test_a_program_that_uses_hydra_itself_composes_too():
-    """A notebook, or an application under @hydra.main: its Hydra is as before afterwards."""
+def test_a_program_that_uses_hydra_itself_composes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook, or an application under @hydra.main: its Hydra and its schemas are as before afterwards."""
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", {**store.repo})
+    store.store("pretrain_schema", {"their": "own"})
+    kept = {**store.repo}
     with initialize(version_base="1.3"):
         theirs = GlobalHydra.instance().hydra
         assert (
@@ -116,32 +122,32 @@ def test_a_program_that_uses_hydra_itself_composes_too():
         with pytest.raises(ConfigError):
             cli.compose(PretrainConfig, ["no.such=1"], config="pretrain")
         assert theirs is not None and GlobalHydra.instance().hydra is theirs
+    assert store.repo == kept and "launcher" in kept["hydra"]
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_what_hydra_composes_to_run_programs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is half of what would be composed, and dropped."""
-    asked: list[str] = []
-    composes = hydra.compose
-    monkeypatch.setattr(
-        hydra, "compose", lambda config, words: asked.extend(words) or composes(config, words)
-    )
-    hydras = {
-        f"~hydra/{group}"
-        for default in HydraConf().defaults
-        for group, option in default.items()
-        if option is not None
-    }
+def test_hydra_finds_the_schema_and_nothing_to_run_programs_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those, and the schemas of other commands, were more than half of its time."""
+    composes, stored = hydra.compose, dict[str, Any]()
+
+    def look(config: str, words: list[str]) -> Any:
+        stored.update(ConfigStore.instance().repo)
+        return composes(config, words)
+
+    monkeypatch.setattr(hydra, "compose", look)
+    cli.compose(SweepConfig, [], config="sweep")
     assert compose("model=tiny").name == "tiny"
-    assert hydras == {word for word in asked if "hydra" in word}
+    assert set(stored) == {"sweep.yaml", "pretrain_schema.yaml", "hydra"}
+    assert list(stored["hydra"]) == ["config.yaml"]
+    assert stored["hydra"]["config.yaml"].node.defaults == []
 
 
-def test_a_preset_may_still_name_what_is_left_out(folder: Path) -> None:
-    """One that serves another program of Hydra's too."""
+def test_a_preset_names_nothing_to_run_programs_with(folder: Path) -> None:
+    """It would have no effect; where else to look for presets has one."""
     recipe = folder / "conf" / "experiment" / "mine.yaml"
-    recipe.write_text(
-        MINE.replace("defaults:", "defaults:\n  - override /hydra/job_logging: none")
-        + "hydra:\n  run:\n    dir: elsewhere\n"
-    )
-    assert compose("experiment=mine").training.total_steps == 77
+    recipe.write_text(MINE.replace("defaults:", "defaults:\n  - override /hydra/job_logging: none"))
+    with pytest.raises(ConfigError, match=r"experiment/mine.*hydra/job_logging"):
+        compose("experiment=mine")
     assert compose("hydra.searchpath=[file://elsewhere]").training.total_steps == 1000
