@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import ranks
 from tests.support.device import has_device, hide_devices
 from tests.support.left_out import leave_out
 
@@ -37,6 +38,17 @@ for name in RANK_NAMES:  # of a launcher above
 os.environ["WANDB_MODE"] = "offline"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Before xdist starts a worker: ranks of all workers are forked from one server."""
+    node.workerinput["ranks"] = ranks.share()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        ranks.join(config.workerinput["ranks"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

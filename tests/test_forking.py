@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.forking import ROOT, workers_context
@@ -44,3 +45,10 @@ def test_ranks_have_everything_imported_also_after_workers_of_a_job() -> None:
     with workers_context(__name__).Pool(1) as pool:
         pool.map(path_of_worker, [0])
     assert run_on_ranks(has_deepspeed, 1) == [True]
+
+
+def test_workers_of_pytest_have_one_server_for_their_ranks(request: pytest.FixtureRequest) -> None:
+    """Each would import for 9 s of CPU."""
+    (server,) = run_on_ranks(os.getppid, 1)
+    starts_workers = os.getppid() if hasattr(request.config, "workerinput") else os.getpid()
+    assert psutil.Process(server).ppid() == starts_workers

@@ -1,8 +1,9 @@
 """run_on_ranks: run a function on N gloo ranks, forked from a server that has torch and the libraries loaded.
 
 Importing torch, DeepSpeed and megatron-core takes seconds of CPU; the fork server pays it once a test session, so a
-four-rank test costs what it computes. The server is the ranks' own: Python has one a process, which the first to ask
-for it fills, and where data_prep's workers came first every rank of the session imported everything itself.
+four-rank test costs what it computes. xdist's workers share one, started by the process above them. It is the ranks'
+own: Python has one a process, which the first to ask for it fills, and where data_prep's workers came first every rank
+of the session imported everything itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,19 @@ PRELOAD = ["torch", "torch.distributed", "tests.support.preload"]
 SERVER = forkserver.ForkServer()
 SERVER.set_forkserver_preload(PRELOAD)
 _own_warnings: list[Any] | None = None
+
+
+def share() -> str:
+    """Start SERVER in the process that starts pytest's workers; its address, for join() in each of them."""
+    SERVER.ensure_running()
+    return SERVER._forkserver_address  # type: ignore[attr-defined]
+
+
+def join(address: str) -> None:
+    """Take the server of the process above for SERVER; it ends as that process does."""
+    SERVER._forkserver_address = address  # type: ignore[attr-defined]
+    SERVER._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)  # type: ignore[attr-defined]
+    SERVER.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
 
 
 def fork_from_here() -> None:
