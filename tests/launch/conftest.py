@@ -11,11 +11,17 @@ from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_lab import Lab
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    with Preloaded(tmp_path_factory.mktemp("preloaded")) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def one_lab(tmp_path_factory: pytest.TempPathFactory, server: Preloaded) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("slurm")
     with SlurmCluster(folder / "box", num_nodes=3, kill_wait_s=20, grace_s=30) as cluster:
-        yield Lab(cluster, folder)
+        yield Lab(cluster, folder, server)
 
 
 @pytest.fixture
@@ -26,13 +32,7 @@ def lab(one_lab: Lab) -> Lab:
     return one_lab
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
-    with Preloaded(tmp_path_factory.mktemp("preloaded")) as server:
-        yield server
-
-
 @pytest.fixture
-def preloaded(lab: Lab, server: Preloaded) -> None:
+def preloaded(lab: Lab) -> None:
     """The ranks of its jobs find the libraries loaded."""
-    lab.preload(server)
+    lab.preload()

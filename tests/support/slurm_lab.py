@@ -35,8 +35,8 @@ SETTINGS = [
 class Lab:
     """A cluster, a dataset, and what an undisturbed process makes of it."""
 
-    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: SlurmCluster, folder: Path, server: Preloaded) -> None:
+        self.cluster, self.folder, self._server = cluster, folder, server
         self.plain_python = self.python = f"{sys.executable} {REPO}/tests/support/plant.py"
         rng = np.random.default_rng(0)
         # Each token is one of four that may follow the one before: there is something to learn.
@@ -48,7 +48,7 @@ class Lab:
         self.settings = [f"data.path={folder / 'data'}", *SETTINGS]
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         command = [
-            sys.executable,
+            *server.python.split(),
             "-m",
             "pipeline.train",
             "name=alone",
@@ -62,12 +62,12 @@ class Lab:
         self.alone = self.rows("alone")
         assert [row["step"] for row in self.alone] == list(range(1, STEPS + 1))
 
-    def preload(self, server: Preloaded) -> None:
+    def preload(self) -> None:
         """Fork what later jobs run from a process that has the libraries: 6 s of CPU less a rank.
 
         Not where a test stops a rank: tests.support.preloaded_client stands in its place.
         """
-        self.python = f"{server.python} -m tests.support.plant"
+        self.python = f"{self._server.python} -m tests.support.plant"
 
     def submit(
         self,
