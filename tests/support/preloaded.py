@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import NoReturn
 
 TRAINING = (
-    "hydra.core.plugins", "wandb", "pipeline.training.startup", "pipeline.training.trainer", "pipeline.training.continuation",
+    "hydra.core.plugins", "wandb", "pipeline.training.startup", "pipeline.distributed.megatron_on_cpu",
+    "pipeline.training.trainer", "pipeline.training.continuation",
     "pipeline.checkpoint.restore", "pipeline.checkpoint.tensors", "pipeline.data.loader", "pipeline.engine.deepspeed.staged",
     "pipeline.engine.state", "pipeline.planning.job", "pipeline.tracking.wandb_run", "pipeline.resilience.node_check",
 )  # fmt: skip
