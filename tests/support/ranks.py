@@ -28,8 +28,19 @@ _own_warnings: list[Any] | None = None
 
 
 def share() -> str:
-    """Start SERVER in the process that starts pytest's workers; its address, for join() in each of them."""
-    SERVER.ensure_running()
+    """Start SERVER in the process that starts pytest's workers; its address, for join() in each of them.
+
+    What ranks print goes nowhere; of a server of a worker's own it went into a file that pytest throws away.
+    """
+    resource_tracker.ensure_running()
+    nothing, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(nothing, 1), os.dup2(nothing, 2)
+        SERVER.ensure_running()
+    finally:
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        for descriptor in (nothing, *kept):
+            os.close(descriptor)
     return SERVER._forkserver_address  # type: ignore[attr-defined]
 
 
