@@ -7,7 +7,7 @@
 Importing torch, DeepSpeed and megatron-core takes 6 s of CPU: four ranks at once need 12 s on two cores, and minutes
 where others want the cores too. The client stands where its parent looks for the program: it passes signals on and
 ends as the program ends; when it is killed, so is the program. Where no server waits it becomes Python itself.
-Nodes of a test Slurm have their programs from one server outside: for each of them to import takes 8 s of CPU a boot.
+Nodes of a test Slurm have their programs from one server outside: each of them would import at every boot.
 """
 
 from __future__ import annotations
