@@ -186,7 +186,8 @@ def _compose(
     try:
         with presets.hydra_in(CONF_DIR, name, schema):
             search = [presets.search_path(own)] if own else []
-            node = hydra_compose(config, [*search, *overrides])
+            node = hydra_compose(config, [*search, *overrides], return_hydra_config=True)
+        presets.take_hydras_section(node)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
     except (YAMLError, OSError, ValueError, TypeError, RecursionError) as error:

@@ -14,9 +14,12 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 FLAG = "--config-dir"
 VARIABLE = "PRETRAIN_CONFIG_DIR"
@@ -92,11 +95,34 @@ def check_no_hydra_setting(argument: str) -> None:
     """
     key = argument.lstrip("+~").partition("=")[0]
     if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
-        raise ConfigError(
-            f"'{argument}' is a setting of Hydra's, which composes settings here and runs nothing: "
-            "it has no effect. Runs of several values: python -m pipeline.sweep. "
-            "--help lists the settings."
-        )
+        raise ConfigError(_of_hydras(f"'{argument}'"))
+
+
+def take_hydras_section(node: DictConfig) -> None:
+    """Take out of what Hydra composed its own section, in which presets have nothing to tell it.
+
+    Raises:
+        ConfigError: a preset does.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(node):
+        told: Any = OmegaConf.to_container(node.pop("hydra"))
+    plain: Any = OmegaConf.to_container(_hydras_own())
+    for key in sorted(told.keys() - {"overrides", "runtime", "searchpath"}):
+        # Hydra fills in those above, and these of the job.
+        for filled in ("name", "override_dirname", "config_name") if key == "job" else ():
+            told[key][filled] = plain[key][filled]
+        if told[key] != plain[key]:
+            raise ConfigError(_of_hydras(f"hydra.{key} in a preset"))
+
+
+def _of_hydras(setting: str) -> str:
+    return (
+        f"{setting} is a setting of Hydra's, which composes settings here and runs nothing: "
+        "it has no effect. Runs of several values: python -m pipeline.sweep. "
+        "--help lists the settings."
+    )
 
 
 @functools.cache
@@ -106,15 +132,23 @@ def _stored(name: str, schema: type) -> dict[str, Any]:
     Without those by which it runs programs, which were half of what it composed, and without the
     schemas of other commands: Hydra copies all that is stored each time.
     """
-    from hydra.conf import HydraConf
     from hydra.core.config_store import ConfigNode
     from omegaconf import OmegaConf
 
-    def node(name: str, value: Any, group: str | None) -> ConfigNode:
-        return ConfigNode(name, OmegaConf.structured(value), group, package=None, provider=None)
+    def node(name: str, value: DictConfig, group: str | None) -> dict[str, ConfigNode]:
+        return {name: ConfigNode(name, value, group, package=None, provider=None)}
 
-    own = node("config.yaml", HydraConf(defaults=[]), "hydra")
-    return {f"{name}.yaml": node(f"{name}.yaml", schema, None), "hydra": {"config.yaml": own}}
+    ours = node(f"{name}.yaml", OmegaConf.structured(schema), None)
+    return {**ours, "hydra": node("config.yaml", _hydras_own(), "hydra")}
+
+
+@functools.cache
+def _hydras_own() -> DictConfig:
+    """Hydra's settings as they are stored for it, and as long as nobody tells it anything."""
+    from hydra.conf import HydraConf
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(HydraConf(defaults=[]))
 
 
 @contextlib.contextmanager

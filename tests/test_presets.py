@@ -132,9 +132,9 @@ def test_hydra_finds_the_schema_and_nothing_to_run_programs_with(
     """Those, and the schemas of other commands, were more than half of its time."""
     composes, stored = hydra.compose, list[dict[str, Any]]()
 
-    def look(config: str, words: list[str]) -> Any:
+    def look(config: str, words: list[str], **options: Any) -> Any:
         stored.append(ConfigStore.instance().repo)
-        return composes(config, words)
+        return composes(config, words, **options)
 
     monkeypatch.setattr(hydra, "compose", look)
     cli.compose(SweepConfig, [], config="sweep")
@@ -155,3 +155,15 @@ def test_a_preset_names_nothing_to_run_programs_with(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"experiment/mine.*hydra/job_logging"):
         compose("experiment=mine")
     assert compose("hydra.searchpath=[file://elsewhere]").training.total_steps == 1000
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["mode: MULTIRUN", "run: {dir: elsewhere}", "job: {chdir: true}", "help: {header: mine}"],
+)
+def test_a_preset_tells_hydra_nothing(folder: Path, section: str) -> None:
+    """Its section `hydra` was taken, and nothing came of it."""
+    (folder / "conf" / "experiment" / "mine.yaml").write_text(f"{MINE}hydra:\n  {section}\n")
+    key = section.partition(":")[0]
+    with pytest.raises(ConfigError, match=f"hydra.{key} in a preset is a setting of Hydra's"):
+        compose("experiment=mine")
