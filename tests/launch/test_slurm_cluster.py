@@ -56,6 +56,26 @@ def test_nodes_are_machines_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_lives_on_a_node_that_was_cut_when_the_next_test_begins(tmp_path):
+    """A step there outlived its job; Slurm drained the node while the next test ran ("Kill task failed")."""
+    script, at_work = tmp_path / "stubborn.sh", tmp_path / "at-work"
+    script.write_text(f"""#!/bin/bash
+srun bash -c 'trap "" TERM; echo $(hostname) >> {at_work}; while :; do sleep 1; done'
+""")
+    with SlurmCluster(tmp_path / "box", num_nodes=2) as cluster:
+        cluster.run("sbatch", "--nodes=2", "--no-requeue", f"--output={tmp_path}/out", str(script))
+        cluster.wait_for(
+            lambda: at_work.exists() and len(at_work.read_text().split()) == 2, "two tasks"
+        )
+        cluster.cut("n2")
+        cluster.wait_for(lambda: not cluster.run("squeue", "-h"), "the end of the job")
+        cluster.reset()
+        listing = cluster.run("ps", "-e", "-o", "comm=", node="n2").split()
+        assert "slurmd" in listing and "slurmstepd" not in listing, listing
+        assert cluster.run("srun", "--nodelist=n2", "hostname").strip() == "n2"
+
+
+@pytest.mark.slow
 def test_a_signal_to_a_slow_node_does_not_reach_the_jobs_next_start(tmp_path):
     """Slurm sends a signal that was not answered in MessageTimeout again after 60 s; the start that is meant is over."""
     script, is_stopped = tmp_path / "again.sh", tmp_path / "stopped"
