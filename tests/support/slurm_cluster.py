@@ -55,9 +55,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 # A lost node is noticed in seconds (in production: 300).
 SlurmdTimeout={slurmd_timeout_s}
 SlurmctldTimeout=10
-# Not below its default: a signal that a node is slow to answer is sent again a minute later. In production a requeued
-# job is held for longer than that; here such a signal would end the job's next start.
-MessageTimeout=10
+# A signal that a node is slow to answer is sent again a minute later. In production a requeued job is held for longer
+# than that; here such a signal would end the job's next start. A step's end is answered when it has ended, as late as
+# KillWait after the signal.
+MessageTimeout={message_timeout_s}
 TCPTimeout=2
 InactiveLimit=0
 KillWait={kill_wait_s}
@@ -135,7 +136,7 @@ class SlurmCluster:
         (folder / "nsswitch").write_text("passwd: files\ngroup: files\nhosts: files\n")
         conf = SLURM_CONF.format(
             dir=folder, kill_wait_s=kill_wait_s, grace_s=grace_s, requeue_hold_s=requeue_hold_s,
-            slurmd_timeout_s=slurmd_timeout_s,
+            slurmd_timeout_s=slurmd_timeout_s, message_timeout_s=kill_wait_s + 20,
         )  # fmt: skip
         lines = "".join(
             f"NodeName=n{i} CPUs={cpus_per_node} RealMemory=8000 State=UNKNOWN\n" for i in nodes
