@@ -55,6 +55,19 @@ def test_nodes_are_machines_of_their_own(tmp_path):
     assert processes_mentioning(str(tmp_path)) == []
 
 
+def test_a_node_that_takes_long_to_end_is_booted_all_the_same(tmp_path):
+    """It was still there when boot looked, was taken for one that runs, and stayed off for good."""
+    with SlurmCluster(tmp_path / "box", num_nodes=1) as cluster:
+        # Killed, a node is there until the process that started it takes notice: 2 s from now.
+        node = (tmp_path / "box" / "n1.pid").read_text().strip()
+        starter = cluster.run("ps", "-o", "ppid=", node).strip()
+        late = f"kill -STOP {starter}; (sleep 2; kill -CONT {starter}) >/dev/null 2>&1 &"
+        cluster.run("sh", "-c", late)
+        cluster.power_off("n1")
+        cluster.boot("n1")
+        assert cluster.run("srun", "hostname").strip() == "n1"
+
+
 @pytest.mark.slow
 def test_nothing_lives_on_a_node_that_was_cut_when_the_next_test_begins(tmp_path):
     """A step there outlived its job; Slurm drained the node while the next test ran ("Kill task failed")."""

@@ -227,9 +227,10 @@ class SlurmCluster:
         self.run("ip", "link", "set", f"v{node}", "up")
 
     def power_off(self, node: str) -> None:
-        """All processes of the node vanish at once."""
+        """All processes of the node vanish at once; they are gone when this returns."""
         self.cut(node)
         self.run("kill", "-9", (self.folder / f"{node}.pid").read_text().strip())
+        self.wait_for(lambda: self._is_off(node), f"end of {node}")
 
     def boot(self, node: str) -> None:
         """Start a node that is off, or undrain one that Slurm has drained, and wait until it is idle."""
