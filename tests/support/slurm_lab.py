@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import folder as folders
+from pipeline.tracking.row_file import read_rows
 from tests.support.plant import Lead
 from tests.support.preloaded import Preloaded
 from tests.support.slurm_cluster import REPO, Job, SlurmCluster, missing
@@ -101,10 +101,9 @@ class Lab:
         return self.folder / "runs" / name
 
     def rows(self, name: str) -> list[dict]:
-        """The logged steps, in the order they were done."""
+        """The logged steps, in the order they were done; a line that is being written is none yet."""
         path = self.run_dir(name) / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [row for row in map(json.loads, lines) if "train/loss" in row]
+        return [row for row in read_rows(path) if "train/loss" in row] if path.exists() else []
 
     def wait_for_step(self, job: Job, name: str, step: int) -> None:
         """Until the step is logged, and the checkpoint before it is on the disk: the run would go on there."""
