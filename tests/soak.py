@@ -78,9 +78,12 @@ def size_of(path: Path) -> int:
 
 
 def rows(folder: Path, name: str = "metrics.jsonl*") -> list[dict]:
-    """The lines of all metrics files, the rotated ones first."""
+    """The lines of all metrics files, the rotated ones first; one that is being written is none yet."""
     files = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    texts = [path.read_text() for path in files]
+    return [
+        json.loads(line) for text in texts for line in text[: text.rfind("\n") + 1].splitlines()
+    ]
 
 
 def problems(looks: Sequence[Look], logged: Sequence[dict], *, steps: int, eval_every: int) -> list[str]:  # fmt: skip

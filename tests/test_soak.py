@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import Look, problems, soak
+from tests.soak import Look, problems, rows, soak
 
 FLAT = [Look(step, 300.0 + step % 3, 9, 20, 1.0) for step in range(20, 1001, 20)]
 ROWS = [{"step": step, "train/loss": 1.0} for step in range(10, 1001, 10)]
@@ -33,6 +33,12 @@ def test_what_stays_as_it_is_is_no_problem() -> None:
 def test_what_grows_and_what_is_lost_is_told(looks: list[Look], rows: list[dict], told: str) -> None:  # fmt: skip
     """A soak that cannot fail shows nothing."""
     assert problems(looks, rows, steps=1000, eval_every=100) == [told]
+
+
+def test_half_a_line_is_none_yet(tmp_path: Path) -> None:
+    """So a live run's is seen when it crosses a page: the kernel lets go between the pages."""
+    (tmp_path / "metrics.jsonl").write_text('{"step":1}\n{"step":2,"train/lo')
+    assert rows(tmp_path) == [{"step": 1}]
 
 
 @pytest.mark.slow
