@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.tracking.row_file import read_rows
 from tests.support.exported import tokenizer_file
 from tests.support.layouts import VOCAB
 from tests.support.slurm_cluster import REPO
@@ -77,13 +78,10 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def rows(folder: Path, name: str = "metrics.jsonl*") -> list[dict]:
-    """The lines of all metrics files, the rotated ones first; one that is being written is none yet."""
-    files = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime_ns)
-    texts = [path.read_text() for path in files]
-    return [
-        json.loads(line) for text in texts for line in text[: text.rfind("\n") + 1].splitlines()
-    ]
+def rows(folder: Path) -> list[dict]:
+    """The lines of all metrics files, the rotated ones first; of an ended run, so half a line is an error."""
+    files = sorted(folder.glob("metrics.jsonl*"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def problems(looks: Sequence[Look], logged: Sequence[dict], *, steps: int, eval_every: int) -> list[str]:  # fmt: skip
@@ -153,7 +151,8 @@ def soak(folder: Path, *, steps: int) -> str:
     try:
         while process.poll() is None:
             time.sleep(LOOK_S)
-            step = max([step, *(row.get("step", 0) for row in rows(run_dir, metrics.name))])
+            logged = read_rows(metrics) if metrics.exists() else []
+            step = max([step, *(row.get("step", 0) for row in logged)])
             if step and (seen := look(process.pid, step, run_dir)):
                 looks.append(seen)
             if step >= (rotated + 1) * steps / (ROTATIONS + 1) and metrics.exists():

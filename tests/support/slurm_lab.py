@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,9 @@ class Lab:
         rows = self.rows(name)
         if not repeated:
             assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+            # Only a killed process may leave half a line.
+            written = (self.run_dir(name) / "metrics.jsonl").read_text().splitlines()
+            assert all(json.loads(line) for line in written)
         assert {row["step"] for row in rows} == set(range(1, STEPS + 1))
         for row in rows:
             expected = self.alone[row["step"] - 1]
