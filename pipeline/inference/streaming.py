@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings, which is left out."""
-    ends = [text.find(end) for end in stop if end and end in text]
-    return text[: min(ends)] if ends else text
+    """`text` up to the stop string that is the first to be whole, which is left out.
+
+    Not up to the one that begins first: whether that goes on is not known yet when drawing ends.
+    """
+    found = [(text.find(end) + len(end), text.find(end)) for end in stop if end and end in text]
+    return text[: min(found)[1]] if found else text
 
 
 class Outlet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.inference.streaming import Outlet, cut_at_stop
@@ -11,6 +11,7 @@ TEXT = st.text("ab", max_size=12)
 
 
 @given(st.lists(TEXT, max_size=6), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+@example(pieces=["ab", "b"], stop=["b", "abb"])  # one begins first, the other is whole first
 def test_what_is_heard_is_the_text_without_its_stop(pieces: list[str], stop: list[str]) -> None:
     """A stop string that comes in two tokens was heard up to the second one."""
     heard: list[str] = []
