@@ -8,13 +8,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import ranks
+from tests.support import preloaded, ranks
 from tests.support.device import has_device, hide_devices
 from tests.support.left_out import leave_out
+from tests.support.preloaded import Preloaded
 
 if TYPE_CHECKING:
     from pipeline.rehearsal.dry_run import RankProcess
@@ -32,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with thei
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
+LONG = ("test_talk.py", "test_train.py", "test_equivalence.py", "test_text_samples.py")
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in RANK_NAMES:  # of a launcher above
     os.environ.pop(name, None)
@@ -42,8 +45,9 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Before xdist starts a worker: ranks of all workers are forked from one server."""
+    """Before xdist starts a worker: ranks of all workers are forked from one server, programs from another."""
     node.workerinput["ranks"] = ranks.share()
+    node.workerinput["programs"] = str(preloaded.shared().address.parent)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,11 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of the files, and no tests marked gpu where torch sees no device."""
-    # Slurm's mostly wait, for minutes, and a recipe trains for 15: at the end nothing else is left
-    # to be done meanwhile.
-    items.sort(
-        key=lambda item: (not item.get_closest_marker("slurm"), item.path.name != "test_talk.py")
-    )
+    # Slurm's mostly wait, for minutes, a recipe trains for 15, and the files in LONG are the longest
+    # others: at the end nothing else is left to be done meanwhile.
+    items.sort(key=lambda item: (not item.get_closest_marker("slurm"), item.path.name not in LONG))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not has_device():
         for item in gpu_tests:
@@ -85,6 +87,20 @@ def no_rank_is_left_behind() -> Iterator[None]:
     yield
     left = {name: os.environ.pop(name) for name in RANK_NAMES if name in os.environ}
     assert left == {}, "a test, or what it called, made this process a rank for good"
+
+
+@pytest.fixture(scope="session")
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Preloaded]:
+    """Its `python` runs modules of programs that train without the seconds of their imports."""
+    if hasattr(request.config, "workerinput"):
+        server = Preloaded(Path(request.config.workerinput["programs"]))
+        server.wait()
+        yield server
+    else:
+        with Preloaded(tmp_path_factory.mktemp("preloaded")) as server:
+            yield server
 
 
 @pytest.fixture(scope="session")

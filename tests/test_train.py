@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.checkpoint.record import read_record
 from pipeline.errors import DataUsedUp, PipelineError
 from pipeline.tracking.samples import read_samples
 from tests.support.plant import Lead
+from tests.support.preloaded import Preloaded
 from tests.support.ranks import run_on_ranks
 from tests.support.small_runs import (
     LOOKS,
@@ -28,7 +28,7 @@ from tests.support.small_runs import (
     validation,
     write_data,
 )
-from tests.support.waiting import HANG_S, wait_until
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,28 +214,22 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
 
 
 def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, server: Preloaded
 ) -> None:
     """The same line started twice is an everyday mistake; so is a kill -9 of what runs."""
     run = tmp_path / "run"
     settings = {"training.eval_every": 0, "checkpoint.keep_last": 99}
     command = [sys.executable, "-m", "pipeline.train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    common: dict[str, Any] = {
-        "cwd": ROOT,
-        "env": environment,
-        "text": True,
-        "stderr": subprocess.PIPE,
-    }
+    common: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}  # fmt: skip
     first = subprocess.Popen(
         [*command, *overrides(data, tmp_path, **settings, **{"training.total_steps": 100_000})],
         **common,
     )
     try:
-        deadline = time.monotonic() + HANG_S
-        while not (run / "checkpoints" / "latest").exists():
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        saved_one = (run / "checkpoints" / "latest").exists
+        wait_until(lambda: saved_one() or first.poll() is not None)
+        assert saved_one(), "no checkpoint appeared"
         config = (run / "config.yaml").read_text()
         second = subprocess.run(
             [
@@ -257,6 +251,7 @@ def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
     ]
     assert len(starts) == 1
     saved = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    command[:1] = server.python.split()
     third = subprocess.run(
         [*command, *overrides(data, tmp_path, **settings, **{"training.total_steps": saved + 2})],
         **common,

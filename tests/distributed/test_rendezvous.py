@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,33 +12,10 @@ import torch
 
 from pipeline.distributed.rendezvous import is_one_machine, master_port, rendezvous_errors
 from pipeline.errors import ConfigError, MachineError
+from tests.support.preloaded import Preloaded
 from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
-CONNECT = """
-import os, sys
-from pathlib import Path
-import torch.distributed as dist
-from pipeline.config.parallel_sizes import ParallelSizes
-from pipeline.distributed.layout import connect, disconnect
-from pipeline.distributed.ranks import ranks_from_environment
-from pipeline.errors import MachineError
-
-try:
-    layout = connect(ranks_from_environment(), ParallelSizes(tensor=2, pipeline=1, data=1))
-except MachineError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if
-       os.path.islink(f"/proc/self/fd/{name}")}
-for table in ("tcp", "tcp6"):
-    for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-        _, local, _, state, *rest = line.split()
-        if state == "0A" and f"socket:[{rest[5]}]" in own:  # 0A: listening
-            print("listens", local.split(":")[0])
-dist.barrier()
-disconnect()
-"""
 
 
 def free_port() -> int:
@@ -47,7 +23,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(rank: int, port: int, address: str = "127.0.0.1") -> subprocess.Popen:
+def start(server: Preloaded, rank: int, port: int, address: str = "127.0.0.1") -> subprocess.Popen:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -59,7 +35,7 @@ def start(rank: int, port: int, address: str = "127.0.0.1") -> subprocess.Popen:
         "DS_ACCELERATOR": "cpu",
     }
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CONNECT],
+        [*server.python.split(), "-m", "tests.support.listening_rank"],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -68,10 +44,10 @@ def start(rank: int, port: int, address: str = "127.0.0.1") -> subprocess.Popen:
     )
 
 
-def test_every_listening_socket_of_a_run_on_one_machine_is_loopback():
+def test_every_listening_socket_of_a_run_on_one_machine_is_loopback(server: Preloaded) -> None:
     """torch's store listens on all interfaces, gloo on the host name's address."""
     port = free_port()
-    ranks = [start(rank, port) for rank in range(2)]
+    ranks = [start(server, rank, port) for rank in range(2)]
     found = [process.communicate(timeout=HANG_S) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], found
     addresses = [word for out, _ in found for word in out.split() if word != "listens"]
@@ -82,11 +58,11 @@ def test_every_listening_socket_of_a_run_on_one_machine_is_loopback():
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"], ids=["own store", "torch's"])
-def test_a_taken_port_is_named_with_the_way_out(address):
+def test_a_taken_port_is_named_with_the_way_out(address: str, server: Preloaded) -> None:
     """On several machines it ended in torch's traceback, and in exit code 1 of a bug."""
-    with socket.create_server(("0.0.0.0", 0)) as server:
-        port = server.getsockname()[1]
-        process = start(0, port, address)
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(server, 0, port, address)
         _, error = process.communicate(timeout=HANG_S)
     assert process.returncode == MachineError.exit_code
     assert f"port {port} of this machine cannot be opened" in error

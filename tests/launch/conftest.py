@@ -11,12 +11,6 @@ from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_lab import Lab
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
-    with Preloaded(tmp_path_factory.mktemp("preloaded")) as server:
-        yield server
-
-
 @pytest.fixture(scope="module")
 def one_lab(tmp_path_factory: pytest.TempPathFactory, server: Preloaded) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("slurm")

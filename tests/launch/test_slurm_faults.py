@@ -116,6 +116,7 @@ def test_kill_9_of_the_owner_keeps_no_start_out(lab):
     lab.expect_undisturbed("killed", repeated=True)
 
 
+@pytest.mark.usefixtures("preloaded")
 def test_stopped_rank_is_named_with_its_node(lab):
     job = lab.submit("hang", "resilience.hang_timeout_s=20", plant="stop=12")
     logs = lab.run_dir("hang") / "logs"

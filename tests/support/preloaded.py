@@ -1,6 +1,7 @@
 """`python -m MODULE`, forked from a process that has imported what MODULE needs: nothing but the imports is spared.
 
     Preloaded(folder)        starts the server: this file as a program, which imports and then waits at a socket
+    shared()                 one for all of pytest's workers
     PYTHON=preloaded.python  preloaded_client.py: its arguments, environment, folder, standard streams --> the server
     the server --fork-->     a keeper, one a client --fork--> the program, in the client's namespaces
 
@@ -12,19 +13,23 @@ Nodes of a test Slurm have their programs from one server outside: each of them 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,30 +56,55 @@ class Preloaded:
         """What PYTHON must be for the launch scripts."""
         self._words = [sys.executable, "-m", "tests.support.preloaded", str(self.address), *modules]
         self._env = {**os.environ, **(env or {})}
+        self._process: subprocess.Popen | None = None  # where it was started here
 
     def __enter__(self) -> Preloaded:
+        self.start()
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to import."""
         self.address.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env, start_new_session=True,
                 cwd=CLIENT.parents[2],
             )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it has imported, whoever started it."""
         deadline = time.monotonic() + START_S
         while not self.address.exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
+            is_over = self._process is not None and self._process.poll() is not None
+            if is_over or time.monotonic() > deadline:
+                self.stop()
                 raise AssertionError(f"nothing is preloaded\n{self._log.read_text()[-4000:]}")
             time.sleep(0.02)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+    def stop(self) -> None:
+        """End it and what it has forked, where it was started here."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def programs(self, module: str) -> list[int]:
         """Process ids of the programs of this module that live, oldest first."""
+        assert self._process is not None
         pids = [pid for keeper in _children(self._process.pid) for pid in _children(keeper)]
         return sorted(pid for pid in pids if _name(pid) == module[:NAME_BYTES])
+
+
+@functools.cache
+def shared() -> Preloaded:
+    """For the process that starts pytest's workers; each of them waits for the one in this folder."""
+    server = Preloaded(Path(tempfile.mkdtemp(prefix="preloaded-")))
+    server.start()
+    atexit.register(lambda: (server.stop(), shutil.rmtree(server.address.parent)))
+    return server
 
 
 def _children(pid: int) -> list[int]:
