@@ -161,6 +161,27 @@ def test_a_forked_program_is_the_one_that_python_would_have_started(tmp_path: Pa
         assert wait_for(lambda: not preloaded.programs("probe_of_campaign"), HANG_S)
 
 
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """A pytest that was killed left one with all libraries behind."""
+    program = f"""
+import time
+from pathlib import Path
+from tests.support.preloaded import Preloaded
+with Preloaded(Path({str(tmp_path)!r}), modules=["json"]) as server:
+    print(server._process.pid, flush=True)
+    time.sleep({HANG_S})
+"""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout
+    server = Path(f"/proc/{int(starter.stdout.readline())}")
+    assert "preloaded.socket" in (server / "cmdline").read_text()
+    starter.kill()
+    starter.communicate()
+    assert wait_for(lambda: not server.exists(), HANG_S)
+
+
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "namespaces")
 def test_a_forked_program_is_where_its_client_is_and_ends_with_it(tmp_path: Path) -> None:
     """A node of the test Slurm has a host name, a network and processes of its own, and is switched off."""

@@ -221,7 +221,8 @@ def _become(request: bytes, streams: Sequence[int]) -> list[str]:
 
 
 def main(address: str, *modules: str) -> None:
-    """Serve; in a forked process, run its program."""
+    """Serve until the process that started this one ends; in a forked process, run its program."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for module in modules:
         importlib.import_module(module)
     sys.argv = serve(Path(address))
