@@ -216,16 +216,17 @@ def test_a_step_that_a_rollback_undid_is_not_judged(data: Path, tmp_path: Path) 
 def test_one_folder_has_one_run_and_the_next_start_goes_on_after_a_kill(
     data: Path, tmp_path: Path, server: Preloaded
 ) -> None:
-    """The same line started twice is an everyday mistake; so is a kill -9 of what runs."""
+    """The same line started twice is an everyday mistake; so is a kill -9 of what runs.
+
+    The first stands still between two saves: killed in one, it would have saved more than `latest` names.
+    """
     run = tmp_path / "run"
     settings = {"training.eval_every": 0, "checkpoint.keep_last": 99}
     command = [sys.executable, "-m", "pipeline.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PLANT": Lead(tmp_path / "until", to=4).plant}  # fmt: skip
     common: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}  # fmt: skip
-    first = subprocess.Popen(
-        [*command, *overrides(data, tmp_path, **settings, **{"training.total_steps": 100_000})],
-        **common,
-    )
+    led = [command[0], "tests/support/plant.py", *command[1:]]
+    first = subprocess.Popen([*led, *overrides(data, tmp_path, **settings)], **common)
     try:
         saved_one = (run / "checkpoints" / "latest").exists
         wait_until(lambda: saved_one() or first.poll() is not None)
