@@ -34,7 +34,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with thei
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
-LONG = ("test_talk.py", "test_train.py", "test_equivalence.py", "test_text_samples.py")
+LONG = (
+    "test_talk.py",
+    "test_train.py",
+    "test_equivalence.py",
+    "test_text_samples.py",
+    "test_trainer.py",
+)
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in RANK_NAMES:  # of a launcher above
     os.environ.pop(name, None)
