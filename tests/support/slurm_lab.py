@@ -66,7 +66,7 @@ class Lab:
     def preload(self) -> None:
         """Fork what later jobs run from a process that has the libraries: 6 s of CPU less a rank.
 
-        Not where a test stops a rank: tests.support.preloaded_client stands in its place.
+        A rank may stop itself; a test that looks for its process finds tests.support.preloaded_client.
         """
         self.python = f"{self._server.python} -m tests.support.plant"
 
