@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores with thei
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
+# The files that take longest beside Slurm's, in the fast suite or in the slow one.
 LONG = (
     "test_talk.py",
     "test_train.py",
@@ -63,8 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of the files, and no tests marked gpu where torch sees no device."""
-    # Slurm's mostly wait, for minutes, a recipe trains for 15, and the files in LONG are the longest
-    # others: at the end nothing else is left to be done meanwhile.
+    # Slurm's mostly wait, for minutes, and what is long ends late: at the end nothing else is left
+    # to be done meanwhile.
     items.sort(key=lambda item: (not item.get_closest_marker("slurm"), item.path.name not in LONG))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not has_device():

@@ -14,7 +14,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
     Not up to the one that begins first: whether that goes on is not known yet when drawing ends.
     """
-    found = [(text.find(end) + len(end), text.find(end)) for end in stop if end and end in text]
+    found = [(at + len(end), at) for end in stop if end and (at := text.find(end)) >= 0]
     return text[: min(found)[1]] if found else text
 
 

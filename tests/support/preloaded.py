@@ -160,8 +160,12 @@ def serve(address: Path) -> list[str]:
 def _fork() -> int:
     """os.fork; the child is killed when this process ends."""
     if (pid := os.fork()) == 0:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_the_parent()
     return pid
+
+
+def _end_with_the_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _namespaces_of(client: socket.socket) -> dict[str, int]:
@@ -222,7 +226,7 @@ def _become(request: bytes, streams: Sequence[int]) -> list[str]:
 
 def main(address: str, *modules: str) -> None:
     """Serve until the process that started this one ends; in a forked process, run its program."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_the_parent()
     for module in modules:
         importlib.import_module(module)
     sys.argv = serve(Path(address))
